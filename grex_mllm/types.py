@@ -1,0 +1,189 @@
+"""What passes between the rooms, and the shape legend of the whole package.
+
+Sizes: B images, E expressions of a batch (each belongs to one of the B images), L tokens, Q region queries, N instances,
+C channels, D language-model width, H W network input, h w feature map, P side of the minimap (Q = P * P where it has one).
+Boxes are `xyxy` in absolute pixels unless a name ends in `_norm` (then `cxcywh` in [0, 1] of the network input).
+This file imports no torch at run time, so that records can be read without it.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    import numpy as np
+    from torch import Tensor
+
+
+@dataclass
+class Instance:
+    """One object of an image, as published (`shared` facts: data formats, "Our dataset folder").
+
+    segmentation: list of polygons (flat x, y lists), COCO RLE dict {"size": [H, W], "counts": str | list}, or None (box-only data).
+    mask: bool [H, W] visible pixels, set by generated scenes in place of `segmentation`; never written to JSON.
+    attributes: scene metadata (synthetic data only): name -> class index. Used only by the optional auxiliary loss.
+    """
+
+    annotation_id: str
+    category: str
+    box_xyxy: list[float]
+    segmentation: Any = None
+    iscrowd: bool = False
+    mask: np.ndarray | None = None
+    attributes: dict[str, int] | None = None
+
+
+@dataclass
+class ImageRecord:
+    """One line of `images.jsonl`. `file` is relative to the image root."""
+
+    image_id: str
+    file: str
+    height: int
+    width: int
+    instances: list[Instance] = field(default_factory=list)
+
+
+@dataclass
+class ExpressionRecord:
+    """One line of `expressions.jsonl`. `targets` lists annotation ids; empty = no target."""
+
+    expression_id: str
+    ref_id: str
+    image_id: str
+    expression: str
+    raw: str
+    targets: list[str]
+    split: str
+    source: str
+    tags: list[str] = field(default_factory=list)
+
+
+@dataclass
+class Sample:
+    """One image with expressions that belong to it, at original size, before resizing and tokenisation.
+
+    image: uint8 [H0, W0, 3] RGB, EXIF orientation applied.
+    """
+
+    image: np.ndarray
+    record: ImageRecord
+    expressions: list[ExpressionRecord]
+
+
+@dataclass
+class Geometry:
+    """How an original image lies in the network input: x_in = x * scale_x, y_in = y * scale_y, then padding right and bottom.
+
+    height, width: original size. input_height, input_width: size of the resized image without padding.
+    """
+
+    height: int
+    width: int
+    input_height: int
+    input_width: int
+
+    @property
+    def scale_x(self) -> float:
+        return self.input_width / self.width
+
+    @property
+    def scale_y(self) -> float:
+        return self.input_height / self.height
+
+
+@dataclass
+class Batch:
+    """Training or evaluation batch: B images, E expressions. All tensors lie on one device.
+
+    image: uint8 [B, 3, H, W] RGB, padded right and bottom with zeros *after* normalisation (the model normalises and pads; `valid_sizes` tells).
+    image_index: int64 [E], image of each expression.
+    text_ids, text_mask: int64 [E, L] tokens of the grounding text encoder, 1 = real token.
+    gt_masks: bool [E, H, W] union of the targets (all False for no target).
+    gt_boxes_norm: E tensors float32 [n_e, 4] cxcywh.
+    gt_count: int64 [E].  no_target: bool [E].
+    target_index: E tensors int64 [n_e], positions of the targets among the image's instances.
+    instance_masks: B tensors bool [N_b, H, W].  instance_boxes_norm: B tensors float32 [N_b, 4].
+    instance_attributes: name -> B tensors int64 [N_b], -100 = unknown; None when the data carries no scene metadata.
+    lm_ids, lm_mask: int64 [E, L] tokens of the generator's tokenizer with BOS and EOS, right-padded; set for generation batches only.
+    geometries: B.  expression_ids: E.  image_ids: B.
+    """
+
+    image: Tensor
+    image_index: Tensor
+    text_ids: Tensor
+    text_mask: Tensor
+    gt_masks: Tensor | None
+    gt_boxes_norm: list[Tensor]
+    gt_count: Tensor
+    no_target: Tensor
+    target_index: list[Tensor]
+    instance_masks: list[Tensor]
+    instance_boxes_norm: list[Tensor]
+    geometries: list[Geometry]
+    expression_ids: list[str]
+    image_ids: list[str]
+    instance_attributes: dict[str, list[Tensor]] | None = None
+    lm_ids: Tensor | None = None
+    lm_mask: Tensor | None = None
+
+
+@dataclass
+class TextFeatures:
+    """tokens: float [E, L, C_text] last hidden state, padding rows included.  mask: int64 [E, L], 1 = real token."""
+
+    tokens: Tensor
+    mask: Tensor
+
+
+@dataclass
+class PixelFeatures:
+    """Output of the pixel decoder for B images (or E, when the image encoder fuses language).
+
+    mask_features: float [B, C, h, w] at the finest stride.  levels: float [B, C, h_l, w_l], coarse to fine.
+    """
+
+    mask_features: Tensor
+    levels: list[Tensor]
+
+
+@dataclass
+class GroundingOutput:
+    """What every decoder returns for E expressions. Class order of the two-way logits: 0 = background / has a target, 1 = target / no target.
+
+    mask_logits: float [E, 2, h, w] (0 background, 1 target).
+    minimap_logits: float [E, Q, 2].  no_target_logits: float [E, 2] (1 = no target).
+    boxes_norm: float [E, Q, 4] cxcywh, or None.  box_logits: float [E, Q], or None.  count_logits: float [E, 7] over {0..5, >5}, or None.
+    minimap_prob: float [E, P, P] for pictures, or None.
+    auxiliary: further named tensors that a decoder's own losses read (earlier layers, instance masks, ...).
+    """
+
+    mask_logits: Tensor
+    minimap_logits: Tensor
+    no_target_logits: Tensor
+    boxes_norm: Tensor | None = None
+    box_logits: Tensor | None = None
+    count_logits: Tensor | None = None
+    minimap_prob: Tensor | None = None
+    auxiliary: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass
+class Grounding:
+    """Answer for one expression at the original image size (public: `GrexModel.ground`).
+
+    mask: bool [H0, W0].  mask_input: bool at network input size before any emptying (for the official protocol).
+    boxes_xyxy: float32 [n, 4] absolute pixels.  box_scores: float32 [n].  count: int, 6 means ">5".
+    no_target_prob: float.  no_target: bool, the final answer.  minimap: float32 [P, P] or None.
+    """
+
+    expression: str
+    mask: np.ndarray
+    mask_input: np.ndarray | None
+    boxes_xyxy: np.ndarray
+    box_scores: np.ndarray
+    count: int
+    no_target: bool
+    no_target_prob: float
+    minimap: np.ndarray | None = None
