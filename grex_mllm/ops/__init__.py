@@ -1,0 +1,1 @@
+"""Operations on boxes, masks and feature maps that know no model."""
