@@ -1,0 +1,323 @@
+"""Enforce CONTRIBUTING.md: sizes, names, safety, read configuration, light import, import arrows, README commands."""
+
+from __future__ import annotations
+
+import ast
+import re
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+PACKAGE = ROOT / "grex_mllm"
+CODE_FOLDERS = ("grex_mllm", "data_prep", "tests", "benchmarks")
+TEXT_SUFFIXES = {".py", ".md", ".yaml", ".yml", ".json", ".toml", ".css", ".js", ".cfg", ".txt", ""}
+MAX_FILE_LINES = 400
+MAX_FUNCTION_LINES = 60
+BANNED_NAMES = {"utils", "util", "misc", "helpers", "helper", "manager", "legacy", "common", "v2"}
+# One number per room: an import never goes to a higher number. Rooms of one number may meet, without a circle, except those APART.
+LAYERS = {
+    "errors": 0,
+    "config": 0,
+    "types": 0,
+    "ops": 0,
+    "draw": 0,
+    "models": 1,
+    "data": 1,
+    "metrics": 1,
+    "zeroshot": 1,
+    "convert": 2,
+    "predict": 2,
+    "score": 2,
+    "training": 3,
+    "report": 3,
+    "demo": 4,
+    "cli": 4,
+    "__main__": 5,
+    "__init__": 5,
+}
+APART = {"models", "data", "metrics", "zeroshot"}
+
+
+def python_files() -> list[Path]:
+    return sorted(file for folder in CODE_FOLDERS for file in (ROOT / folder).rglob("*.py") if "__pycache__" not in file.parts)
+
+
+def text_files() -> list[Path]:
+    """Every file that git tracks or would track; all of the tree where there is no git."""
+    listing = subprocess.run(
+        ["git", "ls-files", "--cached", "--others", "--exclude-standard"], cwd=ROOT, capture_output=True, text=True, check=False
+    )
+    if listing.returncode == 0:
+        files = [ROOT / line for line in listing.stdout.splitlines()]
+    else:
+        files = [file for file in ROOT.rglob("*") if not any(part.startswith(".venv") for part in file.parts)]
+    return [file for file in files if file.is_file() and file.suffix in TEXT_SUFFIXES]
+
+
+def name_of(file: Path) -> str:
+    return file.relative_to(ROOT).as_posix()
+
+
+def tree_of(file: Path) -> ast.Module:
+    return ast.parse(file.read_text(encoding="utf-8"), filename=str(file))
+
+
+def calls(tree: ast.AST) -> Iterator[tuple[str, ast.Call]]:
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Call):
+            yield ast.unparse(node.func), node
+
+
+def test_files_are_short() -> None:
+    lengths = {name_of(file): len(file.read_text(encoding="utf-8").splitlines()) for file in python_files()}
+    assert len(lengths) > 5, "no code found: the folders of this test are wrong"
+    assert {name: count for name, count in lengths.items() if count > MAX_FILE_LINES} == {}
+
+
+def test_functions_are_short() -> None:
+    long = {}
+    for file in python_files():
+        for node in ast.walk(tree_of(file)):
+            if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+                count = (node.end_lineno or node.lineno) - node.lineno + 1
+                if count > MAX_FUNCTION_LINES:
+                    long[f"{name_of(file)}:{node.lineno} {node.name}"] = count
+    assert long == {}
+
+
+def test_modules_say_what_they_are() -> None:
+    silent = [name_of(file) for file in python_files() if file.read_text(encoding="utf-8").strip() and not ast.get_docstring(tree_of(file))]
+    assert silent == []
+
+
+def test_names_say_what_they_hold() -> None:
+    vague = [name_of(file) for file in python_files() if BANNED_NAMES & {part.removesuffix(".py") for part in file.relative_to(ROOT).parts}]
+    assert vague == []
+
+
+def test_no_bare_except() -> None:
+    bare = [
+        f"{name_of(file)}:{node.lineno}"
+        for file in python_files()
+        for node in ast.walk(tree_of(file))
+        if isinstance(node, ast.ExceptHandler) and node.type is None
+    ]
+    assert bare == []
+
+
+def test_no_silent_except() -> None:
+    """`except ...: pass` hides a fault: count it, report it, or let it rise (contextlib.suppress for what is expected)."""
+    silent = [
+        f"{name_of(file)}:{node.lineno}"
+        for file in python_files()
+        for node in ast.walk(tree_of(file))
+        if isinstance(node, ast.ExceptHandler) and all(isinstance(line, ast.Pass) for line in node.body)
+    ]
+    assert silent == []
+
+
+def test_no_unfinished_marks() -> None:
+    marks = re.compile(r"\b(" + "|".join(["TO" + "DO", "FIX" + "ME", "X" + "XX", "NotImplemented" + "Error"]) + r")\b")
+    found = [f"{name_of(file)}: {hit.group()}" for file in text_files() if (hit := marks.search(file.read_text(encoding="utf-8")))]
+    assert found == []
+
+
+def test_no_paths_of_one_machine() -> None:
+    machine = re.compile(r"(?<![\w.}~-])/(?:root|home|work|tmp|mnt|opt|scratch|Users|media)/[\w.]|[A-Z]:\\\\Users")
+    found = [f"{name_of(file)}: {hit.group()}" for file in text_files() if (hit := machine.search(file.read_text(encoding="utf-8")))]
+    assert found == []
+
+
+def test_nothing_loads_code_from_files() -> None:
+    """A pickle or a checkpoint from the net runs code: torch.load needs weights_only=True, pickle a restricted Unpickler."""
+    unsafe = []
+    for file in python_files():
+        for function, call in calls(tree_of(file)):
+            weights_only = {word.arg: ast.unparse(word.value) for word in call.keywords}.get("weights_only")
+            loads = function in {"torch.load"} and weights_only != "True"
+            if (
+                loads
+                or weights_only == "False"
+                or function in {"pickle.load", "pickle.loads", "pickle.Unpickler", "eval", "exec", "os.system"}
+            ):
+                unsafe.append(f"{name_of(file)}:{call.lineno} {function}")
+    assert unsafe == []
+
+
+def test_no_device_is_fixed() -> None:
+    fixed = [
+        f"{name_of(file)}:{call.lineno}"
+        for file in PACKAGE.rglob("*.py")
+        for function, call in calls(tree_of(file))
+        if function.endswith(".cuda")
+    ]
+    assert fixed == []
+
+
+def config_fields() -> list[tuple[str, str]]:
+    found = []
+    for node in tree_of(PACKAGE / "config.py").body:
+        if isinstance(node, ast.ClassDef) and any("dataclass" in ast.unparse(mark) for mark in node.decorator_list):
+            found += [
+                (node.name, line.target.id) for line in node.body if isinstance(line, ast.AnnAssign) and isinstance(line.target, ast.Name)
+            ]
+    return found
+
+
+def test_every_knob_is_read() -> None:
+    read: set[str] = set()
+    for file in PACKAGE.rglob("*.py"):
+        if file.name == "config.py":
+            continue
+        for node in ast.walk(tree_of(file)):
+            if isinstance(node, ast.Attribute) and isinstance(node.ctx, ast.Load):
+                read.add(node.attr)
+            elif isinstance(node, ast.Constant) and isinstance(node.value, str):
+                read.add(node.value)
+    fields = config_fields()
+    assert len(fields) > 20
+    assert [f"{kind}.{field}" for kind, field in fields if field not in read] == []
+
+
+def imported_rooms(file: Path) -> set[str]:
+    """Names of the package's rooms that a file imports, anywhere in it."""
+    rooms = set()
+    for node in ast.walk(tree_of(file)):
+        if isinstance(node, ast.Import):
+            rooms |= {alias.name.split(".")[1] for alias in node.names if alias.name.startswith("grex_mllm.")}
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{name_of(file)}:{node.lineno} imports relatively; write the full name"
+            if node.module == "grex_mllm":
+                rooms |= {alias.name for alias in node.names} & set(LAYERS)
+            elif node.module and node.module.startswith("grex_mllm."):
+                rooms.add(node.module.split(".")[1])
+    return rooms
+
+
+def test_import_arrows_run_downwards() -> None:
+    wrong = []
+    for file in sorted(PACKAGE.rglob("*.py")):
+        room = file.relative_to(PACKAGE).parts[0].removesuffix(".py")
+        assert room in LAYERS, f"{name_of(file)} is a room without a place; give it one in LAYERS"
+        for other in imported_rooms(file) - {room}:
+            assert other in LAYERS, f"{name_of(file)} imports grex_mllm.{other}, which has no place in LAYERS"
+            if LAYERS[other] > LAYERS[room] or (room in APART and other in APART):
+                wrong.append(f"{name_of(file)} -> {other}")
+    assert wrong == []
+
+
+def test_rooms_form_no_circle() -> None:
+    arrows: dict[str, set[str]] = {}
+    for file in PACKAGE.rglob("*.py"):
+        room = file.relative_to(PACKAGE).parts[0].removesuffix(".py")
+        if not room.startswith("__"):
+            arrows.setdefault(room, set()).update(imported_rooms(file) - {room})
+    while arrows:
+        leaves = {room for room, others in arrows.items() if not others & set(arrows)}
+        assert leaves, f"these rooms import each other in a circle: {sorted(arrows)}"
+        arrows = {room: others for room, others in arrows.items() if room not in leaves}
+
+
+def seconds_of(code: str, repeats: int = 3) -> float:
+    """Shortest wall-clock of a fresh interpreter, less the shortest of an empty one: the machine may be busy."""
+
+    def shortest(text: str) -> float:
+        times = []
+        for _ in range(repeats):
+            start = time.perf_counter()
+            subprocess.run([sys.executable, "-c", text], cwd=ROOT, check=True, capture_output=True)
+            times.append(time.perf_counter() - start)
+        return min(times)
+
+    return shortest(code) - shortest("pass")
+
+
+HEAVY = ("torch", "transformers", "deepspeed", "numpy", "PIL", "pycocotools", "pycocoevalcap", "jsonargparse")
+
+
+@pytest.mark.parametrize("module", ["grex_mllm", "grex_mllm.types", "grex_mllm.config", "grex_mllm.errors"])
+def test_import_is_light(module: str) -> None:
+    code = f"import sys, {module}; print(*[name for name in {HEAVY!r} if name in sys.modules])"
+    run = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert run.stdout.split() == []
+
+
+def test_import_is_fast() -> None:
+    assert seconds_of("import grex_mllm") < 0.3
+
+
+def grex(*words: str) -> subprocess.CompletedProcess[str]:
+    code = "import sys; from grex_mllm.cli import main; sys.exit(main())"
+    return subprocess.run([sys.executable, "-c", code, *words], cwd=ROOT, capture_output=True, text=True, check=False)
+
+
+def test_help_is_fast_and_light() -> None:
+    code = "import sys; sys.argv = ['grex', '--help']\nfrom grex_mllm.cli import main\n"
+    code += "try:\n    main()\nexcept SystemExit as end:\n    assert not end.code\n"
+    assert seconds_of(code) < 1.0
+    run = subprocess.run(
+        [sys.executable, "-c", code + "assert 'torch' not in sys.modules"], cwd=ROOT, capture_output=True, text=True, check=False
+    )
+    assert run.returncode == 0, run.stderr
+
+
+def readme_commands(program: str) -> list[str]:
+    """Commands of README.md's fenced blocks that start with `program`, continued lines joined."""
+    blocks = re.findall(r"```[a-z]*\n(.*?)```", (ROOT / "README.md").read_text(encoding="utf-8"), flags=re.DOTALL)
+    lines = [line.strip() for block in blocks for line in block.replace("\\\n", " ").splitlines()]
+    lines = [line.removeprefix("$ ").removeprefix(".venv/bin/").split("  #")[0] for line in lines]
+    return [line for line in lines if line.split(" ")[0] == program]
+
+
+def test_readme_grex_commands_exist() -> None:
+    commands = readme_commands("grex")
+    assert len(commands) >= 5
+    helps: dict[tuple[str, ...], str] = {}
+    for command in commands:
+        words = command.split()
+        verb = tuple(words[1:3]) if words[1] == "data" else (words[1],)
+        if verb not in helps:
+            run = grex(*verb, "--help")
+            assert run.returncode == 0, f"{command}: {run.stderr or run.stdout}"
+            helps[verb] = run.stdout
+        flags = re.findall(r"(?<=\s)--[a-z][\w-]*(?![\w.-])", command)
+        assert [flag for flag in flags if flag not in helps[verb]] == [], command
+
+
+def test_readme_programs_and_targets_exist() -> None:
+    for command in readme_commands("python"):
+        program = command.split()[1]
+        if program.endswith(".py"):
+            assert (ROOT / program).is_file(), command
+    targets = set(re.findall(r"^([a-z]+):", (ROOT / "Makefile").read_text(encoding="utf-8"), flags=re.MULTILINE))
+    for command in readme_commands("make"):
+        assert command.split()[1] in targets, command
+
+
+def test_readme_links_exist() -> None:
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    links = [link for link in re.findall(r"\]\(([^)#]+)\)", text) if "://" not in link]
+    assert [link for link in links if not (ROOT / link).exists()] == []
+
+
+def test_shipped_yaml_opens_with_a_comment() -> None:
+    """Command, hardware, time and result, or "not yet run at this scale"; protocols and prompts say what they are."""
+    bare = [
+        name_of(file)
+        for folder in ("configs", "eval")
+        for file in (ROOT / folder).rglob("*.yaml")
+        if not file.read_text(encoding="utf-8").startswith("#")
+    ]
+    assert bare == []
+
+
+def test_shipped_configs_load() -> None:
+    from grex_mllm.config import load_config
+
+    for file in sorted((ROOT / "configs").rglob("*.yaml")):
+        load_config(file)
