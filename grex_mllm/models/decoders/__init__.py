@@ -1,0 +1,1 @@
+"""Decoders: regions and language to masks, boxes, counts."""

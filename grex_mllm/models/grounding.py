@@ -1,0 +1,124 @@
+"""The grounding model: image encoder, text encoder, pixel decoder, decoder. Composition only."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from grex_mllm.types import GroundingOutput, PixelFeatures, TextFeatures
+
+# ImageNet, RGB, 0 .. 255
+PIXEL_MEAN = (123.675, 116.28, 103.53)
+PIXEL_STD = (58.395, 57.12, 57.375)
+
+
+@dataclass
+class ImageFeatures:
+    """What is computed once per image, before any expression.
+
+    image: float [B, 3, H', W'] normalised and padded.  input_size: (H, W) as given.
+    maps: four float [B, C_i, h_i, w_i] fine to coarse without language; pixels, regions: of the pixel decoder and of `decoder.encode`.
+    The last three are None when the image encoder fuses language; `prefix` is then its work before the first fusion.
+    """
+
+    image: Tensor
+    input_size: tuple[int, int]
+    maps: list[Tensor] | None = None
+    pixels: PixelFeatures | None = None
+    regions: Any = None
+    prefix: Any = None
+
+    @property
+    def padded_size(self) -> tuple[int, int]:
+        """Height and width after padding to the encoder's coarsest stride."""
+        return int(self.image.shape[-2]), int(self.image.shape[-1])
+
+
+class GroundingModel(nn.Module):
+    """Ground expressions in images; the work on an image is shared by its expressions as far as the image encoder allows."""
+
+    pixel_mean: Tensor
+    pixel_std: Tensor
+
+    def __init__(self, vision: nn.Module, text: nn.Module, pixel_decoder: nn.Module, decoder: nn.Module) -> None:
+        super().__init__()
+        self.vision = vision
+        self.text = text
+        self.pixel_decoder = pixel_decoder
+        self.decoder = decoder
+        self.register_buffer("pixel_mean", torch.tensor(PIXEL_MEAN).view(3, 1, 1), persistent=False)
+        self.register_buffer("pixel_std", torch.tensor(PIXEL_STD).view(3, 1, 1), persistent=False)
+
+    @property
+    def fuses_language(self) -> bool:
+        """Tell whether the image encoder reads the expression."""
+        return bool(self.vision.fuses_language)
+
+    def normalise(self, image: Tensor, valid_sizes: Sequence[tuple[int, int]] | None = None) -> Tensor:
+        """Normalise uint8 (or 0..255 float) [B, 3, H, W], zero what lies outside the valid sizes, pad to the coarsest stride with zeros.
+
+        valid_sizes: (height, width) of each image within its canvas; None = all of it.
+        """
+        x = (image.to(self.pixel_mean.dtype) - self.pixel_mean) / self.pixel_std
+        for i, (height, width) in enumerate(valid_sizes or ()):
+            x[i, :, height:] = 0
+            x[i, :, :, width:] = 0
+        stride = max(self.vision.strides)  # type: ignore[arg-type, type-var]
+        return F.pad(x, (0, -x.shape[-1] % stride, 0, -x.shape[-2] % stride))
+
+    def encode_image(self, image: Tensor, valid_sizes: Sequence[tuple[int, int]] | None = None) -> ImageFeatures:
+        """Do the language-free work of B images once.
+
+        image: uint8 [B, 3, H, W] RGB.
+        """
+        x = self.normalise(image, valid_sizes)
+        features = ImageFeatures(x, (int(image.shape[-2]), int(image.shape[-1])))
+        if self.fuses_language:
+            features.prefix = self.vision.encode_prefix(x)
+        else:
+            features.maps = self.vision(x, None)
+            features.pixels = self.pixel_decoder(features.maps)
+            features.regions = self.decoder.encode(features.pixels)
+        return features
+
+    def encode_text(self, text_ids: Tensor, text_mask: Tensor) -> TextFeatures:
+        """Encode E expressions: int64 [E, L] ids and mask."""
+        return self.text(text_ids, text_mask)
+
+    def ground(self, features: ImageFeatures, image_index: Tensor, text_ids: Tensor, text_mask: Tensor) -> GroundingOutput:
+        """Ground E expressions in the encoded images.
+
+        image_index: int64 [E], image of each expression.  text_ids, text_mask: int64 [E, L].
+        """
+        text = self.encode_text(text_ids, text_mask)
+        if not self.fuses_language:
+            return self.decoder(features.regions, image_index, text)
+        maps = self.vision.finish(features.prefix, image_index, text)
+        regions = self.decoder.encode(self.pixel_decoder(maps))
+        return self.decoder(regions, torch.arange(len(image_index), device=image_index.device), text)
+
+    def forward(
+        self,
+        image: Tensor,
+        image_index: Tensor,
+        text_ids: Tensor,
+        text_mask: Tensor,
+        valid_sizes: Sequence[tuple[int, int]] | None = None,
+    ) -> GroundingOutput:
+        """Encode the images and ground the expressions: `ground(encode_image(image), ...)`."""
+        return self.ground(self.encode_image(image, valid_sizes), image_index, text_ids, text_mask)
+
+
+def upsample_logits(logits: Tensor, size: tuple[int, int], crop: tuple[int, int] | None = None) -> Tensor:
+    """Bring mask logits [E, K, h, w] to the padded input size (bilinear, align_corners False), then cut the padding off.
+
+    size: padded height and width (`ImageFeatures.padded_size`).
+    crop: (H, W) to keep; None keeps the padding, as the released inference does.
+    """
+    out = F.interpolate(logits, size=size, mode="bilinear", align_corners=False)
+    return out if crop is None else out[..., : crop[0], : crop[1]]
