@@ -45,26 +45,29 @@ def clip_boxes(boxes_xyxy: Array, height: float, width: float) -> Array:
 
 def box_iou(first_xyxy: Array, second_xyxy: Array) -> Array:
     """Return the intersection over union [N, M] of every pair of xyxy boxes [N, 4], [M, 4]; 0 where the union is empty."""
-    intersection, union = _intersection_and_union(first_xyxy, second_xyxy)
+    intersection, union = _intersection_and_union(first_xyxy[:, None], second_xyxy[None])
     return intersection / _at_least(union, SMALLEST_AREA)
 
 
 def generalized_box_iou(first_xyxy: Array, second_xyxy: Array) -> Array:
-    """Return the generalized IoU [N, M] in [-1, 1] of every pair of xyxy boxes [N, 4], [M, 4].
+    """Return the generalized IoU [N, M] in [-1, 1] of every pair of xyxy boxes [N, 4], [M, 4]. See `generalized_iou`."""
+    return generalized_iou(first_xyxy[:, None], second_xyxy[None])
+
+
+def generalized_iou(first_xyxy: Array, second_xyxy: Array) -> Array:
+    """Return the generalized IoU [...] in [-1, 1] of xyxy boxes [..., 4] that are broadcast against each other.
 
     Rezatofighi et al. 2019, equation 3: IoU - (|C| - |union|) / |C| with C the smallest enclosing box. Differentiable; degenerate boxes give finite values.
     """
     intersection, union = _intersection_and_union(first_xyxy, second_xyxy)
-    first, second = first_xyxy[:, None], second_xyxy[None]
-    corner_low = _minimum(first[..., :2], second[..., :2])
-    corner_high = _maximum(first[..., 2:], second[..., 2:])
+    corner_low = _minimum(first_xyxy[..., :2], second_xyxy[..., :2])
+    corner_high = _maximum(first_xyxy[..., 2:], second_xyxy[..., 2:])
     size = _at_least(corner_high - corner_low, 0)
     enclosing = size[..., 0] * size[..., 1]
     return intersection / _at_least(union, SMALLEST_AREA) - (enclosing - union) / _at_least(enclosing, SMALLEST_AREA)
 
 
-def _intersection_and_union(first_xyxy: Array, second_xyxy: Array) -> tuple[Array, Array]:
-    first, second = first_xyxy[:, None], second_xyxy[None]
+def _intersection_and_union(first: Array, second: Array) -> tuple[Array, Array]:
     size = _at_least(_minimum(first[..., 2:], second[..., 2:]) - _maximum(first[..., :2], second[..., :2]), 0)
     intersection = size[..., 0] * size[..., 1]
     return intersection, box_area(first) + box_area(second) - intersection
