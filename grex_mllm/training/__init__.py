@@ -1,0 +1,1 @@
+"""The training room: losses, matching, optimisers, the one loop."""
