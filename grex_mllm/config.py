@@ -77,6 +77,15 @@ class DecoderConfig:
     minimap_side: int = 10
     boxes: bool = True
     count: bool = True
+    # rela_instances only
+    image_layers: int = 2
+    language_layers: int = 3
+    kept_regions: int = 20
+    roi_size: int = 3
+    roi_channels: int = 48
+    num_levels: int = 2
+    mask_upsample: int = 2
+    attribute_classes: dict[str, int] = field(default_factory=dict)  # scene metadata: name -> number of classes; {} = none used
 
 
 @dataclass
@@ -111,15 +120,80 @@ class DataConfig:
 
 @dataclass
 class LossConfig:
-    """Weights of the named loss terms; 0 switches a term off."""
+    """Weights of the named loss terms; 0 switches a term off. The defaults are the article's joint weights (2, 5, 0.2, 1)."""
+
+    mask: float = 2.0
+    minimap: float = 0.2
+    no_target: float = 0.2
+    box_l1: float = 5.0
+    box_giou: float = 5.0
+    box_score: float = 2.0
+    count: float = 1.0
+    class_weights: list[float] = field(default_factory=lambda: [0.9, 1.1])  # of background and target in the cross-entropies
+    minimap_target: str = "area"  # area (share of the cell, a soft target) | truncated (as released: 1 only where the sampled pixels all are)
+    box_score_kind: str = "focal"  # focal | bce
+    deep_supervision: float = 0.0  # weight of each earlier layer's terms beside the last layer's
+    match_score: float = 2.0  # weights of the pairing cost of boxes and queries
+    match_l1: float = 5.0
+    match_giou: float = 2.0
+
+    instances: dict[str, float] = field(
+        default_factory=lambda: {
+            "objectness": 2.0, "box_l1": 5.0, "box_giou": 2.0, "mask_bce": 2.0, "mask_dice": 2.0,
+            "attribute": 0.5, "target": 1.0, "no_target": 0.5, "count": 0.5,
+        }
+    )  # rela_instances; "attribute" weighs every scene attribute
+    lm: float = 1.0  # the generator's language-model loss
+
+
+@dataclass
+class OptimConfig:
+    """Parameter groups, optimiser, schedule, clipping, averaging."""
+
+    groups: str = "default"  # default (biases, norms, embeddings not decayed) | released (as the authors' code of ReLA)
+    text: str = "all"  # which part of the text encoder trains: all | released (layers 0-9) | last_two (as the article says) | none
+    lr: float = 1e-4
+    betas: list[float] = field(default_factory=lambda: [0.9, 0.999])
+    eps: float = 1e-8
+    weight_decay: float = 0.05
+    muon: bool = False  # Muon for hidden matrices, AdamW for the rest
+    muon_lr: float = 1e-3
+    muon_momentum: float = 0.95
+    schedule: str = "cosine"  # constant | multistep | cosine
+    warmup_fraction: float = 0.0
+    milestones: list[int] = field(default_factory=lambda: [110_000, 140_000])
+    gamma: float = 0.1
+    final_fraction: float = 0.0  # of the learning rate, left at the end of the cosine
+    clip: float = 1.0  # global L2 norm of the gradients; 0 = not clipped
+    average_decay: float = 0.0  # of the running average of weights that is evaluated and saved; 0 = none
 
 
 @dataclass
 class TrainConfig:
-    """The training loop."""
+    """The training loop.
+
+    steps: optimizer steps.  batch_images: images of one batch, over all processes; `accumulation` batches make one step.
+    ground_ratio: share of grounding batches, the rest are generation batches.  clip: largest gradient norm, 0 = off.
+    save_every, log_every: in steps; a checkpoint is also made at the end.  keep: how many checkpoints stay.
+    resume: go on from the newest complete checkpoint in `out` if there is one.  deepspeed: a JSON of deepspeed_configs/, or None.
+    num_threads: CPU threads of each process, 0 = torch's choice.
+    """
 
     seed: int = 0
     out: str = "runs/train"
+    steps: int = 10000
+    batch_images: int = 8
+    accumulation: int = 1
+    ground_ratio: float = 0.7
+    precision: str = "fp32"  # fp32 | bf16 | fp16 (not on CPU)
+    clip: float = 1.0
+    log_every: int = 20
+    save_every: int = 500
+    keep: int = 2
+    resume: bool = False
+    deepspeed: str | None = None
+    num_threads: int = 0
+    optim: OptimConfig = field(default_factory=OptimConfig)
 
 
 @dataclass
