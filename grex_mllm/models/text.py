@@ -43,6 +43,7 @@ class TextEncoder(nn.Module):
                 attention_probs_dropout_prob=config.dropout,
             )
             self.bert = BertModel(bert, add_pooling_layer=False)
+        self.bert.set_attn_implementation(config.attention)
 
     @property
     def width(self) -> int:

@@ -1,0 +1,311 @@
+"""Region tokens: selected objects as inputs of a language model.
+
+Every object of an image is pooled once, at every scale of the feature maps, whatever the number of object sets that mention it; an object
+set then only gathers rows. A token = MLP(mask-pooled features of each scale, geometry code, small picture of the mask) + type embedding
+(image, target, distractor). Targets stand left to right, so the order of the selection does not matter.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from grex_mllm.errors import fault
+
+IMAGE, TARGET, DISTRACTOR = 0, 1, 2
+NUM_FREQUENCIES = 6
+GEOMETRY_WIDTH = 7 + 2 * 4 * NUM_FREQUENCIES
+
+
+@dataclass
+class ObjectTokens:
+    """All objects of B images, ready for any number of object sets. N is the largest number of objects of an image.
+
+    tokens: float [B, N, D].  present: bool [B, N] (False: padding, or an object without a pixel).  order: int64 [B, N], positions from
+    left to right, absent ones last.  area: float [B, N], share of the image.  image: float [B, G, D].
+    """
+
+    tokens: Tensor
+    present: Tensor
+    order: Tensor
+    area: Tensor
+    image: Tensor
+
+
+class RegionTokens(nn.Module):
+    """Pool objects from multi-scale feature maps and arrange them as a prefix for a language model.
+
+    channels: of each feature map.  width: D of the language model.  token_scale: standard deviation of the LM's own token embeddings,
+    which the tokens start with.
+    """
+
+    def __init__(
+        self,
+        channels: Sequence[int],
+        width: int,
+        hidden: int = 256,
+        image_grid: int = 2,
+        max_distractors: int = 16,
+        shape_side: int = 8,
+        context_layers: int = 0,
+        token_scale: float = 1.0,
+    ) -> None:
+        super().__init__()
+        self.image_grid, self.max_distractors, self.shape_side = image_grid, max_distractors, shape_side
+        self.norms = nn.ModuleList(nn.LayerNorm(c) for c in channels)
+        inputs = sum(channels) + GEOMETRY_WIDTH + shape_side**2
+        self.project = nn.Sequential(nn.Linear(inputs, hidden), nn.GELU(), nn.Linear(hidden, hidden))
+        self.kind = nn.Embedding(3, hidden)
+        heads = next(h for h in (8, 4, 2, 1) if hidden % h == 0)
+        self.context = nn.ModuleList(
+            nn.TransformerEncoderLayer(hidden, heads, 2 * hidden, 0.0, "gelu", batch_first=True, norm_first=True) for _ in range(context_layers)
+        )
+        self.to_lm = nn.Sequential(nn.LayerNorm(hidden), nn.Linear(hidden, width), nn.LayerNorm(width))
+        nn.init.constant_(self.to_lm[2].weight, token_scale)
+
+    def forward(
+        self,
+        features: list[Tensor],
+        instance_masks: list[Tensor],
+        valid_sizes: Tensor | None = None,
+        instance_boxes_norm: list[Tensor] | None = None,
+    ) -> ObjectTokens:
+        """Pool every object of B images.
+
+        features: float [B, C_i, h_i, w_i].  instance_masks: B x bool [N_b, H, W] on the network input.  valid_sizes: int64 [B, 2], height
+        and width without padding (None: all of it).  instance_boxes_norm: B x float [N_b, 4] cxcywh, drawn where a mask is empty.
+
+        Raises:
+            GrexError: masks that do not fit the feature maps or each other.
+        """
+        masks = [m.bool() for m in instance_masks]
+        height, width = check_masks(masks, features)
+        if instance_boxes_norm is not None:
+            masks = [_fill_empty(m, boxes) for m, boxes in zip(masks, instance_boxes_norm)]
+        dtype, device = self.kind.weight.dtype, features[0].device
+        if valid_sizes is None:
+            valid_sizes = torch.tensor([[height, width]], device=device).expand(len(masks), 2)
+        num = max(1, max(len(m) for m in masks))
+        boxes, area, present, shape = self._describe_masks(masks, num, dtype, device)
+        weights = _downsample(masks, num, max((f.shape[-2:] for f in features), key=math.prod), dtype)
+        pooled = []
+        for feature, norm in zip(features, self.norms):
+            level = F.adaptive_avg_pool2d(weights, feature.shape[-2:]).flatten(2)
+            level = level / level.sum(-1, keepdim=True).clamp(min=1e-12)
+            values = torch.bmm(level.to(feature.dtype), feature.flatten(2).transpose(1, 2))
+            pooled.append(norm(values.to(dtype)))
+        limits = valid_sizes.to(dtype).flip(-1).repeat(1, 2)[:, None]  # [B, 1, 4] width, height, width, height
+        geometry = geometry_code(boxes / limits, area / limits[..., :2].prod(-1))
+        tokens = self.project(torch.cat([*pooled, geometry, shape], -1))
+        order = _left_to_right(boxes, area, present)
+        image = self._image_tokens(features, valid_sizes.to(dtype), (height, width))
+        return ObjectTokens(tokens, present, order, area / limits[..., :2].prod(-1), image)
+
+    def select(self, objects: ObjectTokens, image_index: Tensor, member: Tensor) -> tuple[Tensor, Tensor]:
+        """Return prefix tokens [E, G + P, D] and their mask (bool) for E object sets: image tokens, targets left to right, distractors.
+
+        member: bool [E, N], the targets of each set among its image's objects. Padding stands behind the distractors.
+        """
+        order = objects.order[image_index]
+        target = member.gather(1, order)
+        other = objects.present[image_index].gather(1, order) & ~target
+        area = objects.area[image_index].gather(1, order).masked_fill(~other, -1.0)
+        rank = area.argsort(dim=1, descending=True, stable=True).argsort(dim=1)
+        other = other & (rank < self.max_distractors)
+        kind = torch.where(target, TARGET, torch.where(other, DISTRACTOR, DISTRACTOR + 1))
+        place = kind.argsort(dim=1, stable=True)
+        length = int((kind <= DISTRACTOR).sum(1).max())
+        place = place[:, :length]
+        kind, source = kind.gather(1, place), order.gather(1, place)
+        tokens = objects.tokens[image_index[:, None], source] + self.kind(kind.clamp(max=DISTRACTOR))
+        image = objects.image[image_index] + self.kind.weight[IMAGE]
+        tokens = torch.cat([image.to(tokens.dtype), tokens], 1)
+        mask = torch.cat([kind.new_ones(image.shape[:2], dtype=torch.bool), kind <= DISTRACTOR], 1)
+        for layer in self.context:
+            tokens = layer(tokens, src_key_padding_mask=~mask)
+        return self.to_lm(tokens) * mask[..., None], mask
+
+    def _describe_masks(
+        self, masks: list[Tensor], num: int, dtype: torch.dtype, device: torch.device
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Boxes xyxy [B, N, 4] in pixels, areas [B, N] in pixels, present [B, N], flattened small pictures [B, N, S * S]."""
+        shape = (len(masks), num)
+        boxes, area = torch.zeros(*shape, 4, dtype=dtype, device=device), torch.zeros(shape, dtype=dtype, device=device)
+        picture = torch.zeros(*shape, self.shape_side**2, dtype=dtype, device=device)
+        for b, mask in enumerate(masks):
+            if len(mask) == 0:
+                continue
+            found = mask_boxes(mask).to(dtype)
+            boxes[b, : len(mask)] = found
+            area[b, : len(mask)] = mask.sum((1, 2)).to(dtype)
+            if self.shape_side:
+                rows = interval_weights(found[:, 1], found[:, 3], self.shape_side, mask.shape[1])
+                columns = interval_weights(found[:, 0], found[:, 2], self.shape_side, mask.shape[2])
+                with torch.autocast(mask.device.type, enabled=False):
+                    small = torch.bmm(torch.bmm(rows, mask.to(dtype)), columns.transpose(1, 2))
+                picture[b, : len(mask)] = small.flatten(1)
+        return boxes, area, area > 0, picture
+
+    def _image_tokens(self, features: list[Tensor], valid_sizes: Tensor, size: tuple[int, int]) -> Tensor:
+        """Pool the unpadded part of the image over a grid: [B, G, hidden]."""
+        grid, dtype = self.image_grid, self.kind.weight.dtype
+        num_images = len(valid_sizes)
+        if grid == 0:
+            return valid_sizes.new_zeros(num_images, 0, self.kind.embedding_dim, dtype=dtype)
+        pooled = []
+        zero = valid_sizes.new_zeros(num_images)
+        for feature, norm in zip(features, self.norms):
+            cells = feature.shape[-2:]
+            rows = interval_weights(zero, valid_sizes[:, 0] * cells[0] / size[0], grid, cells[0]).to(feature.dtype)
+            columns = interval_weights(zero, valid_sizes[:, 1] * cells[1] / size[1], grid, cells[1]).to(feature.dtype)
+            values = torch.einsum("bgh,bchw,bkw->bgkc", rows, feature, columns)
+            pooled.append(norm(values.flatten(1, 2).to(dtype)))
+        step = torch.arange(grid, device=valid_sizes.device, dtype=dtype) / grid
+        top, left = torch.meshgrid(step, step, indexing="ij")
+        boxes = torch.stack([left, top, left + 1 / grid, top + 1 / grid], -1).flatten(0, 1).expand(num_images, -1, 4)
+        geometry = geometry_code(boxes, torch.full_like(boxes[..., 0], 1 / grid**2))
+        shape = boxes.new_ones(num_images, grid**2, self.shape_side**2)
+        return self.project(torch.cat([*pooled, geometry, shape], -1))
+
+
+def geometry_code(boxes_xyxy_norm: Tensor, area: Tensor) -> Tensor:
+    """Return [..., GEOMETRY_WIDTH]: cxcywh, area, log aspect ratio, share of the box that is filled, and sine/cosine of the corners.
+
+    boxes_xyxy_norm: float [..., 4] in [0, 1].  area: float [...] as a share of the image.
+    """
+    x1, y1, x2, y2 = boxes_xyxy_norm.unbind(-1)
+    w, h = (x2 - x1).clamp(min=1e-6), (y2 - y1).clamp(min=1e-6)
+    plain = torch.stack([(x1 + x2) / 2, (y1 + y2) / 2, w, h, area.sqrt(), (w / h).log(), area / (w * h)], -1)
+    frequency = math.pi * 2.0 ** torch.arange(NUM_FREQUENCIES, device=area.device, dtype=area.dtype)
+    angle = (boxes_xyxy_norm[..., None] * frequency).flatten(-2)
+    return torch.cat([plain, angle.sin(), angle.cos()], -1)
+
+
+def interval_weights(start: Tensor, stop: Tensor, parts: int, cells: int) -> Tensor:
+    """Return averaging weights [N, parts, cells]: how much of cell [i, i + 1] lies in each of the equal parts of [start, stop]; rows sum to 1."""
+    step = (stop - start)[:, None] / parts
+    low = start[:, None] + step * torch.arange(parts, device=start.device, dtype=start.dtype)
+    cell = torch.arange(cells, device=start.device, dtype=start.dtype)
+    overlap = torch.minimum((low + step)[..., None], cell + 1) - torch.maximum(low[..., None], cell)
+    overlap = overlap.clamp(min=0)
+    return overlap / overlap.sum(-1, keepdim=True).clamp(min=1e-12)
+
+
+def mask_boxes(masks: Tensor) -> Tensor:
+    """Return int64 [N, 4] xyxy (right and bottom exclusive) around bool masks [N, H, W]; zeros for an empty mask."""
+    columns, rows = masks.any(1), masks.any(2)
+    found = rows.any(1)
+    left, top = columns.int().argmax(1), rows.int().argmax(1)
+    right = columns.shape[1] - columns.flip(1).int().argmax(1)
+    bottom = rows.shape[1] - rows.flip(1).int().argmax(1)
+    return torch.stack([left, top, right, bottom], 1) * found[:, None]
+
+
+def boxes_to_masks(boxes_xyxy: Tensor, height: int, width: int) -> Tensor:
+    """Return bool [n, H, W]: the pixels that xyxy boxes touch, at least one each."""
+    boxes = boxes_xyxy.double()
+    x = torch.arange(width, device=boxes.device)
+    y = torch.arange(height, device=boxes.device)
+    left, top = boxes[:, 0].floor().clamp(0, width - 1), boxes[:, 1].floor().clamp(0, height - 1)
+    right, bottom = torch.maximum(boxes[:, 2].ceil(), left + 1), torch.maximum(boxes[:, 3].ceil(), top + 1)
+    columns = (x >= left[:, None]) & (x < right[:, None])
+    rows = (y >= top[:, None]) & (y < bottom[:, None])
+    return rows[:, :, None] & columns[:, None, :]
+
+
+def selection_masks(
+    height: int, width: int, masks: Sequence[np.ndarray | Tensor] | None = None, boxes_xyxy: Sequence[Sequence[float]] | None = None
+) -> Tensor:
+    """Check one object set that a user selected and return it as bool [n, H, W] at the image's size. Give masks or boxes, not both.
+
+    Raises:
+        GrexError: nothing selected, both kinds given, a mask of another size or without a pixel, a box outside the image or without area.
+    """
+    if (masks is None) == (boxes_xyxy is None):
+        raise fault("masks and boxes both given" if masks is not None else "neither masks nor boxes", "one of them", "select objects one way")
+    chosen = masks if masks is not None else boxes_xyxy
+    assert chosen is not None
+    if len(chosen) == 0:
+        raise fault("an empty object set", "at least one object", "select one or more objects")
+    if boxes_xyxy is not None:
+        for i, box in enumerate(boxes_xyxy):
+            _check_box(i, [float(v) for v in box], height, width)
+        return boxes_to_masks(torch.tensor([[float(v) for v in box] for box in boxes_xyxy], dtype=torch.float64), height, width)
+    out = []
+    for i, given in enumerate(masks or []):
+        mask = torch.as_tensor(given)
+        if tuple(mask.shape) != (height, width):
+            size = "x".join(str(n) for n in mask.shape)
+            raise fault(f"mask {i} is {size}", f"{height}x{width} (height x width of the image)", "pass masks at the image's own size")
+        if not bool(mask.bool().any()):
+            raise fault(f"mask {i} has no pixel set", "at least one pixel", "leave the empty mask out")
+        out.append(mask.bool())
+    return torch.stack(out)
+
+
+def check_masks(masks: list[Tensor], features: list[Tensor]) -> tuple[int, int]:
+    """Return (H, W) of instance masks [N_b, H, W] after checking that they belong to these feature maps.
+
+    Raises:
+        GrexError: another number of images, masks of several sizes, or a size that no stride leads to the feature maps' size.
+    """
+    if len(masks) != len(features[0]):
+        raise fault(f"masks of {len(masks)} images", f"of {len(features[0])}, as the feature maps have", "pass one tensor of masks an image")
+    sizes = {tuple(m.shape[1:]) for m in masks if m.ndim == 3}
+    if len(sizes) != 1 or any(m.ndim != 3 for m in masks):
+        raise fault(f"instance masks of shapes {[tuple(m.shape) for m in masks]}", "[N, H, W] with one H, W", "pad all to the network input")
+    height, width = sizes.pop()
+    for feature in features:
+        h, w = feature.shape[-2:]
+        stride = height / h
+        if abs(width / stride - w) > 1 + w * 0.02 or height < h or width < w:
+            raise fault(
+                f"instance masks of {height}x{width} with feature maps of {h}x{w}", "one stride for height and width", "draw masks at the network input's size"
+            )
+    return height, width
+
+
+def _check_box(index: int, box: list[float], height: int, width: int) -> None:
+    if len(box) != 4 or not all(math.isfinite(v) for v in box):
+        raise fault(f"box {index} is {box}", "four finite numbers x1, y1, x2, y2 in pixels", "mend the box")
+    x1, y1, x2, y2 = box
+    if x2 <= x1 or y2 <= y1:
+        raise fault(f"box {index} {box} has no area", "x1 < x2 and y1 < y2", "give the corners left, top, right, bottom")
+    if x1 < 0 or y1 < 0 or x2 > width or y2 > height:
+        raise fault(f"box {index} {box} reaches outside the image", f"0 <= x <= {width} and 0 <= y <= {height}", "clip the box to the image")
+
+
+def _fill_empty(masks: Tensor, boxes_norm: Tensor) -> Tensor:
+    """Draw the box of every object whose mask has no pixel (box-only data, or an object lost in resizing)."""
+    empty = ~masks.flatten(1).any(1)
+    if not bool(empty.any()):
+        return masks
+    height, width = masks.shape[1:]
+    cx, cy, w, h = boxes_norm[empty].double().unbind(1)
+    scale = boxes_norm.new_tensor([width, height, width, height], dtype=torch.float64)
+    filled = masks.clone()
+    filled[empty] = boxes_to_masks(torch.stack([cx - w / 2, cy - h / 2, cx + w / 2, cy + h / 2], 1) * scale, height, width)
+    return filled
+
+
+def _downsample(masks: list[Tensor], num: int, cells: tuple[int, int] | torch.Size, dtype: torch.dtype) -> Tensor:
+    """Return [B, N, h, w]: the covered share of every cell. Area-weighted, so an object smaller than a cell keeps a weight above zero."""
+    out = torch.zeros(len(masks), num, *cells, dtype=dtype, device=masks[0].device)
+    for b, mask in enumerate(masks):
+        if len(mask):
+            out[b, : len(mask)] = F.adaptive_avg_pool2d(mask.to(dtype)[None], tuple(cells))[0]
+    return out
+
+
+def _left_to_right(boxes: Tensor, area: Tensor, present: Tensor) -> Tensor:
+    """Return int64 [B, N]: objects by centre x, then centre y, then area; absent ones last."""
+    order = area.argsort(dim=1, stable=True)
+    for key in (boxes[..., 1] + boxes[..., 3], (boxes[..., 0] + boxes[..., 2]).masked_fill(~present, math.inf)):
+        order = order.gather(1, key.gather(1, order).argsort(dim=1, stable=True))
+    return order

@@ -1,0 +1,24 @@
+"""Scaled dot-product attention that takes the fast path of each device."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+
+def attend(query: Tensor, key: Tensor, value: Tensor, allowed: Tensor | None = None) -> Tensor:
+    """Return softmax(q k^T / sqrt(d)) v, float [..., heads, Q, d].
+
+    query: [..., heads, Q, d].  key, value: [..., heads, S, d].  allowed: bool, broadcastable to [..., heads, Q, S]; True takes part.
+    Torch's fused kernels (flash attention where shapes allow) do the work, except for training on a CPU: there the backward pass of the
+    fused kernel took 24 ms where the plain products take 3 ms (192 x 4 heads, 16 x 14 positions, bfloat16, 2 threads).
+    """
+    if query.device.type != "cpu" or not (torch.is_grad_enabled() and query.requires_grad):
+        return F.scaled_dot_product_attention(query, key, value, attn_mask=allowed)
+    logits = (query * (1.0 / math.sqrt(query.shape[-1]))) @ key.transpose(-1, -2)
+    if allowed is not None:
+        logits = logits.masked_fill(~allowed, -torch.inf)
+    return logits.softmax(dim=-1).to(value.dtype) @ value
