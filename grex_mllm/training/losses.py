@@ -15,7 +15,7 @@ from torch import Tensor
 
 from grex_mllm.config import LossConfig
 from grex_mllm.errors import fault
-from grex_mllm.ops.boxes import cxcywh_to_xyxy, generalized_box_iou
+from grex_mllm.ops.boxes import cxcywh_to_xyxy, generalized_iou
 from grex_mllm.training.matcher import MatchCost, Matches, match
 from grex_mllm.types import Batch, GroundingOutput
 
@@ -79,10 +79,7 @@ def box_l1(boxes_norm: Tensor, gt_boxes_norm: Sequence[Tensor], matches: Matches
 def box_giou(boxes_norm: Tensor, gt_boxes_norm: Sequence[Tensor], matches: Matches) -> Tensor:
     """Compute 1 - generalized IoU of matched boxes, mean over matches; 0 (with a gradient path) without matches."""
     pred, gt = _matched(boxes_norm, gt_boxes_norm, matches)
-    if not len(matches):
-        return pred.sum()
-    giou = torch.vmap(generalized_box_iou)(cxcywh_to_xyxy(pred)[:, None], cxcywh_to_xyxy(gt)[:, None])
-    return (1 - giou).mean()
+    return (1 - generalized_iou(cxcywh_to_xyxy(pred), cxcywh_to_xyxy(gt))).sum() / max(len(matches), 1)
 
 
 def box_score(box_logits: Tensor, matches: Matches, kind: str) -> Tensor:

@@ -15,7 +15,7 @@ from scipy.optimize import linear_sum_assignment
 from torch import Tensor
 from torch.nn.functional import softplus
 
-from grex_mllm.ops.boxes import cxcywh_to_xyxy, generalized_box_iou
+from grex_mllm.ops.boxes import cxcywh_to_xyxy, generalized_iou
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -124,7 +124,7 @@ def pairing_cost(
     if cost.box_l1:
         total = total + cost.box_l1 * (boxes[:, :, None] - gt[:, None]).abs().sum(-1)
     if cost.box_giou:
-        total = total - cost.box_giou * torch.vmap(generalized_box_iou)(cxcywh_to_xyxy(boxes), cxcywh_to_xyxy(gt))
+        total = total - cost.box_giou * generalized_iou(cxcywh_to_xyxy(boxes)[:, :, None], cxcywh_to_xyxy(gt)[:, None])
     if (cost.mask or cost.dice) and mask_logits is not None and gt_masks is not None:
         total = total + _mask_cost(mask_logits.float().flatten(2), _pad(gt_masks).to(boxes).flatten(2), cost)
     return total
