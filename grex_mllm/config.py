@@ -232,7 +232,8 @@ class PredictConfig:
 
     boxes: str = "count"  # count (the N_O best) | threshold | both (the N_O best above the threshold)
     box_threshold: float = 0.7
-    min_mask_pixels: int = 0
+    no_target: str = "head"  # head | pixels (a mask under min_mask_pixels means no target: the papers' rule for methods without the head)
+    min_mask_pixels: int = 50
 
 
 @dataclass

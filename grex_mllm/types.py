@@ -77,12 +77,14 @@ class Geometry:
     """How an original image lies in the network input: x_in = x * scale_x, y_in = y * scale_y, then padding right and bottom.
 
     height, width: original size. input_height, input_width: size of the resized image without padding.
+    canvas: (H, W) of the network input with its padding; boxes are normalised by it. None = no padding.
     """
 
     height: int
     width: int
     input_height: int
     input_width: int
+    canvas: tuple[int, int] | None = None
 
     @property
     def scale_x(self) -> float:
@@ -176,6 +178,7 @@ class Grounding:
     mask: bool [H0, W0].  mask_input: bool at network input size before any emptying (for the official protocol).
     boxes_xyxy: float32 [n, 4] absolute pixels.  box_scores: float32 [n].  count: int, 6 means ">5".
     no_target_prob: float.  no_target: bool, the final answer.  minimap: float32 [P, P] or None.
+    head_no_target: what the no-target head alone says (the official protocol reads it).
     """
 
     expression: str
@@ -187,3 +190,4 @@ class Grounding:
     no_target: bool
     no_target_prob: float
     minimap: np.ndarray | None = None
+    head_no_target: bool = False

@@ -1,0 +1,88 @@
+"""From the logits of a decoder to the answer at the original image size.
+
+Mask: argmax of the two classes after bilinear upsampling (a tie is background). No target: argmax of the no-target head (a tie is "has a target"), as
+the released ReLA decides. Boxes: the papers select the N_O best boxes (GREx article, count head); the benchmark keeps boxes above a score.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from grex_mllm.config import PredictConfig
+from grex_mllm.errors import GrexError
+from grex_mllm.types import Geometry, Grounding, GroundingOutput
+
+MANY = 6  # the count class ">5"
+BOX_RULES = ("count", "threshold", "both")
+NO_TARGET_RULES = ("head", "pixels")
+
+
+def answers(output: GroundingOutput, expressions: list[str], geometries: list[Geometry], canvas: tuple[int, int], config: PredictConfig) -> list[Grounding]:
+    """Return one Grounding per expression.
+
+    geometries: of each expression's image.  canvas: (H, W) that the mask logits [E, 2, h, w] cover, padding included.
+    """
+    check(config)
+    no_target_prob = output.no_target_logits.float().softmax(dim=-1)[:, 1].cpu().numpy()
+    says_none = (output.no_target_logits[:, 1] > output.no_target_logits[:, 0]).cpu().numpy()
+    results = []
+    for e, (expression, geometry) in enumerate(zip(expressions, geometries, strict=True)):
+        mask_input, mask = masks_at(output.mask_logits[e].float(), geometry, canvas)
+        if config.no_target == "pixels":
+            says_none[e] = mask.sum() < config.min_mask_pixels
+            no_target_prob[e] = float(says_none[e])
+        no_target = bool(says_none[e]) or not mask.any()
+        boxes, scores, count = boxes_of(output, e, geometry, config)
+        if no_target:
+            mask, boxes, scores, count = np.zeros_like(mask), boxes[:0], scores[:0], 0
+        minimap = output.minimap_prob[e].float().cpu().numpy() if output.minimap_prob is not None else None
+        results.append(Grounding(expression, mask, mask_input, boxes, scores, count, no_target, float(no_target_prob[e]), minimap, bool(says_none[e])))
+    return results
+
+
+def check(config: PredictConfig) -> None:
+    """Raise on a rule that does not exist.
+
+    Raises:
+        GrexError: names the field, the value and the rules that exist.
+    """
+    for name, value, known in (("predict.boxes", config.boxes, BOX_RULES), ("predict.no_target", config.no_target, NO_TARGET_RULES)):
+        if value not in known:
+            raise GrexError(f'{name} is "{value}"; expected one of {", ".join(known)}; mend the configuration')
+
+
+def masks_at(logits: Tensor, geometry: Geometry, canvas: tuple[int, int]) -> tuple[np.ndarray, np.ndarray]:
+    """Return bool masks at the network input size (padding cut off) and at the original size, from logits float [2, h, w].
+
+    The original-size mask is sampled from the logits in one bilinear step (align_corners False), not from the thresholded input mask.
+    """
+    difference = (logits[1] - logits[0])[None, None]
+    at_input = F.interpolate(difference, size=canvas, mode="bilinear", align_corners=False)[0, 0, : geometry.input_height, : geometry.input_width]
+    y = (torch.arange(geometry.height, device=logits.device) + 0.5) * (2.0 * geometry.input_height / (geometry.height * canvas[0])) - 1.0
+    x = (torch.arange(geometry.width, device=logits.device) + 0.5) * (2.0 * geometry.input_width / (geometry.width * canvas[1])) - 1.0
+    where = torch.stack(torch.meshgrid(y, x, indexing="ij")[::-1], dim=-1)[None]
+    original = F.grid_sample(difference, where, mode="bilinear", align_corners=False, padding_mode="border")[0, 0]
+    return (at_input > 0).cpu().numpy(), (original > 0).cpu().numpy()
+
+
+def boxes_of(output: GroundingOutput, e: int, geometry: Geometry, config: PredictConfig) -> tuple[np.ndarray, np.ndarray, int]:
+    """Return boxes float32 [n, 4] xyxy at original size, scores float32 [n] (best first), and the count (6 = more than five)."""
+    if output.boxes_norm is None or output.box_logits is None:
+        count = int(output.count_logits[e].argmax()) if output.count_logits is not None else -1
+        return np.zeros((0, 4), np.float32), np.zeros(0, np.float32), count
+    scores, order = output.box_logits[e].float().sigmoid().sort(descending=True, stable=True)
+    above = int((scores >= config.box_threshold).sum())
+    count = int(output.count_logits[e].argmax()) if output.count_logits is not None else min(above, MANY)
+    best = max(MANY, above) if count >= MANY else count
+    keep = {"count": best, "threshold": above, "both": min(best, above)}[config.boxes]
+    boxes = output.boxes_norm[e].float()[order[:keep]]
+    centre, half = boxes[:, :2], boxes[:, 2:] / 2
+    scale = boxes.new_tensor([geometry.width, geometry.height])
+    if geometry.canvas is not None:  # boxes are normalised by the canvas, of which the image fills a part
+        scale = scale * boxes.new_tensor([geometry.canvas[1] / geometry.input_width, geometry.canvas[0] / geometry.input_height])
+    corners = torch.cat([(centre - half) * scale, (centre + half) * scale], dim=-1)
+    limit = corners.new_tensor([geometry.width, geometry.height] * 2)
+    return corners.clamp(min=0).minimum(limit).cpu().numpy(), scores[:keep].cpu().numpy(), count
