@@ -1,0 +1,263 @@
+"""Box metrics of generalized (GREC) and classic (REC) referring comprehension.
+
+GREC (arXiv 2308.16182). `official` equals the evaluator released with gRefCOCO: score threshold, *generalized* box IoU in float32, greedy
+matching. `strict` is what the papers' text says: plain IoU, optimal one-to-one matching. F1 of a sample is 2 TP / (kept + wanted).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, Self
+
+import numpy as np
+
+from grex_mllm.errors import fault
+from grex_mllm.metrics.segmentation import PROTOCOLS
+from grex_mllm.metrics.sums import NUM_LIMBS, limb_sums, mean, ratio
+
+SELECTIONS = ("threshold", "count", "all")
+MORE_THAN_FIVE = 6
+FIELDS = ("num_samples", "correct", "TP", "FN", "TN", "FP")  # then limbs of F1
+
+
+class GREC:
+    """Accumulate Pr@F1 (share of samples with F1 >= f1_threshold), mean F1, N_acc and T_acc over expressions.
+
+    protocol: "strict" | "official". iou_threshold: least overlap of a match.
+    select: which predicted boxes count: "threshold" (score >= score_threshold), "count" (the N_O best, papers' count variant), "all".
+    """
+
+    def __init__(
+        self,
+        protocol: str = "strict",
+        score_threshold: float = 0.7,
+        iou_threshold: float = 0.5,
+        f1_threshold: float = 1.0,
+        select: str = "threshold",
+    ) -> None:
+        if protocol not in PROTOCOLS or select not in SELECTIONS:
+            raise fault(f'protocol "{protocol}", select "{select}"', f"{PROTOCOLS} and {SELECTIONS}", "choose one of them")
+        if not iou_threshold > 0:
+            raise fault(f"iou_threshold {iou_threshold}", "a number above 0", "use the papers' 0.5")
+        self.protocol, self.select = protocol, select
+        self.score_threshold, self.iou_threshold, self.f1_threshold = score_threshold, iou_threshold, f1_threshold
+        self._sums = np.zeros(len(FIELDS) + NUM_LIMBS, np.int64)
+
+    def update(
+        self, pred_boxes_xyxy: Any, pred_scores: Any, gt_boxes_xyxy: Any, no_target: bool | None = None, count: int | None = None
+    ) -> tuple[int, int, int]:
+        """Add one expression: boxes [n, 4], scores [n], ground-truth boxes [m, 4] in absolute pixels; return (TP, kept, wanted).
+
+        no_target: default: no ground-truth box. count: N_O, needed by select="count".
+        """
+        return self.update_many([(pred_boxes_xyxy, pred_scores, gt_boxes_xyxy, no_target, count)])[0]
+
+    def update_many(self, samples: Sequence[tuple[Any, Any, Any, bool | None, int | None]]) -> list[tuple[int, int, int]]:
+        """Add many expressions at once (see `update` for the order of each tuple); one array operation computes all overlaps."""
+        matched = self.match(samples)
+        no_target = [bool(s[3]) if s[3] is not None else len(s[2]) == 0 for s in samples]
+        self.update_matches(*(np.array([m[k] for m in matched], np.int64) for k in range(3)), np.array(no_target, bool))
+        return matched
+
+    def match(self, samples: Sequence[tuple[Any, Any, Any, bool | None, int | None]]) -> list[tuple[int, int, int]]:
+        """Return (TP, kept, wanted) of every sample without adding it.
+
+        Raises:
+            GrexError: NaN in scores or boxes, inverted boxes, or unequal numbers of boxes and scores.
+        """
+        kept = [self._keep(_plain(s[0]), _plain(s[1]), s[4]) for s in samples]
+        wanted = [[] if s[3] else _plain(s[2]) for s in samples]
+        overlaps = self._overlaps(kept, wanted)
+        find = greedy_matches if self.protocol == "official" else most_matches
+        return [
+            (find(o, self.iou_threshold) if o is not None else 0, len(k), len(w)) for o, k, w in zip(overlaps, kept, wanted, strict=True)
+        ]
+
+    def update_matches(self, true_positives: Any, num_kept: Any, num_gt: Any, no_target: Any, wrong: Any = None) -> None:
+        """Add samples by their numbers, int64 [E]. wrong: bool [E], answers that are missing or unreadable, counted wrong everywhere."""
+        tp, n, m, e = (np.atleast_1d(np.asarray(v)) for v in (true_positives, num_kept, num_gt, no_target))
+        bad = np.zeros(len(tp), bool) if wrong is None else np.asarray(wrong, bool)
+        f1 = np.where(e, np.where(n == 0, 1.0, 0.0), 2 * tp / np.maximum(n + m, 1))
+        f1 = np.where(bad, 0.0, f1)
+        says_none = np.where(bad, ~e, n == 0)
+        flags = (e & says_none, e & ~says_none, ~e & ~says_none, ~e & says_none)
+        parts = [len(tp), (f1 >= self.f1_threshold).sum(), *(f.sum() for f in flags), *limb_sums(f1)]
+        self._sums = self._sums + np.array([int(p) for p in parts], np.int64)
+
+    def merge(self, other: GREC) -> Self:
+        """Add the sums of another object with the same settings."""
+        if self._settings() != other._settings():
+            raise fault(f"merging {other._settings()}", f"the same settings, {self._settings()}", "use one protocol for all shards")
+        self._sums = self._sums + other._sums
+        return self
+
+    def state(self) -> list[int]:
+        """Return the sums as plain integers."""
+        return [int(v) for v in self._sums]
+
+    def load_state(self, state: Sequence[int]) -> Self:
+        """Replace the sums by those of `state()`."""
+        self._sums = np.array(state, np.int64)
+        return self
+
+    def compute(self) -> dict[str, Any]:
+        """Return num_samples, no_target_share, Pr@F1, mean_F1, N_acc, T_acc, balanced_acc; None where there is nothing to be a share of."""
+        s = {key: int(v) for key, v in zip(FIELDS, self._sums, strict=False)}
+        n_acc, t_acc = ratio(s["TP"], s["TP"] + s["FN"]), ratio(s["TN"], s["TN"] + s["FP"])
+        return {
+            "num_samples": s["num_samples"],
+            "no_target_share": ratio(s["TP"] + s["FN"], s["num_samples"]),
+            "Pr@F1": ratio(s["correct"], s["num_samples"]),
+            "mean_F1": mean(self._sums[len(FIELDS) :], s["num_samples"]),
+            "N_acc": n_acc,
+            "T_acc": t_acc,
+            "balanced_acc": None if n_acc is None or t_acc is None else (n_acc + t_acc) / 2,
+        }
+
+    def _settings(self) -> tuple[Any, ...]:
+        return type(self).__name__, self.protocol, self.score_threshold, self.iou_threshold, self.f1_threshold, self.select
+
+    def _keep(self, boxes: list[list[float]], scores: list[float], count: int | None) -> list[list[float]]:
+        if len(boxes) != len(scores):
+            raise fault(f"{len(boxes)} boxes with {len(scores)} scores", "one score for each box", "write them together")
+        if any(score != score for score in scores):
+            raise fault("a box score that is NaN", "finite scores", "look for the first NaN in the model's outputs")
+        if self.select == "threshold":
+            chosen = [(s, b) for s, b in zip(scores, boxes, strict=True) if s >= self.score_threshold]
+            return [b for _, b in (sorted(chosen, reverse=True) if len(chosen) > 1 else chosen)]
+        ranked = [b for _, b in sorted(zip(scores, boxes, strict=True), reverse=True)]
+        if self.select == "all":
+            return ranked
+        if count is None:
+            raise fault('select "count" without a count', "a predicted count for each expression", 'use select "threshold"')
+        if count >= MORE_THAN_FIVE:  # ">5": at least six, and whatever else stands above the threshold
+            count = max(count, sum(s >= self.score_threshold for s in scores))
+        return ranked[:count]
+
+    def _overlaps(self, kept: list[list[Any]], wanted: list[list[Any]]) -> list[list[list[float]] | None]:
+        """Return one [n, m] list of overlaps for each sample with boxes on both sides: all pairs of all samples in one array."""
+        used = [k for k in range(len(kept)) if kept[k] and wanted[k]]
+        if not used:
+            return [None] * len(kept)
+        first = np.array([b for k in used for b in kept[k] for _ in wanted[k]], np.float64)
+        second = np.array([b for k in used for _ in kept[k] for b in wanted[k]], np.float64)
+        flat = (pair_giou_float32 if self.protocol == "official" else pair_iou)(_checked(first), _checked(second)).tolist()
+        result: list[list[list[float]] | None] = [None] * len(kept)
+        start = 0
+        for k in used:
+            m = len(wanted[k])
+            result[k] = [flat[start + r * m : start + (r + 1) * m] for r in range(len(kept[k]))]
+            start += len(kept[k]) * m
+        return result
+
+
+class REC:
+    """Accumulate classic REC: share of expressions whose best-scored box overlaps the one target by IoU >= 0.5."""
+
+    def __init__(self, iou_threshold: float = 0.5) -> None:
+        self.iou_threshold = iou_threshold
+        self._sums = np.zeros(2, np.int64)
+
+    def update(self, pred_boxes_xyxy: Any, pred_scores: Any, gt_box_xyxy: Any) -> bool:
+        """Add one expression: boxes [n, 4], scores [n], the ground-truth box [4]; return whether it is right."""
+        boxes, scores = _plain(pred_boxes_xyxy), _plain(pred_scores)
+        right = False
+        if boxes:
+            best = max(zip(scores, boxes, strict=True))[1]
+            right = bool(
+                pair_iou(_checked(np.array([best], np.float64)), np.array([_plain(gt_box_xyxy)], np.float64))[0] >= self.iou_threshold
+            )
+        self._sums += [1, int(right)]
+        return right
+
+    def merge(self, other: REC) -> Self:
+        """Add the sums of another object."""
+        self._sums = self._sums + other._sums
+        return self
+
+    def state(self) -> list[int]:
+        """Return the sums as plain integers."""
+        return [int(v) for v in self._sums]
+
+    def load_state(self, state: Sequence[int]) -> Self:
+        """Replace the sums by those of `state()`."""
+        self._sums = np.array(state, np.int64)
+        return self
+
+    def compute(self) -> dict[str, Any]:
+        """Return num_samples and Pr@<threshold>."""
+        return {"num_samples": int(self._sums[0]), f"Pr@{self.iou_threshold:g}": ratio(self._sums[1], self._sums[0])}
+
+
+def pair_iou(first_xyxy: np.ndarray, second_xyxy: np.ndarray) -> np.ndarray:
+    """Return the plain IoU [P] of paired boxes [P, 4]; 0 where the union is empty."""
+    inter, union, _ = _pair_parts(first_xyxy, second_xyxy)
+    return np.divide(inter, union, out=np.zeros_like(inter), where=union > 0)
+
+
+def pair_giou_float32(first_xyxy: np.ndarray, second_xyxy: np.ndarray) -> np.ndarray:
+    """Return the generalized IoU [P] in float32, operation by operation as the released evaluator does; two zero-area boxes give NaN."""
+    inter, union, enclosing = _pair_parts(first_xyxy.astype(np.float32), second_xyxy.astype(np.float32))
+    with np.errstate(divide="ignore", invalid="ignore"):
+        return inter / union - (enclosing - union) / enclosing
+
+
+def greedy_matches(overlap: list[list[float]], threshold: float) -> int:
+    """Return how many pairs greedy matching takes: the largest entry left, first in reading order among equals, until below the threshold.
+
+    overlap: [n][m]. NaN counts as largest, as in the released code (torch.topk).
+    """
+    entries = [
+        (-value if value == value else -np.inf, r, c)
+        for r, row in enumerate(overlap)
+        for c, value in enumerate(row)
+        if not value < threshold
+    ]
+    if len(entries) < 2:
+        return len(entries)
+    rows, columns = set(), set()
+    for _, r, c in sorted(entries):
+        if r not in rows and c not in columns:
+            rows.add(r)
+            columns.add(c)
+    return len(rows)
+
+
+def most_matches(overlap: list[list[float]], threshold: float) -> int:
+    """Return the largest number of one-to-one pairs with overlap >= threshold (what Hungarian matching finds), by augmenting paths."""
+    edges = [[c for c, value in enumerate(row) if value >= threshold] for row in overlap]
+    owner: dict[int, int] = {}
+
+    def place(row: int, seen: set[int]) -> bool:
+        for c in edges[row]:
+            if c not in seen:
+                seen.add(c)
+                if c not in owner or place(owner[c], seen):
+                    owner[c] = row
+                    return True
+        return False
+
+    return sum(place(row, set()) for row in range(len(edges)))
+
+
+def _pair_parts(a: np.ndarray, b: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    a, b = a.T, b.T
+    zero = a.dtype.type(0)
+    width = np.maximum(np.minimum(a[2], b[2]) - np.maximum(a[0], b[0]), zero)
+    height = np.maximum(np.minimum(a[3], b[3]) - np.maximum(a[1], b[1]), zero)
+    inter = width * height
+    union = (a[2] - a[0]) * (a[3] - a[1]) + (b[2] - b[0]) * (b[3] - b[1]) - inter
+    outer_width = np.maximum(np.maximum(a[2], b[2]) - np.minimum(a[0], b[0]), zero)
+    outer_height = np.maximum(np.maximum(a[3], b[3]) - np.minimum(a[1], b[1]), zero)
+    return inter, union, outer_width * outer_height
+
+
+def _checked(boxes: np.ndarray) -> np.ndarray:
+    if boxes.ndim != 2 or boxes.shape[1] != 4 or not np.isfinite(boxes).all() or (boxes[:, 2:] < boxes[:, :2]).any():
+        wrong = boxes[~np.isfinite(boxes).all(1) | (boxes[:, 2:] < boxes[:, :2]).any(1)][:1].tolist() if boxes.ndim == 2 else boxes.shape
+        raise fault(f"box {wrong}", "[x1, y1, x2, y2] with finite x1 <= x2, y1 <= y2", "convert xywh or cxcywh boxes to xyxy")
+    return boxes
+
+
+def _plain(values: Any) -> list[Any]:
+    return values if isinstance(values, list) else list(values) if isinstance(values, tuple) else values.tolist()

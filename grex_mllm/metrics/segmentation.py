@@ -1,0 +1,245 @@
+"""Mask metrics of generalized (GRES) and classic (RES) referring segmentation, from masks, logits or run-length codes.
+
+GRES (CVPR 2023) section 5.1. Two protocols from the same counts: `official` equals the released ReLA evaluator (after its fix of
+2023-08-26), `strict` follows the paper's text. They differ where a targeted expression is rejected and in who says "no target".
+Everything reduces to four numbers a sample: pixels in both masks, pixels of each, and two flags; all state is one int64 vector.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Sequence
+from typing import Any, Self
+
+import numpy as np
+
+from grex_mllm.errors import GrexError, fault
+from grex_mllm.metrics.sums import NUM_LIMBS, limb_sums, mean, ratio
+
+PROTOCOLS = ("strict", "official")
+THRESHOLDS = (0.5, 0.6, 0.7, 0.8, 0.9)
+FIELDS = ("num_samples", "TP", "FN", "TN", "FP", "intersection", "union")  # then limbs of all IoUs, limbs of targeted IoUs, Pr counts
+
+
+class GRES:
+    """Accumulate gIoU, cIoU, N_acc, T_acc and Pr@X over expressions.
+
+    protocol: "strict" | "official". thresholds: X of Pr@X (share of targeted samples with IoU >= X).
+    min_mask_pixels: a smaller predicted mask counts as "no target" (papers: 50, for methods without a no-target head); 0 = off.
+    """
+
+    def __init__(self, protocol: str = "strict", thresholds: Sequence[float] = THRESHOLDS, min_mask_pixels: int = 0) -> None:
+        if protocol not in PROTOCOLS:
+            raise fault(f'protocol "{protocol}"', " or ".join(PROTOCOLS), "choose one of them")
+        self.protocol, self.thresholds, self.min_mask_pixels = protocol, tuple(thresholds), int(min_mask_pixels)
+        self._sums = np.zeros(len(FIELDS) + 2 * NUM_LIMBS + len(self.thresholds), np.int64)
+        self._device_sums: Any = None  # tensors add up on their own device: no host synchronisation before compute()
+
+    def update(self, pred_mask: Any, gt_mask: Any, pred_no_target: Any = None, gt_no_target: Any = None) -> None:
+        """Add masks: bool (or 0/1) [E, H, W] or [H, W], NumPy or torch; flags bool [E].
+
+        pred_no_target: the head's decision; needed by `official`, optional for `strict` (an empty mask says it too).
+        gt_no_target: default: the ground-truth mask is empty.
+        """
+        pred, gt = _as_masks(pred_mask), _as_masks(gt_mask)
+        if tuple(pred.shape) != tuple(gt.shape):
+            raise fault(
+                f"predicted masks {tuple(pred.shape)}", f"the shape of the ground truth, {tuple(gt.shape)}", "resize the prediction"
+            )
+        gt = _like(gt, pred)
+        if isinstance(pred, np.ndarray):
+            counts = np.array([[np.count_nonzero(p & g), np.count_nonzero(p), np.count_nonzero(g)] for p, g in zip(pred, gt, strict=True)])
+            counts = counts.reshape(-1, 3).T
+        else:
+            counts = [(pred & gt).sum((1, 2)), pred.sum((1, 2)), gt.sum((1, 2))]
+        self.update_counts(counts[0], counts[1], counts[2], pred_no_target, gt_no_target)
+
+    def update_logits(self, mask_logits: Any, gt_mask: Any, pred_no_target: Any = None, gt_no_target: Any = None) -> None:
+        """Add mask logits, float [E, 2, H, W] (0 background, 1 target) or [2, H, W]; the mask is the argmax, ties to the background.
+
+        One comparison replaces the argmax over two channels of the released evaluator.
+
+        Raises:
+            GrexError: NaN in NumPy logits (tensors are not looked at: that would wait for the device).
+        """
+        logits = mask_logits[None] if mask_logits.ndim == 3 else mask_logits
+        if isinstance(logits, np.ndarray) and np.isnan(logits.sum()) and np.isnan(logits).any():
+            raise fault("mask logits with NaN", "finite numbers", "look for the first NaN in the model's outputs")
+        self.update(logits[:, 1] > logits[:, 0], gt_mask, pred_no_target, gt_no_target)
+
+    def update_rle(self, pred_rles: Sequence[Any], gt_rles: Sequence[Any], pred_no_target: Any = None, gt_no_target: Any = None) -> None:
+        """Add COCO run-length codes by merging runs, without decoding. Codes from a file are checked first (`ops.rle.check_rle`)."""
+        from grex_mllm.ops.rle import overlap_counts
+
+        counts = np.array([overlap_counts(p, g) for p, g in zip(pred_rles, gt_rles, strict=True)], np.int64).reshape(-1, 3)
+        self.update_counts(counts[:, 0], counts[:, 1], counts[:, 2], pred_no_target, gt_no_target)
+
+    def update_counts(
+        self, intersection: Any, pred_area: Any, gt_area: Any, pred_no_target: Any = None, gt_no_target: Any = None, wrong: Any = None
+    ) -> None:
+        """Add samples by their pixel counts, int64 [E], NumPy or torch.
+
+        wrong: bool [E], answers that are missing, refused or unreadable: IoU 0 and the no-target decision counted as the wrong one.
+        """
+        module, inter = _module_of(intersection)
+        pred_n, gt_n = _like(pred_area, inter), _like(gt_area, inter)
+        e = gt_n == 0 if gt_no_target is None else _flags(gt_no_target, inter)
+        says_none = self._decisions(pred_n, None if pred_no_target is None else _flags(pred_no_target, inter))
+        if self.min_mask_pixels:
+            kept = pred_n >= self.min_mask_pixels
+            inter, pred_n = inter * kept, pred_n * kept
+        if wrong is not None:
+            bad = _flags(wrong, inter)
+            inter, pred_n = inter * ~bad, pred_n * ~bad
+            says_none = module.where(bad, ~e, says_none)
+        self._add(*self._rules(module, inter, pred_n, gt_n, says_none, e))
+
+    def merge(self, other: GRES) -> Self:
+        """Add the sums of another object with the same settings."""
+        if self._settings() != other._settings():
+            raise fault(f"merging {other._settings()}", f"the same settings, {self._settings()}", "use one protocol for all shards")
+        self._sums = self._host() + other._host()
+        return self
+
+    def state(self) -> list[int]:
+        """Return the sums as plain integers: what processes exchange."""
+        return [int(v) for v in self._host()]
+
+    def load_state(self, state: Sequence[int]) -> Self:
+        """Replace the sums by those of `state()`."""
+        self._sums, self._device_sums = np.array(state, np.int64), None
+        return self
+
+    def compute(self) -> dict[str, Any]:
+        """Return fractions in [0, 1]; None where a share has no sample to be a share of.
+
+        `official` without a no-target sample gives 0 for N_acc and T_acc, as the released code prints. cIoU is 0, with a warning, where
+        no pixel was predicted or wanted (the released code divides by zero).
+        """
+        s = self._named()
+        n_none, n_some = s["TP"] + s["FN"], s["TN"] + s["FP"]
+        n_acc, t_acc = ratio(s["TP"], n_none), ratio(s["TN"], n_some)
+        if self.protocol == "official" and n_none == 0 and s["num_samples"]:
+            n_acc = t_acc = 0.0
+        if s["num_samples"] and s["union"] == 0:
+            warnings.warn("cIoU: no pixel was predicted or wanted in any sample; reported as 0", stacklevel=2)
+        return {
+            "num_samples": s["num_samples"],
+            "no_target_share": ratio(n_none, s["num_samples"]),
+            "gIoU": mean(s["iou"], s["num_samples"]),
+            "cIoU": (ratio(s["intersection"], s["union"]) or 0.0) if s["num_samples"] else None,
+            "N_acc": n_acc,
+            "T_acc": t_acc,
+            "balanced_acc": None if n_acc is None or t_acc is None else (n_acc + t_acc) / 2,
+            **{f"Pr@{x:g}": ratio(hits, n_some) for x, hits in zip(self.thresholds, s["hits"], strict=True)},
+        }
+
+    def _settings(self) -> tuple[Any, ...]:
+        return type(self).__name__, self.protocol, self.thresholds, self.min_mask_pixels
+
+    def _decisions(self, pred_n: Any, head: Any) -> Any:
+        if self.protocol == "official":
+            if head is None and not self.min_mask_pixels:
+                raise fault(
+                    "no decision of a no-target head",
+                    'one per sample under protocol "official"',
+                    "pass pred_no_target, or set min_mask_pixels",
+                )
+            small = pred_n < self.min_mask_pixels
+            return small if head is None else head | small
+        small = pred_n < max(1, self.min_mask_pixels)
+        return small if head is None else head | small
+
+    def _rules(self, module: Any, inter: Any, pred_n: Any, gt_n: Any, says_none: Any, e: Any) -> tuple[Any, ...]:
+        """Apply the table of the protocol: returns module, IoU, I, U, says_none, e, all [E]."""
+        answered = ~says_none & ~e
+        rejected_union = pred_n + gt_n - inter if self.protocol == "official" else gt_n
+        zero = inter * 0
+        i = module.where(answered, inter, zero)
+        u = module.where(e, module.where(says_none, zero, pred_n), module.where(says_none, rejected_union, pred_n + gt_n - inter))
+        denominator = module.where(u > 0, u, zero + 1)
+        iou = _double(i) / _double(denominator)
+        iou = module.where(e, _double(e & says_none), iou)
+        return module, iou, i, u, says_none, e
+
+    def _add(self, module: Any, iou: Any, i: Any, u: Any, says_none: Any, e: Any) -> None:
+        flags = [e & says_none, e & ~says_none, ~e & ~says_none, ~e & says_none]
+        num = int(iou.shape[0])
+        parts = [num, *(f.sum() for f in flags), i.sum(), u.sum(), *limb_sums(iou), *limb_sums(iou * _double(~e))]
+        parts += [((iou >= x) & ~e).sum() for x in self.thresholds]
+        if module is np:
+            self._sums = self._sums + np.array([int(p) for p in parts], np.int64)
+            return
+        counted = module.stack([module.as_tensor(p, dtype=module.int64, device=iou.device) for p in parts[1:]])
+        self._sums[0] += num
+        if self._device_sums is not None and self._device_sums.device != counted.device:
+            self._sums, self._device_sums = self._host(), None
+        self._device_sums = counted if self._device_sums is None else self._device_sums + counted
+
+    def _host(self) -> np.ndarray:
+        sums = self._sums.copy()
+        if self._device_sums is not None:
+            sums[1:] += self._device_sums.cpu().numpy()
+        return sums
+
+    def _named(self) -> dict[str, Any]:
+        v = [int(x) for x in self._host()]
+        named: dict[str, Any] = dict(zip(FIELDS, v, strict=False))
+        k = len(FIELDS)
+        named.update(iou=v[k : k + NUM_LIMBS], targeted_iou=v[k + NUM_LIMBS : k + 2 * NUM_LIMBS], hits=v[k + 2 * NUM_LIMBS :])
+        return named
+
+
+class RES(GRES):
+    """Accumulate classic referring segmentation over expressions that all have a target: mIoU, cIoU (also called oIoU), Pr@X."""
+
+    def __init__(self, thresholds: Sequence[float] = THRESHOLDS) -> None:
+        super().__init__("strict", thresholds, 0)
+
+    def compute(self) -> dict[str, Any]:
+        """Return num_samples, mIoU, cIoU and Pr@X as fractions.
+
+        Raises:
+            GrexError: an expression without a target was added.
+        """
+        s = self._named()
+        if s["TP"] + s["FN"]:
+            raise GrexError(f"{s['TP'] + s['FN']} expressions have no target; RES expects a target for each; use GRES for this data")
+        whole = super().compute()
+        return {"num_samples": s["num_samples"], "mIoU": whole["gIoU"], "cIoU": whole["cIoU"]} | {
+            key: value for key, value in whole.items() if key.startswith("Pr@")
+        }
+
+
+def _as_masks(mask: Any) -> Any:
+    masks = mask[None] if mask.ndim == 2 else mask
+    if isinstance(masks, np.ndarray):
+        return masks if masks.dtype == bool else masks != 0
+    return masks.bool()
+
+
+def _module_of(values: Any) -> tuple[Any, Any]:
+    if type(values).__module__.startswith("torch"):
+        import torch
+
+        return torch, values.reshape(-1).long()
+    return np, np.atleast_1d(np.asarray(values, np.int64))
+
+
+def _like(values: Any, reference: Any) -> Any:
+    """Return values as the same kind of array, on the same device, as the reference."""
+    if isinstance(reference, np.ndarray):
+        return np.atleast_1d(np.asarray(values.cpu() if hasattr(values, "cpu") else values))
+    import torch
+
+    moved = torch.as_tensor(values, device=reference.device)
+    return moved.reshape(-1) if reference.ndim == 1 else moved
+
+
+def _flags(values: Any, reference: Any) -> Any:
+    flags = _like(values, reference)
+    return flags.astype(bool) if isinstance(flags, np.ndarray) else flags.bool()
+
+
+def _double(values: Any) -> Any:
+    return values.astype(np.float64) if isinstance(values, np.ndarray) else values.double()
