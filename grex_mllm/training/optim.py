@@ -27,7 +27,8 @@ TEXT_LAYER = re.compile(r"(^|\.)text\.(.*\.)?encoder\.layer\.(\d+)\.")
 # the decoder's level embedding is a table like the queries; that of the pixel decoder is decayed by the released code
 DECODER_TABLE = re.compile(r"(^|\.)decoder\.(.*\.)?(level_embed|query_feat|query_embed)(\.weight)?$")
 BIAS_TABLE = "relative_position_bias_table"
-HEAD = re.compile(r"head|(mask|minimap|nt|no_target|box|count|score|logit)\w*(_embed|_mlp|_proj)?\.|embed_tokens|lora_")
+# output layers, adapters, and the offsets of deformable attention (zero at first, in pixels); thin heads are known by shape
+NOT_HIDDEN = re.compile(r"(^|[._])(heads?|embed_tokens|lora_[AB]|sampling_offsets)(\.|$)")
 SMALLEST_MUON_SIDE = 16
 
 
@@ -125,7 +126,7 @@ def hidden_matrices(model: nn.Module) -> set[str]:
     """Name the 2-D weights of hidden linear layers and attention projections: no embedding, head, adapter or thin matrix."""
     chosen = set()
     for prefix, module in model.named_modules():
-        if isinstance(module, nn.Embedding) or HEAD.search(f"{prefix}."):
+        if isinstance(module, nn.Embedding) or NOT_HIDDEN.search(prefix):
             continue
         for local, parameter in module.named_parameters(recurse=False):
             matrix = isinstance(module, nn.Linear | nn.MultiheadAttention) and local.endswith("weight") and parameter.ndim == 2
