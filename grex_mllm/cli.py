@@ -1,0 +1,338 @@
+"""The command line: one function per verb. Heavy packages are imported inside the verbs, so that `grex --help` stays fast."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from grex_mllm.errors import GrexError, fault
+
+
+def demo(out: str = "runs/demo", config: str | None = None, overrides: list[str] | None = None) -> int:
+    """Train the joint model on synthetic scenes, predict and score the test split, and write a report.
+
+    Args:
+        out: the run's folder.
+        config: another configuration than the demo's own.
+        overrides: fields to change, as --a.b=c.
+    """
+    from grex_mllm.demo import run_demo
+
+    run_demo(Path(out), config, overrides or [])
+    return 0
+
+
+def train(config: str | None = None, overrides: list[str] | None = None) -> int:
+    """Train a model: grex train --config configs/X.yaml --data.train FOLDER --train.out runs/X. Any field of the configuration is a flag.
+
+    Args:
+        config: a YAML of configs/.
+    """
+    from grex_mllm.config import load_config
+    from grex_mllm.training.run import train_from_config
+
+    train_from_config(load_config(config, overrides))
+    return 0
+
+
+def predict(
+    model: str,
+    data: str,
+    out: str,
+    split: str = "test",
+    tasks: str = "ground,generate",
+    image_root: str | None = None,
+    listener: int = 0,
+    limit: int | None = None,
+    device: str = "auto",
+    overrides: list[str] | None = None,
+) -> int:
+    """Answer every expression and describe every object set of a split; resumable.
+
+    Args:
+        model: a model folder or hub id.
+        data: a dataset folder, or "synthetic".
+        out: the predictions.jsonl to write; lines that it already holds are kept.
+        split: which split.
+        tasks: ground, generate or both with a comma.
+        image_root: where the images lie, when not where dataset.json says.
+        listener: candidates for the listener-chosen expression; 0 = greedy only.
+        limit: only the first images.
+        device: auto, cpu, cuda, cuda:1, ...
+    """
+    from grex_mllm.predict import predict_split
+
+    predict_split(model, data, Path(out), split, tasks.split(","), image_root, listener, limit, device, overrides or [])
+    return 0
+
+
+def score(
+    predictions: str,
+    data: str,
+    split: str,
+    protocol: str = "eval/protocols/all.yaml",
+    out: str = "results.json",
+    image_root: str | None = None,
+    per_sample: bool = False,
+    allow_missing: bool = False,
+) -> int:
+    """Score predictions of any system and write results.json.
+
+    Args:
+        predictions: predictions.jsonl, a COCO results JSON, or a folder of PNG masks.
+        data: the dataset folder.
+        split: which split.
+        protocol: a file of eval/protocols/.
+        out: the results file.
+        image_root: where the images lie.
+        per_sample: also write one row per sample.
+        allow_missing: count missing predictions as wrong instead of stopping.
+    """
+    from grex_mllm.score import score as run
+
+    run(predictions, data, split, protocol, out, per_sample=per_sample, allow_missing=allow_missing)
+    return 0
+
+
+def ground(model: str, image: str, expression: list[str], out: str = ".", device: str = "auto") -> int:
+    """Ground expressions in an image: prints JSON and writes an overlay PNG and a mask PNG for each.
+
+    Args:
+        model: a model folder or hub id.
+        image: an image file.
+        expression: one or more expressions.
+        out: folder for the pictures.
+        device: auto, cpu, cuda.
+    """
+    from grex_mllm.ask import ground_image
+
+    print(json.dumps(ground_image(model, image, expression, Path(out), device), indent=2, ensure_ascii=False))
+    return 0
+
+
+def describe(
+    model: str,
+    image: str,
+    boxes: list[list[float]] | None = None,
+    masks: list[str] | None = None,
+    mode: str = "greedy",
+    candidates: int = 1,
+    rerank: str | None = None,
+    seed: int = 0,
+    device: str = "auto",
+) -> int:
+    """Write one expression for a set of objects of an image.
+
+    Args:
+        model: a model folder or hub id.
+        image: an image file.
+        boxes: the objects as xyxy boxes in pixels, "[[x1,y1,x2,y2], ...]".
+        masks: the objects as mask PNGs of the image's size.
+        mode: greedy, beam or sample.
+        candidates: how many to draw for the reranking.
+        rerank: listener = choose the candidate that the model itself grounds best.
+        seed: of the sampling.
+        device: auto, cpu, cuda.
+    """
+    from grex_mllm.ask import describe_objects
+
+    print(json.dumps(describe_objects(model, image, boxes, masks, mode, candidates, rerank, seed, device), indent=2, ensure_ascii=False))
+    return 0
+
+
+def data(action: str, folders: list[str], image_root: str | None = None, out: str | None = None, split: str = "test", length: int = 500, seed: int = 0) -> int:
+    """Check, describe or make dataset folders: grex data check|stats|export FOLDER ...
+
+    Args:
+        action: check (prove every record), stats (counts and a picture sheet), export (write synthetic scenes into the folder).
+        folders: dataset folders; several are checked as a mixture, too.
+        image_root: where the images lie.
+        out: stats: where the picture sheet goes (default FOLDER/samples.png).
+        split: export: which synthetic split.
+        length: export: how many scenes.
+        seed: export: seed of the scenes; stats: of the sheet.
+    """
+    from grex_mllm.data.command import run_data
+
+    return run_data(action, folders, image_root, out, split, length, seed)
+
+
+def convert(
+    kind: str,
+    source: list[str],
+    out: str | None = None,
+    config: str | None = None,
+    vocab: str | None = None,
+) -> int:
+    """Convert released checkpoints: grex convert rela FILE --out DIR | swin FILE --out FILE | check MODEL RECORDED.
+
+    Args:
+        kind: rela, swin or check.
+        source: the checkpoint; for check: a converted model and a folder of recorded tensors.
+        out: where the result goes.
+        config: sizes of a model that is none of the released three.
+        vocab: BERT's vocab.txt for the model folder.
+    """
+    from grex_mllm.convert.command import run_convert
+
+    return run_convert(kind, source, out, config, vocab)
+
+
+def compare(results: list[str], out: str | None = None, format: str = "markdown", no_published: bool = False, any_protocol: bool = False) -> int:
+    """Set results side by side, with paired bootstrap intervals where per-sample rows exist.
+
+    Args:
+        results: two or more results.json.
+        out: a file instead of the screen.
+        format: markdown, latex or csv.
+        no_published: leave the published rows out.
+        any_protocol: compare in spite of different protocol versions.
+    """
+    from grex_mllm.compare import compare as run
+
+    text = run(results, format=format, published=not no_published, any_protocol=any_protocol)
+    if out is None:
+        print(text)
+    else:
+        Path(out).write_text(text, encoding="utf-8")
+    return 0
+
+
+def errors(results: str, out: str = "errors", data: str | None = None, predictions: str | None = None) -> int:
+    """Tell where the points are lost, with picture sheets of each kind of error.
+
+    Args:
+        results: a results.json with per-sample rows.
+        out: folder for the sheets.
+        data: the dataset folder, for pictures.
+        predictions: the predictions, for pictures.
+    """
+    from grex_mllm.error_analysis import errors as run
+
+    print(run(results, out, data=data, predictions=predictions))
+    return 0
+
+
+def report(run: str) -> int:
+    """Write report.html of a finished run.
+
+    Args:
+        run: the run's folder.
+    """
+    from grex_mllm.demo import report_run
+
+    print(report_run(Path(run)))
+    return 0
+
+
+VERBS: dict[str, Callable[..., int]] = {
+    "demo": demo, "train": train, "predict": predict, "score": score, "ground": ground, "describe": describe,
+    "data": data, "convert": convert, "compare": compare, "errors": errors, "report": report,
+}  # fmt: skip
+POSITIONAL = {"predictions", "action", "folders", "kind", "source", "results", "run"}
+MANY = {"expression", "masks", "folders", "source"}
+WITH_OVERRIDES = {"demo", "train", "predict"}
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run a verb. Exit status: 0 done, 1 the check found faults, 2 the user's input is at fault."""
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    if not arguments or arguments[0] in ("-h", "--help"):
+        print(_overview())
+        return 0
+    if arguments[0] == "--version":
+        from grex_mllm import __version__
+
+        print(__version__)
+        return 0
+    try:
+        return _run(arguments[0], arguments[1:])
+    except GrexError as error:
+        print(f"grex {arguments[0]}: {error}", file=sys.stderr)
+        return 2
+    except BrokenPipeError:
+        return 0
+
+
+def _overview() -> str:
+    lines = ["usage: grex VERB [options]     grex VERB --help tells the options", ""]
+    lines += [f"  {name:10s} {(verb.__doc__ or '').strip().splitlines()[0]}" for name, verb in VERBS.items()]
+    return "\n".join(lines)
+
+
+def _run(verb: str, arguments: list[str]) -> int:
+    if verb not in VERBS:
+        import difflib
+
+        near = difflib.get_close_matches(verb, VERBS, n=1)
+        raise fault(f'unknown verb "{verb}"', f"one of {', '.join(VERBS)}", f'did you mean "{near[0]}"?' if near else "see grex --help")
+    own, overrides = _split_overrides(arguments) if verb in WITH_OVERRIDES else (arguments, [])
+    own = [_underscores(item) for item in own]
+    given = vars(_parser(verb).parse_args(own))
+    if verb in WITH_OVERRIDES:
+        given["overrides"] = overrides
+    return VERBS[verb](**given)
+
+
+def _split_overrides(arguments: list[str]) -> tuple[list[str], list[str]]:
+    """Take the dotted flags (--a.b=c, --a.b c) out; they belong to the configuration."""
+    own, overrides = [], []
+    items = iter(arguments)
+    for item in items:
+        if item.startswith("--") and "." in item.split("=", 1)[0]:
+            value = None if "=" in item else next(items, None)
+            if "=" not in item and value is None:
+                raise fault(f"{item} without a value", f"{item}=VALUE", "give the value")
+            overrides.append(item if "=" in item else f"{item}={value}")
+        else:
+            own.append(item)
+    return own, overrides
+
+
+def _underscores(item: str) -> str:
+    name, equals, value = item.partition("=")
+    return name[:2] + name[2:].replace("-", "_") + equals + value if name.startswith("--") and " " not in name else item
+
+
+def _parser(verb: str) -> Any:
+    import inspect
+
+    from jsonargparse import ArgumentParser
+
+    function = VERBS[verb]
+    description = (function.__doc__ or "").split("Args:")[0].strip()
+    parser = ArgumentParser(prog=f"grex {verb}", description=description)
+    parameters = inspect.signature(function).parameters
+    switches = {name for name, parameter in parameters.items() if parameter.default is False}
+    special = ((POSITIONAL | MANY) & set(parameters)) | switches
+    texts = _argument_texts(function)
+    for name, parameter in parameters.items():
+        if name in switches:
+            parser.add_argument(f"--{name}", action="store_true", help=texts.get(name, ""))
+        if name not in special - switches:
+            continue
+        required = parameter.default is inspect.Parameter.empty
+        many = name in MANY or "list" in str(parameter.annotation)
+        options: dict[str, Any] = {"help": texts.get(name, "")} | ({"nargs": "+"} if many else {})
+        if name in POSITIONAL:
+            parser.add_argument(name, **options)
+        else:
+            parser.add_argument(f"--{name}", **options, **({"required": True} if required else {"default": None}))
+    parser.add_function_arguments(function, as_group=False, skip=special | {"overrides"})
+    return parser
+
+
+def _argument_texts(function: Callable[..., int]) -> dict[str, str]:
+    texts = {}
+    for line in (function.__doc__ or "").partition("Args:")[2].splitlines():
+        name, colon, text = line.strip().partition(": ")
+        if colon:
+            texts[name] = text
+    return texts
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,235 @@
+"""GrexModel: ground expressions in an image, describe objects of an image. Composition only."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import tempfile
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from huggingface_hub import ModelHubMixin, snapshot_download
+from torch import Tensor, nn
+
+from grex_mllm.config import Config, load_config, save_config
+from grex_mllm.data.images import load_image
+from grex_mllm.data.transforms import resize_image
+from grex_mllm.errors import GrexError, fault
+from grex_mllm.models import build_grounding
+from grex_mllm.models.answer import answers
+from grex_mllm.models.grounding import ImageFeatures
+from grex_mllm.models.text import TextTokenizer, load_text_tokenizer
+from grex_mllm.types import Geometry, Grounding
+
+WEIGHTS, CONFIG, TEXT_TOKENIZER, LM_TOKENIZER = "model.safetensors", "config.yaml", "text_tokenizer", "lm_tokenizer"
+MAX_EXPRESSION_CHARACTERS = 1000
+
+
+@dataclass
+class EncodedImage:
+    """One image, encoded once for many expressions and object sets."""
+
+    features: ImageFeatures
+    geometry: Geometry
+    canvas: tuple[int, int]
+
+
+class GrexModel(nn.Module, ModelHubMixin):
+    """Masks, boxes and counts from expressions; one expression from a set of objects.
+
+    A model folder holds `config.yaml`, `model.safetensors`, `text_tokenizer/` and, with a generator, `lm_tokenizer/`.
+    """
+
+    def __init__(self, config: Config, text_tokenizer: TextTokenizer, lm_tokenizer: Any = None) -> None:
+        super().__init__()
+        self.config = config
+        self.text_tokenizer = text_tokenizer
+        if config.model.text.path is None and text_tokenizer.vocab_size > config.model.text.vocab_size:
+            raise fault(
+                f"a text tokenizer of {text_tokenizer.vocab_size} entries",
+                f"at most model.text.vocab_size = {config.model.text.vocab_size}",
+                "raise model.text.vocab_size, or give the tokenizer that belongs to the model",
+            )
+        self.grounding = build_grounding(config.model)
+        self.generator: Any = None
+        if config.model.generator.lm != "none":
+            from grex_mllm.models.generator import Generator
+
+            self.generator = Generator(config.model.generator, self.feature_channels, lm_tokenizer)
+
+    @property
+    def feature_channels(self) -> list[int]:
+        """Channels of the feature maps that the generator reads, fine to coarse."""
+        decoder: Any = self.grounding.pixel_decoder
+        return [decoder.mask_width, *([decoder.width] * decoder.num_levels)]
+
+    @property
+    def device(self) -> torch.device:
+        return self.grounding.pixel_mean.device
+
+    def encode_text(self, expressions: Sequence[str]) -> tuple[Tensor, Tensor]:
+        """Return ids and mask int64 [E, L], cut to `model.text.max_tokens`."""
+        return self.text_tokenizer.encode(list(expressions), self.config.model.text.max_tokens)
+
+    def generator_features(self, features: ImageFeatures) -> list[Tensor]:
+        """Return the shared feature maps that the generator reads, fine to coarse.
+
+        Raises:
+            GrexError: the image encoder fuses language, so that there are no maps before an expression is known.
+        """
+        if features.pixels is None:
+            raise fault("a generator on an image encoder that fuses language", "one without fusion", "set model.vision.fusion to none")
+        return [features.pixels.mask_features, *reversed(features.pixels.levels)]
+
+    @torch.inference_mode()
+    def encode(self, image: Any) -> EncodedImage:
+        """Encode one image (path, PIL, numpy HWC uint8 or tensor) for any number of questions."""
+        array = load_image(image)
+        resized, geometry = resize_image(array, self.config.data.image_size, self.config.data.resize)
+        pixels = torch.from_numpy(resized).permute(2, 0, 1)[None].to(self.device)
+        features = self.grounding.encode_image(pixels, [(geometry.input_height, geometry.input_width)])
+        return EncodedImage(features, geometry, features.padded_size)
+
+    @torch.inference_mode()
+    def ground(self, image: Any, expressions: str | Sequence[str], chunk: int = 64) -> Any:
+        """Answer one expression (a `Grounding`) or many (a list of them). The image is encoded once where the model allows.
+
+        image: path, PIL image, numpy uint8 [H, W, 3], tensor, or an `EncodedImage`.  Results are at the original image's size.
+
+        Raises:
+            GrexError: an unreadable image; an empty expression or one over 1,000 characters.
+        """
+        single = isinstance(expressions, str)
+        texts = [expressions] if isinstance(expressions, str) else list(expressions)
+        for text in texts:
+            check_expression(text)
+        if self.training:
+            raise RuntimeError("call .eval() before .ground(): the model is in training mode")
+        encoded = image if isinstance(image, EncodedImage) else self.encode(image)
+        results: list[Grounding] = []
+        for start in range(0, len(texts), chunk):
+            part = texts[start : start + chunk]
+            ids, mask = self.encode_text(part)
+            index = torch.zeros(len(part), dtype=torch.int64, device=self.device)
+            output = self.grounding.ground(encoded.features, index, ids.to(self.device), mask.to(self.device))
+            results += answers(output, part, [encoded.geometry] * len(part), encoded.canvas, self.config.predict)
+        return results[0] if single else results
+
+    def describe(self, image: Any, masks: Any = None, boxes_xyxy: Any = None, **options: Any) -> Any:
+        """Write one expression for a set of objects. See `grex_mllm.models.describe.describe` for the options and the errors."""
+        from grex_mllm.models.describe import describe
+
+        return describe(self, image, masks, boxes_xyxy, **options)
+
+    def saved_state(self) -> dict[str, Tensor]:
+        """Return the tensors of a checkpoint: all of the grounding model, and of the generator what is not a hub LLM's own."""
+        state = {f"grounding.{k}": v for k, v in self.grounding.state_dict().items()}
+        if self.generator is not None:
+            state |= {f"generator.{k}": v for k, v in self.generator.saved_state().items()}
+        return {k: v.detach().to("cpu").contiguous() for k, v in state.items()}
+
+    def load_saved_state(self, state: dict[str, Tensor], source: str) -> None:
+        """Load what `saved_state` gave; every key must be there and no other.
+
+        Raises:
+            GrexError: missing or unknown keys, or another shape.
+        """
+        own = self.saved_state()
+        missing, unknown = sorted(own.keys() - state.keys()), sorted(state.keys() - own.keys())
+        shapes = [f"{k} {tuple(state[k].shape)} for {tuple(v.shape)}" for k, v in own.items() if k in state and state[k].shape != v.shape]
+        if missing or unknown or shapes:
+            raise GrexError(
+                f"{source}: {len(missing)} missing {missing[:3]}, {len(unknown)} unknown {unknown[:3]}, {len(shapes)} of another shape {shapes[:3]}; "
+                f"expected the weights of the model in {CONFIG}; take both files from one folder"
+            )
+        grounding = {k.removeprefix("grounding."): v for k, v in state.items() if k.startswith("grounding.")}
+        self.grounding.load_state_dict(grounding, strict=True)
+        if self.generator is not None:
+            self.generator.load_saved_state({k.removeprefix("generator."): v for k, v in state.items() if k.startswith("generator.")})
+
+    def save_pretrained(self, save_directory: str | Path, **kwargs: Any) -> str | None:
+        """Write the model folder (see the class); each file appears whole or not at all. `push_to_hub` uploads the same files."""
+        folder = Path(save_directory)
+        folder.mkdir(parents=True, exist_ok=True)
+        self._save_pretrained(folder)
+        if kwargs.pop("push_to_hub", False):
+            return str(self.push_to_hub(repo_id=kwargs.pop("repo_id", None) or folder.name, **kwargs))
+        return None
+
+    def _save_pretrained(self, save_directory: Path) -> None:
+        from safetensors.torch import save_file
+
+        with tempfile.TemporaryDirectory(dir=save_directory, prefix=".writing-") as name:
+            work = Path(name)
+            self.text_tokenizer.save(work / TEXT_TOKENIZER)
+            if self.generator is not None:
+                self.generator.tokenizer.save(work / LM_TOKENIZER)
+            save_config(self.config, work / CONFIG)
+            save_file(self.saved_state(), str(work / WEIGHTS), metadata={"format": "pt"})
+            for item in (TEXT_TOKENIZER, LM_TOKENIZER, CONFIG, WEIGHTS):
+                if not (work / item).exists():
+                    continue
+                if (work / item).is_dir() and (save_directory / item).is_dir():
+                    shutil.rmtree(save_directory / item)
+                os.replace(work / item, save_directory / item)
+
+    @classmethod
+    def _from_pretrained(
+        cls, *, model_id: str, revision: Any = None, cache_dir: Any = None, force_download: bool = False, local_files_only: bool = False, token: Any = None, **model_kwargs: Any
+    ) -> GrexModel:
+        folder = Path(model_id)
+        if not folder.is_dir():
+            if folder.exists() or model_id.startswith((".", "/")) or model_id.count("/") > 1:
+                raise fault(f"model folder {model_id}", f"a folder with {CONFIG} and {WEIGHTS}", "train one (grex train) or mend the path")
+            folder = Path(snapshot_download(model_id, revision=revision, cache_dir=cache_dir, force_download=force_download, local_files_only=local_files_only, token=token))
+        return cls._from_folder(folder, **model_kwargs)
+
+    @classmethod
+    def _from_folder(cls, folder: Path, device: str | None = None) -> GrexModel:
+        from safetensors import SafetensorError
+        from safetensors.torch import load_file
+
+        for name in (CONFIG, WEIGHTS, TEXT_TOKENIZER):
+            if not (folder / name).exists():
+                raise fault(f"model folder {folder} without {name}", f"{CONFIG}, {WEIGHTS} and {TEXT_TOKENIZER}/", "train a model into it, or give another folder")
+        config = load_config(folder / CONFIG)
+        config.model.vision.weights = None  # the checkpoint holds them
+        lm_tokenizer = None
+        if config.model.generator.lm != "none":
+            from grex_mllm.models.lm_tokenizer import LMTokenizer
+
+            lm_tokenizer = LMTokenizer.load(folder / LM_TOKENIZER)
+        model = cls(config, load_text_tokenizer(folder / TEXT_TOKENIZER), lm_tokenizer)
+        try:
+            state = load_file(str(folder / WEIGHTS))
+        except (SafetensorError, OSError) as error:
+            raise fault(f"{folder / WEIGHTS} cannot be read ({error})", "a whole safetensors file", "copy or train the model again") from None
+        model.load_saved_state(state, str(folder / WEIGHTS))
+        return model.to(device or "cpu").eval()
+
+
+def check_expression(text: Any) -> None:
+    """Raise on an expression that no model can answer.
+
+    Raises:
+        GrexError: not a string, empty, or over MAX_EXPRESSION_CHARACTERS.
+    """
+    if not isinstance(text, str):
+        raise fault(f"an expression of type {type(text).__name__}", "a string", "pass text")
+    if not text.strip():
+        raise fault("an empty expression", "a phrase that names objects", "write what to look for")
+    if len(text) > MAX_EXPRESSION_CHARACTERS:
+        raise fault(f"an expression of {len(text):,} characters", f"at most {MAX_EXPRESSION_CHARACTERS:,}", "shorten it")
+
+
+def selected_masks(masks: Any, boxes_xyxy: Any, height: int, width: int) -> np.ndarray:
+    """Return bool [n, H0, W0] of one selected object set given as masks or boxes; see `region_tokens.selection_masks` for the errors."""
+    from grex_mllm.models.region_tokens import selection_masks
+
+    return selection_masks(height, width, masks, boxes_xyxy).numpy()
+
+
