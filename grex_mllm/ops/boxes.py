@@ -57,7 +57,8 @@ def generalized_box_iou(first_xyxy: Array, second_xyxy: Array) -> Array:
 def generalized_iou(first_xyxy: Array, second_xyxy: Array) -> Array:
     """Return the generalized IoU [...] in [-1, 1] of xyxy boxes [..., 4] that are broadcast against each other.
 
-    Rezatofighi et al. 2019, equation 3: IoU - (|C| - |union|) / |C| with C the smallest enclosing box. Differentiable; degenerate boxes give finite values.
+    Rezatofighi et al. 2019, equation 3: IoU - (|C| - |union|) / |C| with C the smallest enclosing box. Differentiable; degenerate boxes
+    give finite values.
     """
     intersection, union = _intersection_and_union(first_xyxy, second_xyxy)
     corner_low = _minimum(first_xyxy[..., :2], second_xyxy[..., :2])

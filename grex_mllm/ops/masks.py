@@ -144,8 +144,11 @@ def _checked_runs(runs: list[int], total: int) -> list[int]:
 
 
 def _decompress_counts(counts: str | bytes) -> list[int]:
-    """Read COCO's text form: 5 bits a character, little end first, bit 5 = more follows, bit 4 of the last = sign; from the third run on, a
-    difference to the run before the last. pycocotools' own reader trusts its input and can read and write outside memory, so it is not used here."""
+    """Read COCO's text form: 5 bits a character, little end first, bit 5 = more follows, bit 4 of the last = sign.
+
+    From the fourth run on, a value is the difference to the run before the last. pycocotools' own reader trusts its input and can read and
+    write outside memory, so it is not used here.
+    """
     code = counts.encode("ascii", errors="replace") if isinstance(counts, str) else counts
     runs: list[int] = []
     position = 0

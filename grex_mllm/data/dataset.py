@@ -1,0 +1,166 @@
+"""Dataset folders as samples: every order and every choice is a pure function of (seed, position).
+
+A training dataset is a stream: position p = 0, 1, 2, ... without end. Position p lies in epoch p // len, and an epoch is a permutation
+drawn from (seed, epoch). So a run that stops after k batches resumes at position k * batch size, and neither the number of loader
+workers nor the number of processes changes what is seen. An evaluation dataset is a list: every expression once, in file order.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from functools import lru_cache
+from pathlib import Path
+from typing import Protocol
+
+import numpy as np
+
+from grex_mllm.data.images import load_image, resolve_image
+from grex_mllm.data.records import IMAGES, load_dataset
+from grex_mllm.errors import GrexError, fault
+from grex_mllm.types import ExpressionRecord, Sample
+
+MIXTURE_BLOCK = 1000  # positions over which a mixture keeps its ratio exactly
+
+
+class SampleSource(Protocol):
+    """What the loop reads: samples by position. Folders, mixtures and synthetic scenes all are."""
+
+    def __len__(self) -> int:
+        """Number of samples of an epoch."""
+
+    def __getitem__(self, position: int) -> Sample:
+        """Sample at a position; a training source has no last position."""
+
+
+class FolderDataset:
+    """Samples of one split of a dataset folder: an image with up to `expressions_per_image` of its expressions.
+
+    training: a stream in shuffled order, expressions of an image drawn anew in each epoch. Otherwise all expressions in file order; an
+    image with more than `expressions_per_image` comes several times.
+    targeted_only: leave no-target expressions out (for generation).  num_images: take only the first images, to overfit or to try.
+
+    Raises:
+        GrexError: at construction for folder, split and records; at access for images that cannot be read or have another size than stated.
+    """
+
+    def __init__(
+        self,
+        folder: str | Path,
+        split: str,
+        expressions_per_image: int = 8,
+        *,
+        training: bool = False,
+        seed: int = 0,
+        targeted_only: bool = False,
+        num_images: int | None = None,
+        image_root: str | Path | None = None,
+    ) -> None:
+        if expressions_per_image < 1:
+            raise fault(f"expressions_per_image {expressions_per_image}", "at least 1", "mend data.expressions_per_image")
+        self.dataset = load_dataset(folder, image_root)
+        self.split, self.training, self.seed = split, training, seed
+        self.expressions_per_image = expressions_per_image
+        self.expressions = self.dataset.expressions_of(split)
+        if targeted_only:
+            self.expressions = [record for record in self.expressions if record.targets]
+            if not self.expressions:
+                raise fault(f'split "{split}" of {folder} without any target', "an expression with a target", "give another split")
+        by_image: dict[str, list[ExpressionRecord]] = {}
+        for record in self.expressions:
+            by_image.setdefault(record.image_id, []).append(record)
+        self._groups = list(by_image.values())[:num_images]
+        if not training:
+            n = expressions_per_image
+            self._groups = [group[start : start + n] for group in self._groups for start in range(0, len(group), n)]
+
+    def __len__(self) -> int:
+        return len(self._groups)
+
+    def __getitem__(self, position: int) -> Sample:
+        if not self.training:
+            if not 0 <= position < len(self):
+                raise IndexError(position)
+            return self._sample(self._groups[position])
+        epoch, place = divmod(position, len(self))
+        index = int(_permutation(len(self), self.seed, epoch)[place])
+        group, n = self._groups[index], self.expressions_per_image
+        if len(group) > n:
+            chosen = np.random.default_rng([self.seed, epoch, index]).permutation(len(group))[:n]
+            group = [group[i] for i in sorted(chosen)]
+        return self._sample(group)
+
+    def __iter__(self) -> Iterator[Sample]:
+        return (self[position] for position in range(len(self)))
+
+    def _sample(self, expressions: list[ExpressionRecord]) -> Sample:
+        images = self.dataset.images
+        record = images[expressions[0].image_id]
+        place = f"{self.dataset.folder / IMAGES} line {images.line_of(record.image_id)}"
+        try:
+            image = load_image(resolve_image(self.dataset.image_root, record.file))
+        except GrexError as error:
+            raise GrexError(f"{place}: {error}") from None
+        if image.shape[:2] != (record.height, record.width):
+            raise GrexError(
+                f"{place}: image {record.image_id} is stated as {record.height}x{record.width} (height x width) but {record.file} has "
+                f"{image.shape[0]}x{image.shape[1]}; expected the same; check the height/width order of the record"
+            )
+        known = {instance.annotation_id: instance.iscrowd for instance in record.instances}
+        for expression in expressions:
+            for target in expression.targets:
+                if known.get(target, True):
+                    problem = "is a crowd region" if target in known else f"is none of its image's annotations ({place})"
+                    raise GrexError(
+                        f'expression {expression.expression_id}: target "{target}" of field targets {problem}; expected the id of an '
+                        "instance of the image; mend expressions.jsonl"
+                    )
+        return Sample(image, record, expressions)
+
+
+class Mixture:
+    """Several training sources in a fixed ratio: of every MIXTURE_BLOCK positions each source gets its share exactly, in shuffled order."""
+
+    def __init__(self, sources: Sequence[SampleSource], weights: Sequence[float], seed: int = 0) -> None:
+        if len(sources) == 0 or len(sources) != len(weights) or min(weights) <= 0:
+            raise fault(f"{len(sources)} datasets with weights {list(weights)}", "one weight above 0 for each dataset", "mend the mixture")
+        self.sources, self.seed = list(sources), seed
+        self.shares = _apportion(weights, MIXTURE_BLOCK)
+
+    def __len__(self) -> int:
+        return sum(len(source) for source in self.sources)
+
+    def __getitem__(self, position: int) -> Sample:
+        which, inner = self.locate(position)
+        return self.sources[which][inner]
+
+    def locate(self, position: int) -> tuple[int, int]:
+        """Return (source, position in it)."""
+        block, place = divmod(position, MIXTURE_BLOCK)
+        owner, rank = _mixture_block(self.shares, self.seed, block)
+        which = int(owner[place])
+        return which, block * self.shares[which] + int(rank[place])
+
+
+@lru_cache(maxsize=8)
+def _permutation(length: int, seed: int, epoch: int) -> np.ndarray:
+    return np.random.default_rng([seed, epoch]).permutation(length)
+
+
+@lru_cache(maxsize=8)
+def _mixture_block(shares: tuple[int, ...], seed: int, block: int) -> tuple[np.ndarray, np.ndarray]:
+    owner = np.repeat(np.arange(len(shares)), shares)
+    np.random.default_rng([seed, block]).shuffle(owner)
+    rank = np.zeros(len(owner), np.int64)
+    for which in range(len(shares)):
+        rank[owner == which] = np.arange(shares[which])
+    return owner, rank
+
+
+def _apportion(weights: Sequence[float], total: int) -> tuple[int, ...]:
+    """Share out `total` in the ratio of the weights, whole numbers, largest remainders first, at least one each."""
+    exact = np.asarray(weights, np.float64) / sum(weights) * total
+    shares = np.maximum(1, np.floor(exact)).astype(np.int64)
+    while shares.sum() != total:
+        step = 1 if shares.sum() < total else -1
+        shares[int(np.argmax((exact - shares) * step))] += step
+    return tuple(int(share) for share in shares)

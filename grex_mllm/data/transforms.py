@@ -1,0 +1,163 @@
+"""From the original image to the network's input, with everything that lies on it, and the way back.
+
+Two ways to resize: `squash` (exactly S x S, aspect ignored: the released ReLA) and `pad` (longest side to S, padded right and bottom).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import numpy as np
+from PIL import Image
+
+from grex_mllm.errors import GrexError, fault
+from grex_mllm.ops.boxes import clip_boxes, cxcywh_to_xyxy, xyxy_to_cxcywh
+from grex_mllm.ops.masks import resize_mask_nearest, segmentation_to_mask
+from grex_mllm.types import Geometry, ImageRecord, Instance, Sample
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+
+@dataclass
+class Prepared:
+    """One sample at network input size S x S (the padding of `pad` is zero).
+
+    image: uint8 [S, S, 3].  instances: the N selectable ones (no crowd regions), in the record's order.
+    instance_masks: bool [N, S, S]; the filled box where an instance has no mask.  has_mask: bool [N].
+    instance_boxes_norm: float32 [N, 4] cxcywh in [0, 1] of S x S.
+    """
+
+    image: np.ndarray
+    geometry: Geometry
+    instances: list[Instance]
+    instance_masks: np.ndarray
+    has_mask: np.ndarray
+    instance_boxes_norm: np.ndarray
+
+
+def selectable_instances(record: ImageRecord) -> list[Instance]:
+    """Return the instances that can be targets: all but crowd regions, in the record's order (`Batch.target_index` counts these)."""
+    return [instance for instance in record.instances if not instance.iscrowd]
+
+
+def prepare(sample: Sample, image_size: int, resize: str = "squash") -> Prepared:
+    """Resize image, masks and boxes of a sample to S = image_size.
+
+    `squash` equals the released preprocessing bit for bit: PIL BILINEAR on uint8; polygons scaled by coordinates and rasterised at S x S.
+
+    Raises:
+        GrexError: unknown `resize`, or a segmentation that does not fit the image.
+    """
+    height, width = sample.image.shape[:2]
+    image, geometry = resize_image(sample.image, image_size, resize)
+    instances = selectable_instances(sample.record)
+    masks = np.zeros((len(instances), image_size, image_size), bool)
+    for position, instance in enumerate(instances):
+        try:
+            masks[position, : geometry.input_height, : geometry.input_width] = instance_mask(instance, geometry)
+        except GrexError as error:
+            raise GrexError(f"image {sample.record.image_id}, annotation {instance.annotation_id}: {error}") from None
+    boxes = np.asarray([instance.box_xyxy for instance in instances], np.float64).reshape(-1, 4)
+    boxes = clip_boxes(boxes, height, width) * [geometry.scale_x, geometry.scale_y, geometry.scale_x, geometry.scale_y] / image_size
+    has_mask = np.asarray([instance.mask is not None or instance.segmentation is not None for instance in instances], bool)
+    return Prepared(image, geometry, instances, masks, has_mask, xyxy_to_cxcywh(boxes).astype(np.float32))
+
+
+def fit(height: int, width: int, image_size: int, resize: str) -> Geometry:
+    """Return how an image of this size lies in the S x S input.
+
+    Raises:
+        GrexError: unknown `resize`.
+    """
+    if resize == "squash":
+        return Geometry(height, width, image_size, image_size)
+    if resize == "pad":
+        scale = image_size / max(height, width)
+        return Geometry(height, width, max(1, round(height * scale)), max(1, round(width * scale)))
+    raise fault(f'resize "{resize}"', "squash or pad", "mend data.resize in the configuration")
+
+
+def resize_image(image: np.ndarray, image_size: int, resize: str = "squash") -> tuple[np.ndarray, Geometry]:
+    """Return an image uint8 [H0, W0, 3] at network input size, uint8 [S, S, 3], and how it lies there.
+
+    PIL BILINEAR on uint8, zeros right and below the image.
+
+    Raises:
+        GrexError: unknown `resize`.
+    """
+    geometry = fit(image.shape[0], image.shape[1], image_size, resize)
+    inner = (geometry.input_height, geometry.input_width)
+    if image.shape[:2] != inner:
+        image = np.asarray(Image.fromarray(image).resize(inner[::-1], Image.Resampling.BILINEAR))
+    if inner == (image_size, image_size):
+        return image, geometry
+    padded = np.zeros((image_size, image_size, 3), np.uint8)
+    padded[: inner[0], : inner[1]] = image
+    return padded, geometry
+
+
+def instance_mask(instance: Instance, geometry: Geometry) -> np.ndarray:
+    """Return bool [input_height, input_width]: polygons rasterised there, codes and pixel masks by nearest neighbour, else the filled box.
+
+    Raises:
+        GrexError: a mask of another size than the image, or a malformed segmentation.
+    """
+    height, width = geometry.input_height, geometry.input_width
+    if instance.mask is not None:
+        if instance.mask.shape != (geometry.height, geometry.width):
+            raise fault(f"mask of shape {instance.mask.shape}", f"{(geometry.height, geometry.width)}, as the image", "mend the mask")
+        return resize_mask_nearest(instance.mask, height, width)
+    if instance.segmentation is not None:
+        return segmentation_to_mask(instance.segmentation, geometry.height, geometry.width, height, width)
+    x1, y1, x2, y2 = (float(edge) for edge in instance.box_xyxy)
+    columns, rows = (np.arange(width) + 0.5) / geometry.scale_x, (np.arange(height) + 0.5) / geometry.scale_y
+    return ((rows >= y1) & (rows <= y2))[:, None] & ((columns >= x1) & (columns <= x2))[None]
+
+
+def values_to_original(values: Tensor, geometry: Geometry, input_size: tuple[int, int] | None = None) -> Tensor:
+    """Resample maps [..., h, w] over the network input to the original size [..., H0, W0], bilinear, in one step.
+
+    input_size: (height, width) in pixels that h x w covers, padding included; default: the resized image without padding. Cells that lie in
+    the padding alone are never read. Without padding this equals `interpolate(align_corners=False)`.
+    """
+    height, width = input_size or (geometry.input_height, geometry.input_width)
+    rows = _cells(geometry.height, geometry.input_height, height, values.shape[-2], values)
+    columns = _cells(geometry.width, geometry.input_width, width, values.shape[-1], values)
+    low, high, weight = rows
+    values = values[..., low, :] * (1 - weight)[:, None] + values[..., high, :] * weight[:, None]
+    low, high, weight = columns
+    return values[..., low] * (1 - weight) + values[..., high] * weight
+
+
+def mask_to_original(values: Tensor, geometry: Geometry, input_size: tuple[int, int] | None = None, threshold: float = 0.0) -> Tensor:
+    """Return bool [..., H0, W0]: True where the resampled values exceed the threshold (0 for logits, 0.5 for probabilities).
+
+    For two-channel logits pass target minus background: upsampling is linear, so this is the argmax. Sizes as in `values_to_original`.
+    """
+    return values_to_original(values, geometry, input_size) > threshold
+
+
+def boxes_to_original(boxes_norm: Tensor, geometry: Geometry, input_size: tuple[int, int] | None = None) -> Tensor:
+    """Return xyxy [..., 4] in pixels of the original image, clipped to it, of cxcywh boxes in [0, 1] of the network input.
+
+    input_size: (height, width) of the network input, padding included; default: no padding. Takes numpy arrays and tensors.
+    """
+    height, width = input_size or (geometry.input_height, geometry.input_width)
+    factor_x, factor_y = width / geometry.scale_x, height / geometry.scale_y
+    boxes = cxcywh_to_xyxy(boxes_norm)
+    boxes[..., 0::2] *= factor_x
+    boxes[..., 1::2] *= factor_y
+    return clip_boxes(boxes, geometry.height, geometry.width)
+
+
+def _cells(original: int, valid: int, total: int, cells: int, like: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Return, for each original pixel, its two neighbouring cells and the weight of the second (half-pixel centres, valid cells only)."""
+    import torch
+
+    last = max(0, -(-valid * cells // total) - 1)
+    place = (torch.arange(original, device=like.device, dtype=torch.float64) + 0.5) * (valid / original * cells / total) - 0.5
+    place = place.clamp(0, last)
+    low = place.floor().long()
+    return low, (low + 1).clamp(max=last), (place - low).to(like.dtype if like.is_floating_point() else torch.float32)

@@ -1,0 +1,100 @@
+"""Dataset folders: atomic writing of the three files that `records.py` reads."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Iterable
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+from grex_mllm.data.records import EXPRESSION_FIELDS, EXPRESSIONS, IMAGES, INFO, INSTANCE_FIELDS
+from grex_mllm.errors import fault
+from grex_mllm.types import ExpressionRecord, ImageRecord
+
+
+def image_to_json(record: ImageRecord) -> dict[str, Any]:
+    """Return the line of images.jsonl of a record, as a dict.
+
+    Raises:
+        GrexError: an instance holds a pixel mask but no segmentation (encode it first: masks are never written).
+    """
+    instances = []
+    for instance in record.instances:
+        if instance.mask is not None and instance.segmentation is None:
+            raise fault(
+                f"instance {instance.annotation_id} with a pixel mask only", "a segmentation", "encode it with ops.masks.encode_rle"
+            )
+        line: dict[str, Any] = {name: getattr(instance, name) for name in INSTANCE_FIELDS}
+        if instance.attributes is not None:
+            line["attributes"] = instance.attributes
+        instances.append(line)
+    return {"image_id": record.image_id, "file": record.file, "height": record.height, "width": record.width, "instances": instances}
+
+
+def expression_to_json(record: ExpressionRecord) -> dict[str, Any]:
+    """Return the line of expressions.jsonl of a record, as a dict."""
+    return {name: getattr(record, name) for name in EXPRESSION_FIELDS}
+
+
+class DatasetWriter:
+    """Write a dataset folder so that it appears complete or not at all.
+
+    Use as a context manager: lines go to a hidden folder beside the target, which takes its place at the end and vanishes on an exception.
+    `workspace` is that folder, for images that belong to the dataset.
+
+    Raises:
+        GrexError: the target exists and is not empty, unless `overwrite` is set and it is a dataset folder.
+    """
+
+    def __init__(self, folder: str | Path, overwrite: bool = False) -> None:
+        self.folder = Path(os.path.abspath(folder))
+        self.workspace = self.folder.parent / f".{self.folder.name}.partial"
+        if self.folder.exists() and (not self.folder.is_dir() or any(self.folder.iterdir())):
+            if not overwrite:
+                raise fault(f"{folder} exists", "a new or empty folder", "give another --out, or --overwrite")
+            if not (self.folder / INFO).is_file():
+                raise fault(
+                    f"{folder} exists and holds no {INFO}", "a dataset folder to overwrite", "give another --out or remove it by hand"
+                )
+
+    def __enter__(self) -> DatasetWriter:
+        if self.workspace.exists():  # left over by a killed run
+            shutil.rmtree(self.workspace)
+        self.workspace.mkdir(parents=True)
+        self._images = (self.workspace / IMAGES).open("w", encoding="utf-8")
+        self._expressions = (self.workspace / EXPRESSIONS).open("w", encoding="utf-8")
+        self._info: dict[str, Any] | None = None
+        return self
+
+    def add_images(self, records: Iterable[ImageRecord]) -> None:
+        """Append lines to images.jsonl."""
+        for record in records:
+            self._images.write(_dump(image_to_json(record)))
+
+    def add_expressions(self, records: Iterable[ExpressionRecord]) -> None:
+        """Append lines to expressions.jsonl."""
+        for record in records:
+            self._expressions.write(_dump(expression_to_json(record)))
+
+    def set_info(self, info: dict[str, Any]) -> None:
+        """Set the content of dataset.json: at least name and image_root."""
+        self._info = info
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        self._images.close()
+        self._expressions.close()
+        if kind is not None:
+            shutil.rmtree(self.workspace, ignore_errors=True)
+            return
+        assert self._info is not None, "set_info was not called"
+        (self.workspace / INFO).write_text(json.dumps(self._info, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+        if self.folder.exists():
+            shutil.rmtree(self.folder)
+        os.replace(self.workspace, self.folder)
+
+
+def _dump(value: dict[str, Any]) -> str:
+    return json.dumps(value, ensure_ascii=False, allow_nan=False) + "\n"
