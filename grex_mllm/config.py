@@ -39,9 +39,13 @@ class VisionConfig:
 
 @dataclass
 class TextConfig:
-    """Text encoder (BERT). path: a folder with weights to start from; else random weights of the given sizes."""
+    """Text encoder (BERT). path: a folder with weights to start from; else random weights of the given sizes.
+
+    tokenizer: a folder with tokenizer.json or vocab.txt (default: that of `path`), or "train" to make one from the training expressions.
+    """
 
     path: str | None = None
+    tokenizer: str | None = None
     vocab_size: int = 30522
     hidden_size: int = 768
     num_layers: int = 12
@@ -64,6 +68,7 @@ class PixelDecoderConfig:
     num_heads: int = 8
     num_points: int = 4
     feedforward: int = 1024
+    mixed_precision: bool = False  # follow autocast (deformable); the released one stays in float32
 
 
 @dataclass
@@ -78,6 +83,13 @@ class DecoderConfig:
     minimap_side: int = 10
     boxes: bool = True
     count: bool = True
+    # rela only
+    ria: str = "attention"  # attention | pooled (hard split in the decoder) | hard_split (of the input image)
+    rla: str = "both"  # both | region | language | none (point-wise product with the mean language feature)
+    language_every_layer: bool = False  # as in the paper; the released code has language in the first layer only
+    mask_language_padding: bool = False  # the released code attends to padding tokens
+    language_scale: float = 0.1
+    deep_supervision: bool = False  # give the loss every layer's answer
     # rela_instances only
     image_layers: int = 2
     language_layers: int = 3
@@ -95,6 +107,7 @@ class GeneratorConfig:
 
     lm: str = "none"
     # sizes of the tiny Llama (lm: tiny)
+    vocab_size: int = 1000  # of the sentencepiece tokenizer trained for it
     hidden_size: int = 128
     num_layers: int = 3
     num_heads: int = 4
@@ -144,8 +157,25 @@ class DataConfig:
     val_split: str = "val"
     image_size: int = 480
     resize: str = "squash"  # squash (aspect ignored, as released) | pad (longest side, padded right and bottom)
+    image_root: str | None = None  # where the images lie, when not where dataset.json says
     expressions_per_image: int = 8
     num_workers: int = 0
+    easy_share: float = 0.0  # synthetic: first part of the training in which the easy kinds come more often
+
+
+@dataclass
+class InstanceLossConfig:
+    """Weights of the terms of rela_instances: regions against all objects, then the choice of targets."""
+
+    objectness: float = 2.0
+    box_l1: float = 5.0
+    box_giou: float = 2.0
+    mask_bce: float = 2.0
+    mask_dice: float = 2.0
+    attribute: float = 0.5  # each scene attribute, where the model has heads for them
+    target: float = 1.0
+    no_target: float = 0.5
+    count: float = 0.5
 
 
 @dataclass
@@ -167,12 +197,7 @@ class LossConfig:
     match_l1: float = 5.0
     match_giou: float = 2.0
 
-    instances: dict[str, float] = field(
-        default_factory=lambda: {
-            "objectness": 2.0, "box_l1": 5.0, "box_giou": 2.0, "mask_bce": 2.0, "mask_dice": 2.0,
-            "attribute": 0.5, "target": 1.0, "no_target": 0.5, "count": 0.5,
-        }
-    )  # rela_instances; "attribute" weighs every scene attribute
+    instances: InstanceLossConfig = field(default_factory=InstanceLossConfig)  # rela_instances has terms of its own
     lm: float = 1.0  # the generator's language-model loss
 
 
@@ -199,11 +224,20 @@ class OptimConfig:
 
 
 @dataclass
+class TextTrainConfig:
+    """Training of the tiny language model on text alone, before the joint training freezes it. steps 0 = none."""
+
+    steps: int = 0
+    batch: int = 64
+    lr: float = 2e-3
+
+
+@dataclass
 class TrainConfig:
     """The training loop.
 
     steps: optimizer steps.  batch_images: images of one batch, over all processes; `accumulation` batches make one step.
-    ground_ratio: share of grounding batches, the rest are generation batches.  clip: largest gradient norm, 0 = off.
+    ground_ratio: share of grounding batches, the rest are generation batches.
     save_every, log_every: in steps; a checkpoint is also made at the end.  keep: how many checkpoints stay.
     resume: go on from the newest complete checkpoint in `out` if there is one.  deepspeed: a JSON of deepspeed_configs/, or None.
     num_threads: CPU threads of each process, 0 = torch's choice.
@@ -216,7 +250,6 @@ class TrainConfig:
     accumulation: int = 1
     ground_ratio: float = 0.7
     precision: str = "fp32"  # fp32 | bf16 | fp16 (not on CPU)
-    clip: float = 1.0
     log_every: int = 20
     save_every: int = 500
     keep: int = 2
@@ -224,6 +257,7 @@ class TrainConfig:
     deepspeed: str | None = None
     num_threads: int = 0
     optim: OptimConfig = field(default_factory=OptimConfig)
+    text: TextTrainConfig = field(default_factory=TextTrainConfig)
 
 
 @dataclass

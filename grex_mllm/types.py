@@ -77,14 +77,12 @@ class Geometry:
     """How an original image lies in the network input: x_in = x * scale_x, y_in = y * scale_y, then padding right and bottom.
 
     height, width: original size. input_height, input_width: size of the resized image without padding.
-    canvas: (H, W) of the network input with its padding; boxes are normalised by it. None = no padding.
     """
 
     height: int
     width: int
     input_height: int
     input_width: int
-    canvas: tuple[int, int] | None = None
 
     @property
     def scale_x(self) -> float:

@@ -7,11 +7,11 @@ the released ReLA decides. Boxes: the papers select the N_O best boxes (GREx art
 from __future__ import annotations
 
 import numpy as np
-import torch
 from torch import Tensor
 from torch.nn import functional as F
 
 from grex_mllm.config import PredictConfig
+from grex_mllm.data.transforms import boxes_to_original, mask_to_original
 from grex_mllm.errors import GrexError
 from grex_mllm.types import Geometry, Grounding, GroundingOutput
 
@@ -35,7 +35,7 @@ def answers(output: GroundingOutput, expressions: list[str], geometries: list[Ge
             says_none[e] = mask.sum() < config.min_mask_pixels
             no_target_prob[e] = float(says_none[e])
         no_target = bool(says_none[e]) or not mask.any()
-        boxes, scores, count = boxes_of(output, e, geometry, config)
+        boxes, scores, count = boxes_of(output, e, geometry, canvas, config)
         if no_target:
             mask, boxes, scores, count = np.zeros_like(mask), boxes[:0], scores[:0], 0
         minimap = output.minimap_prob[e].float().cpu().numpy() if output.minimap_prob is not None else None
@@ -57,18 +57,15 @@ def check(config: PredictConfig) -> None:
 def masks_at(logits: Tensor, geometry: Geometry, canvas: tuple[int, int]) -> tuple[np.ndarray, np.ndarray]:
     """Return bool masks at the network input size (padding cut off) and at the original size, from logits float [2, h, w].
 
-    The original-size mask is sampled from the logits in one bilinear step (align_corners False), not from the thresholded input mask.
+    The original-size mask is sampled from the logits in one bilinear step, not from the thresholded input mask.
     """
-    difference = (logits[1] - logits[0])[None, None]
-    at_input = F.interpolate(difference, size=canvas, mode="bilinear", align_corners=False)[0, 0, : geometry.input_height, : geometry.input_width]
-    y = (torch.arange(geometry.height, device=logits.device) + 0.5) * (2.0 * geometry.input_height / (geometry.height * canvas[0])) - 1.0
-    x = (torch.arange(geometry.width, device=logits.device) + 0.5) * (2.0 * geometry.input_width / (geometry.width * canvas[1])) - 1.0
-    where = torch.stack(torch.meshgrid(y, x, indexing="ij")[::-1], dim=-1)[None]
-    original = F.grid_sample(difference, where, mode="bilinear", align_corners=False, padding_mode="border")[0, 0]
-    return (at_input > 0).cpu().numpy(), (original > 0).cpu().numpy()
+    difference = logits[1] - logits[0]
+    at_input = F.interpolate(difference[None, None], size=canvas, mode="bilinear", align_corners=False)[0, 0]
+    at_input = at_input[: geometry.input_height, : geometry.input_width]
+    return (at_input > 0).cpu().numpy(), mask_to_original(difference, geometry, canvas).cpu().numpy()
 
 
-def boxes_of(output: GroundingOutput, e: int, geometry: Geometry, config: PredictConfig) -> tuple[np.ndarray, np.ndarray, int]:
+def boxes_of(output: GroundingOutput, e: int, geometry: Geometry, canvas: tuple[int, int], config: PredictConfig) -> tuple[np.ndarray, np.ndarray, int]:
     """Return boxes float32 [n, 4] xyxy at original size, scores float32 [n] (best first), and the count (6 = more than five)."""
     if output.boxes_norm is None or output.box_logits is None:
         count = int(output.count_logits[e].argmax()) if output.count_logits is not None else -1
@@ -78,11 +75,5 @@ def boxes_of(output: GroundingOutput, e: int, geometry: Geometry, config: Predic
     count = int(output.count_logits[e].argmax()) if output.count_logits is not None else min(above, MANY)
     best = max(MANY, above) if count >= MANY else count
     keep = {"count": best, "threshold": above, "both": min(best, above)}[config.boxes]
-    boxes = output.boxes_norm[e].float()[order[:keep]]
-    centre, half = boxes[:, :2], boxes[:, 2:] / 2
-    scale = boxes.new_tensor([geometry.width, geometry.height])
-    if geometry.canvas is not None:  # boxes are normalised by the canvas, of which the image fills a part
-        scale = scale * boxes.new_tensor([geometry.canvas[1] / geometry.input_width, geometry.canvas[0] / geometry.input_height])
-    corners = torch.cat([(centre - half) * scale, (centre + half) * scale], dim=-1)
-    limit = corners.new_tensor([geometry.width, geometry.height] * 2)
-    return corners.clamp(min=0).minimum(limit).cpu().numpy(), scores[:keep].cpu().numpy(), count
+    boxes = boxes_to_original(output.boxes_norm[e].float()[order[:keep]], geometry, canvas)
+    return boxes.cpu().numpy(), scores[:keep].cpu().numpy(), count

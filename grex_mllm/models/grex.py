@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from grex_mllm.config import Config, load_config, save_config
 from grex_mllm.data.images import load_image
-from grex_mllm.data.transforms import resize_image
+from grex_mllm.data.transforms import fit, resize_image
 from grex_mllm.errors import GrexError, fault
 from grex_mllm.models import build_grounding
 from grex_mllm.models.answer import answers
@@ -55,6 +55,13 @@ class GrexModel(nn.Module, ModelHubMixin):
                 "raise model.text.vocab_size, or give the tokenizer that belongs to the model",
             )
         self.grounding = build_grounding(config.model)
+        stride = max(self.grounding.vision.strides)  # type: ignore[arg-type, type-var]
+        if config.model.decoder.boxes and config.data.image_size % stride:
+            raise fault(
+                f"data.image_size = {config.data.image_size} with a model that answers with boxes",
+                f"a multiple of the image encoder's coarsest stride {stride}",
+                f"use {config.data.image_size // stride * stride + stride}",
+            )
         self.generator: Any = None
         if config.model.generator.lm != "none":
             from grex_mllm.models.generator import Generator
@@ -85,12 +92,19 @@ class GrexModel(nn.Module, ModelHubMixin):
             raise fault("a generator on an image encoder that fuses language", "one without fusion", "set model.vision.fusion to none")
         return [features.pixels.mask_features, *reversed(features.pixels.levels)]
 
+    def generator_maps(self, image: Tensor, valid_sizes: Sequence[tuple[int, int]]) -> list[Tensor]:
+        """Return the feature maps of B images uint8 [B, 3, H, W] for the generator alone; the regions are not computed."""
+        x = self.grounding.normalise(image, valid_sizes)
+        pixels = self.grounding.pixel_decoder(self.grounding.vision(x, None))
+        return [pixels.mask_features, *reversed(pixels.levels)]
+
     @torch.inference_mode()
     def encode(self, image: Any) -> EncodedImage:
         """Encode one image (path, PIL, numpy HWC uint8 or tensor) for any number of questions."""
         array = load_image(image)
-        resized, geometry = resize_image(array, self.config.data.image_size, self.config.data.resize)
-        pixels = torch.from_numpy(resized).permute(2, 0, 1)[None].to(self.device)
+        geometry = fit(array.shape[0], array.shape[1], self.config.data.image_size, self.config.data.resize)
+        resized = resize_image(array, geometry, self.config.data.image_size)
+        pixels = torch.from_numpy(resized.copy()).permute(2, 0, 1)[None].to(self.device)
         features = self.grounding.encode_image(pixels, [(geometry.input_height, geometry.input_width)])
         return EncodedImage(features, geometry, features.padded_size)
 
@@ -129,7 +143,7 @@ class GrexModel(nn.Module, ModelHubMixin):
         """Return the tensors of a checkpoint: all of the grounding model, and of the generator what is not a hub LLM's own."""
         state = {f"grounding.{k}": v for k, v in self.grounding.state_dict().items()}
         if self.generator is not None:
-            state |= {f"generator.{k}": v for k, v in self.generator.saved_state().items()}
+            state |= {f"generator.{k}": v for k, v in self.generator.state_dict().items()}
         return {k: v.detach().to("cpu").contiguous() for k, v in state.items()}
 
     def load_saved_state(self, state: dict[str, Tensor], source: str) -> None:
@@ -149,7 +163,7 @@ class GrexModel(nn.Module, ModelHubMixin):
         grounding = {k.removeprefix("grounding."): v for k, v in state.items() if k.startswith("grounding.")}
         self.grounding.load_state_dict(grounding, strict=True)
         if self.generator is not None:
-            self.generator.load_saved_state({k.removeprefix("generator."): v for k, v in state.items() if k.startswith("generator.")})
+            self.generator.load_state_dict({k.removeprefix("generator."): v for k, v in state.items() if k.startswith("generator.")}, strict=True)
 
     def save_pretrained(self, save_directory: str | Path, **kwargs: Any) -> str | None:
         """Write the model folder (see the class); each file appears whole or not at all. `push_to_hub` uploads the same files."""

@@ -6,6 +6,8 @@ the box overlap is generalized box IoU (Rezatofighi et al.). The papers supervis
 
 from __future__ import annotations
 
+from dataclasses import asdict
+
 import torch
 from torch import Tensor
 from torch.nn import functional as F
@@ -88,7 +90,7 @@ class InstanceLoss:
     """Named terms of `rela_instances` and their weighted total. A weight of 0 leaves the term out."""
 
     def __init__(self, config: LossConfig) -> None:
-        self.weights = dict(config.instances)
+        self.weights = asdict(config.instances)
 
     def __call__(self, output: GroundingOutput, batch: Batch) -> dict[str, Tensor]:
         """Return name -> unweighted scalar, and "total"."""

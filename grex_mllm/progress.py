@@ -1,0 +1,45 @@
+"""Progress that tells what is happening and how long it takes: a bar on a terminal, plain lines elsewhere."""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+PLAIN_EVERY_S = 15.0
+
+
+@contextmanager
+def progress_bar(title: str) -> Iterator[Callable[..., None]]:
+    """Yield `told(share, note)`: share done in [0, 1], and a number or text to show beside it."""
+    from rich.console import Console
+    from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+    console = Console(file=sys.stderr)
+    if not console.is_terminal:
+        yield from _plain(title)
+        return
+    columns = (TextColumn("{task.description}"), BarColumn(), TaskProgressColumn(), TimeElapsedColumn(), TimeRemainingColumn(), TextColumn("{task.fields[note]}"))
+    with Progress(*columns, console=console) as bar:
+        task = bar.add_task(title, total=1.0, note="")
+        yield lambda share, note="": bar.update(task, completed=share, note=_text(note))
+
+
+def _plain(title: str) -> Iterator[Callable[..., None]]:
+    start = last = time.monotonic()
+
+    def told(share: float, note: object = "") -> None:
+        nonlocal last
+        now = time.monotonic()
+        if now - last >= PLAIN_EVERY_S:
+            last = now
+            left = (now - start) / share * (1.0 - share) if share > 0 else float("nan")
+            print(f"{title}: {share:4.0%}, {now - start:.0f} s, {left:.0f} s left {_text(note)}", file=sys.stderr, flush=True)
+
+    yield told
+    print(f"{title}: done in {time.monotonic() - start:.0f} s", file=sys.stderr, flush=True)
+
+
+def _text(note: object) -> str:
+    return f"{note:.3f}" if isinstance(note, float) else str(note)

@@ -1,0 +1,173 @@
+"""From a configuration to a trained model folder: data, tokenizers, model, language-model start, the loop."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor, nn
+
+from grex_mllm.config import Config
+from grex_mllm.data.collate import collate
+from grex_mllm.data.dataset import FolderDataset, SampleSource
+from grex_mllm.errors import fault
+from grex_mllm.models.grex import GrexModel
+from grex_mllm.models.lm_tokenizer import LMTokenizer, train_sentencepiece
+from grex_mllm.models.text import TextTokenizer, load_text_tokenizer, train_text_tokenizer
+from grex_mllm.training import checkpoint
+from grex_mllm.training.batches import GENERATE, GROUND, TaskMixture, seed_all
+from grex_mllm.training.instance_losses import InstanceLoss
+from grex_mllm.training.loop import TrainResult, train
+from grex_mllm.training.losses import ReLALoss
+from grex_mllm.types import Batch
+
+TOKENIZERS = "tokenizers"
+CORPUS_LINES = 60_000
+
+
+class JointLossTerms:
+    """Loss function of the loop: grounding terms for grounding batches, the language-model term for generation batches."""
+
+    def __init__(self, config: Config) -> None:
+        instances = config.model.decoder.name == "rela_instances"
+        self.grounding: Callable[[Any, Batch], dict[str, Tensor]] = InstanceLoss(config.loss) if instances else ReLALoss(config.loss)
+        self.lm_weight = config.loss.lm
+
+    def __call__(self, model: nn.Module, batch: Batch, task: str, progress: float) -> dict[str, Tensor]:
+        """Return the named terms and "total". progress is unread here: no term changes its weight."""
+        assert isinstance(model, GrexModel)
+        sizes = [(g.input_height, g.input_width) for g in batch.geometries]
+        if task == GROUND:
+            features = model.grounding.encode_image(batch.image, sizes)
+            output = model.grounding.ground(features, batch.image_index, batch.text_ids, batch.text_mask)
+            return self.grounding(output, batch)
+        maps = model.generator_maps(batch.image, sizes)
+        valid = batch.image.new_tensor(sizes, dtype=batch.image_index.dtype)
+        assert batch.lm_ids is not None and batch.lm_mask is not None
+        out = model.generator(
+            maps, batch.instance_masks, batch.image_index, batch.target_index, batch.lm_ids, batch.lm_mask, valid, batch.instance_boxes_norm
+        )
+        return {"lm": out.loss, "total": out.loss * self.lm_weight}
+
+
+def train_from_config(config: Config, on_step: Callable[[int, dict[str, float]], None] | None = None) -> TrainResult:
+    """Train what the configuration says and write the model folder `train.out`.
+
+    Raises:
+        GrexError: settings that do not fit the data, an output folder that holds another run, losses that are not finite.
+    """
+    seed_all(config.train.seed)
+    sources = training_sources(config)
+    text_tokenizer, lm_tokenizer = make_tokenizers(config)
+    config.model.text.vocab_size = max(config.model.text.vocab_size, text_tokenizer.vocab_size) if config.model.text.path else text_tokenizer.vocab_size
+    seed_all(config.train.seed)  # the weights do not depend on what the tokenizers drew
+    model = GrexModel(config, text_tokenizer, lm_tokenizer)
+    if model.generator is not None and config.model.generator.lm == "tiny" and checkpoint.latest(config.train.out) is None:
+        start_language_model(model, config)
+    batches = batch_source(config, sources, text_tokenizer, lm_tokenizer)
+    return train(model, batches, JointLossTerms(config), config, save_model=model.save_pretrained, on_step=on_step)
+
+
+def batch_source(config: Config, sources: dict[str, SampleSource], text_tokenizer: TextTokenizer, lm_tokenizer: LMTokenizer | None) -> TaskMixture:
+    """Return the deterministic mixture of grounding and generation batches."""
+    encode_text = partial(text_tokenizer.encode, max_tokens=config.model.text.max_tokens)
+    encode_lm = partial(lm_tokenizer.encode, max_tokens=config.model.generator.max_expression_tokens) if lm_tokenizer is not None else None
+    make = {
+        task: partial(_make_batch, source, task, encode_text, encode_lm, config.data.image_size, config.data.resize) for task, source in sources.items()
+    }
+    ratio = config.train.ground_ratio if GENERATE in sources else 1.0
+    return TaskMixture(make, config.train.batch_images, ratio, config.train.seed)
+
+
+def _make_batch(source: SampleSource, task: str, encode_text: Any, encode_lm: Any, image_size: int, resize: str, positions: list[int]) -> Batch:
+    samples = [source[position] for position in positions]
+    return collate(samples, encode_text, encode_lm if task == GENERATE else None, image_size=image_size, resize=resize, task=task)
+
+
+def training_sources(config: Config) -> dict[str, SampleSource]:
+    """Return task -> samples by position."""
+    data, seed = config.data, config.train.seed
+    generates = config.model.generator.lm != "none"
+    if data.train == "synthetic":
+        from grex_mllm.data.synthetic import training_stream
+
+        steps = config.train.steps * config.train.batch_images * config.train.accumulation
+        sources: dict[str, SampleSource] = {GROUND: training_stream(data, data.train_split, steps, targeted_only=False)}
+        if generates:
+            sources[GENERATE] = training_stream(data, data.train_split, steps, targeted_only=True)
+        return sources
+    options: dict[str, Any] = {"training": True, "seed": seed, "image_root": data.image_root}
+    sources = {GROUND: FolderDataset(data.train, data.train_split, data.expressions_per_image, **options)}
+    if generates:
+        sources[GENERATE] = FolderDataset(data.train, data.train_split, data.expressions_per_image, targeted_only=True, **options)
+    return sources
+
+
+def training_text(config: Config) -> list[str]:
+    """Return the lines that tokenizers and the tiny language model are trained on: the grammar's corpus, or the training expressions."""
+    if config.data.train == "synthetic":
+        from grex_mllm.data.synthetic import corpus
+
+        return corpus(config.data.synthetic, CORPUS_LINES)
+    return [record.expression for record in FolderDataset(config.data.train, config.data.train_split, image_root=config.data.image_root).expressions]
+
+
+def make_tokenizers(config: Config) -> tuple[TextTokenizer, LMTokenizer | None]:
+    """Read the tokenizers that the configuration names, or train them; trained ones are kept in `train.out` for a resumed run."""
+    folder = Path(config.train.out) / TOKENIZERS
+    text_place, generator = config.model.text.tokenizer or config.model.text.path, config.model.generator
+    if text_place is None:
+        raise fault("model.text.tokenizer is not set", "a folder with BERT's vocab.txt, or train", "set model.text.tokenizer")
+    trains_text, trains_lm = text_place == "train", generator.lm == "tiny"
+    lines: list[str] = []
+    if (trains_text and not (folder / "text").is_dir()) or (trains_lm and not (folder / "lm").is_dir()):
+        lines = training_text(config)
+    if trains_text:
+        if lines and not (folder / "text").is_dir():
+            _whole(folder / "text", train_text_tokenizer(lines, config.model.text.vocab_size).save)
+        text_place = str(folder / "text")
+    text = load_text_tokenizer(text_place)
+    if generator.lm == "none":
+        return text, None
+    if not trains_lm:
+        return text, LMTokenizer.load(generator.lm)
+    if lines and not (folder / "lm").is_dir():
+        _whole(folder / "lm", lambda place: train_sentencepiece(lines, place, generator.vocab_size))
+    return text, LMTokenizer.load(folder / "lm")
+
+
+def _whole(folder: Path, write: Callable[[Path], Any]) -> None:
+    """Write a folder under another name, then give it its own: nothing half-written is ever read."""
+    import shutil
+
+    work = folder.with_name(folder.name + ".writing")
+    shutil.rmtree(work, ignore_errors=True)
+    work.mkdir(parents=True)
+    write(work)
+    work.replace(folder)
+
+
+def start_language_model(model: GrexModel, config: Config) -> None:
+    """Train the tiny language model on text alone; it stands in for pre-trained weights and is frozen afterwards."""
+    from grex_mllm.training.lm import train_language_model
+    from grex_mllm.progress import progress_bar
+
+    settings = config.train.text
+    if settings.steps == 0:
+        return
+    with model.generator.text_only() as lm, progress_bar("language model on text") as progress:
+        train_language_model(
+            lm,
+            model.generator.tokenizer,
+            training_text(config),
+            steps=settings.steps,
+            batch=settings.batch,
+            lr=settings.lr,
+            seed=config.train.seed,
+            bf16=config.train.precision == "bf16",
+            progress=progress,
+        )
+
+
