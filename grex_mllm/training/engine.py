@@ -1,0 +1,230 @@
+"""Start Accelerate, with or without DeepSpeed, on whatever the launcher gave: one CPU, one GPU, many processes, many nodes."""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from grex_mllm.config import TrainConfig
+from grex_mllm.errors import fault
+from grex_mllm.training.optim import JoinedOptimizer
+from grex_mllm.types import Batch
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator
+
+LossFunction = Callable[[Any, Batch, str, float], dict[str, Tensor]]
+AUTOCAST = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+class JointLoss(nn.Module):
+    """Model and losses as one module, so that the forward pass goes through the wrapper of DDP or DeepSpeed.
+
+    forward(batch, task, progress) -> the loss terms, float32; "total" is what is minimised. `precision` autocasts the forward pass;
+    the weights stay float32, also under ZeRO.
+    """
+
+    def __init__(self, model: nn.Module, loss_fn: LossFunction, precision: str) -> None:
+        super().__init__()
+        self.model = model
+        self.loss_fn = loss_fn
+        self.dtype = AUTOCAST[precision]
+
+    def forward(self, batch: Batch, task: str, progress: float) -> dict[str, Tensor]:
+        cast = torch.autocast(batch.image.device.type, self.dtype) if self.dtype is not None else nullcontext()
+        with cast:
+            terms = self.loss_fn(self.model, batch, task, progress)
+        return {name: value.float() for name, value in terms.items()}
+
+
+def start_accelerator(config: TrainConfig, batch_images: int) -> Accelerator:
+    """Join the other processes and return the Accelerator. batch_images: images of one batch on one process, which DeepSpeed wants to know.
+
+    Raises:
+        GrexError: unknown precision, fp16 where it cannot work, DeepSpeed missing or its JSON unusable.
+    """
+    device = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
+    check_precision(config.precision, device.type if device else "cpu", config.deepspeed is not None)
+    plugin = _deepspeed_plugin(config, batch_images, on_cpu=device is None) if config.deepspeed else None
+
+    from accelerate import Accelerator
+    from accelerate.state import AcceleratorState, GradientState
+    from accelerate.utils import DistributedDataParallelKwargs, InitProcessGroupKwargs
+
+    # private, but the only way to another precision within one process (a second training run, tests); process groups stay
+    AcceleratorState._reset_state(reset_partial_state="RANK" not in os.environ)
+    GradientState._reset_state()
+    if config.num_threads:
+        torch.set_num_threads(config.num_threads)
+    # A grounding batch leaves the generator without gradients and the other way round, hence find_unused_parameters.
+    handlers: list[Any] = [DistributedDataParallelKwargs(find_unused_parameters=True)]
+    if device is None and "RANK" in os.environ:
+        handlers.append(InitProcessGroupKwargs(backend="gloo"))  # without it every rank of DeepSpeed on CPU believes that it is alone
+    return Accelerator(
+        cpu=device is None and plugin is None,  # with cpu=True Accelerate would silently drop DeepSpeed
+        mixed_precision="fp16" if config.precision == "fp16" else "no",  # only for its gradient scaler: JointLoss does the autocast
+        gradient_accumulation_steps=config.accumulation,
+        deepspeed_plugin=plugin,
+        kwargs_handlers=handlers,
+    )
+
+
+def check_precision(precision: str, device: str, deepspeed: bool) -> None:
+    """Raise GrexError for a precision that does not exist or cannot work there."""
+    if precision not in AUTOCAST:
+        raise fault(f'train.precision is "{precision}"', f"one of {', '.join(AUTOCAST)}", "choose one of them")
+    if precision == "fp16" and device != "cuda":
+        raise fault(f"train.precision is fp16 on {device}", "a CUDA GPU for fp16", 'set train.precision to "bf16" or "fp32"')
+    if precision == "fp16" and deepspeed:
+        raise fault("train.precision is fp16 with DeepSpeed", "bf16 or fp32 there", 'set train.precision to "bf16"')
+
+
+def check_deepspeed(path: str) -> dict[str, Any]:
+    """Read a DeepSpeed JSON and check what the training loop needs of it.
+
+    Raises:
+        GrexError: package or file missing, no JSON object, no ZeRO stage, or a section that belongs to the training configuration.
+    """
+    from importlib.util import find_spec
+
+    if find_spec("deepspeed") is None:
+        raise fault(
+            f"train.deepspeed is {path}", "the package deepspeed to be installed", "pip install deepspeed, or leave train.deepspeed out"
+        )
+    file = Path(path)
+    if not file.is_file():
+        raise fault(f"train.deepspeed {path} does not exist", "a JSON file", "give one of deepspeed_configs/*.json")
+    try:
+        values = json.loads(file.read_text(encoding="utf-8"))
+    except json.JSONDecodeError as error:
+        raise fault(f"train.deepspeed {path} is no JSON ({error})", "a JSON object", "mend the file") from None
+    if not isinstance(values, dict) or "stage" not in values.get("zero_optimization", {}):
+        raise fault(
+            f"train.deepspeed {path} has no zero_optimization.stage", "a ZeRO stage 0 to 3", "start from deepspeed_configs/zero2.json"
+        )
+    for section in ("optimizer", "scheduler", "bf16", "fp16", "torch_autocast", "amp"):
+        if section in values:
+            raise fault(
+                f'train.deepspeed {path} has a section "{section}"',
+                "optimiser, schedule and precision from the training configuration",
+                "remove it; set train.optim and train.precision",
+            )
+    return values
+
+
+def prepare(accelerator: Accelerator, module: nn.Module, optimizer: Optimizer) -> tuple[nn.Module, Any]:
+    """Hand module and optimizer to Accelerate; returns them wrapped.
+
+    The schedule is not handed over: Accelerate would step it once for every process.
+
+    Raises:
+        GrexError: Muon under ZeRO, which flattens the matrices that Muon needs.
+    """
+    if is_deepspeed(accelerator) and isinstance(optimizer, JoinedOptimizer):
+        raise fault(
+            "train.optim.muon is on with DeepSpeed", "AdamW there, because ZeRO flattens the matrices", "set train.optim.muon to false"
+        )
+    wrapped, prepared = accelerator.prepare(module, optimizer)
+    return wrapped, prepared
+
+
+def is_deepspeed(accelerator: Accelerator) -> bool:
+    """Tell whether DeepSpeed does backward pass and optimizer step."""
+    return str(accelerator.distributed_type.value) == "DEEPSPEED"
+
+
+def zero_stage(accelerator: Accelerator) -> int | None:
+    """Return the ZeRO stage, None without DeepSpeed."""
+    return int(accelerator.state.deepspeed_plugin.zero_stage) if is_deepspeed(accelerator) else None
+
+
+@contextmanager
+def whole_weights(accelerator: Accelerator, model: nn.Module) -> Iterator[None]:
+    """Let every process see whole weights within the block; under ZeRO-3 they are gathered, elsewhere they are whole already."""
+    if zero_stage(accelerator) != 3:
+        yield
+        return
+    import deepspeed
+
+    with deepspeed.zero.GatheredParameters(list(model.parameters())):
+        yield
+
+
+@contextmanager
+def determinism(device: torch.device) -> Iterator[None]:
+    """Make two runs on one CPU equal: the gradient of tensor indexing adds in no fixed order otherwise. GPUs keep their fast kernels."""
+    switches: Any = torch.utils.deterministic
+    before, fill = torch.are_deterministic_algorithms_enabled(), switches.fill_uninitialized_memory
+    if device.type == "cpu":
+        torch.use_deterministic_algorithms(True, warn_only=True)
+        switches.fill_uninitialized_memory = False
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(before, warn_only=torch.is_deterministic_algorithms_warn_only_enabled())
+        switches.fill_uninitialized_memory = fill
+
+
+def leave(status: int = 0) -> None:
+    """End this process if it is one of several on CPU; call it last of all. Elsewhere it returns.
+
+    A thread of gloo can abort an interpreter that ends in the usual way, when all work is done ("terminate called without an active
+    exception").
+    """
+    if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
+        return
+    if torch.distributed.get_backend() != "gloo":
+        torch.distributed.destroy_process_group()
+        return
+    if status == 0:  # after a failure the others may never arrive
+        torch.distributed.barrier()
+        torch.distributed.destroy_process_group()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(status)
+
+
+def _deepspeed_plugin(config: TrainConfig, batch_images: int, on_cpu: bool) -> Any:
+    """Fill the "auto" numbers from the training configuration."""
+    assert config.deepspeed is not None
+    values = check_deepspeed(config.deepspeed)
+    filled: dict[str, float] = {
+        "train_micro_batch_size_per_gpu": batch_images,
+        "gradient_accumulation_steps": config.accumulation,
+        "gradient_clipping": config.optim.clip,
+    }
+    for key, value in filled.items():
+        if values.get(key, "auto") == "auto":
+            values[key] = value
+        elif values[key] != value:
+            raise fault(
+                f"{config.deepspeed}: {key} is {values[key]}", f'{value}, as the training configuration says, or "auto"', 'write "auto"'
+            )
+    for name, text in _lone_process().items():
+        os.environ.setdefault(name, text)
+    if on_cpu:
+        import deepspeed.ops
+
+        # A compiled all-reduce over shared memory takes a minute and a compiler; gloo does without. Private name of deepspeed 0.19.
+        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    from accelerate.utils import DeepSpeedPlugin
+
+    return DeepSpeedPlugin(hf_ds_config=values, zero3_init_flag=False)
+
+
+def _lone_process() -> dict[str, str]:
+    """What a launcher would have set for one process; without it DeepSpeed asks for mpi4py."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    return {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}

@@ -1,0 +1,216 @@
+"""The one loop: grounding and generation batches by a given ratio, on one CPU, one GPU, or many of either, with or without DeepSpeed."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from grex_mllm.config import Config, TrainConfig, to_dict
+from grex_mllm.errors import GrexError, fault
+from grex_mllm.training import checkpoint
+from grex_mllm.training.average import WeightAverage
+from grex_mllm.training.batches import MODEL_STREAM, BatchSource, map_tensors, seed_all, stream
+from grex_mllm.training.engine import (
+    JointLoss,
+    LossFunction,
+    determinism,
+    is_deepspeed,
+    prepare,
+    start_accelerator,
+    whole_weights,
+    zero_stage,
+)
+from grex_mllm.training.log import RunLog, Window
+from grex_mllm.training.optim import build_optimizer, build_schedule, clip_gradients, optimized_parameters
+from grex_mllm.types import Batch
+
+
+@dataclass
+class TrainResult:
+    """steps: finished steps.  resumed_from: finished steps when this call began.  lines: the log lines of this call.
+
+    is_main: this process is the one that writes files.
+    """
+
+    steps: int
+    resumed_from: int
+    checkpoint: Path | None
+    is_main: bool
+    lines: list[dict[str, Any]] = field(default_factory=list)
+
+
+def train(
+    model: nn.Module,
+    batches: BatchSource,
+    loss_fn: LossFunction,
+    config: Config,
+    save_model: Callable[[Path], None] | None = None,
+    on_step: Callable[[int, dict[str, float]], None] | None = None,
+) -> TrainResult:
+    """Train until `train.steps`, with checkpoints on the way, and publish the model.
+
+    loss_fn(model, batch, task, progress): named loss terms, "total" among them; progress runs from 0 to 1.
+    save_model(folder): writes the finished model; called once, on the main process, with the averaged weights if an average is kept.
+    on_step(step, losses): called after every optimizer step with the losses of its last batch.
+    Whatever the model draws (dropout) depends on (seed, step, process) only. A resumed run gives the losses of an uninterrupted one,
+    bit for bit on one CPU.
+
+    Raises:
+        GrexError: settings that cannot work, a run in `train.out` already, a loss or gradient that is not finite.
+    """
+    check(config.train)
+    processes = _processes()
+    if config.train.batch_images % processes:
+        raise fault(f"train.batch_images is {config.train.batch_images}", f"a multiple of the {processes} processes", "change one of them")
+    accelerator = start_accelerator(config.train, config.train.batch_images // processes)
+    with determinism(accelerator.device):
+        return _Run(model, batches, loss_fn, config, accelerator).go(save_model, on_step)
+
+
+def check(config: TrainConfig) -> None:
+    """Raise GrexError for numbers that make no run, and for an output folder that holds one already."""
+    for name in ("steps", "batch_images", "accumulation", "log_every", "save_every", "keep"):
+        if getattr(config, name) < 1:
+            raise fault(f"train.{name} is {getattr(config, name)}", "a number from 1", "mend it")
+    found = checkpoint.latest(config.out)
+    if found is not None and not config.resume:
+        raise fault(
+            f"train.out {config.out} holds a run ({found.name})",
+            "an empty folder",
+            "set train.resume to true to go on, or choose another train.out",
+        )
+
+
+class _Run:
+    """The parts of one training run."""
+
+    def __init__(self, model: nn.Module, batches: BatchSource, loss_fn: LossFunction, config: Config, accelerator: Any) -> None:
+        self.config, self.accelerator = config.train, accelerator
+        optimizer = build_optimizer(model, config.train.optim)
+        chosen = {id(parameter) for parameter in optimized_parameters(optimizer)}
+        for parameter in model.parameters():
+            parameter.requires_grad_(id(parameter) in chosen)
+        schedule = build_schedule(optimizer, config.train.optim, config.train.steps)
+        wrapped, prepared = prepare(accelerator, JointLoss(model, loss_fn, config.train.precision), optimizer)
+        self.state = checkpoint.RunState(accelerator, model, wrapped, prepared, schedule, self._average(model), to_dict(config))
+        self.trained = [] if is_deepspeed(accelerator) else optimized_parameters(optimizer)
+        self.batches = batches.share(accelerator.process_index, accelerator.num_processes) if accelerator.num_processes > 1 else batches
+        self.num_workers = config.data.num_workers
+        found = checkpoint.latest(config.train.out)
+        self.first = checkpoint.restore(self.state, found) if found is not None else 0
+        self.result = TrainResult(self.first, self.first, found, accelerator.is_main_process)
+        accelerator.wait_for_everyone()
+
+    def _average(self, model: nn.Module) -> WeightAverage | None:
+        decay = self.config.optim.average_decay
+        if decay and zero_stage(self.accelerator) == 3:
+            raise fault(
+                "train.optim.average_decay is set with ZeRO-3", "0 there: no process holds whole weights", "set it to 0, or use ZeRO-2"
+            )
+        return WeightAverage(model, decay) if decay else None
+
+    def go(self, save_model: Callable[[Path], None] | None, on_step: Callable[[int, dict[str, float]], None] | None) -> TrainResult:
+        """Run the steps that are left, then publish."""
+        settings, rank = self.config, self.accelerator.process_index
+        micro = settings.accumulation
+        numbered = iter(stream(self.batches, self.first * micro, settings.steps * micro, self.num_workers, settings.seed, rank))
+        self.state.wrapped.train()
+        log, window = RunLog(settings.out, self.first, settings.steps, self.accelerator.is_main_process), Window()
+        if self.first:
+            log.say(f"going on after step {self.first}")
+        try:
+            for step in range(self.first + 1, settings.steps + 1):
+                rates = [float(lr) for lr in self.state.schedule.get_last_lr()]
+                losses = self._step(step, numbered, window)
+                log.step(step)
+                saving = step % settings.save_every == 0 or step == settings.steps
+                if saving or step % settings.log_every == 0:
+                    line = window.close(self.accelerator)
+                    self.result.lines.append(log.write(step, line, rates))
+                if saving:
+                    log.sync()
+                    self.result.checkpoint = checkpoint.save(self.state, settings.out, step, settings.keep)
+                self.result.steps = step
+                if on_step is not None:
+                    on_step(step, {name: float(value.detach()) for name, value in losses.items()})
+        finally:
+            log.close()
+        if save_model is not None:
+            self._publish(save_model)
+        return self.result
+
+    def _step(self, step: int, numbered: Any, window: Window) -> dict[str, Tensor]:
+        """Do one optimizer step over `accumulation` batches."""
+        settings, accelerator, state = self.config, self.accelerator, self.state
+        losses: dict[str, Tensor] = {}
+        for micro in range(settings.accumulation):
+            task, batch = next(numbered)
+            batch = map_tensors(batch, lambda tensor: tensor.to(accelerator.device, non_blocking=True))
+            index = (step - 1) * settings.accumulation + micro
+            seed_all(settings.seed, MODEL_STREAM, index, accelerator.process_index)
+            with accelerator.accumulate(state.wrapped):
+                losses = state.wrapped(batch, task, (step - 1) / settings.steps)
+                self._check_loss(losses, step, task, batch)
+                accelerator.backward(losses["total"])
+                window.add(task, losses, batch)
+                if accelerator.sync_gradients:
+                    window.norms.append(self._clip(step, task, batch))
+                state.optimizer.step()
+                state.optimizer.zero_grad()
+        if not accelerator.optimizer_step_was_skipped:
+            state.schedule.step()
+            if state.average is not None:
+                state.average.update(state.model)
+        return losses
+
+    def _clip(self, step: int, task: str, batch: Batch) -> Tensor | float:
+        """Return the gradient norm, after clipping unless DeepSpeed has done so.
+
+        Weights that the step's tasks do not use get zero gradients, as they do under ZeRO: one process and many then make the same steps.
+        """
+        if is_deepspeed(self.accelerator):
+            norm: Tensor | float = self.state.wrapped.get_global_grad_norm()  # type: ignore[operator]
+        else:
+            self.accelerator.unscale_gradients()
+            for parameter in self.trained:
+                if parameter.grad is None:
+                    parameter.grad = torch.zeros_like(parameter)
+            norm = clip_gradients(self.trained, self.config.optim.clip)
+        if self.config.precision != "fp16" and not math.isfinite(float(norm)):  # fp16: the scaler skips the step and lowers its factor
+            raise self._not_finite(f"gradient norm {float(norm)}", step, task, batch)
+        return norm
+
+    def _check_loss(self, losses: dict[str, Tensor], step: int, task: str, batch: Batch) -> None:
+        if not math.isfinite(float(losses["total"].detach())):
+            terms = ", ".join(f"{name} {float(value.detach()):.4g}" for name, value in losses.items())
+            raise self._not_finite(terms, step, task, batch)
+
+    def _not_finite(self, what: str, step: int, task: str, batch: Batch) -> GrexError:
+        kept = checkpoint.latest(self.config.out) or "none yet"
+        ids = f"image ids {', '.join(batch.image_ids)}; expression ids {', '.join(batch.expression_ids)}"
+        remedy = f"look at these samples, lower train.optim.lr or train.optim.clip; last good checkpoint: {kept}"
+        return fault(f"step {step}, task {task}: not finite: {what}; {ids}", "finite losses and gradients", remedy)
+
+    def _publish(self, save_model: Callable[[Path], None]) -> None:
+        state = self.state
+        with whole_weights(self.accelerator, state.model):
+            if self.accelerator.is_main_process:
+                if state.average is None:
+                    checkpoint.publish(save_model, self.config.out)
+                else:
+                    with state.average.swap(state.model):
+                        checkpoint.publish(save_model, self.config.out)
+        self.accelerator.wait_for_everyone()
+
+
+def _processes() -> int:
+    """Number of processes that the launcher started."""
+    import os
+
+    return int(os.environ.get("WORLD_SIZE", "1")) if "RANK" in os.environ else 1

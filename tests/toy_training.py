@@ -1,0 +1,120 @@
+"""A toy of everything that the training loop needs, and a program that trains it: `python toy_training.py <settings JSON>`.
+
+The model has weights that both tasks share, weights of one task each, a frozen layer, a buffer and dropout; the losses are means over images, so that
+splitting a batch over processes changes nothing but rounding.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from grex_mllm.config import Config
+from grex_mllm.training import loop
+from grex_mllm.training.batches import GROUND, TaskMixture, epoch_index, mix
+from grex_mllm.training.engine import leave
+from grex_mllm.types import Batch, Geometry
+
+
+class ToyModel(nn.Module):
+    def __init__(self, dropout: float = 0.0) -> None:
+        super().__init__()
+        self.shared = nn.Linear(12, 16)
+        self.frozen = nn.Linear(16, 16).requires_grad_(False)
+        self.norm = nn.LayerNorm(16)
+        self.dropout = nn.Dropout(dropout)
+        self.ground, self.generate = nn.Linear(16, 1), nn.Linear(16, 3)
+        self.register_buffer("calls", torch.zeros((), dtype=torch.int64))
+
+    def forward(self, image: Tensor, task: str) -> Tensor:
+        self.calls += 1
+        hidden = self.dropout(self.norm(self.frozen(torch.relu(self.shared(image.flatten(1).float() / 255)))))
+        return self.ground(hidden) if task == GROUND else self.generate(hidden)
+
+
+def toy_loss(model: ToyModel, batch: Batch, task: str, progress: float) -> dict[str, Tensor]:
+    out = model(batch.image, task)
+    bright = batch.image.flatten(1).float().mean(1, keepdim=True) / 255
+    terms = {"fit": (out - bright).square().mean(), "size": out.square().mean()}
+    return {**terms, "total": terms["fit"] + (0.1 + 0.1 * progress) * terms["size"]}
+
+
+def toy_batch(positions: list[int]) -> Batch:
+    """One 2x2 image and two expressions per position, drawn from 10 images in another order each epoch."""
+    indices = [epoch_index(position, 10, 7) for position in positions]
+    images = [torch.randint(0, 256, (3, 2, 2), generator=torch.Generator().manual_seed(mix(index))).byte() for index in indices]
+    num = 2 * len(indices)
+    return Batch(
+        image=torch.stack(images),
+        image_index=torch.arange(num) // 2,
+        text_ids=torch.zeros(num, 3, dtype=torch.int64),
+        text_mask=torch.ones(num, 3, dtype=torch.int64),
+        gt_masks=None,
+        gt_boxes_norm=[torch.zeros(0, 4) for _ in range(num)],
+        gt_count=torch.zeros(num, dtype=torch.int64),
+        no_target=torch.ones(num, dtype=torch.bool),
+        target_index=[torch.zeros(0, dtype=torch.int64) for _ in range(num)],
+        instance_masks=[torch.zeros(0, 2, 2, dtype=torch.bool) for _ in indices],
+        instance_boxes_norm=[torch.zeros(0, 4) for _ in indices],
+        geometries=[Geometry(2, 2, 2, 2) for _ in indices],
+        expression_ids=[f"e{index}.{k}" for index in indices for k in range(2)],
+        image_ids=[f"i{index}" for index in indices],
+    )
+
+
+def toy_config(out: str | Path, **settings: Any) -> Config:
+    """Settings of `train`, `optim.<name>` and `num_workers` over small defaults."""
+    config = Config()
+    values: dict[str, Any] = {"steps": 12, "batch_images": 4, "log_every": 1, "save_every": 4, "ground_ratio": 0.5, "optim.lr": 0.01, **settings}
+    for name, value in {**values, "out": str(out)}.items():
+        if name == "num_workers":
+            config.data.num_workers = value
+        elif name.startswith("optim."):
+            setattr(config.train.optim, name.removeprefix("optim."), value)
+        else:
+            assert hasattr(config.train, name), name
+            setattr(config.train, name, value)
+    return config
+
+
+def toy_train(config: Config, dropout: float = 0.0, loss_fn: Any = toy_loss, save: bool = False, on_step: Any = None) -> tuple[loop.TrainResult, ToyModel]:
+    torch.manual_seed(config.train.seed)
+    model = ToyModel(dropout)
+    source = TaskMixture({"ground": toy_batch, "generate": toy_batch}, config.train.batch_images, config.train.ground_ratio, config.train.seed)
+
+    def save_model(folder: Path) -> None:
+        torch.save(model.state_dict(), folder / "toy.pt")
+
+    return loop.train(model, source, loss_fn, config, save_model if save else None, on_step), model
+
+
+def losses(out: str | Path) -> list[dict[str, Any]]:
+    """Read the steps, loss terms, learning rates and gradient norms of a run."""
+    lines = [json.loads(line) for line in (Path(out) / "log.jsonl").read_text().splitlines()]
+    return [{key: line[key] for key in line if key == "step" or key.startswith(("loss/", "lr/", "grad"))} for line in lines]
+
+
+def main() -> None:
+    settings = json.loads(sys.argv[1])
+    out, dropout, wait = settings.pop("out"), settings.pop("dropout", 0.0), settings.pop("wait_s", 0.0)
+
+    def slow(step: int, _: dict[str, float]) -> None:
+        import time
+
+        time.sleep(wait)
+
+    result, _ = toy_train(toy_config(out, **settings), dropout, save=True, on_step=slow)
+    if result.is_main:
+        print(f"finished {result.steps} resumed {result.resumed_from}", flush=True)
+    leave(0)
+
+
+if __name__ == "__main__":
+    os.environ.setdefault("CUDA_VISIBLE_DEVICES", "")
+    main()
