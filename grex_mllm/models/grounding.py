@@ -47,10 +47,10 @@ class GroundingModel(nn.Module):
 
     def __init__(self, vision: nn.Module, text: nn.Module, pixel_decoder: nn.Module, decoder: nn.Module) -> None:
         super().__init__()
-        self.vision = vision
-        self.text = text
-        self.pixel_decoder = pixel_decoder
-        self.decoder = decoder
+        self.vision: Any = vision
+        self.text: Any = text
+        self.pixel_decoder: Any = pixel_decoder
+        self.decoder: Any = decoder
         self.register_buffer("pixel_mean", torch.tensor(PIXEL_MEAN).view(3, 1, 1), persistent=False)
         self.register_buffer("pixel_std", torch.tensor(PIXEL_STD).view(3, 1, 1), persistent=False)
 
@@ -68,7 +68,7 @@ class GroundingModel(nn.Module):
         for i, (height, width) in enumerate(valid_sizes or ()):
             x[i, :, height:] = 0
             x[i, :, :, width:] = 0
-        stride = max(self.vision.strides)  # type: ignore[arg-type, type-var]
+        stride = max(self.vision.strides)
         return F.pad(x, (0, -x.shape[-1] % stride, 0, -x.shape[-2] % stride))
 
     def encode_image(self, image: Tensor, valid_sizes: Sequence[tuple[int, int]] | None = None) -> ImageFeatures:

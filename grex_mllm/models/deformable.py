@@ -1,0 +1,140 @@
+"""The pixel decoder of Mask2Former (Cheng et al. 2022) with multi-scale deformable attention, as in the released ReLA."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from grex_mllm.config import PixelDecoderConfig
+from grex_mllm.errors import fault
+from grex_mllm.models.pixel_decoder import NUM_LEVELS, num_groups, upsample_to
+from grex_mllm.models.positions import sine_positions
+from grex_mllm.ops.deform_attn import Shapes, deformable_attention
+from grex_mllm.types import PixelFeatures
+
+GROUPS = 32
+
+
+class DeformableAttention(nn.Module):
+    """Each query reads a few points around its own place on every level."""
+
+    def __init__(self, width: int, num_heads: int, num_points: int) -> None:
+        super().__init__()
+        if width % num_heads:
+            raise fault(f"pixel decoder width {width} with {num_heads} heads", "heads that divide the width", "mend model.pixel_decoder")
+        self.num_heads, self.num_points = num_heads, num_points
+        self.sampling_offsets = nn.Linear(width, num_heads * NUM_LEVELS * num_points * 2)
+        self.attention_weights = nn.Linear(width, num_heads * NUM_LEVELS * num_points)
+        self.value_proj = nn.Linear(width, width)
+        self.output_proj = nn.Linear(width, width)
+        self._reset()
+
+    def _reset(self) -> None:
+        # each head looks its own way at first, further with every point (Zhu et al. 2021, A.4)
+        angle = torch.arange(self.num_heads) * (2 * math.pi / self.num_heads)
+        way = torch.stack([angle.cos(), angle.sin()], dim=-1)
+        way = way / way.abs().amax(dim=-1, keepdim=True)
+        steps = torch.arange(1, self.num_points + 1)
+        nn.init.zeros_(self.sampling_offsets.weight)
+        with torch.no_grad():
+            bias = way[:, None, None] * steps[None, None, :, None]
+            self.sampling_offsets.bias.copy_(bias.expand(-1, NUM_LEVELS, -1, -1).flatten())
+        nn.init.zeros_(self.attention_weights.weight)
+        nn.init.zeros_(self.attention_weights.bias)
+        for linear in (self.value_proj, self.output_proj):
+            nn.init.xavier_uniform_(linear.weight)
+            nn.init.zeros_(linear.bias)
+
+    def forward(self, query: Tensor, source: Tensor, centres: Tensor, shapes: Shapes) -> Tensor:
+        """Attend from every query.
+
+        query, source: float [B, S, C].  centres: float [S, 2] x and y in [0, 1].  shapes: (h, w) of the levels.
+        """
+        batch, total, width = query.shape
+        value = self.value_proj(source).view(batch, total, self.num_heads, -1)
+        grid = (batch, total, self.num_heads, NUM_LEVELS, self.num_points)
+        size = query.new_tensor([[w, h] for h, w in shapes])
+        locations = centres[:, None, None, None] + self.sampling_offsets(query).view(*grid, 2) / size[:, None]
+        weights = self.attention_weights(query).view(batch, total, self.num_heads, -1).softmax(dim=-1).view(grid)
+        return self.output_proj(deformable_attention(value, shapes, locations, weights))
+
+
+class DeformableLayer(nn.Module):
+    """Deformable attention and a feed-forward network, normalised after."""
+
+    def __init__(self, width: int, num_heads: int, num_points: int, feedforward: int) -> None:
+        super().__init__()
+        self.attention = DeformableAttention(width, num_heads, num_points)
+        self.norm1 = nn.LayerNorm(width)
+        self.linear1 = nn.Linear(width, feedforward)
+        self.linear2 = nn.Linear(feedforward, width)
+        self.norm2 = nn.LayerNorm(width)
+
+    def forward(self, x: Tensor, position: Tensor, centres: Tensor, shapes: Shapes) -> Tensor:
+        x = self.norm1(x + self.attention(x + position, x, centres, shapes))
+        return self.norm2(x + self.linear2(F.relu(self.linear1(x))))
+
+
+class DeformablePixelDecoder(nn.Module):
+    """Refine the three coarse maps together, then merge the finest map into the mask features.
+
+    Runs in float32 under autocast, as released, unless `mixed_precision` is set.
+    """
+
+    def __init__(self, config: PixelDecoderConfig, channels: Sequence[int]) -> None:
+        super().__init__()
+        width = config.width
+        self.width, self.mask_width = width, config.mask_width
+        self.mixed_precision = config.mixed_precision
+        groups = num_groups(width, GROUPS)
+        self.inputs = nn.ModuleList(nn.Sequential(nn.Conv2d(c, width, 1), nn.GroupNorm(groups, width)) for c in reversed(channels[1:]))
+        self.level_embed = nn.Parameter(torch.empty(NUM_LEVELS, width))
+        nn.init.normal_(self.level_embed)
+        self.layers = nn.ModuleList(
+            DeformableLayer(width, config.num_heads, config.num_points, config.feedforward) for _ in range(config.num_layers)
+        )
+        self.lateral = nn.Sequential(nn.Conv2d(channels[0], width, 1, bias=False), nn.GroupNorm(groups, width))
+        self.smooth = nn.Sequential(nn.Conv2d(width, width, 3, padding=1, bias=False), nn.GroupNorm(groups, width), nn.ReLU())
+        self.mask_features = nn.Conv2d(width, config.mask_width, 1)
+        for projection in self.inputs:
+            nn.init.xavier_uniform_(projection[0].weight)
+            nn.init.zeros_(projection[0].bias)
+
+    def forward(self, maps: list[Tensor]) -> PixelFeatures:
+        """Return mask features at the finest map's stride and the refined levels, coarse to fine.
+
+        maps: four float [B, C_i, h_i, w_i], fine to coarse.
+        """
+        if self.mixed_precision or not torch.is_autocast_enabled(maps[0].device.type):
+            return self._decode(maps)
+        with torch.autocast(maps[0].device.type, enabled=False):
+            return self._decode([m.to(self.level_embed.dtype) for m in maps])
+
+    def _decode(self, maps: list[Tensor]) -> PixelFeatures:
+        sources = [project(m) for project, m in zip(self.inputs, reversed(maps[1:]), strict=True)]
+        shapes = [(int(s.shape[-2]), int(s.shape[-1])) for s in sources]
+        x = torch.cat([s.flatten(2).transpose(1, 2) for s in sources], dim=1)
+        device, dtype = x.device, self.level_embed.dtype
+        position = torch.cat(
+            [sine_positions(h, w, self.width, device, dtype) + e for (h, w), e in zip(shapes, self.level_embed, strict=True)]
+        )
+        centres = torch.cat([cell_centres(h, w, device, dtype) for h, w in shapes])
+        for layer in self.layers:
+            x = layer(x, position, centres, shapes)
+        levels = [
+            part.transpose(1, 2).unflatten(2, shape) for part, shape in zip(x.split([h * w for h, w in shapes], dim=1), shapes, strict=True)
+        ]
+        fine = self.lateral(maps[0])
+        fine = self.smooth(fine + upsample_to(levels[-1], fine))
+        return PixelFeatures(self.mask_features(fine), levels)
+
+
+def cell_centres(height: int, width: int, device: torch.device, dtype: torch.dtype) -> Tensor:
+    """Return x and y of every cell's centre in [0, 1], float [height * width, 2]."""
+    y = (torch.arange(height, device=device, dtype=dtype) + 0.5) / height
+    x = (torch.arange(width, device=device, dtype=dtype) + 0.5) / width
+    return torch.stack([x.expand(height, width), y[:, None].expand(height, width)], dim=-1).flatten(0, 1)

@@ -1,0 +1,67 @@
+"""What region features say: masks, minimap, no-target, boxes, box scores, count."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+NUM_COUNTS = 7  # {0, 1, 2, 3, 4, 5, >5}
+BOX_START_SIZE = 0.25
+BOX_EPS = 1e-4
+
+
+class Mlp(nn.Module):
+    """Linear layers with ReLU between: `num_layers` of them, all but the last `hidden` wide."""
+
+    def __init__(self, width: int, hidden: int, out: int, num_layers: int) -> None:
+        super().__init__()
+        widths = [width, *[hidden] * (num_layers - 1), out]
+        self.layers = nn.ModuleList(nn.Linear(a, b) for a, b in zip(widths[:-1], widths[1:], strict=True))
+
+    def forward(self, x: Tensor) -> Tensor:
+        for layer in self.layers[:-1]:
+            x = F.relu(layer(x))
+        return self.layers[-1](x)
+
+
+class RegionHeads(nn.Module):
+    """The heads over normalised region features [E, Q, C] (GRES paper, section 4.1; GREx article for boxes and count).
+
+    Masks, minimap and no-target are the released ones. What the papers leave open about boxes, and what we chose:
+    a region's box is a shift from the centre of its minimap cell and a size (the minimap already binds the region to that cell), `box_score` says
+    how sure the region is that its box is one of the targets' boxes, and the count is averaged over regions like the no-target answer.
+    `boxes` or `count` False: the head does not exist, so a released checkpoint has nothing missing.
+    """
+
+    centres: Tensor
+
+    def __init__(self, width: int, mask_width: int, side: int, boxes: bool, count: bool) -> None:
+        super().__init__()
+        self.mask = Mlp(width, width, mask_width, 3)
+        self.minimap = nn.Linear(width, 2)
+        self.no_target = Mlp(width, width, 2, 2)
+        self.box = Mlp(width, width, 4, 3) if boxes else None
+        self.box_score = nn.Linear(width, 1) if boxes else None
+        self.count = Mlp(width, width, NUM_COUNTS, 2) if count else None
+        cells = (torch.arange(side) + 0.5) / side
+        start = torch.full((side, side, 4), BOX_START_SIZE)
+        start[..., 0], start[..., 1] = cells[None, :], cells[:, None]
+        self.register_buffer("box_start", torch.logit(start.flatten(0, 1), BOX_EPS), persistent=False)
+        if self.box is not None:
+            nn.init.zeros_(self.box.layers[-1].weight)
+            nn.init.zeros_(self.box.layers[-1].bias)
+
+    def predict_boxes(self, regions: Tensor) -> tuple[Tensor | None, Tensor | None]:
+        """Return boxes_norm [E, Q, 4] cxcywh and box_logits [E, Q], or None twice."""
+        if self.box is None or self.box_score is None:
+            return None, None
+        return (self.box(regions) + self.box_start).sigmoid(), self.box_score(regions).squeeze(-1)
+
+    def predict_count(self, regions: Tensor) -> Tensor | None:
+        """Return count_logits [E, 7], or None."""
+        return None if self.count is None else self.count(regions).mean(dim=1)
+
+    def predict_no_target(self, regions: Tensor) -> Tensor:
+        """Return no_target_logits [E, 2]."""
+        return self.no_target(regions).mean(dim=1)

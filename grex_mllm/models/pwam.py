@@ -1,0 +1,50 @@
+"""Pixel-word attention: language into every position of a map (LAVT, Yang et al. 2022, section 3.2), as the released ReLA computes it."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from grex_mllm.types import TextFeatures
+
+# released: how far the logit of a padding token is pushed down
+PADDING_LOGIT = 1e4
+
+
+def normalise_positions(x: Tensor, eps: float = 1e-5) -> Tensor:
+    """Normalise every channel of float [B, S, C] over its S positions (instance norm, biased variance, nothing learned)."""
+    variance, mean = torch.var_mean(x, dim=1, correction=0, keepdim=True)
+    return (x - mean) * torch.rsqrt(variance + eps)
+
+
+class PixelWordAttention(nn.Module):
+    """Attend from every position to the words, and gate the visual features with what was read: one head as wide as the map."""
+
+    def __init__(self, width: int, text_width: int) -> None:
+        super().__init__()
+        self.visual = nn.Linear(width, width)
+        self.query = nn.Linear(width, width)
+        self.key = nn.Linear(text_width, width)
+        self.value = nn.Linear(text_width, width)
+        self.output = nn.Linear(width, width)
+        self.mix = nn.Linear(width, width)
+
+    def forward(self, x: Tensor, text: TextFeatures) -> Tensor:
+        """Fuse E maps with E expressions.
+
+        x: float [E, S, C] positions.  text: tokens [E, L, C_text].  Returns float [E, S, C].
+        """
+        visual = F.gelu(self.visual(x))
+        language = self.attend(x, text)
+        return F.gelu(self.mix(visual * language))
+
+    def attend(self, x: Tensor, text: TextFeatures) -> Tensor:
+        """Return what every position reads from the words, projected and normalised: float [E, S, C]."""
+        mask = text.mask.to(text.tokens.dtype)
+        query = normalise_positions(self.query(x))
+        key = self.key(text.tokens) * mask[..., None]
+        value = self.value(text.tokens) * mask[..., None]
+        scores = query @ key.transpose(1, 2) * x.shape[-1] ** -0.5
+        weights = (scores + (mask * PADDING_LOGIT - PADDING_LOGIT)[:, None]).softmax(dim=-1)
+        return normalise_positions(self.output(weights @ value))
