@@ -1,0 +1,80 @@
+"""Write a model folder from tensors: whole, or not at all. The layout is that of `GrexModel.save_pretrained`."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import tempfile
+from collections.abc import Mapping
+from pathlib import Path
+
+from torch import Tensor
+
+from grex_mllm.config import Config, save_config
+from grex_mllm.errors import fault
+
+WEIGHTS, CONFIG, TOKENIZER, VOCAB = "model.safetensors", "config.yaml", "text_tokenizer", "vocab.txt"
+BERT_NAMES = ("google-bert/bert-base-uncased", "bert-base-uncased")
+
+
+def write_model_folder(out: Path, config: Config, tensors: Mapping[str, Tensor], vocab: str | Path | None) -> list[str]:
+    """Write config.yaml, model.safetensors and text_tokenizer/vocab.txt; return notes for the user.
+
+    The folder is built beside its place and renamed, so that a failure leaves nothing.
+
+    Raises:
+        GrexError: `out` is a file or a folder with something in it, or the vocabulary is missing or too large for the model.
+    """
+    from safetensors.torch import save_file
+
+    check_free(out)
+    words = _vocabulary(vocab, config.model.text.vocab_size)
+    out.parent.mkdir(parents=True, exist_ok=True)
+    work = Path(tempfile.mkdtemp(dir=out.parent, prefix=f".{out.name}-"))
+    try:
+        (work / TOKENIZER).mkdir()
+        if words is not None:
+            shutil.copyfile(words, work / TOKENIZER / VOCAB)
+        save_config(config, work / CONFIG)
+        # copies: safetensors refuses tensors that share storage, as those of a training checkpoint may
+        save_file({name: tensor.clone().contiguous() for name, tensor in tensors.items()}, str(work / WEIGHTS), metadata={"format": "pt"})
+        work.chmod(0o755)
+        if out.is_dir():
+            out.rmdir()
+        os.replace(work, out)
+    finally:
+        shutil.rmtree(work, ignore_errors=True)
+    return [] if words is not None else [f"no vocabulary at hand: put BERT's {VOCAB} into {out / TOKENIZER}, or convert again with --vocab"]
+
+
+def check_free(out: Path) -> None:
+    """Raise unless `out` is free: absent, or an empty folder.
+
+    Raises:
+        GrexError: names the path.
+    """
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise fault(f"output {out} exists and is not empty", "a new or empty folder", "remove it or choose another --out")
+
+
+def _vocabulary(vocab: str | Path | None, limit: int) -> Path | None:
+    """Find the vocabulary: the one given, or BERT's in the local hub cache if it has the model's size; never from the network."""
+    if vocab is None:
+        from huggingface_hub import try_to_load_from_cache
+
+        found = [try_to_load_from_cache(name, VOCAB) for name in BERT_NAMES]
+        cached = next((Path(file) for file in found if isinstance(file, str)), None)
+        return cached if cached is not None and _num_words(cached) == limit else None
+    file = Path(vocab)
+    if file.is_dir():
+        file = file / VOCAB
+    if not file.is_file():
+        raise fault(f"vocabulary {file} does not exist", "BERT's vocab.txt", "mend --vocab")
+    words = _num_words(file)
+    if words > limit:
+        raise fault(f"vocabulary {file} has {words} words", f"at most the {limit} that the model embeds", "give the model's own vocab.txt")
+    return file
+
+
+def _num_words(file: Path) -> int:
+    return len(file.read_text(encoding="utf-8").splitlines())

@@ -1,0 +1,249 @@
+"""Released ReLA checkpoints (GRES, Liu et al. 2023) into our model folders.
+
+Every key of the checkpoint is mapped by one rule, ignored by one named rule, or listed in the one error; every key of our model is
+filled. Sizes of R50, Swin-T and Swin-B are recognised from the shapes; other sizes come as YAML, because the numbers of heads cannot be
+seen in shapes.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from torch import Tensor
+
+from grex_mllm.config import Config, DecoderConfig, ModelConfig, PixelDecoderConfig, TextConfig, VisionConfig, load_config
+from grex_mllm.convert.folder import write_model_folder
+from grex_mllm.convert.reader import read_checkpoint
+from grex_mllm.errors import GrexError, fault
+from grex_mllm.models import build_grounding
+
+SEVERAL = 6
+
+# released name -> ours; the first rule that matches the whole key counts
+RULES: tuple[tuple[str, str], ...] = (
+    # Swin with language fusion
+    (r"backbone\.patch_embed\.(.+)", r"vision.patch_embed.\1"),
+    (r"backbone\.layers\.(\d+)\.fusion\.vis_project\.0\.(weight|bias)", r"vision.stages.\1.fusion.visual.\2"),
+    (r"backbone\.layers\.(\d+)\.fusion\.project_mm\.0\.(weight|bias)", r"vision.stages.\1.fusion.mix.\2"),
+    (r"backbone\.layers\.(\d+)\.fusion\.image_lang_att\.f_(query|key|value)\.0\.(weight|bias)", r"vision.stages.\1.fusion.\2.\3"),
+    (r"backbone\.layers\.(\d+)\.fusion\.image_lang_att\.W\.0\.(weight|bias)", r"vision.stages.\1.fusion.output.\2"),
+    (r"backbone\.layers\.(\d+)\.res_gate\.([02])\.weight", r"vision.stages.\1.gate.\2.weight"),
+    (r"backbone\.layers\.(\d+)\.((?:blocks|downsample)\..+)", r"vision.stages.\1.\2"),
+    (r"backbone\.norm(\d)\.(weight|bias)", r"vision.norms.\1.\2"),
+    # ResNet
+    (r"backbone\.stem\.conv1\.norm\.(.+)", r"vision.stem.norm.\1"),
+    (r"backbone\.stem\.conv1\.weight", r"vision.stem.conv.weight"),
+    (r"backbone\.res([2-5])\.(\d+)\.conv(\d)\.norm\.(.+)", r"vision.stages.<\1>.\2.norm\3.\4"),
+    (r"backbone\.res([2-5])\.(\d+)\.conv(\d)\.weight", r"vision.stages.<\1>.\2.conv\3.weight"),
+    (r"backbone\.res([2-5])\.(\d+)\.shortcut\.norm\.(.+)", r"vision.stages.<\1>.\2.shortcut.norm.\3"),
+    (r"backbone\.res([2-5])\.(\d+)\.shortcut\.weight", r"vision.stages.<\1>.\2.shortcut.conv.weight"),
+    # pixel decoder
+    (r"sem_seg_head\.pixel_decoder\.input_proj\.(\d)\.([01])\.(weight|bias)", r"pixel_decoder.inputs.\1.\2.\3"),
+    (r"sem_seg_head\.pixel_decoder\.transformer\.level_embed", r"pixel_decoder.level_embed"),
+    (r"sem_seg_head\.pixel_decoder\.transformer\.encoder\.layers\.(\d+)\.self_attn\.(.+)", r"pixel_decoder.layers.\1.attention.\2"),
+    (r"sem_seg_head\.pixel_decoder\.transformer\.encoder\.layers\.(\d+)\.((?:norm|linear)[12]\..+)", r"pixel_decoder.layers.\1.\2"),
+    (r"sem_seg_head\.pixel_decoder\.adapter_1\.weight", r"pixel_decoder.lateral.0.weight"),
+    (r"sem_seg_head\.pixel_decoder\.adapter_1\.norm\.(weight|bias)", r"pixel_decoder.lateral.1.\1"),
+    (r"sem_seg_head\.pixel_decoder\.layer_1\.weight", r"pixel_decoder.smooth.0.weight"),
+    (r"sem_seg_head\.pixel_decoder\.layer_1\.norm\.(weight|bias)", r"pixel_decoder.smooth.1.\1"),
+    (r"sem_seg_head\.pixel_decoder\.mask_features\.(weight|bias)", r"pixel_decoder.mask_features.\1"),
+    # text
+    (r"text_encoder\.(.+)", r"text.bert.\1"),
+)
+
+# name of the rule, keys it covers, why nothing is lost
+IGNORED: tuple[tuple[str, str], ...] = (
+    ("position ids (a constant 0, 1, 2, ... of transformers before 4.31)", r"text_encoder\.embeddings\.position_ids"),
+    ("relative position index (a constant of the window size)", r"backbone\.layers\.\d+\.blocks\.\d+\.attn\.relative_position_index"),
+)
+
+SWIN_TINY = VisionConfig(name="swin", embed_width=96, swin_depths=[2, 2, 6, 2], swin_heads=[3, 6, 12, 24], window=7, fusion="pwam")
+SWIN_BASE = VisionConfig(name="swin", embed_width=128, swin_depths=[2, 2, 18, 2], swin_heads=[4, 8, 16, 32], window=12, fusion="pwam")
+BACKBONES = {"swin_tiny": SWIN_TINY, "swin_base": SWIN_BASE, "r50": VisionConfig(name="resnet")}
+
+
+@dataclass
+class Conversion:
+    """What became of a checkpoint.
+
+    kind: which released model it is, or "given sizes".  mapped: number of tensors taken over.  ignored: rule -> number of keys, or of
+    entries beside the weights.  folder: the model folder.  notes: what the user still has to do.
+    """
+
+    kind: str
+    mapped: int
+    ignored: dict[str, int]
+    folder: Path
+    notes: list[str]
+
+    def lines(self) -> list[str]:
+        """Say it in a few lines."""
+        skipped = [f"ignored {number}: {rule}" for rule, number in self.ignored.items()]
+        return [f"{self.kind}: {self.mapped} tensors -> {self.folder}", *skipped, *self.notes]
+
+
+def convert_rela(path: str | Path, out: str | Path, config: str | Path | None = None, vocab: str | Path | None = None) -> Conversion:
+    """Turn an authors' checkpoint into a model folder; nothing is written unless everything fits.
+
+    path: .pth with {"model": state dict} or a bare state dict.  config: YAML with the sizes under `model`, for none of R50, Swin-T, Swin-B.
+    vocab: BERT's vocab.txt; without it, one in the local cache of the hub is taken, else the folder needs one later.
+
+    Raises:
+        GrexError: unreadable or unsafe file, foreign architecture, missing, unknown or misshapen keys, or an output folder that is in use.
+    """
+    state, beside = read_checkpoint(path)
+    kind, settings = recognise(state, str(path)) if config is None else ("given sizes", released_sizes(config))
+    mapped, ignored = map_keys(state, str(path))
+    fill(mapped, expected_shapes(settings.model), str(path))
+    for entry in beside:
+        ignored[f"training state: {entry}"] = 1
+    tensors = {f"grounding.{name}": tensor for name, tensor in mapped.items()}
+    notes = write_model_folder(Path(out), settings, tensors, vocab)
+    return Conversion(kind, len(mapped), ignored, Path(out), notes)
+
+
+def released_config(vision: VisionConfig) -> Config:
+    """Return the configuration under which our model computes what the released one does, with the given image encoder."""
+    model = ModelConfig(
+        vision=replace(vision),
+        text=TextConfig(),
+        pixel_decoder=PixelDecoderConfig(),
+        decoder=DecoderConfig(boxes=False, count=False),
+    )
+    return Config(model=model)
+
+
+def released_sizes(path: str | Path) -> Config:
+    """Read a YAML of sizes, whose `model` section changes the released configuration's; heads that the released model lacks stay off.
+
+    Raises:
+        GrexError: as `load_config`.
+    """
+    config = load_config(path)
+    config.model.decoder.boxes = config.model.decoder.count = False
+    return config
+
+
+def recognise(state: Mapping[str, Tensor], source: str) -> tuple[str, Config]:
+    """Tell R50, Swin-T and Swin-B from the shapes of a released state dict.
+
+    Raises:
+        GrexError: no ReLA checkpoint, or one of other sizes.
+    """
+    if not any(key.startswith("sem_seg_head.predictor.RIA_layers.") for key in state):
+        some = ", ".join(list(state)[:3])
+        raise fault(
+            f"{source} has no RIA layers (first keys: {some})", "a released ReLA checkpoint", "see `grex convert swin` for a bare Swin"
+        )
+    stem, patch = state.get("backbone.stem.conv1.weight"), state.get("backbone.patch_embed.proj.weight")
+    for kind, vision in BACKBONES.items():
+        if vision.name == "swin":
+            fits = patch is not None and patch.shape[0] == vision.embed_width and _swin_depths(state) == vision.swin_depths
+        else:
+            fits = stem is not None and stem.shape[0] == vision.stem_width and _resnet_depths(state) == vision.depths
+        queries = state.get("sem_seg_head.predictor.query_feat.weight")
+        config = released_config(vision)
+        if fits and queries is not None and tuple(queries.shape) == (config.model.decoder.minimap_side**2, config.model.decoder.width):
+            return kind, config
+    raise fault(
+        f"{source} is a ReLA of other sizes than R50, Swin-T and Swin-B",
+        "one of them, or its sizes",
+        "give them with --config sizes.yaml (see tests/data/rela_nano_swin.yaml)",
+    )
+
+
+def map_keys(state: Mapping[str, Tensor], source: str) -> tuple[dict[str, Tensor], dict[str, int]]:
+    """Rename every key by RULES, or count it under the name of the rule that ignores it.
+
+    Convolutions of width 1 that are linear layers here lose that axis.
+
+    Raises:
+        GrexError: lists the keys that no rule knows.
+    """
+    mapped: dict[str, Tensor] = {}
+    ignored: dict[str, int] = {}
+    unknown: list[str] = []
+    for key, tensor in state.items():
+        rule = next((name for name, pattern in IGNORED if re.fullmatch(pattern, key)), None)
+        if rule is not None:
+            ignored[rule] = ignored.get(rule, 0) + 1
+            continue
+        name = new_name(key)
+        if name is None:
+            unknown.append(key)
+        else:
+            mapped[name] = tensor.squeeze(-1) if tensor.ndim == 3 else tensor
+    if unknown:
+        raise fault(
+            f"{source} has {len(unknown)} unknown keys: {_some(unknown)}", "the keys of a released ReLA", "give the authors' checkpoint"
+        )
+    return mapped, ignored
+
+
+def new_name(key: str) -> str | None:
+    """Rename one released key, or return None."""
+    for pattern, replacement in RULES:
+        if re.fullmatch(pattern, key):
+            name = re.sub(pattern, replacement, key)
+            # detectron2 counts stages from 2
+            return re.sub(r"<(\d)>", lambda stage: str(int(stage.group(1)) - 2), name)
+    return None
+
+
+def expected_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
+    """Return name -> shape of every tensor that our model of these sizes saves, without allocating its parameters."""
+    from accelerate import init_empty_weights
+
+    with init_empty_weights():
+        model = build_grounding(config)
+    return {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+
+
+def fill(mapped: Mapping[str, Tensor], expected: Mapping[str, tuple[int, ...]], source: str) -> None:
+    """Check that the renamed tensors are exactly those that the model has.
+
+    Raises:
+        GrexError: one message with all missing, superfluous and misshapen tensors.
+    """
+    wrong = [f"{len(names)} {word}: {_some(names)}" for word, names in differences(mapped, expected).items() if names]
+    if wrong:
+        raise GrexError(
+            f"{source} does not fit the model ({'; '.join(wrong)}); expected every tensor once, in its shape; "
+            "give a whole checkpoint, and the right sizes with --config where they are not R50, Swin-T or Swin-B"
+        )
+
+
+def differences(mapped: Mapping[str, Tensor], expected: Mapping[str, tuple[int, ...]]) -> dict[str, list[str]]:
+    """Return the names that are missing, superfluous, and of another shape (with both shapes)."""
+    shapes = [
+        f"{name} {tuple(mapped[name].shape)} for {shape}"
+        for name, shape in expected.items()
+        if name in mapped and tuple(mapped[name].shape) != shape
+    ]
+    return {
+        "missing": [name for name in expected if name not in mapped],
+        "superfluous": [name for name in mapped if name not in expected],
+        "of another shape": shapes,
+    }
+
+
+def _some(names: Iterable[str]) -> str:
+    listed = list(names)
+    return ", ".join(listed[:SEVERAL]) + (f" and {len(listed) - SEVERAL} more" if len(listed) > SEVERAL else "")
+
+
+def _swin_depths(state: Mapping[str, Tensor]) -> list[int]:
+    return _counts(state, r"backbone\.layers\.(\d+)\.blocks\.(\d+)\.norm1\.weight")
+
+
+def _resnet_depths(state: Mapping[str, Tensor]) -> list[int]:
+    return _counts(state, r"backbone\.res([2-5])\.(\d+)\.conv1\.weight")
+
+
+def _counts(state: Mapping[str, Tensor], pattern: str) -> list[int]:
+    """Count the blocks of each stage whose keys match (stage, block)."""
+    found = [match.group(1) for key in state if (match := re.fullmatch(pattern, key))]
+    return [found.count(stage) for stage in sorted(set(found))]
