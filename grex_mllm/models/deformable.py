@@ -134,7 +134,7 @@ class DeformablePixelDecoder(nn.Module):
 
 
 def cell_centres(height: int, width: int, device: torch.device, dtype: torch.dtype) -> Tensor:
-    """Return x and y of every cell's centre in [0, 1], float [height * width, 2]."""
-    y = (torch.arange(height, device=device, dtype=dtype) + 0.5) / height
-    x = (torch.arange(width, device=device, dtype=dtype) + 0.5) / width
-    return torch.stack([x.expand(height, width), y[:, None].expand(height, width)], dim=-1).flatten(0, 1)
+    """Return x and y of every cell's centre in [0, 1], float [height * width, 2]. Computed in float32 whatever the dtype, as released."""
+    y = (torch.arange(height, device=device, dtype=torch.float32) + 0.5) / height
+    x = (torch.arange(width, device=device, dtype=torch.float32) + 0.5) / width
+    return torch.stack([x.expand(height, width), y[:, None].expand(height, width)], dim=-1).flatten(0, 1).to(dtype)
