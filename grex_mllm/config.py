@@ -148,6 +148,25 @@ class ModelConfig:
 
 
 @dataclass
+class SyntheticConfig:
+    """Synthetic scenes. held_out: pairs "colour shape" or "texture shape" that only the split `compositional` shows.
+
+    min_visible: least visible share of every object.  noise: strongest noise in grey levels, drawn anew for each scene.
+    """
+
+    seed: int = 0
+    image_size: int = 96
+    min_objects: int = 2
+    max_objects: int = 12
+    min_visible: float = 0.45
+    noise: int = 10
+    no_target_share: float = 0.22
+    held_out: list[str] = field(
+        default_factory=lambda: ["red star", "blue triangle", "green ring", "yellow square", "purple circle", "orange cross", "dotted bar"]
+    )
+
+
+@dataclass
 class DataConfig:
     """train, val: a dataset folder, or "synthetic"."""
 
@@ -161,6 +180,7 @@ class DataConfig:
     expressions_per_image: int = 8
     num_workers: int = 0
     easy_share: float = 0.0  # synthetic: first part of the training in which the easy kinds come more often
+    synthetic: SyntheticConfig = field(default_factory=SyntheticConfig)
 
 
 @dataclass

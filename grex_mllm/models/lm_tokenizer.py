@@ -1,6 +1,7 @@
 """Tokenizers: sentencepiece for the generator's language model, WordPiece for the grounding text encoder; training is deterministic.
 
-The sentencepiece model is BPE with byte fallback, so text of any script and emoji come back unchanged (runs of white space become one space).
+The sentencepiece model is BPE with byte fallback, so text of any script and emoji come back unchanged; only runs of white space
+(with sentencepiece's own sign for it, U+2581) become one space.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ import io
 import json
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Sequence
+from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -34,7 +36,9 @@ class LMTokenizer:
 
     def __init__(self, tokenizer: Any) -> None:
         if tokenizer.eos_token_id is None:
-            raise fault(f"tokenizer {tokenizer.name_or_path!r} without an end-of-text token", "one with eos_token", "set eos_token in its folder")
+            raise fault(
+                f"tokenizer {tokenizer.name_or_path!r} without an end-of-text token", "one with eos_token", "set eos_token in its folder"
+            )
         self.hf = tokenizer
         self.eos_id = int(tokenizer.eos_token_id)
         self.bos_id = self.eos_id if tokenizer.bos_token_id is None else int(tokenizer.bos_token_id)
@@ -122,7 +126,9 @@ def train_sentencepiece(lines: Iterable[str], folder: str | Path, vocab_size: in
     if not corpus:
         raise fault("no text to train a tokenizer on", "at least one non-empty line", "give a corpus")
     if vocab_size < SMALLEST_VOCABULARY:
-        raise fault(f"vocabulary of {vocab_size} pieces", f"at least {SMALLEST_VOCABULARY} (256 bytes, 4 special tokens)", "raise vocab_size")
+        raise fault(
+            f"vocabulary of {vocab_size} pieces", f"at least {SMALLEST_VOCABULARY} (256 bytes, 4 special tokens)", "raise vocab_size"
+        )
     model = io.BytesIO()
     sentencepiece.SentencePieceTrainer.train(
         sentence_iterator=iter(corpus),
@@ -202,7 +208,7 @@ def _merge_pairs(words: Counter[str], room: int, known: set[str]) -> list[str]:
     counts: Counter[tuple[str, str]] = Counter()
     where: defaultdict[tuple[str, str], set[int]] = defaultdict(set)
     for k, parts in enumerate(pieces):
-        for pair in zip(parts, parts[1:]):
+        for pair in pairwise(parts):
             counts[pair] += items[k][1]
             where[pair].add(k)
     heap = [(-count, pair) for pair, count in counts.items()]
@@ -220,7 +226,7 @@ def _merge_pairs(words: Counter[str], room: int, known: set[str]) -> list[str]:
         for k in sorted(where.pop(pair)):
             before, after = pieces[k], _join(pieces[k], pair, joined)
             for sign, parts in ((-1, before), (1, after)):
-                for neighbours in zip(parts, parts[1:]):
+                for neighbours in pairwise(parts):
                     counts[neighbours] += sign * items[k][1]
                     changed.add(neighbours)
                     if sign > 0:

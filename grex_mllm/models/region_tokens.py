@@ -64,7 +64,8 @@ class RegionTokens(nn.Module):
         self.kind = nn.Embedding(3, hidden)
         heads = next(h for h in (8, 4, 2, 1) if hidden % h == 0)
         self.context = nn.ModuleList(
-            nn.TransformerEncoderLayer(hidden, heads, 2 * hidden, 0.0, "gelu", batch_first=True, norm_first=True) for _ in range(context_layers)
+            nn.TransformerEncoderLayer(hidden, heads, 2 * hidden, 0.0, "gelu", batch_first=True, norm_first=True)
+            for _ in range(context_layers)
         )
         self.to_lm = nn.Sequential(nn.LayerNorm(hidden), nn.Linear(hidden, width), nn.LayerNorm(width))
         nn.init.constant_(self.to_lm[2].weight, token_scale)
@@ -188,7 +189,7 @@ def geometry_code(boxes_xyxy_norm: Tensor, area: Tensor) -> Tensor:
 
 
 def interval_weights(start: Tensor, stop: Tensor, parts: int, cells: int) -> Tensor:
-    """Return averaging weights [N, parts, cells]: how much of cell [i, i + 1] lies in each of the equal parts of [start, stop]; rows sum to 1."""
+    """Return averaging weights [N, parts, cells] that sum to 1: how much of cell [i, i + 1] lies in each equal part of [start, stop]."""
     step = (stop - start)[:, None] / parts
     low = start[:, None] + step * torch.arange(parts, device=start.device, dtype=start.dtype)
     cell = torch.arange(cells, device=start.device, dtype=start.dtype)
@@ -228,7 +229,9 @@ def selection_masks(
         GrexError: nothing selected, both kinds given, a mask of another size or without a pixel, a box outside the image or without area.
     """
     if (masks is None) == (boxes_xyxy is None):
-        raise fault("masks and boxes both given" if masks is not None else "neither masks nor boxes", "one of them", "select objects one way")
+        raise fault(
+            "masks and boxes both given" if masks is not None else "neither masks nor boxes", "one of them", "select objects one way"
+        )
     chosen = masks if masks is not None else boxes_xyxy
     assert chosen is not None
     if len(chosen) == 0:
@@ -256,17 +259,23 @@ def check_masks(masks: list[Tensor], features: list[Tensor]) -> tuple[int, int]:
         GrexError: another number of images, masks of several sizes, or a size that no stride leads to the feature maps' size.
     """
     if len(masks) != len(features[0]):
-        raise fault(f"masks of {len(masks)} images", f"of {len(features[0])}, as the feature maps have", "pass one tensor of masks an image")
+        raise fault(
+            f"masks of {len(masks)} images", f"of {len(features[0])}, as the feature maps have", "pass one tensor of masks an image"
+        )
     sizes = {tuple(m.shape[1:]) for m in masks if m.ndim == 3}
     if len(sizes) != 1 or any(m.ndim != 3 for m in masks):
-        raise fault(f"instance masks of shapes {[tuple(m.shape) for m in masks]}", "[N, H, W] with one H, W", "pad all to the network input")
+        raise fault(
+            f"instance masks of shapes {[tuple(m.shape) for m in masks]}", "[N, H, W] with one H, W", "pad all to the network input"
+        )
     height, width = sizes.pop()
     for feature in features:
         h, w = feature.shape[-2:]
         stride = height / h
         if abs(width / stride - w) > 1 + w * 0.02 or height < h or width < w:
             raise fault(
-                f"instance masks of {height}x{width} with feature maps of {h}x{w}", "one stride for height and width", "draw masks at the network input's size"
+                f"instance masks of {height}x{width} with feature maps of {h}x{w}",
+                "one stride for height and width",
+                "draw masks at the network input's size",
             )
     return height, width
 
@@ -278,7 +287,9 @@ def _check_box(index: int, box: list[float], height: int, width: int) -> None:
     if x2 <= x1 or y2 <= y1:
         raise fault(f"box {index} {box} has no area", "x1 < x2 and y1 < y2", "give the corners left, top, right, bottom")
     if x1 < 0 or y1 < 0 or x2 > width or y2 > height:
-        raise fault(f"box {index} {box} reaches outside the image", f"0 <= x <= {width} and 0 <= y <= {height}", "clip the box to the image")
+        raise fault(
+            f"box {index} {box} reaches outside the image", f"0 <= x <= {width} and 0 <= y <= {height}", "clip the box to the image"
+        )
 
 
 def _fill_empty(masks: Tensor, boxes_norm: Tensor) -> Tensor:

@@ -1,0 +1,278 @@
+"""The generator: feature maps and selected objects in, one expression for the whole set out (group-expression generation, GREG).
+
+Sequence: [text before] [image tokens] [targets, left to right] [distractors] [text after] BOS expression EOS. Padding lies between the
+distractors and what follows, is masked, and gets no position, so a batch gives what its members give alone.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from grex_mllm.config import GeneratorConfig
+from grex_mllm.errors import fault
+from grex_mllm.models.language_model import base_parameters, build_language_model, embedding_scale, is_base_key
+from grex_mllm.models.lm_decoding import Prefix, beam_search, decode, position_ids, stratified_uniforms
+from grex_mllm.models.lm_tokenizer import LMTokenizer
+from grex_mllm.models.region_tokens import RegionTokens, boxes_to_masks, mask_boxes
+
+MODES = ("greedy", "beam", "sample")
+PLACE = "{regions}"
+
+
+@dataclass
+class GeneratorOutput:
+    """loss: float [], mean negative log-likelihood of a token.  log_likelihood: float [E], sum over the tokens of each expression with its
+    EOS.  num_tokens: int64 [E]."""
+
+    loss: Tensor
+    log_likelihood: Tensor
+    num_tokens: Tensor
+
+
+class Generator(nn.Module):
+    """Describe sets of objects with a frozen causal LM, LoRA adapters and trainable region tokens.
+
+    feature_channels: channels of the feature maps that `forward` gets.  The checkpoint holds the base LM only for `lm: tiny`; other LLMs
+    are named in the configuration and read again.
+    """
+
+    def __init__(self, cfg: GeneratorConfig, feature_channels: list[int], tokenizer: LMTokenizer) -> None:
+        super().__init__()
+        if cfg.prompt and cfg.prompt.count(PLACE) != 1:
+            raise fault(f"model.generator.prompt {cfg.prompt!r}", f"{PLACE} once, where the region tokens stand", "mend the prompt")
+        self.cfg, self.tokenizer, self.feature_channels = cfg, tokenizer, list(feature_channels)
+        self.lm = build_language_model(cfg, tokenizer)
+        self.region_tokens = RegionTokens(
+            feature_channels,
+            self.lm.get_input_embeddings().weight.shape[1],
+            hidden=cfg.projector_width,
+            image_grid=cfg.image_grid,
+            max_distractors=cfg.max_distractors if cfg.distractors else 0,
+            shape_side=cfg.shape_side,
+            context_layers=cfg.context_layers,
+            token_scale=embedding_scale(self.lm),
+        )
+        special = {tokenizer.bos_id, tokenizer.pad_id, *tokenizer.hf.all_special_ids} - {tokenizer.eos_id}
+        self.banned = sorted(special)
+        self.register_state_dict_post_hook(_drop_named_base)
+        self.register_load_state_dict_post_hook(_excuse_named_base)
+
+    def prefix(
+        self,
+        features: list[Tensor],
+        instance_masks: list[Tensor],
+        image_index: Tensor,
+        target_index: list[Tensor],
+        valid_sizes: Tensor | None = None,
+        instance_boxes_norm: list[Tensor] | None = None,
+    ) -> Prefix:
+        """Return what stands before the expression of E object sets; arguments as in `forward`."""
+        masks = self._some_as_boxes(instance_masks) if self.training and self.cfg.box_share > 0 else instance_masks
+        objects = self.region_tokens(features, masks, valid_sizes, instance_boxes_norm)
+        member = _membership(image_index, target_index, objects.present, [len(m) for m in masks])
+        tokens, mask = self.region_tokens.select(objects, image_index, member)
+        weight = self.lm.get_input_embeddings().weight
+        embeds = tokens.to(weight.dtype) if weight.is_floating_point() else tokens
+        if self.cfg.prompt:
+            before, after = (self._text_embeds(part, len(embeds)) for part in self.cfg.prompt.split(PLACE))
+            ones = mask.new_ones
+            mask = torch.cat([ones(len(mask), before.shape[1]), mask, ones(len(mask), after.shape[1])], 1)
+            embeds = torch.cat([before, embeds, after], 1)
+        return Prefix(embeds, mask)
+
+    def forward(
+        self,
+        features: list[Tensor],
+        instance_masks: list[Tensor],
+        image_index: Tensor,
+        target_index: list[Tensor],
+        lm_ids: Tensor,
+        lm_mask: Tensor,
+        valid_sizes: Tensor | None = None,
+        instance_boxes_norm: list[Tensor] | None = None,
+    ) -> GeneratorOutput:
+        """Return the likelihood of E expressions for E object sets of B images.
+
+        features: float [B, C_i, h_i, w_i], any order of scales.  instance_masks: B x bool [N_b, H, W], all objects of each image.
+        image_index: int64 [E].  target_index: E x int64 [n_e >= 1] into the image's objects.  lm_ids, lm_mask: int64 [E, L], BOS ... EOS,
+        right-padded.  valid_sizes: int64 [B, 2] height, width without padding.  instance_boxes_norm: B x float [N_b, 4] cxcywh, drawn where
+        a mask is empty.
+
+        Raises:
+            GrexError: an empty object set, a target that does not exist or has no pixel, masks that do not fit the feature maps.
+        """
+        prefix = self.prefix(features, instance_masks, image_index, target_index, valid_sizes, instance_boxes_norm)
+        embeds = self.lm.get_input_embeddings()(lm_ids).to(prefix.embeds.dtype)
+        mask = torch.cat([prefix.mask, lm_mask.bool()], 1)
+        out = self.lm(
+            inputs_embeds=torch.cat([prefix.embeds, embeds], 1),
+            attention_mask=mask.long(),
+            position_ids=position_ids(mask),
+            use_cache=False,
+            logits_to_keep=lm_ids.shape[1],
+        )
+        logits = out.logits[:, :-1]
+        logits = logits if logits.dtype == torch.float64 else logits.float()
+        real = lm_mask[:, 1:].bool()
+        nll = F.cross_entropy(logits.flatten(0, 1), lm_ids[:, 1:].flatten(), reduction="none").view(real.shape) * real
+        num_tokens = real.sum(1)
+        return GeneratorOutput(nll.sum() / num_tokens.sum().clamp(min=1), -nll.sum(1), num_tokens)
+
+    @torch.no_grad()
+    def generate(
+        self,
+        features: list[Tensor],
+        instance_masks: list[Tensor],
+        image_index: Tensor,
+        target_index: list[Tensor],
+        mode: str = "greedy",
+        num_candidates: int = 1,
+        num_beams: int = 4,
+        temperature: float = 1.0,
+        max_new_tokens: int | None = None,
+        seed: int = 0,
+        valid_sizes: Tensor | None = None,
+        instance_boxes_norm: list[Tensor] | None = None,
+    ) -> list[list[str]]:
+        """Return `num_candidates` expressions for each of E object sets (greedy: one).
+
+        mode: greedy | beam (best first) | sample (the same seed gives the same answers, whatever else is in the batch).
+
+        Raises:
+            GrexError: as `forward`; an unknown mode, fewer than one candidate, temperature not above 0.
+        """
+        _check_mode(mode, num_candidates, temperature)
+        steps = self.cfg.max_new_tokens if max_new_tokens is None else max_new_tokens
+        was_training = self.training
+        self.eval()
+        try:
+            prefix = self.prefix(features, instance_masks, image_index, target_index, valid_sizes, instance_boxes_norm)
+            answers: list[list[str]] = []
+            copies = max(num_beams, num_candidates) if mode == "beam" else num_candidates
+            chunk = max(1, self.cfg.max_rows // copies)
+            for start in range(0, len(prefix.embeds), chunk):
+                part = Prefix(prefix.embeds[start : start + chunk], prefix.mask[start : start + chunk])
+                tokens = self._write(part, mode, num_candidates, copies, temperature, steps, seed)
+                answers += [[self.tokenizer.decode(row) for row in rows] for rows in tokens.tolist()]
+            return answers
+        finally:
+            self.train(was_training)
+
+    def trainable_parameters(self) -> list[nn.Parameter]:
+        """Return the parameters that learn: adapters and region tokens."""
+        return [p for p in self.parameters() if p.requires_grad]
+
+    @contextmanager
+    def text_only(self) -> Iterator[Any]:
+        """Yield the bare LM with its base weights trainable and the adapters off, for training on text; freeze it again afterwards."""
+        if self.cfg.lm != "tiny":
+            raise fault(
+                f"language-model training of {self.cfg.lm}", "lm: tiny, whose weights start at random", "leave out the text training"
+            )
+        own = base_parameters(self.lm)
+        adapters = self.lm.disable_adapter() if hasattr(self.lm, "disable_adapter") else nullcontext()
+        learning = [p for p in self.lm.parameters() if p.requires_grad]
+        with adapters:
+            for p in self.lm.parameters():
+                p.requires_grad_(False)
+            for p in own:
+                p.requires_grad_(True)
+            try:
+                yield self.lm
+            finally:
+                for p in own:
+                    p.requires_grad_(False)
+                    p.grad = None
+        for p in learning:
+            p.requires_grad_(True)
+        self.match_token_scale()
+
+    @torch.no_grad()
+    def match_token_scale(self) -> None:
+        """Give the region tokens the size of the LM's own token embeddings; call it when those have changed and before joint training."""
+        norm = self.region_tokens.to_lm[2]
+        assert isinstance(norm, nn.LayerNorm)
+        norm.weight.fill_(embedding_scale(self.lm))
+
+    def _write(self, prefix: Prefix, mode: str, num_candidates: int, num_beams: int, temperature: float, steps: int, seed: int) -> Tensor:
+        tok = self.tokenizer
+        if mode == "beam":
+            return beam_search(self.lm, prefix, tok.bos_id, tok.eos_id, tok.pad_id, self.banned, steps, num_beams, num_candidates)
+        uniforms = stratified_uniforms(num_candidates, steps, seed) if mode == "sample" else None
+        return decode(self.lm, prefix, tok.bos_id, tok.eos_id, self.banned, steps, uniforms, temperature)
+
+    def _text_embeds(self, text: str, rows: int) -> Tensor:
+        weight = self.lm.get_input_embeddings().weight
+        ids = torch.tensor(self.tokenizer.hf(text, add_special_tokens=False)["input_ids"], dtype=torch.int64, device=weight.device)
+        return self.lm.get_input_embeddings()(ids).expand(rows, -1, -1)
+
+    def _some_as_boxes(self, instance_masks: list[Tensor]) -> list[Tensor]:
+        chosen = (torch.rand(len(instance_masks)) < self.cfg.box_share).tolist()
+        return [
+            boxes_to_masks(mask_boxes(m.bool()), *m.shape[1:]) & m.flatten(1).any(1)[:, None, None] if box and len(m) else m
+            for m, box in zip(instance_masks, chosen)
+        ]
+
+
+def _membership(image_index: Tensor, target_index: list[Tensor], present: Tensor, num_objects: list[int]) -> Tensor:
+    """Return bool [E, N]: which objects of its image each set selects."""
+    lengths = [len(t) for t in target_index]
+    if len(lengths) != len(image_index):
+        raise fault(f"{len(lengths)} object sets for {len(image_index)} image indices", "one image index a set", "pass lists of one length")
+    if 0 in lengths:
+        raise fault(f"object set {lengths.index(0)} is empty", "at least one object", "leave no-target samples out of generation")
+    rows = torch.repeat_interleave(torch.tensor(lengths)).to(present.device)
+    columns = torch.cat([t.to(present.device) for t in target_index])
+    limits = torch.tensor(num_objects, device=present.device)[image_index][rows]
+    wrong = (columns < 0) | (columns >= limits)
+    if bool(wrong.any()):
+        at = int(wrong.nonzero()[0, 0])
+        raise fault(
+            f"object set {int(rows[at])} names object {int(columns[at])}",
+            f"0 to {int(limits[at]) - 1}, the objects of its image",
+            "mend the set",
+        )
+    member = torch.zeros(len(lengths), present.shape[1], dtype=torch.bool, device=present.device)
+    member[rows, columns] = True
+    lost = member & ~present[image_index]
+    if bool(lost.any()):
+        e, n = lost.nonzero()[0].tolist()
+        raise fault(f"object {n} of object set {e} has a mask without a pixel", "at least one pixel", "pass its box too, or leave it out")
+    return member
+
+
+def _check_mode(mode: str, num_candidates: int, temperature: float) -> None:
+    if mode not in MODES:
+        raise fault(f"generation mode {mode!r}", f"one of {', '.join(MODES)}", "mend the mode")
+    if num_candidates < 1 or (mode == "greedy" and num_candidates != 1):
+        raise fault(f"{num_candidates} candidates with mode {mode}", "1 for greedy, 1 or more for beam and sample", "change one of them")
+    if temperature <= 0:
+        raise fault(f"temperature {temperature}", "a number above 0", "use mode greedy for the likeliest answer")
+
+
+def _named_base_keys(generator: Generator, prefix: str) -> set[str]:
+    """Checkpoint keys of a base LM that is named by folder or hub id and so is not stored."""
+    if generator.cfg.lm == "tiny":
+        return set()
+    return {f"{prefix}lm.{name}" for name in generator.lm.state_dict() if is_base_key(name)}
+
+
+def _drop_named_base(module: nn.Module, state: dict[str, Any], prefix: str, _metadata: Any) -> None:
+    assert isinstance(module, Generator)
+    for key in _named_base_keys(module, prefix):
+        state.pop(key, None)
+
+
+def _excuse_named_base(module: nn.Module, incompatible: Any) -> None:
+    """Take the base LM's keys off the list of missing ones, so that strict loading still finds every other gap."""
+    assert isinstance(module, Generator)
+    if module.cfg.lm != "tiny":
+        own = _named_base_keys(module, "")
+        incompatible.missing_keys[:] = [key for key in incompatible.missing_keys if not any(key.endswith(name) for name in own)]

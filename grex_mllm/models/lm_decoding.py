@@ -1,0 +1,145 @@
+"""Write text after a prefix of embeddings: greedy and sampling on a prefix that is encoded once, beam search by transformers.
+
+Sampling reads one uniform number per candidate and step from a seeded stream that is the same for every object set, so an answer depends
+neither on the batch that it is computed in nor on the vocabulary size. The numbers of one step are stratified over the candidates
+(candidate k of K gets one from its own K-th of [0, 1), the K-ths shuffled anew at each step): each candidate is an exact sample, and
+together they differ more.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+@dataclass
+class Prefix:
+    """Embeddings before the expression. embeds: float [E, P, D].  mask: bool [E, P]; padding only behind the first token of a row."""
+
+    embeds: Tensor
+    mask: Tensor
+
+
+def position_ids(mask: Tensor) -> Tensor:
+    """Return int64 positions that count real tokens only, [E, L]; padding gets 0."""
+    return (mask.long().cumsum(1) - 1).clamp(min=0) * mask.long()
+
+
+def stratified_uniforms(num_candidates: int, steps: int, seed: int) -> Tensor:
+    """Return float64 [K, T] in [0, 1): each column holds one number of each K-th of the interval, in random order."""
+    generator = torch.Generator().manual_seed(seed)
+    noise = torch.rand(num_candidates, steps, generator=generator, dtype=torch.float64)
+    places = torch.rand(num_candidates, steps, generator=generator, dtype=torch.float64).argsort(0)
+    return (places + noise) / num_candidates
+
+
+@torch.no_grad()
+def decode(
+    lm: Any,
+    prefix: Prefix,
+    bos_id: int,
+    eos_id: int,
+    banned: list[int],
+    max_new_tokens: int,
+    uniforms: Tensor | None = None,
+    temperature: float = 1.0,
+) -> Tensor:
+    """Return int64 [E, K, T] tokens after BOS, EOS-filled after the end. uniforms [K, T]: sample; None: greedy, K = 1.
+
+    At least one token comes before EOS; `banned` tokens never come. Rows that have ended leave the batch.
+    """
+    num_sets, device = len(prefix.embeds), prefix.embeds.device
+    num = 1 if uniforms is None else len(uniforms)
+    if uniforms is not None:
+        uniforms = uniforms.to(device)
+    bos = lm.get_input_embeddings()(torch.full((num_sets, 1), bos_id, device=device)).to(prefix.embeds.dtype)
+    mask = torch.cat([prefix.mask, prefix.mask.new_ones(num_sets, 1)], 1)
+    out = lm(
+        inputs_embeds=torch.cat([prefix.embeds, bos], 1),
+        attention_mask=mask.long(),
+        position_ids=position_ids(mask),
+        use_cache=True,
+        logits_to_keep=1,
+    )
+    cache, logits = out.past_key_values, out.logits[:, -1]
+    if num > 1:
+        cache.batch_repeat_interleave(num)
+        logits, mask = logits.repeat_interleave(num, 0), mask.repeat_interleave(num, 0)
+    result = torch.full((num_sets * num, max_new_tokens), eos_id, dtype=torch.int64, device=device)
+    rows = torch.arange(num_sets * num, device=device)
+    for step in range(max_new_tokens):
+        forbidden = [*banned, eos_id] if step == 0 else banned
+        chance = None if uniforms is None else uniforms[:, step][rows % num]
+        token = _choose(logits, forbidden, chance, temperature)
+        result[rows, step] = token
+        going = token != eos_id
+        if step + 1 == max_new_tokens or not bool(going.any()):
+            break
+        if int(going.sum()) < 0.75 * len(rows):
+            kept = going.nonzero()[:, 0]
+            cache.batch_select_indices(kept)
+            rows, token, mask, going = rows[kept], token[kept], mask[kept], going[kept]
+        mask = torch.cat([mask, mask.new_ones(len(mask), 1)], 1)
+        out = lm(
+            input_ids=token[:, None],
+            attention_mask=mask.long(),
+            position_ids=(mask.long().sum(1) - 1)[:, None],
+            past_key_values=cache,
+            use_cache=True,
+        )
+        cache, logits = out.past_key_values, out.logits[:, -1]
+        # a row that has ended but not yet left may only go on with EOS
+        logits = torch.where(going[:, None], logits, _only(eos_id, logits))
+    return result.view(num_sets, num, max_new_tokens)
+
+
+@torch.no_grad()
+def beam_search(
+    lm: Any,
+    prefix: Prefix,
+    bos_id: int,
+    eos_id: int,
+    pad_id: int,
+    banned: list[int],
+    max_new_tokens: int,
+    num_beams: int,
+    num_candidates: int,
+) -> Tensor:
+    """Return int64 [E, K, T], the best K of `num_beams` beams by mean log-likelihood, best first, padded with EOS or padding."""
+    num_sets, device = len(prefix.embeds), prefix.embeds.device
+    bos = lm.get_input_embeddings()(torch.full((num_sets, 1), bos_id, device=device)).to(prefix.embeds.dtype)
+    mask = torch.cat([prefix.mask, prefix.mask.new_ones(num_sets, 1)], 1)
+    tokens = lm.generate(
+        inputs_embeds=torch.cat([prefix.embeds, bos], 1),
+        attention_mask=mask.long(),
+        do_sample=False,
+        num_beams=num_beams,
+        num_return_sequences=num_candidates,
+        min_new_tokens=1,
+        max_new_tokens=max_new_tokens,
+        suppress_tokens=banned or None,
+        eos_token_id=eos_id,
+        pad_token_id=pad_id,
+    )
+    return tokens.view(num_sets, num_candidates, -1)
+
+
+def _choose(logits: Tensor, forbidden: list[int], chance: Tensor | None, temperature: float) -> Tensor:
+    """Return int64 [rows]: the likeliest token, or the one at `chance` of the cumulative distribution."""
+    values = logits.float()
+    if forbidden:
+        values[:, forbidden] = -torch.inf
+    if chance is None:
+        return values.argmax(-1)
+    share = (values / temperature).softmax(-1).double().cumsum(-1)
+    share = share / share[:, -1:]
+    return torch.searchsorted(share, chance[:, None].contiguous(), right=True)[:, 0].clamp(max=values.shape[1] - 1)
+
+
+def _only(token: int, like: Tensor) -> Tensor:
+    row = torch.full_like(like[:1], -torch.inf)
+    row[:, token] = 0.0
+    return row

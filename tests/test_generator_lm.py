@@ -1,0 +1,229 @@
+"""The language model under the generator: text training, folders, quantisation, merging, files, faults."""
+
+from __future__ import annotations
+
+import importlib.util
+import math
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from grex_mllm.config import GeneratorConfig
+from grex_mllm.errors import GrexError
+from grex_mllm.models.generator import Generator
+from grex_mllm.models.generator_files import load_generator, save_generator
+from grex_mllm.models.lm_tokenizer import LMTokenizer, train_sentencepiece
+from grex_mllm.training.lm import text_loss, train_language_model
+
+LINES = [
+    f"the {size} {colour} {shape}"
+    for size in ("small", "large")
+    for colour in ("red", "blue", "green")
+    for shape in ("ring", "star", "cross")
+]
+SMALL = GeneratorConfig(lm="tiny", hidden_size=64, num_layers=2, num_heads=2, intermediate_size=64, lora_rank=4, projector_width=32)
+CHANNELS = [8]
+
+
+@pytest.fixture(scope="module")
+def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> LMTokenizer:
+    return train_sentencepiece(LINES, tmp_path_factory.mktemp("tokenizer"), 320)
+
+
+@pytest.fixture(scope="module")
+def lm_folder(tokenizer: LMTokenizer, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny Llama with its tokenizer, as a user's own LLM would lie on disk."""
+    folder = tmp_path_factory.mktemp("lm")
+    torch.manual_seed(0)
+    Generator(replace(SMALL, lora_rank=0), CHANNELS, tokenizer).lm.save_pretrained(folder)
+    tokenizer.save(folder)
+    return folder
+
+
+def inputs() -> dict:
+    torch.manual_seed(7)
+    mask = torch.zeros(2, 16, 16, dtype=torch.bool)
+    mask[0, 2:6, 3:9] = mask[1, 9:15, 8:14] = True
+    return {
+        "features": [torch.randn(1, 8, 8, 8)],
+        "instance_masks": [mask],
+        "image_index": torch.tensor([0, 0]),
+        "target_index": [torch.tensor([0]), torch.tensor([0, 1])],
+    }
+
+
+def one_step(generator: Generator, tokenizer: LMTokenizer) -> tuple[float, float]:
+    """Loss before and after one step of training."""
+    ids, mask = tokenizer.encode(LINES[:2])
+    optimizer = torch.optim.AdamW(generator.trainable_parameters(), lr=1e-2)
+    before = generator(**inputs(), lm_ids=ids, lm_mask=mask).loss
+    before.backward()
+    assert all(bool(p.grad.isfinite().all()) for p in generator.trainable_parameters() if p.grad is not None)
+    optimizer.step()
+    return before.item(), generator(**inputs(), lm_ids=ids, lm_mask=mask).loss.item()
+
+
+def test_text_training_learns_the_grammar_and_freezes(tokenizer: LMTokenizer) -> None:
+    torch.manual_seed(0)
+    generator = Generator(SMALL, CHANNELS, tokenizer)
+    trainable = [p.requires_grad for p in generator.parameters()]
+    adapters = {k: v.clone() for k, v in generator.state_dict().items() if "lora_" in k}
+    seen: list[float] = []
+    with generator.text_only() as lm:
+        before = text_loss(lm, tokenizer, LINES)
+        done = train_language_model(lm, tokenizer, LINES, steps=120, batch=18, lr=5e-3, progress=lambda share, _loss: seen.append(share))
+        after = text_loss(lm, tokenizer, LINES)
+    floor = math.log(len(LINES)) / (sum(len(tokenizer.text_ids(t)) + 1 for t in LINES) / len(LINES))  # entropy of a uniform choice
+    assert before > 4 and after < floor + 0.05
+    assert done.steps == 120 and done.tokens > 0 and seen[-1] == 1.0 and len(seen) == 120
+    assert [p.requires_grad for p in generator.parameters()] == trainable
+    assert all(torch.equal(v, generator.state_dict()[k]) for k, v in adapters.items())
+    assert generator.region_tokens.to_lm[2].weight[0].item() == pytest.approx(
+        float(generator.lm.get_input_embeddings().weight.square().mean().sqrt()), rel=1e-4
+    )
+
+
+def test_text_training_is_reproducible(tokenizer: LMTokenizer) -> None:
+    losses = []
+    for seed in (0, 0, 1):
+        torch.manual_seed(0)
+        with Generator(SMALL, CHANNELS, tokenizer).text_only() as lm:
+            losses.append(train_language_model(lm, tokenizer, LINES, steps=5, batch=4, seed=seed).loss)
+    assert losses[0] == losses[1] != losses[2]
+
+
+def test_text_training_by_the_clock_and_in_bf16(tokenizer: LMTokenizer) -> None:
+    with Generator(SMALL, CHANNELS, tokenizer).text_only() as lm:
+        done = train_language_model(lm, tokenizer, LINES, seconds=0.3, batch=4, bf16=True)
+    assert done.steps > 1 and 0.3 <= done.seconds < 3 and math.isfinite(done.perplexity)
+
+
+def test_text_training_faults(tokenizer: LMTokenizer, lm_folder: Path) -> None:
+    generator = Generator(SMALL, CHANNELS, tokenizer)
+    with generator.text_only() as lm:
+        with pytest.raises(GrexError, match="one of the two"):
+            train_language_model(lm, tokenizer, LINES)
+        with pytest.raises(GrexError, match="without text"):
+            train_language_model(lm, tokenizer, [" "], steps=1)
+    named = Generator(replace(SMALL, lm=str(lm_folder)), CHANNELS, LMTokenizer.load(lm_folder))
+    with pytest.raises(GrexError, match="lm: tiny"), named.text_only():
+        pass
+
+
+@pytest.mark.parametrize("quantisation", ["none", "nf4", "int8"])
+def test_folder_lm_trains_one_step_and_stores_no_base(quantisation: str, lm_folder: Path, tmp_path: Path) -> None:
+    tokenizer = LMTokenizer.load(lm_folder)
+    torch.manual_seed(1)
+    cfg = replace(SMALL, lm=str(lm_folder), quantisation=quantisation, lora_dropout=0.1, gradient_checkpointing=True)
+    generator = Generator(cfg, CHANNELS, tokenizer)
+    kinds = {type(module).__name__ for module in generator.lm.modules()}
+    assert {"none": "Linear", "nf4": "Linear4bit", "int8": "Linear8bitLt"}[quantisation] in kinds
+    before, after = one_step(generator, tokenizer)
+    assert after < before
+    assert all("lora_" in key or key.startswith("region_tokens.") for key in generator.state_dict())
+    save_generator(generator.eval(), tmp_path)
+    again = load_generator(tmp_path).eval()
+    ids, mask = tokenizer.encode(LINES[:2])
+    assert torch.equal(again(**inputs(), lm_ids=ids, lm_mask=mask).loss, generator(**inputs(), lm_ids=ids, lm_mask=mask).loss)
+    assert not list(tmp_path.glob("**/*.bin")) and [f.name for f in tmp_path.glob("**/*.safetensors")] == ["generator.safetensors"]
+
+
+def test_gradient_checkpointing_gives_the_same_gradients(lm_folder: Path) -> None:
+    tokenizer, grads = LMTokenizer.load(lm_folder), []
+    for checkpointing in (False, True):
+        torch.manual_seed(1)
+        generator = Generator(replace(SMALL, lm=str(lm_folder), gradient_checkpointing=checkpointing), CHANNELS, tokenizer)
+        ids, mask = tokenizer.encode(LINES[:2])
+        generator(**inputs(), lm_ids=ids, lm_mask=mask).loss.backward()
+        grads.append(generator.region_tokens.to_lm[1].weight.grad)
+    torch.testing.assert_close(grads[0], grads[1])
+
+
+def test_missing_key_of_a_named_lm_is_still_found(lm_folder: Path) -> None:
+    generator = Generator(replace(SMALL, lm=str(lm_folder)), CHANNELS, LMTokenizer.load(lm_folder))
+    state = generator.state_dict()
+    holder = torch.nn.ModuleDict({"generator": generator})
+    holder.load_state_dict({f"generator.{k}": v for k, v in state.items()}, strict=True)
+    state.pop("region_tokens.kind.weight")
+    with pytest.raises(RuntimeError, match="kind.weight"):
+        holder.load_state_dict({f"generator.{k}": v for k, v in state.items()}, strict=True)
+
+
+@pytest.mark.parametrize("merged", [False, True])
+def test_saved_generator_answers_the_same(merged: bool, tokenizer: LMTokenizer, tmp_path: Path) -> None:
+    torch.manual_seed(2)
+    generator = Generator(SMALL, CHANNELS, tokenizer)
+    one_step(generator, tokenizer)
+    one_step(generator, tokenizer)
+    save_generator(generator.eval(), tmp_path, merged=merged)
+    again = load_generator(tmp_path).eval()
+    ids, mask = tokenizer.encode(LINES)
+    many = inputs() | {"image_index": torch.zeros(len(LINES), dtype=torch.int64), "target_index": [torch.tensor([1])] * len(LINES)}
+    torch.testing.assert_close(
+        again(**many, lm_ids=ids, lm_mask=mask).log_likelihood,
+        generator(**many, lm_ids=ids, lm_mask=mask).log_likelihood,
+        rtol=1e-4,
+        atol=1e-4,
+    )
+    assert again.generate(**inputs()) == generator.generate(**inputs())
+    assert any("lora_" in key for key in again.state_dict()) != merged
+
+
+def test_float_dtypes_of_a_folder_lm(lm_folder: Path) -> None:
+    tokenizer = LMTokenizer.load(lm_folder)
+    generator = Generator(replace(SMALL, lm=str(lm_folder), dtype="bfloat16", attn_implementation="eager"), CHANNELS, tokenizer)
+    assert generator.lm.get_input_embeddings().weight.dtype == torch.bfloat16
+    assert all(p.dtype == torch.float32 for p in generator.trainable_parameters())
+    ids, mask = tokenizer.encode(LINES[:2])
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        generator(**inputs(), lm_ids=ids, lm_mask=mask).loss.backward()
+    assert generator.generate(**inputs())
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"lm": "none"}, "lm: none"),
+        ({"lm": "./no/such/folder"}, "no/such/folder"),
+        ({"quantisation": "nf4"}, "with lm: tiny"),
+        ({"num_heads": 3}, "num_heads 3"),
+        ({"lora_targets": ["query"]}, "no layer called query"),
+        ({"lora_targets": []}, "none given"),
+    ],
+)
+def test_faulty_configurations(tokenizer: LMTokenizer, change: dict, message: str) -> None:
+    with pytest.raises(GrexError, match=message):
+        Generator(replace(SMALL, **change), CHANNELS, tokenizer)
+
+
+@pytest.mark.parametrize(("change", "message"), [({"dtype": "float8"}, "float8"), ({"quantisation": "int3"}, "int3")])
+def test_faulty_loading_options(lm_folder: Path, change: dict, message: str) -> None:
+    with pytest.raises(GrexError, match=message):
+        Generator(replace(SMALL, lm=str(lm_folder), **change), CHANNELS, LMTokenizer.load(lm_folder))
+
+
+def test_quantisation_without_bitsandbytes(lm_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    found = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name, *rest: None if name == "bitsandbytes" else found(name, *rest))
+    with pytest.raises(GrexError, match="pip install bitsandbytes"):
+        Generator(replace(SMALL, lm=str(lm_folder), quantisation="nf4"), CHANNELS, LMTokenizer.load(lm_folder))
+
+
+def test_merging_a_quantised_base_is_refused(lm_folder: Path, tmp_path: Path) -> None:
+    generator = Generator(replace(SMALL, lm=str(lm_folder), quantisation="nf4"), CHANNELS, LMTokenizer.load(lm_folder))
+    with pytest.raises(GrexError, match="nf4"):
+        save_generator(generator, tmp_path / "out", merged=True)
+    assert not (tmp_path / "out").exists()
+
+
+def test_tokenizer_of_another_model(lm_folder: Path, tmp_path: Path) -> None:
+    larger = train_sentencepiece(["".join(chr(0x4E00 + i) for i in range(300))], tmp_path, 700)
+    with pytest.raises(GrexError, match="tokenizer"):
+        Generator(replace(SMALL, lm=str(lm_folder)), CHANNELS, larger)
+
+
+def test_loading_faults(tmp_path: Path) -> None:
+    with pytest.raises(GrexError, match=r"generator\.json"):
+        load_generator(tmp_path)
