@@ -5,12 +5,21 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-from grex_mllm.data.records import EXPRESSION_FIELDS, EXPRESSIONS, IMAGES, INFO, INSTANCE_FIELDS
+from grex_mllm.data.records import (
+    EXPRESSION_FIELDS,
+    EXPRESSIONS,
+    IMAGES,
+    INFO,
+    INSTANCE_FIELDS,
+    Finding,
+    expression_findings,
+    image_findings,
+)
 from grex_mllm.errors import fault
 from grex_mllm.types import ExpressionRecord, ImageRecord
 
@@ -70,14 +79,26 @@ class DatasetWriter:
         return self
 
     def add_images(self, records: Iterable[ImageRecord]) -> None:
-        """Append lines to images.jsonl."""
+        """Append lines to images.jsonl.
+
+        Raises:
+            GrexError: a record that strict reading would refuse.
+        """
         for record in records:
-            self._images.write(_dump(image_to_json(record)))
+            value = image_to_json(record)
+            _refuse(f"image {record.image_id}", image_findings(value))
+            self._images.write(_dump(value))
 
     def add_expressions(self, records: Iterable[ExpressionRecord]) -> None:
-        """Append lines to expressions.jsonl."""
+        """Append lines to expressions.jsonl.
+
+        Raises:
+            GrexError: a record that strict reading would refuse.
+        """
         for record in records:
-            self._expressions.write(_dump(expression_to_json(record)))
+            value = expression_to_json(record)
+            _refuse(f"expression {record.expression_id}", expression_findings(value))
+            self._expressions.write(_dump(value))
 
     def set_info(self, info: dict[str, Any]) -> None:
         """Set the content of dataset.json: at least name and image_root."""
@@ -94,6 +115,11 @@ class DatasetWriter:
         if self.folder.exists():
             shutil.rmtree(self.folder)
         os.replace(self.workspace, self.folder)
+
+
+def _refuse(name: str, findings: Iterator[Finding]) -> None:
+    for field, found, expected in findings:
+        raise fault(f"{name}, field {field}: {found}", expected, "mend the source")
 
 
 def _dump(value: dict[str, Any]) -> str:

@@ -1,0 +1,94 @@
+"""The program around `convert_refs`: flags, dataset.json, table. data_prep/grefcoco.py and data_prep/refcoco.py are this with other words."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.progress import track
+from rich.table import Table
+
+import grex_mllm
+from grex_mllm.data.coco import check_image_files, convert_refs, count_records, describe_file, load_instances, load_refs
+from grex_mllm.data.writing import DatasetWriter
+from grex_mllm.errors import GrexError
+
+CONSOLE = Console(stderr=True)
+
+
+def build_parser(description: str, name: str, licence: str) -> argparse.ArgumentParser:
+    """Return the flags of a program that converts refs."""
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--refs", required=True, type=Path, help="refs as published, JSON or pickle (.p)")
+    parser.add_argument("--instances", required=True, type=Path, help="COCO instance file of the release")
+    parser.add_argument("--images", required=True, type=Path, help="folder with the image files")
+    parser.add_argument("--out", required=True, type=Path, help="dataset folder to make")
+    parser.add_argument("--name", default=name, help="source name in every record (default: %(default)s)")
+    parser.add_argument("--licence", default=licence, help="licence text for dataset.json")
+    parser.add_argument("--skip-bad", action="store_true", help="leave out and count empty and over-long expressions instead of stopping")
+    parser.add_argument("--overwrite", action="store_true", help="replace the dataset folder --out")
+    return parser
+
+
+def convert(options: argparse.Namespace, program: str) -> dict[str, Any]:
+    """Write the folder, all of it or nothing, and return its dataset.json.
+
+    Raises:
+        GrexError: any fault of the sources; names file, ref, field and remedy.
+    """
+    with DatasetWriter(options.out, options.overwrite) as writer:
+        with CONSOLE.status(f"reading {options.instances.name} and {options.refs.name}"):
+            instances, refs = load_instances(options.instances), load_refs(options.refs)
+        progress = track(refs, description="converting refs", console=CONSOLE, disable=not CONSOLE.is_terminal)
+        result = convert_refs(progress, instances, options.name, str(options.refs), options.skip_bad)
+        check_image_files(result.images, options.images)
+        writer.add_images(result.images)
+        writer.add_expressions(result.expressions)
+        info = {
+            "name": options.name,
+            "tool": program,
+            "tool_version": grex_mllm.__version__,
+            "sources": [describe_file(options.refs), describe_file(options.instances)],
+            "licence": options.licence,
+            "image_root": str(options.images.resolve()),
+            "num_images": len(result.images),
+            "num_instances": sum(len(record.instances) for record in result.images),
+            "num_crowd_regions": sum(instance.iscrowd for record in result.images for instance in record.instances),
+            "num_expressions": len(result.expressions),
+            "counts": count_records(result.expressions),
+            "skipped": dict(result.skipped),
+        }
+        writer.set_info(info)
+    return info
+
+
+def show(info: dict[str, Any], out: Path) -> None:
+    """Print what was written, by split, and what was left out."""
+    numbers = sorted({number for split in info["counts"].values() for number in split["by_num_targets"]}, key=int)
+    table = Table(
+        caption="right: expressions by number of targets",
+        title=f"{info['name']}: {info['num_expressions']:,} expressions, {info['num_images']:,} images, {info['num_instances']:,} instances",
+    )
+    for column in ("split", "images", "refs", "expressions", *numbers):
+        table.add_column(column, justify="left" if column == "split" else "right")
+    for split, row in info["counts"].items():
+        cells = [row["images"], row["refs"], row["expressions"], *(row["by_num_targets"].get(number, 0) for number in numbers)]
+        table.add_row(split, *(f"{cell:,}" for cell in cells))
+    CONSOLE.print(table)
+    for reason, number in info["skipped"].items():
+        CONSOLE.print(f"left out: {number:,} x {reason}")
+    CONSOLE.print(f"written: {out}   next: grex data check {out}", soft_wrap=True)
+
+
+def run(parser: argparse.ArgumentParser, program: str, arguments: list[str] | None = None) -> int:
+    """Run the program; a fault of the user's files is one line and status 2."""
+    options = parser.parse_args(arguments)
+    try:
+        show(convert(options, program), options.out)
+    except GrexError as error:
+        print(f"{program}: {error}", file=sys.stderr)
+        return 2
+    return 0
