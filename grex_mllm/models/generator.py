@@ -192,14 +192,7 @@ class Generator(nn.Module):
                     p.grad = None
         for p in learning:
             p.requires_grad_(True)
-        self.match_token_scale()
-
-    @torch.no_grad()
-    def match_token_scale(self) -> None:
-        """Give the region tokens the size of the LM's own token embeddings; call it when those have changed and before joint training."""
-        norm = self.region_tokens.to_lm[2]
-        assert isinstance(norm, nn.LayerNorm)
-        norm.weight.fill_(embedding_scale(self.lm))
+        self.region_tokens.set_token_scale(embedding_scale(self.lm))
 
     def _write(self, prefix: Prefix, mode: str, num_candidates: int, num_beams: int, temperature: float, steps: int, seed: int) -> Tensor:
         tok = self.tokenizer

@@ -68,7 +68,7 @@ class RegionTokens(nn.Module):
             for _ in range(context_layers)
         )
         self.to_lm = nn.Sequential(nn.LayerNorm(hidden), nn.Linear(hidden, width), nn.LayerNorm(width))
-        nn.init.constant_(self.to_lm[2].weight, token_scale)
+        self.set_token_scale(token_scale)
 
     def forward(
         self,
@@ -94,10 +94,10 @@ class RegionTokens(nn.Module):
             valid_sizes = torch.tensor([[height, width]], device=device).expand(len(masks), 2)
         num = max(1, max(len(m) for m in masks))
         boxes, area, present, shape = self._describe_masks(masks, num, dtype, device)
-        weights = _downsample(masks, num, max((f.shape[-2:] for f in features), key=math.prod), dtype)
+        weights = _downsample(masks, num, max(((f.shape[-2], f.shape[-1]) for f in features), key=math.prod), dtype)
         pooled = []
         for feature, norm in zip(features, self.norms):
-            level = F.adaptive_avg_pool2d(weights, feature.shape[-2:]).flatten(2)
+            level = F.adaptive_avg_pool2d(weights, (feature.shape[-2], feature.shape[-1])).flatten(2)
             level = level / level.sum(-1, keepdim=True).clamp(min=1e-12)
             values = torch.bmm(level.to(feature.dtype), feature.flatten(2).transpose(1, 2))
             pooled.append(norm(values.to(dtype)))
@@ -131,6 +131,13 @@ class RegionTokens(nn.Module):
         for layer in self.context:
             tokens = layer(tokens, src_key_padding_mask=~mask)
         return self.to_lm(tokens) * mask[..., None], mask
+
+    @torch.no_grad()
+    def set_token_scale(self, token_scale: float) -> None:
+        """Give the tokens this standard deviation."""
+        norm = self.to_lm[-1]
+        assert isinstance(norm, nn.LayerNorm)
+        norm.weight.fill_(token_scale)
 
     def _describe_masks(
         self, masks: list[Tensor], num: int, dtype: torch.dtype, device: torch.device
@@ -305,12 +312,12 @@ def _fill_empty(masks: Tensor, boxes_norm: Tensor) -> Tensor:
     return filled
 
 
-def _downsample(masks: list[Tensor], num: int, cells: tuple[int, int] | torch.Size, dtype: torch.dtype) -> Tensor:
+def _downsample(masks: list[Tensor], num: int, cells: tuple[int, int], dtype: torch.dtype) -> Tensor:
     """Return [B, N, h, w]: the covered share of every cell. Area-weighted, so an object smaller than a cell keeps a weight above zero."""
     out = torch.zeros(len(masks), num, *cells, dtype=dtype, device=masks[0].device)
     for b, mask in enumerate(masks):
         if len(mask):
-            out[b, : len(mask)] = F.adaptive_avg_pool2d(mask.to(dtype)[None], tuple(cells))[0]
+            out[b, : len(mask)] = F.adaptive_avg_pool2d(mask.to(dtype)[None], cells)[0]
     return out
 
 
