@@ -282,7 +282,9 @@ class TrainConfig:
 
 @dataclass
 class PredictConfig:
-    """From logits to answers."""
+    """From logits to answers. batch: expressions that are answered at once."""
+
+    batch: int = 64
 
     boxes: str = "count"  # count (the N_O best) | threshold | both (the N_O best above the threshold)
     box_threshold: float = 0.7
