@@ -1,4 +1,4 @@
-"""The program around `convert_refs`: flags, dataset.json, table. data_prep/grefcoco.py and data_prep/refcoco.py are this with other words."""
+"""The program around `convert_refs`: flags, dataset.json, table. data_prep/grefcoco.py and data_prep/refcoco.py run it."""
 
 from __future__ import annotations
 
@@ -70,7 +70,7 @@ def show(info: dict[str, Any], out: Path) -> None:
     numbers = sorted({number for split in info["counts"].values() for number in split["by_num_targets"]}, key=int)
     table = Table(
         caption="right: expressions by number of targets",
-        title=f"{info['name']}: {info['num_expressions']:,} expressions, {info['num_images']:,} images, {info['num_instances']:,} instances",
+        title=f"{info['name']}: {info['num_images']:,} images, {info['num_expressions']:,} expressions",
     )
     for column in ("split", "images", "refs", "expressions", *numbers):
         table.add_column(column, justify="left" if column == "split" else "right")
