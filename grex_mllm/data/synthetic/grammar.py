@@ -1,8 +1,8 @@
 """The grammar of synthetic expressions: its syntax trees and their wording.
 
 `to_text` chooses among the surface forms of a tree, `parser.parse` reads every one of them back to the same tree, and `meaning.evaluate`
-says what a
-tree denotes in a scene. Postnominal modifiers are kept out of the places where English would attach them to two nouns ("A and B on the left").
+says what a tree denotes in a scene. Postnominal modifiers are kept out of the places where English would attach them to two nouns ("A and B
+on the left").
 """
 
 from __future__ import annotations
