@@ -38,6 +38,7 @@ def write_model_folder(out: Path, config: Config, tensors: Mapping[str, Tensor],
         save_config(config, work / CONFIG)
         # copies: safetensors refuses tensors that share storage, as those of a training checkpoint may
         save_file({name: tensor.clone().contiguous() for name, tensor in tensors.items()}, str(work / WEIGHTS), metadata={"format": "pt"})
+        (work / WEIGHTS).chmod(0o644)
         work.chmod(0o755)
         if out.is_dir():
             out.rmdir()

@@ -50,6 +50,23 @@ RULES: tuple[tuple[str, str], ...] = (
     (r"sem_seg_head\.pixel_decoder\.layer_1\.weight", r"pixel_decoder.smooth.0.weight"),
     (r"sem_seg_head\.pixel_decoder\.layer_1\.norm\.(weight|bias)", r"pixel_decoder.smooth.1.\1"),
     (r"sem_seg_head\.pixel_decoder\.mask_features\.(weight|bias)", r"pixel_decoder.mask_features.\1"),
+    # decoder
+    (r"sem_seg_head\.predictor\.query_feat\.weight", r"decoder.region_features.weight"),
+    (r"sem_seg_head\.predictor\.query_embed\.weight", r"decoder.region_positions.weight"),
+    (r"sem_seg_head\.predictor\.level_embed\.weight", r"decoder.level_embed.weight"),
+    (r"sem_seg_head\.predictor\.RIA_layers\.(\d+)\.multihead_attn\.(.+)", r"decoder.region_image.\1.attention.\2"),
+    (r"sem_seg_head\.predictor\.RIA_layers\.(\d+)\.norm\.(weight|bias)", r"decoder.region_image.\1.norm.\2"),
+    (r"sem_seg_head\.predictor\.RLA_vision\.(\d+)\.self_attn\.(.+)", r"decoder.region_region.\1.attention.\2"),
+    (r"sem_seg_head\.predictor\.RLA_vision\.(\d+)\.norm\.(weight|bias)", r"decoder.region_region.\1.norm.\2"),
+    (r"sem_seg_head\.predictor\.RLA_lang_att\.multihead_attn\.(.+)", r"decoder.region_language.0.attention.\1"),
+    (r"sem_seg_head\.predictor\.RLA_lang_att\.norm\.(weight|bias)", r"decoder.region_language.0.norm.\1"),
+    (r"sem_seg_head\.predictor\.lang_proj\.weight", r"decoder.language_projection.weight"),
+    (r"sem_seg_head\.predictor\.lang_weight", r"decoder.language_weight"),
+    (r"sem_seg_head\.predictor\.transformer_ffn_layers\.(\d+)\.(.+)", r"decoder.feedforward.\1.\2"),
+    (r"sem_seg_head\.predictor\.decoder_norm\.(weight|bias)", r"decoder.norm.\1"),
+    (r"sem_seg_head\.predictor\.mask_embed\.(layers\.\d\..+)", r"decoder.heads.mask.\1"),
+    (r"sem_seg_head\.predictor\.minimap_embed\.(weight|bias)", r"decoder.heads.minimap.\1"),
+    (r"sem_seg_head\.predictor\.nt_embed\.(layers\.\d\..+)", r"decoder.heads.no_target.\1"),
     # text
     (r"text_encoder\.(.+)", r"text.bert.\1"),
 )

@@ -24,8 +24,6 @@ RELEASED_TEXT_LAYERS = range(10)
 NORMS = (nn.LayerNorm, nn.GroupNorm, nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm, nn.InstanceNorm1d, nn.InstanceNorm2d)
 TEXT = re.compile(r"(^|\.)text\.")
 TEXT_LAYER = re.compile(r"(^|\.)text\.(.*\.)?encoder\.layer\.(\d+)\.")
-# the decoder's level embedding is a table like the queries; that of the pixel decoder is decayed by the released code
-DECODER_TABLE = re.compile(r"(^|\.)decoder\.(.*\.)?(level_embed|query_feat|query_embed)(\.weight)?$")
 BIAS_TABLE = "relative_position_bias_table"
 # output layers, adapters, and the offsets of deformable attention (zero at first, in pixels); thin heads are known by shape
 NOT_HIDDEN = re.compile(r"(^|[._])(heads?|embed_tokens|lora_[AB]|sampling_offsets)(\.|$)")
@@ -96,7 +94,7 @@ def build_optimizer(model: nn.Module, config: OptimConfig) -> Optimizer:
 def released_decays(model: nn.Module, config: OptimConfig) -> Iterator[tuple[str, float]]:
     """Yield (name, weight decay) as the released training code has it.
 
-    No decay for LayerNorm and GroupNorm outside the text encoder, for embedding tables (queries, level embedding of the decoder) and for
+    No decay for LayerNorm and GroupNorm outside the text encoder, for embedding modules (regions, level embedding of the decoder) and for
     `relative_position_bias_table`; decay for everything else, biases and the pixel decoder's level embedding included. Of the text
     encoder, layers 0 to 9 with full decay; embeddings and layers 10, 11 are not optimised (they still receive gradients: clear them with
     `model.zero_grad`). The article says the reverse, that all but the last two layers are frozen; `train.optim.text` chooses.
@@ -108,7 +106,7 @@ def released_decays(model: nn.Module, config: OptimConfig) -> Iterator[tuple[str
         if TEXT.search(name):
             yield name, config.weight_decay
             continue
-        table = kinds[name] is nn.Embedding or name.endswith(BIAS_TABLE) or DECODER_TABLE.search(name) is not None
+        table = kinds[name] is nn.Embedding or name.endswith(BIAS_TABLE)
         yield name, 0.0 if table or kinds[name] in NORMS else config.weight_decay
 
 
@@ -129,7 +127,7 @@ def hidden_matrices(model: nn.Module) -> set[str]:
         if isinstance(module, nn.Embedding) or NOT_HIDDEN.search(prefix):
             continue
         for local, parameter in module.named_parameters(recurse=False):
-            matrix = isinstance(module, nn.Linear | nn.MultiheadAttention) and local.endswith("weight") and parameter.ndim == 2
+            matrix = local == "in_proj_weight" or (isinstance(module, nn.Linear) and local == "weight")
             if matrix and min(parameter.shape) >= SMALLEST_MUON_SIDE:
                 chosen.add(f"{prefix}.{local}" if prefix else local)
     return chosen
