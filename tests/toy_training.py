@@ -71,7 +71,15 @@ def toy_batch(positions: list[int]) -> Batch:
 def toy_config(out: str | Path, **settings: Any) -> Config:
     """Settings of `train`, `optim.<name>` and `num_workers` over small defaults."""
     config = Config()
-    values: dict[str, Any] = {"steps": 12, "batch_images": 4, "log_every": 1, "save_every": 4, "ground_ratio": 0.5, "optim.lr": 0.01, **settings}
+    values: dict[str, Any] = {
+        "steps": 12,
+        "batch_images": 4,
+        "log_every": 1,
+        "save_every": 4,
+        "ground_ratio": 0.5,
+        "optim.lr": 0.01,
+        **settings,
+    }
     for name, value in {**values, "out": str(out)}.items():
         if name == "num_workers":
             config.data.num_workers = value
@@ -83,10 +91,14 @@ def toy_config(out: str | Path, **settings: Any) -> Config:
     return config
 
 
-def toy_train(config: Config, dropout: float = 0.0, loss_fn: Any = toy_loss, save: bool = False, on_step: Any = None) -> tuple[loop.TrainResult, ToyModel]:
+def toy_train(
+    config: Config, dropout: float = 0.0, loss_fn: Any = toy_loss, save: bool = False, on_step: Any = None
+) -> tuple[loop.TrainResult, ToyModel]:
     torch.manual_seed(config.train.seed)
     model = ToyModel(dropout)
-    source = TaskMixture({"ground": toy_batch, "generate": toy_batch}, config.train.batch_images, config.train.ground_ratio, config.train.seed)
+    source = TaskMixture(
+        {"ground": toy_batch, "generate": toy_batch}, config.train.batch_images, config.train.ground_ratio, config.train.seed
+    )
 
     def save_model(folder: Path) -> None:
         torch.save(model.state_dict(), folder / "toy.pt")

@@ -105,6 +105,8 @@ class _Run:
         found = checkpoint.latest(config.train.out)
         self.first = checkpoint.restore(self.state, found) if found is not None else 0
         self.result = TrainResult(self.first, self.first, found, accelerator.is_main_process)
+        if accelerator.is_main_process:
+            checkpoint.prune(Path(config.train.out) / checkpoint.FOLDER, config.train.keep)
         accelerator.wait_for_everyone()
 
     def _average(self, model: nn.Module) -> WeightAverage | None:
