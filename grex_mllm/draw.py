@@ -31,8 +31,8 @@ OBJECT_COLOURS: tuple[Colour, ...] = (
     (0, 114, 178),
 )
 READABLE_SIDE = 384  # small images are enlarged up to this side
-PIXELS_PER_LINE = 320  # a line of one pixel for every so many pixels of the longer side
-FILL_OPACITY = 0.42
+PIXELS_PER_LINE = 240  # a line of one pixel for every so many pixels of the longer side
+FILL_OPACITY = 0.36
 MAX_CAPTION_CHARACTERS = 400
 # Dark violet over teal to yellow: rises in lightness alone, so that it reads in grey as well.
 HEAT = np.array([(68, 1, 84), (59, 82, 139), (33, 145, 140), (94, 201, 98), (253, 231, 37)], np.float64)
@@ -119,7 +119,7 @@ def minimap_image(minimap: np.ndarray, size: tuple[int, int], image: np.ndarray 
     if image is None:
         return heat
     grey = Image.fromarray(np.ascontiguousarray(image)).convert("L").resize(size, Image.Resampling.NEAREST).convert("RGB")
-    return Image.blend(heat, grey, 0.35)
+    return Image.blend(heat, grey, 0.4)
 
 
 def save_mask_png(mask: np.ndarray, path: str | Path) -> Path:
@@ -230,10 +230,15 @@ def _paint_mask(picture: Image.Image, mask: np.ndarray, colour: Colour, factor: 
 
 
 def _erode(mask: np.ndarray, radius: int) -> np.ndarray:
-    for _ in range(radius):
-        inner = np.zeros_like(mask)
-        inner[1:-1, 1:-1] = mask[1:-1, 1:-1] & mask[:-2, 1:-1] & mask[2:, 1:-1] & mask[1:-1, :-2] & mask[1:-1, 2:]
-        mask = inner
+    """Keep the pixels whose square of side 2 * radius + 1 lies in the mask; what is outside the array is not in it."""
+    for axis in (0, 1):
+        wide = np.pad(mask, [(radius, radius) if axis == other else (0, 0) for other in (0, 1)])
+        run, goal = 1, 2 * radius + 1  # pixel i holds whether `run` pixels from i on are all set
+        while run < goal:
+            step = min(run, goal - run)
+            wide = wide[:-step] & wide[step:] if axis == 0 else wide[:, :-step] & wide[:, step:]
+            run += step
+        mask = wide
     return mask
 
 

@@ -26,21 +26,24 @@ LAYERS = {
     "types": 0,
     "ops": 0,
     "draw": 0,
-    "models": 1,
     "data": 1,
     "metrics": 1,
-    "zeroshot": 1,
-    "convert": 2,
-    "predict": 2,
-    "score": 2,
-    "training": 3,
-    "report": 3,
-    "demo": 4,
-    "cli": 4,
-    "__main__": 5,
-    "__init__": 5,
+    "models": 2,
+    "zeroshot": 2,
+    "convert": 3,
+    "predict": 3,
+    "score": 3,
+    "training": 4,
+    "report": 4,
+    "compare": 4,
+    "error_analysis": 4,
+    "ask": 4,
+    "demo": 5,
+    "cli": 5,
+    "__main__": 6,
+    "__init__": 6,
 }
-APART = {"models", "data", "metrics", "zeroshot"}
+APART = {"data", "metrics"}
 
 
 def python_files() -> list[Path]:

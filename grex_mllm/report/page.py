@@ -1,0 +1,225 @@
+"""Compose the page: `write_report(run_dir)` -> report.html, self-contained, readable without script, light or dark, on screen or paper."""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import os
+import random
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from grex_mllm import draw
+from grex_mllm.errors import fault
+from grex_mllm.report import cases, curves, pictures, tables
+from grex_mllm.report.html import Section, definition_list, escape, number_text
+from grex_mllm.report.run_files import RunFiles, flatten, is_number, read_run
+
+HERE = Path(__file__).parent
+PUBLISHED = HERE.parent.parent / "eval" / "published"
+REPORT = "report.html"
+MAX_IMAGES = 2000
+MAX_VALUE_CHARACTERS = 90
+BREAKDOWN_LEAD = "Strict protocol, in percent; the weakest phenomena first."
+CURVES_LEAD = "Pale: as logged. Strong: smoothed, with its last value beside the name."
+
+
+def write_report(
+    run_dir: str | Path,
+    get_sample: cases.GetSample | None = None,
+    image_ids: Iterable[str] | None = None,
+    *,
+    published: Path | None = PUBLISHED,
+    num_cases: int = 12,
+    seed: int = 0,
+) -> Path:
+    """Write `run_dir`/report.html and return its path.
+
+    Reads config.yaml, log.jsonl, results.json and predictions*.jsonl; what is missing is said on the page.
+    get_sample: image id -> Sample with all expressions of the image; without it there are no pictures.
+    image_ids: which images; by default those that the prediction lines name ("image_id").
+    num_cases: cards of each sheet.
+
+    Raises:
+        GrexError: `run_dir` is no run folder.
+    """
+    run_dir = Path(run_dir)
+    run = read_run(run_dir, published)
+    sheets = _sheets(run, get_sample, image_ids, num_cases, seed)
+    notes = "".join(f"<li>{escape(note)}</li>" for note in run.notes)
+    sections = [
+        Section("summary", "Summary", tables.tiles(run.results) + _data_line(run.results), _lead(run)),
+        Section("results", "Results", tables.result_tables(run.results, run.published), "In percent, except counts and errors."),
+        Section("breakdown", "By targets and phenomenon", _breakdowns(run.results), BREAKDOWN_LEAD),
+        Section("curves", "Training", curves.training_section(run.losses, run.rates), CURVES_LEAD),
+        *sheets,
+        Section("configuration", "Configuration", _configuration(run)),
+        Section("notes", "Notes", f"<ul>{notes}</ul>" if notes else ""),
+    ]
+    page = _page(run.name, [part for part in sections if part.body])
+    return _write_whole(page, run_dir / REPORT)
+
+
+def write_examples(
+    run_dir: str | Path, get_sample: cases.GetSample, out: str | Path, *, num: int = 8, columns: int = 4, seed: int = 0
+) -> Path:
+    """Write one PNG of random answers with their expressions, each of another phenomenon where there are enough.
+
+    Raises:
+        GrexError: no prediction of the run belongs to a sample.
+    """
+    run = read_run(Path(run_dir))
+    found = cases.scan(run, get_sample, _image_ids(run), max_images=10 * num, seed=seed)
+    order = random.Random(seed).sample(found.grounding, len(found.grounding))
+    first: dict[str, cases.GroundingCase] = {}
+    for case in order:
+        first.setdefault(case.tags[0] if case.tags else "", case)
+    chosen = [*first.values(), *(case for case in order if case not in first.values())][:num]
+    if not chosen:
+        raise fault(f"predictions of {run_dir}", "lines whose image_id the samples know", "predict and report on the same data")
+    shown = []
+    for case in chosen:
+        sample = get_sample(case.image_id)
+        shown.append((sample, _record(sample, case.expression_id)))
+    return draw.save_png(pictures.examples_picture(run, shown, columns), out)
+
+
+def _record(sample: Any, expression_id: str) -> Any:
+    return next(record for record in sample.expressions if record.expression_id == expression_id)
+
+
+def _image_ids(run: RunFiles) -> list[str]:
+    named = [str(line["image_id"]) for line in run.grounding.values() if "image_id" in line]
+    return list(dict.fromkeys([*named, *(key[0] for key in run.generation)]))
+
+
+def _sheets(run: RunFiles, get_sample: Any, image_ids: Iterable[str] | None, number: int, seed: int) -> list[Section]:
+    if get_sample is None or not (run.grounding or run.generation):
+        return []
+    found = cases.scan(run, get_sample, image_ids if image_ids is not None else _image_ids(run), MAX_IMAGES, seed)
+    run.notes += found.notes
+    if found.num_images < found.num_images_all:
+        run.notes.append(f"Cases were chosen from {found.num_images:,} of {found.num_images_all:,} images.")
+    dice = random.Random(seed)
+
+    def ground(case: cases.GroundingCase) -> str:
+        sample = get_sample(case.image_id)
+        return pictures.grounding_card(sample, _record(sample, case.expression_id), run.grounding[case.expression_id], case)
+
+    def generate(case: cases.GenerationCase) -> str:
+        return pictures.generation_card(get_sample(case.image_id), run.generation[case.key], case)
+
+    parts: list[Section] = []
+    for identifier, title, all_cases, card in (
+        ("grounding", "Grounding, case by case", found.grounding, ground),
+        ("generation", "Group expressions, case by case", found.generation, generate),
+    ):
+        chosen: list[Any] = list(all_cases)
+        picked = dice.sample(chosen, min(number, len(chosen)))
+        bad = cases.worst([case for case in chosen if case not in picked], number)
+        lowest = f"The lowest scores among {len(chosen):,} cases, spread over the phenomena."
+        drawn = f"Drawn from the same {len(chosen):,} cases with a fixed seed, not chosen."
+        body = pictures.sheet("Worst", [card(case) for case in bad], lowest)
+        body += pictures.sheet("Random", [card(case) for case in picked], drawn)
+        parts.append(Section(identifier, title, _filter(picked + bad) + body if body else ""))
+    return parts
+
+
+def _filter(shown: list[Any]) -> str:
+    """Return a choice of phenomena; the script shows it, so that it is not there without one."""
+    tags = sorted({tag for case in shown for tag in case.tags})
+    if len(tags) < 2:
+        return ""
+    options = "".join(f'<option value="{escape(tag)}">{escape(tag.replace("_", " "))}</option>' for tag in tags)
+    return f'<label class="filter" hidden>show <select><option value="">all</option>{options}</select></label>'
+
+
+def _lead(run: RunFiles) -> str:
+    provenance = run.results.get("provenance", {}) if isinstance(run.results.get("provenance"), dict) else {}
+    flat = flatten(provenance)
+    said = [
+        str(value) for name, value in flat.items() if name.split(".")[-1] in ("dataset", "dataset_name", "split") and isinstance(value, str)
+    ]
+    text = f"Run <b>{escape(run.name)}</b>"
+    return (
+        text
+        + (f", scored on {escape(', '.join(dict.fromkeys(said)))}." if said else ".")
+        + " Fractions in percent; the marks on the bars are the dummies."
+    )
+
+
+def _data_line(results: dict[str, Any]) -> str:
+    block = tables.protocol_block(results)
+    size, share = tables.lookup(block, "gres", "num_samples"), tables.lookup(block, "gres", "no_target_share")
+    if not is_number(size):
+        return ""
+    none = f", {100 * share:.1f} % of them without target" if is_number(share) else ""
+    return f'<p class="note">{number_text("num_samples", size)} expressions{none}.</p>'
+
+
+def _breakdowns(results: dict[str, Any]) -> str:
+    return (
+        tables.breakdown(results.get("by_num_targets"), "by number of targets")
+        + tables.breakdown(results.get("by_tag"), "by phenomenon", worst_first=True)
+        + (tables.breakdown(results.get("by_source"), "by source") if len(results.get("by_source") or {}) > 1 else "")
+    )
+
+
+def _configuration(run: RunFiles) -> str:
+    boxes = []
+    for name, block in _config_blocks(run.config):
+        boxes.append(
+            f"<div><h4>{escape(name)}</h4>{definition_list([(key, _short(value)) for key, value in block.items()], 'knobs')}</div>"
+        )
+    configuration = f'<h3>Configuration</h3><div class="blocks">{"".join(boxes)}</div>' if boxes else ""
+    provenance = run.results.get("provenance")
+    if not isinstance(provenance, dict):
+        return configuration
+    rows = [(name.replace("_", " "), _short(value)) for name, value in flatten(provenance).items() if not name.startswith("config.")]
+    return configuration + "<h3>Provenance of the results</h3>" + definition_list(rows, "provenance")
+
+
+def _config_blocks(config: dict[str, Any], prefix: str = "") -> list[tuple[str, dict[str, Any]]]:
+    """Divide the configuration into the blocks of its sections, each with its own plain values."""
+    plain = {key: value for key, value in config.items() if not isinstance(value, dict)}
+    blocks = [(prefix or "general", plain)] if plain else []
+    for key, value in config.items():
+        if isinstance(value, dict):
+            blocks += _config_blocks(value, f"{prefix}.{key}" if prefix else str(key))
+    return blocks
+
+
+def _short(value: Any) -> str:
+    text = "none" if value is None else str(value)
+    return text if len(text) <= MAX_VALUE_CHARACTERS else text[: MAX_VALUE_CHARACTERS - 1] + "…"
+
+
+def _page(name: str, sections: list[Section]) -> str:
+    style, script = ((HERE / file).read_text(encoding="utf-8") for file in ("style.css", "page.js"))
+    # Nothing is fetched, and no script runs but ours: what an expression smuggles in stays text.
+    digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode("ascii")
+    policy = (
+        f"default-src 'none'; img-src data:; style-src 'unsafe-inline'; script-src 'sha256-{digest}'; base-uri 'none'; form-action 'none'"
+    )
+    links = "".join(part.link() for part in sections)
+    body = "".join(part.html() for part in sections)
+    head = (
+        f'<meta charset="utf-8"><meta http-equiv="Content-Security-Policy" content="{policy}">'
+        '<meta name="viewport" content="width=device-width, initial-scale=1"><meta name="color-scheme" content="light dark">'
+        f"<title>{escape(name)} – grex-mllm report</title><style>{style}</style>"
+    )
+    return (
+        f'<!doctype html>\n<html lang="en"><head>{head}</head><body><header><h1>{escape(name)}</h1><p>grex-mllm report</p></header>'
+        f'<nav aria-label="Sections">{links}</nav><main>{body}</main><script>{script}</script></body></html>\n'
+    )
+
+
+def _write_whole(text: str, path: Path) -> Path:
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        temporary.write_text(text, encoding="utf-8", errors="replace")  # a lone surrogate in an expression must not stop the report
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
+    return path
