@@ -28,13 +28,14 @@ PICKLE_SUFFIXES = (".p", ".pkl", ".pickle")
 
 @dataclass
 class CocoInstances:
-    """A COCO instance file: images and annotations by id, annotations by image, category names."""
+    """A COCO instance file: images and annotations by id, annotations by image, category names, supercategory of each name where given."""
 
     path: Path
     images: dict[int, dict[str, Any]]
     annotations: dict[int, dict[str, Any]]
     by_image: dict[int, list[dict[str, Any]]]
     categories: dict[int, str]
+    supercategories: dict[str, str]
 
 
 @dataclass
@@ -58,6 +59,7 @@ def load_instances(path: str | Path) -> CocoInstances:
         images = {image["id"]: image for image in data["images"]}
         annotations = {annotation["id"]: annotation for annotation in data["annotations"]}
         categories = {category["id"]: str(category["name"]) for category in data["categories"]}
+        supercategories = {str(category["name"]): str(category.get("supercategory", "")) for category in data["categories"]}
         for image in images.values():
             _ = image["file_name"], image["height"], image["width"]
         by_image: dict[int, list[dict[str, Any]]] = {}
@@ -68,7 +70,7 @@ def load_instances(path: str | Path) -> CocoInstances:
         raise fault(f"{path} is no COCO instance file (missing: {error})", "images, annotations and categories", "check the path") from None
     if len(images) != len(data["images"]) or len(annotations) != len(data["annotations"]):
         raise fault(f"{path} holds an image or annotation id twice", "unique ids", "fetch the published file again")
-    return CocoInstances(path, images, annotations, by_image, categories)
+    return CocoInstances(path, images, annotations, by_image, categories, supercategories)
 
 
 def image_record(instances: CocoInstances, image_id: int, skipped: Counter[str]) -> ImageRecord:

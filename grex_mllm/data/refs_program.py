@@ -17,6 +17,7 @@ from grex_mllm.data.writing import DatasetWriter
 from grex_mllm.errors import GrexError
 
 CONSOLE = Console(stderr=True)
+MOST_SHOWN = 5  # targets with a column of their own
 
 
 def build_parser(description: str, name: str, licence: str) -> argparse.ArgumentParser:
@@ -67,15 +68,17 @@ def convert(options: argparse.Namespace, program: str) -> dict[str, Any]:
 
 def show(info: dict[str, Any], out: Path) -> None:
     """Print what was written, by split, and what was left out."""
-    numbers = sorted({number for split in info["counts"].values() for number in split["by_num_targets"]}, key=int)
     table = Table(
         caption="right: expressions by number of targets",
         title=f"{info['name']}: {info['num_images']:,} images, {info['num_expressions']:,} expressions",
     )
-    for column in ("split", "images", "refs", "expressions", *numbers):
+    few = [str(number) for number in range(MOST_SHOWN + 1)]
+    for column in ("split", "images", "refs", "expressions", *few, f">{MOST_SHOWN}"):
         table.add_column(column, justify="left" if column == "split" else "right")
     for split, row in info["counts"].items():
-        cells = [row["images"], row["refs"], row["expressions"], *(row["by_num_targets"].get(number, 0) for number in numbers)]
+        by_number = row["by_num_targets"]
+        cells = [row["images"], row["refs"], row["expressions"], *(by_number.get(number, 0) for number in few)]
+        cells.append(sum(times for number, times in by_number.items() if number not in few))
         table.add_row(split, *(f"{cell:,}" for cell in cells))
     CONSOLE.print(table)
     for reason, number in info["skipped"].items():

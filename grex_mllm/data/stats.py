@@ -8,15 +8,15 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from PIL import Image
+from PIL import Image, ImageOps
 
 from grex_mllm.data.images import load_image, resolve_image
 from grex_mllm.data.records import Dataset, load_dataset
 from grex_mllm.data.transforms import instance_mask
-from grex_mllm.draw import add_caption, contact_sheet, draw_objects, enlarge_factor, save_png
+from grex_mllm.draw import PAPER, add_caption, contact_sheet, draw_objects, enlarge_factor, save_png
 from grex_mllm.types import ExpressionRecord, Geometry
 
-CELL_WIDTH_PX = 384
+CELL_PX = (480, 400)  # width, height of every picture on a sheet, without its caption
 
 
 def dataset_stats(folder: str | Path, image_root: str | Path | None = None) -> dict[str, Any]:
@@ -109,9 +109,7 @@ def _picture(dataset: Dataset, record: ExpressionRecord) -> Image.Image:
     wanted = set(record.targets)
     targets = [instance for instance in image_record.instances if instance.annotation_id in wanted]
     masks = [instance_mask(instance, geometry) for instance in targets]
-    factor = enlarge_factor(height, width, CELL_WIDTH_PX)
-    picture = draw_objects(image, masks, [instance.box_xyxy for instance in targets], factor=factor)
-    if picture.width != CELL_WIDTH_PX:
-        picture = picture.resize((CELL_WIDTH_PX, max(1, round(picture.height * CELL_WIDTH_PX / picture.width))), Image.Resampling.LANCZOS)
+    picture = draw_objects(image, masks, [instance.box_xyxy for instance in targets], factor=enlarge_factor(height, width, max(CELL_PX)))
+    cell = ImageOps.pad(picture, CELL_PX, Image.Resampling.LANCZOS, color=PAPER)
     number = f"{len(targets)} target{'' if len(targets) == 1 else 's'}" if targets else "no target"
-    return add_caption(picture, f'"{record.expression}"   [{number}, image {record.image_id}]')
+    return add_caption(cell, f'"{record.expression}"   [{number}, image {record.image_id}]')
