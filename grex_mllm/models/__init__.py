@@ -45,6 +45,10 @@ def build_grounding(config: ModelConfig) -> GroundingModel:
 
     text = TextEncoder(config.text)
     vision: Any = build_vision(config.vision, text.width)
+    if config.decoder.name == "rela" and config.decoder.ria == "hard_split":
+        from grex_mllm.models.hard_split import HardSplit
+
+        vision = HardSplit(vision, config.decoder.minimap_side)
     pixel_decoder: Any = build_pixel_decoder(config.pixel_decoder, vision.channels)
     decoder = build_decoder(config.decoder, pixel_decoder.width, pixel_decoder.mask_width, text.width)
     return GroundingModel(vision, text, pixel_decoder, decoder)

@@ -54,7 +54,7 @@ class DeformableAttention(nn.Module):
 
         query, source: float [B, S, C].  centres: float [S, 2] x and y in [0, 1].  shapes: (h, w) of the levels.
         """
-        batch, total, width = query.shape
+        batch, total, _ = query.shape
         value = self.value_proj(source).view(batch, total, self.num_heads, -1)
         grid = (batch, total, self.num_heads, NUM_LEVELS, self.num_points)
         size = query.new_tensor([[w, h] for h, w in shapes])
@@ -100,9 +100,11 @@ class DeformablePixelDecoder(nn.Module):
         self.lateral = nn.Sequential(nn.Conv2d(channels[0], width, 1, bias=False), nn.GroupNorm(groups, width))
         self.smooth = nn.Sequential(nn.Conv2d(width, width, 3, padding=1, bias=False), nn.GroupNorm(groups, width), nn.ReLU())
         self.mask_features = nn.Conv2d(width, config.mask_width, 1)
-        for projection in self.inputs:
-            nn.init.xavier_uniform_(projection[0].weight)
-            nn.init.zeros_(projection[0].bias)
+        for module in self.inputs.modules():
+            if isinstance(module, nn.Conv2d):
+                nn.init.xavier_uniform_(module.weight)
+                if module.bias is not None:
+                    nn.init.zeros_(module.bias)
 
     def forward(self, maps: list[Tensor]) -> PixelFeatures:
         """Return mask features at the finest map's stride and the refined levels, coarse to fine.

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -17,7 +19,7 @@ class Mlp(nn.Module):
     def __init__(self, width: int, hidden: int, out: int, num_layers: int) -> None:
         super().__init__()
         widths = [width, *[hidden] * (num_layers - 1), out]
-        self.layers = nn.ModuleList(nn.Linear(a, b) for a, b in zip(widths[:-1], widths[1:], strict=True))
+        self.layers = nn.ModuleList(nn.Linear(a, b) for a, b in pairwise(widths))
 
     def forward(self, x: Tensor) -> Tensor:
         for layer in self.layers[:-1]:
@@ -29,8 +31,9 @@ class RegionHeads(nn.Module):
     """The heads over normalised region features [E, Q, C] (GRES paper, section 4.1; GREx article for boxes and count).
 
     Masks, minimap and no-target are the released ones. What the papers leave open about boxes, and what we chose:
-    a region's box is a shift from the centre of its minimap cell and a size (the minimap already binds the region to that cell), `box_score` says
-    how sure the region is that its box is one of the targets' boxes, and the count is averaged over regions like the no-target answer.
+    a region's box is a shift from the centre of its minimap cell and a size (the minimap already binds the region to that cell),
+    `box_score` says how sure the region is that its box is one of the targets' boxes, and the count is averaged over regions like the
+    no-target answer.
     `boxes` or `count` False: the head does not exist, so a released checkpoint has nothing missing.
     """
 
@@ -49,8 +52,8 @@ class RegionHeads(nn.Module):
         start[..., 0], start[..., 1] = cells[None, :], cells[:, None]
         self.register_buffer("box_start", torch.logit(start.flatten(0, 1), BOX_EPS), persistent=False)
         if self.box is not None:
-            nn.init.zeros_(self.box.layers[-1].weight)
-            nn.init.zeros_(self.box.layers[-1].bias)
+            for parameter in self.box.layers[-1].parameters():
+                nn.init.zeros_(parameter)
 
     def predict_boxes(self, regions: Tensor) -> tuple[Tensor | None, Tensor | None]:
         """Return boxes_norm [E, Q, 4] cxcywh and box_logits [E, Q], or None twice."""

@@ -95,7 +95,8 @@ class Bottleneck(nn.Module):
         self.norm2 = build_norm(norm, inner_width)
         self.conv3 = nn.Conv2d(inner_width, out_width, 1, bias=False)
         self.norm3 = build_norm(norm, out_width)
-        self.shortcut = None if in_width == out_width else Shortcut(in_width, out_width, stride, norm)
+        same = in_width == out_width and stride == 1
+        self.shortcut = None if same else Shortcut(in_width, out_width, stride, norm)
 
     def forward(self, x: Tensor) -> Tensor:
         y = F.relu(self.norm1(self.conv1(x)))

@@ -1,10 +1,14 @@
-"""Swin transformer image encoder (Liu et al. 2021), with language fused after every stage (PWAM of LAVT, Yang et al. 2022) as in the released ReLA.
+"""Swin transformer image encoder (Liu et al. 2021), with language fused after every stage as in the released ReLA.
+
+The fusion is the pixel-word attention of LAVT (Yang et al. 2022).
 
 Differences from other Swins: the map is padded before it is rolled; odd blocks shift even where the map is smaller than the window.
 Work that padding tokens do not need is skipped: they are constants before attention (normalised zeros), and are dropped after it.
 """
 
 from __future__ import annotations
+
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -162,7 +166,8 @@ class SwinTransformer(nn.Module):
             raise fault(f"swin_depths {config.swin_depths}, swin_heads {config.swin_heads}", "four numbers in each", "mend the lists")
         self.fuses_language = config.fusion == "pwam"
         self.patch_embed = PatchEmbedding(config.embed_width)
-        drops = torch.linspace(0, config.drop_path, sum(config.swin_depths)).tolist()
+        blocks = sum(config.swin_depths)
+        drops = [config.drop_path * i / max(blocks - 1, 1) for i in range(blocks)]
         starts = [sum(config.swin_depths[:i]) for i in range(4)]
         self.stages = nn.ModuleList(
             SwinStage(config, i, drops[start : start + depth], text_width)
@@ -175,16 +180,16 @@ class SwinTransformer(nn.Module):
                 nn.init.trunc_normal_(module.weight, std=INIT_STD)
                 if module.bias is not None:
                     nn.init.zeros_(module.bias)
-        for stage in self.stages:
-            if stage.gate is not None:  # the gate starts closed
-                nn.init.zeros_(stage.gate[0].weight)
-                nn.init.zeros_(stage.gate[2].weight)
+        for name, parameter in self.named_parameters():
+            if ".gate." in name:  # the gate starts closed
+                nn.init.zeros_(parameter)
 
     def encode_prefix(self, image: Tensor) -> Tensor:
         """Do the work before the first fusion once per image: patches and the first stage's blocks. Returns float [B, C, h, w]."""
         x = self.patch_embed(image)
         height, width = x.shape[-2:]
-        tokens = self.stages[0].run_blocks(x.flatten(2).transpose(1, 2), height, width)
+        first: Any = self.stages[0]
+        tokens = first.run_blocks(x.flatten(2).transpose(1, 2), height, width)
         return tokens.transpose(1, 2).unflatten(2, (height, width))
 
     def finish(self, prefix: Tensor, image_index: Tensor | None, text: TextFeatures | None) -> list[Tensor]:
@@ -198,6 +203,7 @@ class SwinTransformer(nn.Module):
         if image_index is not None and (len(x) > 1 or len(image_index) > 1):
             x = x.index_select(0, image_index)
         maps = []
+        stage: Any
         for i, (stage, norm) in enumerate(zip(self.stages, self.norms, strict=True)):
             if i > 0:
                 x = stage.run_blocks(x, height, width)

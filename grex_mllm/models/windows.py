@@ -1,7 +1,7 @@
 """Swin's windows as gathers: which token stands where, for plain and shifted windows over maps that are padded to a multiple of the window.
 
-A shifted map has only four kinds of windows: inner ones without a mask, those of the last row, of the last column, and the corner. Laid out kind by
-kind, attention needs four masks of one window each in place of one mask per window.
+A shifted map has only four kinds of windows: inner ones without a mask, those of the last row, of the last column, and the corner. Laid
+out kind by kind, attention needs four masks of one window each in place of one mask per window.
 """
 
 from __future__ import annotations

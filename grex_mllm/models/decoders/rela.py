@@ -1,10 +1,10 @@
 """ReLA, the region decoder of GRES (Liu et al. 2023), as released and as its papers vary it.
 
-P x P region queries collect image features (RIA) and relate to each other and to the words (RLA); every region makes a mask, and the answer is the sum
-of the masks weighted with the minimap. As released: masked attention over three levels in turn in nine layers, language in the first layer only,
-scaled by 0.1 * sigmoid(w); two-way minimap logits as weights. What needs no language is done once per image: keys and values of every layer, and the
-first layer up to the language. Heads of inner layers compute only the attention mask, from mask features that are resized once in place of resizing
-a hundred masks per layer.
+P x P region queries collect image features (RIA) and relate to each other and to the words (RLA); every region makes a mask, and the
+answer is the sum of the masks weighted with the minimap. As released: masked attention over three levels in turn in nine layers, language
+in the first layer only, scaled by 0.1 * sigmoid(w); two-way minimap logits as weights. What needs no language is done once per image: keys
+and values of every layer, and the first layer up to the language. Heads of inner layers compute only the attention mask, from mask features
+that are resized once in place of resizing a hundred masks per layer.
 """
 
 from __future__ import annotations
@@ -177,7 +177,7 @@ class Rela(nn.Module):
                 x = self._look(i, x, memory, mask_levels)
             x = self._listen(i, x, tokens, text.mask)
             if len(self.region_region):
-                layer = self.region_region[i]
+                layer: Any = self.region_region[i]
                 query = x + position
                 x = layer(x, query, layer.attention.project(query, 1), layer.attention.project(x, 2))
             x = self.feedforward[i](x)
