@@ -1,4 +1,4 @@
-"""ImageNet weights of Swin (Liu et al. 2021) for our Swin encoder, from the original names, detectron2's conversion of them, or timm's names.
+"""ImageNet weights of Swin (Liu et al. 2021) for our encoder: original names, detectron2's conversion of them, or timm's names.
 
 The released ReLA starts from Swin trained on ImageNet-22k. Language fusion, gates and the norms of the stages' outputs have no
 counterpart there: they start as built (the gates at zero).
