@@ -56,7 +56,8 @@ class GREC:
         """Add many expressions at once (see `update` for the order of each tuple); one array operation computes all overlaps."""
         matched = self.match(samples)
         no_target = [bool(s[3]) if s[3] is not None else len(s[2]) == 0 for s in samples]
-        self.update_matches(*(np.array([m[k] for m in matched], np.int64) for k in range(3)), np.array(no_target, bool))
+        tp, kept, wanted = np.array(matched, np.int64).reshape(-1, 3).T
+        self.update_matches(tp, kept, wanted, np.array(no_target, bool))
         return matched
 
     def match(self, samples: Sequence[tuple[Any, Any, Any, bool | None, int | None]]) -> list[tuple[int, int, int]]:

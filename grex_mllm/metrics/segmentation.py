@@ -48,7 +48,9 @@ class GRES:
             )
         gt = _like(gt, pred)
         if isinstance(pred, np.ndarray):
-            counts = np.array([[np.count_nonzero(p & g), np.count_nonzero(p), np.count_nonzero(g)] for p, g in zip(pred, gt, strict=True)])
+            counts: Any = np.array(
+                [[np.count_nonzero(p & g), np.count_nonzero(p), np.count_nonzero(g)] for p, g in zip(pred, gt, strict=True)]
+            )
             counts = counts.reshape(-1, 3).T
         else:
             counts = [(pred & gt).sum((1, 2)), pred.sum((1, 2)), gt.sum((1, 2))]

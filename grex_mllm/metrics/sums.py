@@ -16,7 +16,7 @@ NUM_LIMBS = 3
 
 
 def limb_sums(values: Any) -> list[Any]:
-    """Return the sums of the three limbs of float64 values in [0, 1] ([E] NumPy array or tensor), high to low, as scalars of the same kind."""
+    """Return the sums of the three limbs, high to low, of float64 values [E] in [0, 1] (NumPy array or tensor; so are the sums)."""
     sums, rest = [], values
     for _ in range(NUM_LIMBS):
         rest = rest * float(1 << BITS)

@@ -1,6 +1,6 @@
 """Run-length algebra: areas, unions and overlaps of COCO masks without decoding them.
 
-pycocotools' C code trusts its input (a malformed code reads and writes outside memory), so whatever comes from a file passes `check_rle` first.
+pycocotools' C code trusts its input (a malformed code reads and writes outside memory); what comes from a file passes `check_rle` first.
 """
 
 from __future__ import annotations

@@ -1,0 +1,227 @@
+"""Text metrics of expression generation (GREG): METEOR, CIDEr, BLEU-1..4, ROUGE-L with pycocoevalcap's implementations.
+
+Subsets (single target, multi target, all) are corpora of their own: CIDEr's document frequencies, BLEU's lengths, METEOR's aggregate. The
+Java parts still run once for all of them: the PTB tokenizer over all distinct texts, METEOR over all distinct pairs; METEOR's aggregate of
+a subset comes from the pairs' statistics in the same process. Any text is safe: line breaks, `|||`, emoji, nothing, 10,000 characters.
+"""
+
+from __future__ import annotations
+
+import shutil
+import subprocess
+import tempfile
+import threading
+from collections.abc import Sequence
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any, Self
+
+from grex_mllm.errors import GrexError, fault
+
+TOKENIZERS = ("ptb", "whitespace")
+NAMES = ("METEOR", "CIDEr", "BLEU-1", "BLEU-2", "BLEU-3", "BLEU-4", "ROUGE-L")
+NEEDS_JAVA = "no Java runtime: install one (Debian, Ubuntu: apt-get install default-jre-headless; macOS: brew install openjdk)"
+METEOR_TOKENS = 200  # its alignment search explodes when both sides repeat; referring expressions have under 50 words
+JAVA_OPTIONS = ["-Dfile.encoding=UTF-8", "-Duser.language=en", "-Duser.country=US"]
+PUNCTUATION = frozenset(["''", "'", "``", "`", "-LRB-", "-RRB-", "-LCB-", "-RCB-", ".", "?", "!", ",", ":", "-", "--", "...", ";"])
+SINGLE, MULTI, ALL = "single", "multi", "all"
+
+
+class GREG:
+    """Accumulate (generated expression, references) pairs; the scores come at the end, as corpora cannot be summed.
+
+    tokenizer: "ptb" (the papers' and pycocoevalcap's; needs Java) or "whitespace" (lower case, no punctuation removed; not comparable).
+    """
+
+    def __init__(self, tokenizer: str = "ptb") -> None:
+        if tokenizer not in TOKENIZERS:
+            raise fault(f'tokenizer "{tokenizer}"', " or ".join(TOKENIZERS), "choose one of them")
+        self.tokenizer = tokenizer
+        self._pairs: list[tuple[str, tuple[str, ...], int]] = []
+
+    def update(self, expression: str, references: Sequence[str], num_targets: int = 1) -> None:
+        """Add one generated expression with at least one reference for a set of num_targets >= 1 objects.
+
+        Raises:
+            GrexError: no reference, or no target (no-target expressions are no part of GREG).
+        """
+        if not references or num_targets < 1:
+            raise fault(f"{len(references)} references for {num_targets} targets", "at least one of each", "leave the sample out")
+        self._pairs.append((expression, tuple(references), num_targets))
+
+    def merge(self, other: GREG) -> Self:
+        """Add the pairs of another object with the same tokenizer."""
+        if self.tokenizer != other.tokenizer:
+            raise fault(f'merging tokenizer "{other.tokenizer}"', f'"{self.tokenizer}"', "use one tokenizer for all shards")
+        self._pairs += other._pairs
+        return self
+
+    def state(self) -> list[list[Any]]:
+        """Return the pairs as plain lists."""
+        return [[text, list(references), num] for text, references, num in self._pairs]
+
+    def load_state(self, state: Sequence[Sequence[Any]]) -> Self:
+        """Replace the pairs by those of `state()`."""
+        self._pairs = [(text, tuple(references), num) for text, references, num in state]
+        return self
+
+    def compute(self) -> dict[str, dict[str, Any]]:
+        """Return {"single", "multi", "all"}: fractions as pycocoevalcap gives them; subsets without a sample are absent.
+
+        Without Java: None for what needs it (with "ptb" that is everything), and the reason under "not_computed".
+        """
+        pairs = sorted(self._pairs)  # sums of floats depend on order; the result must not
+        subsets = {
+            SINGLE: [k for k, p in enumerate(pairs) if p[2] == 1],
+            MULTI: [k for k, p in enumerate(pairs) if p[2] > 1],
+            ALL: list(range(len(pairs))),
+        }
+        subsets = {name: members for name, members in subsets.items() if members}
+        return score_texts([p[0] for p in pairs], [p[1] for p in pairs], subsets, self.tokenizer)
+
+
+def score_texts(
+    expressions: Sequence[str], references: Sequence[Sequence[str]], subsets: dict[str, list[int]], tokenizer: str = "ptb"
+) -> dict[str, dict[str, Any]]:
+    """Return the metrics of each subset (positions into the two lists), each scored as a corpus of its own."""
+    java = java_missing()
+    if java and tokenizer == "ptb":
+        nothing = dict.fromkeys(NAMES) | {"not_computed": {name: f"PTB tokenizer: {java}" for name in NAMES}}
+        return {name: {"num_samples": len(members)} | nothing for name, members in subsets.items()}
+    texts = list(dict.fromkeys([*expressions, *(r for group in references for r in group)]))
+    tokens = dict(zip(texts, ptb_tokens(texts) if tokenizer == "ptb" else [_one_line(t).lower() for t in texts], strict=True))
+    hypotheses = [tokens[e] for e in expressions]
+    wanted = [[tokens[r] for r in group] for group in references]
+    results: dict[str, dict[str, Any]] = {}
+    for name, members in subsets.items():
+        results[name] = {"num_samples": len(members), "METEOR": None}
+        results[name] |= _corpus_scores([hypotheses[k] for k in members], [wanted[k] for k in members])
+    if java:
+        for result in results.values():
+            result["not_computed"] = {"METEOR": java}
+        return results
+    for name, score in meteor_scores(hypotheses, wanted, subsets).items():
+        results[name]["METEOR"] = score
+    return results
+
+
+def java_missing() -> str:
+    """Return "" where a Java runtime works, otherwise what to install."""
+    if shutil.which("java") is None:
+        return NEEDS_JAVA
+    found = subprocess.run(["java", "-version"], capture_output=True, check=False)
+    return "" if found.returncode == 0 else NEEDS_JAVA
+
+
+def ptb_tokens(texts: Sequence[str]) -> list[str]:
+    """Tokenise as pycocoevalcap does (Stanford PTB tokenizer 3.4.1, lower case, punctuation removed), one Java run for all texts.
+
+    Raises:
+        GrexError: the Java program failed.
+    """
+    lines = [_one_line(text) for text in texts]
+    filled = [k for k, line in enumerate(lines) if line]
+    result = [""] * len(lines)
+    if not filled:
+        return result
+    jar = _folder("tokenizer") / "stanford-corenlp-3.4.1.jar"
+    with tempfile.TemporaryDirectory() as folder:
+        source = Path(folder, "texts.txt")
+        source.write_text("\n".join(lines[k] for k in filled) + "\n", encoding="utf-8")
+        command = ["java", *JAVA_OPTIONS, "-cp", str(jar), "edu.stanford.nlp.process.PTBTokenizer"]
+        command += ["-preserveLines", "-lowerCase", "-encoding", "UTF-8", str(source)]
+        run = subprocess.run(command, capture_output=True, check=False)
+    found = run.stdout.decode("utf-8", errors="replace").split("\n")
+    found = found[:-1] if found and not found[-1] else found
+    if run.returncode or len(found) != len(filled):
+        tail = run.stderr.decode("utf-8", errors="replace")[-300:].replace("\n", " ")
+        raise GrexError(f"PTB tokenizer gave {len(found)} lines for {len(filled)} ({tail}); expected one each; check the Java installation")
+    for k, line in zip(filled, found, strict=True):
+        result[k] = " ".join(word for word in line.rstrip().split(" ") if word not in PUNCTUATION)
+    return result
+
+
+def meteor_scores(hypotheses: Sequence[str], references: Sequence[Sequence[str]], subsets: dict[str, list[int]]) -> dict[str, float]:
+    """Return METEOR 1.5 (English, normalised) of each subset of tokenised texts; one Java process aligns every distinct pair once.
+
+    Sentences are cut after METEOR_TOKENS words.
+
+    Raises:
+        GrexError: the Java program failed.
+    """
+    lines = [
+        " ||| ".join(["SCORE", *(_meteor_text(r) for r in group), _meteor_text(h)]) for h, group in zip(hypotheses, references, strict=True)
+    ]
+    distinct = list(dict.fromkeys(lines))
+    jar = _folder("meteor") / "meteor-1.5.jar"
+    command = ["java", "-Xmx2G", *JAVA_OPTIONS, "-jar", str(jar), "-", "-", "-stdio", "-l", "en", "-norm"]
+    with tempfile.TemporaryFile() as errors:
+        process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=errors, cwd=jar.parent)
+        try:
+            statistics = dict(zip(distinct, _ask(process, distinct, len(distinct), errors), strict=True))
+            scores = {}
+            for name, members in subsets.items():
+                question = " ||| ".join(["EVAL", *(statistics[lines[k]] for k in members)])
+                scores[name] = float(_ask(process, [question], len(members) + 1, errors)[-1])
+        finally:
+            process.kill()
+            process.communicate()
+    return scores
+
+
+def _ask(process: subprocess.Popen[bytes], lines: list[str], num_answers: int, errors: Any) -> list[str]:
+    """Write lines while reading answers (neither pipe may fill up), and return the answers."""
+    assert process.stdin is not None and process.stdout is not None
+    stdin, stdout = process.stdin, process.stdout
+
+    def write() -> None:
+        try:
+            stdin.write(("\n".join(lines) + "\n").encode("utf-8", "replace"))
+            stdin.flush()
+        except BrokenPipeError:
+            return  # the reader sees the end of the answers and reports it
+
+    writer = threading.Thread(target=write, daemon=True)
+    writer.start()
+    answers: list[str] = []
+    for _ in range(num_answers):
+        answer = stdout.readline()
+        if not answer:
+            errors.seek(0)
+            tail = errors.read()[-300:].decode("utf-8", errors="replace").replace("\n", " ")
+            raise GrexError(
+                f"METEOR stopped after {len(answers)} of {num_answers} answers ({tail}); expected all; check Java and its memory"
+            )
+        answers.append(answer.decode("utf-8").strip())
+    writer.join()
+    return answers
+
+
+def _corpus_scores(hypotheses: list[str], references: list[list[str]]) -> dict[str, float]:
+    from pycocoevalcap.bleu.bleu import Bleu
+    from pycocoevalcap.cider.cider import Cider
+    from pycocoevalcap.rouge.rouge import Rouge
+
+    gts, res = dict(enumerate(references)), {k: [h] for k, h in enumerate(hypotheses)}
+    some_words = any(r for group in references for r in group)
+    bleu = Bleu(4).compute_score(gts, res, verbose=0)[0] if some_words and any(hypotheses) else [0.0] * 4
+    scores = {"CIDEr": float(Cider().compute_score(gts, res)[0]) if some_words else 0.0}
+    scores |= {f"BLEU-{n}": float(value) for n, value in enumerate(bleu, start=1)}
+    return scores | {"ROUGE-L": float(Rouge().compute_score(gts, res)[0])}
+
+
+def _one_line(text: str) -> str:
+    """Return the text on one line that survives UTF-8: every kind of line break, tab and control character becomes a space."""
+    kept = "".join(c if c.isprintable() else " " for c in text.encode("utf-8", "replace").decode("utf-8"))
+    return " ".join(kept.split())
+
+
+def _meteor_text(tokens: str) -> str:
+    return " ".join(tokens.replace("|||", " ").split()[:METEOR_TOKENS])
+
+
+def _folder(part: str) -> Path:
+    spec = find_spec(f"pycocoevalcap.{part}")
+    if spec is None or not spec.submodule_search_locations:
+        raise fault("pycocoevalcap is not installed", "pycocoevalcap 1.2", "pip install pycocoevalcap==1.2")
+    return Path(next(iter(spec.submodule_search_locations)))

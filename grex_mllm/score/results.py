@@ -1,0 +1,114 @@
+"""results.json: layout, provenance, writing (the layout is described in eval/protocols/README.md)."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import warnings
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import grex_mllm
+from grex_mllm.score.grounding import Outcome
+from grex_mllm.score.protocol import Protocol
+from grex_mllm.score.reading import PredictionFiles
+from grex_mllm.score.tally import ALL, BASELINES, Tally
+from grex_mllm.score.truth import TruthFolder
+
+PACKAGES = ("numpy", "pycocotools", "pycocoevalcap", "torch", "transformers")
+NUM_BUCKETS = ("0", "1", "2", "3+")
+
+
+def assemble(outcome: Outcome, greg: dict[str, Any] | None, provenance: dict[str, Any]) -> dict[str, Any]:
+    """Return the whole results dictionary."""
+    tally = outcome.tally
+    strict, official = group_scores(tally, ALL, "strict"), group_scores(tally, ALL, "official")
+    if greg is not None:
+        strict["greg"] = greg
+    groups = sorted({key[0] for key in tally.metrics})
+    named = {kind: [g.partition("|")[2] for g in groups if g.startswith(f"{kind}|")] for kind in ("tag", "source")}
+    results = {
+        "provenance": provenance,
+        "results": {"strict": strict, "official": official},
+        "by_num_targets": {b: group_scores(tally, f"num|{b}", "strict") for b in NUM_BUCKETS if f"num|{b}" in groups},
+        "by_tag": {tag: group_scores(tally, f"tag|{tag}", "strict") for tag in named["tag"]},
+        "by_source": {
+            source: {protocol: group_scores(tally, f"source|{source}", protocol) for protocol in ("strict", "official")}
+            for source in named["source"]
+        },
+        "baselines": {
+            name: group_scores(tally, f"baseline|{name}", "strict") for name in BASELINES if any(g == f"baseline|{name}" for g in groups)
+        },
+    }
+    calibration = outcome.calibration.compute()
+    if calibration["num_samples"]:
+        results["calibration"] = calibration
+    return results
+
+
+def group_scores(tally: Tally, group: str, protocol: str) -> dict[str, Any]:
+    """Return {task: metrics} of one group under one protocol."""
+    with warnings.catch_warnings():
+        if group != ALL:
+            warnings.simplefilter("ignore")  # a group without any pixel is nothing to warn of: its cIoU is 0 as stated
+        return {task: metric.compute() for (name, p, task), metric in tally.metrics.items() if name == group and p == protocol}
+
+
+def describe_run(
+    protocol: Protocol, truth: TruthFolder, index: PredictionFiles, num_missing: int, config: dict[str, Any] | None, notes: list[str]
+) -> dict[str, Any]:
+    """Return the provenance block: what was scored, by which rules, with which code. No clock, no host: equal runs, equal files."""
+    counted = len(index) + num_missing
+    unanswered = {s: n for s, n in index.statuses.items() if s != "ok"}
+    return {
+        "protocol": protocol.settings(),
+        "thresholds": {
+            "values": {task: rules for task, rules in protocol.settings()["tasks"].items() if rules},
+            "chosen": protocol.thresholds_chosen,
+        },
+        "grex_mllm": grex_mllm.__version__,
+        "commit": current_commit(),
+        "packages": {name: _version(name) for name in PACKAGES},
+        "config": config,
+        "dataset": truth.provenance() | {"num_expressions": len(truth)},
+        "predictions": {
+            "files": [path.name for path in index.paths],
+            "sha256": index.sha256,
+            "num_grounding": len(index),
+            "num_generation": index.num_generation,
+            "num_missing": num_missing,
+            "statuses": dict(sorted(index.statuses.items())),
+            "unanswered_share": (sum(unanswered.values()) + num_missing) / counted if counted else 0.0,
+        },
+        "notes": notes,
+    }
+
+
+def current_commit() -> str | None:
+    """Return the commit of the package's own checkout, with "+changes" where files differ; None for an installed package."""
+    root = Path(grex_mllm.__file__).resolve().parent.parent
+    if not (root / ".git").exists():
+        return None
+    try:
+        commit = subprocess.run(["git", "-C", str(root), "rev-parse", "HEAD"], capture_output=True, text=True, check=True).stdout.strip()
+        changed = subprocess.run(["git", "-C", str(root), "diff", "--quiet", "HEAD"], capture_output=True, check=False).returncode
+    except (OSError, subprocess.CalledProcessError):
+        return None
+    return f"{commit}+changes" if changed else commit
+
+
+def write_results(results: dict[str, Any], out: Path) -> None:
+    """Write results.json in one step: a reader never sees half of it."""
+    out.parent.mkdir(parents=True, exist_ok=True)
+    temporary = out.with_name(f".{out.name}.{os.getpid()}")
+    temporary.write_text(json.dumps(results, indent=1, ensure_ascii=False, allow_nan=False) + "\n", encoding="utf-8")
+    temporary.replace(out)
+
+
+def _version(name: str) -> str | None:
+    try:
+        return version(name)
+    except PackageNotFoundError:
+        return None

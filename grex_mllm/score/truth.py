@@ -1,0 +1,143 @@
+"""Ground truth of one split of a dataset folder, streamed: byte offsets are held, records are parsed when they are scored."""
+
+from __future__ import annotations
+
+import hashlib
+from array import array
+from collections import OrderedDict
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from grex_mllm.data.records import EXPRESSIONS, IMAGES, INFO, ImageTable, decode_line, expression_findings, read_info, read_lines
+from grex_mllm.errors import GrexError, fault
+from grex_mllm.ops.rle import Rle, empty_rle, segmentation_to_rle, union
+from grex_mllm.score.identity import id_number
+from grex_mllm.types import ExpressionRecord, ImageRecord, Instance
+
+IMAGES_HELD = 64
+MASKS_HELD = 512
+
+
+@dataclass
+class TruthFolder:
+    """One split. offsets, numbers: of its expressions in file order (int64, uint64 [N]); other_numbers: of all other splits."""
+
+    folder: Path
+    split: str
+    info: dict[str, Any]
+    offsets: np.ndarray
+    numbers: np.ndarray
+    other_numbers: np.ndarray
+    images: ImageTable
+
+    def __post_init__(self) -> None:
+        self._images: OrderedDict[str, ImageRecord] = OrderedDict()
+        self._masks: OrderedDict[tuple[Any, ...], Rle | None] = OrderedDict()
+
+    def __len__(self) -> int:
+        return len(self.offsets)
+
+    def expressions(self, start: int = 0, stop: int | None = None) -> Iterator[ExpressionRecord]:
+        """Yield the records at positions start..stop of the split."""
+        with (self.folder / EXPRESSIONS).open("rb") as file:
+            for offset in self.offsets[start:stop]:
+                if file.tell() != offset:
+                    file.seek(offset)
+                yield ExpressionRecord(**decode_line(file.readline())[0])
+
+    def id_at(self, position: int) -> str:
+        """Return the id of one expression of the split."""
+        return next(self.expressions(position, position + 1)).expression_id
+
+    def image(self, image_id: str) -> ImageRecord:
+        """Return an image record; the last few are held."""
+        if image_id not in self._images:
+            if image_id not in self.images:
+                raise fault(f'image "{image_id}"', f"the id of a line of {self.folder / IMAGES}", "mend expressions.jsonl")
+            self._images[image_id] = self.images[image_id]
+            if len(self._images) > IMAGES_HELD:
+                self._images.popitem(last=False)
+        return self._images[image_id]
+
+    def instances(self, image_id: str, targets: list[str]) -> list[Instance]:
+        """Return the target instances, in the order of `targets`.
+
+        Raises:
+            GrexError: a target that the image does not have.
+        """
+        by_id = {instance.annotation_id: instance for instance in self.image(image_id).instances}
+        unknown = [t for t in targets if t not in by_id]
+        if unknown:
+            raise fault(f'target "{unknown[0]}" of image {image_id}', "an annotation id of that image", "run grex data check")
+        return [by_id[t] for t in targets]
+
+    def mask(self, image_id: str, targets: list[str], size: tuple[int, int] | None = None) -> Rle | None:
+        """Return the union of the targets' masks at the original size, or rasterised at `size` = (height, width).
+
+        None where a target has no segmentation (box-only data).
+        """
+        key = (image_id, tuple(targets), size)
+        if key not in self._masks:
+            record = self.image(image_id)
+            height, width = size or (record.height, record.width)
+            found = self.instances(image_id, targets)
+            if any(i.segmentation is None for i in found):
+                self._masks[key] = None
+            else:
+                codes = [segmentation_to_rle(i.segmentation, record.height, record.width, height, width) for i in found]
+                self._masks[key] = union(codes) if codes else empty_rle(height, width)
+            if len(self._masks) > MASKS_HELD:
+                self._masks.popitem(last=False)
+        return self._masks[key]
+
+    def provenance(self) -> dict[str, Any]:
+        """Return name, split, SHA-256 of the three files, and the folder's own counts."""
+        sums = {name: _sha256(self.folder / name) for name in (IMAGES, EXPRESSIONS, INFO)}
+        return {"name": self.info.get("name"), "split": self.split, "sha256": sums, "counts": self.info.get("counts")}
+
+
+def open_truth(folder: str | Path, split: str) -> TruthFolder:
+    """Index a split of a dataset folder; every line of expressions.jsonl is checked for its form.
+
+    Raises:
+        GrexError: folder or file missing, a malformed line, a repeated expression id, or a split that is not there.
+    """
+    folder = Path(folder)
+    info = read_info(folder)
+    offsets, numbers, others = array("q"), array("Q"), array("Q")
+    splits: dict[str, int] = {}
+    path = folder / EXPRESSIONS
+    for line, offset, value in read_lines(path):
+        for finding in expression_findings(value):
+            raise GrexError(f"{path} line {line}, field {finding[0]}: {finding[1]}; expected {finding[2]}; mend the line")
+        number = id_number(value["expression_id"])
+        splits[value["split"]] = splits.get(value["split"], 0) + 1
+        if value["split"] == split:
+            offsets.append(offset)
+            numbers.append(number)
+        else:
+            others.append(number)
+    if not offsets:
+        named = ", ".join(f"{name} ({count})" for name, count in splits.items()) or "none: the file is empty"
+        raise fault(f'split "{split}" of {folder}', f"one of its splits: {named}", "name one of these")
+    every = np.concatenate([np.frombuffer(numbers, np.uint64), np.frombuffer(others, np.uint64)])
+    if len(np.unique(every)) != len(every):
+        raise fault(f"{path} with {len(every) - len(np.unique(every))} repeated expression ids", "ids of their own", "run grex data check")
+    return TruthFolder(
+        folder,
+        split,
+        info,
+        np.frombuffer(offsets, np.int64),
+        np.frombuffer(numbers, np.uint64),
+        np.frombuffer(others, np.uint64) if others else np.zeros(0, np.uint64),
+        ImageTable(folder / IMAGES),
+    )
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
