@@ -128,6 +128,7 @@ class GeneratorConfig:
     image_grid: int = 2  # image tokens = image_grid squared; 0 = none
     distractors: bool = True  # tokens for the objects that are not selected
     max_distractors: int = 16  # the largest ones
+    distractor_dropout: float = 0.0  # share of training sets that hide them: in use, the other objects may be unknown
     shape_side: int = 8  # the mask inside its box as a shape_side x shape_side picture; 0 = none
     context_layers: int = 0  # self-attention among the tokens of an object set before the LM
     box_share: float = 0.0  # share of training images whose objects are given as boxes instead of masks
@@ -259,12 +260,14 @@ class TrainConfig:
     steps: optimizer steps.  batch_images: images of one batch, over all processes; `accumulation` batches make one step.
     ground_ratio: share of grounding batches, the rest are generation batches.
     save_every, log_every: in steps; a checkpoint is also made at the end.  keep: how many checkpoints stay.
+    start: a model folder whose weights the training starts from; heads that it lacks start as built.
     resume: go on from the newest complete checkpoint in `out` if there is one.  deepspeed: a JSON of deepspeed_configs/, or None.
     num_threads: CPU threads of each process, 0 = torch's choice.
     """
 
     seed: int = 0
     out: str = "runs/train"
+    start: str | None = None
     steps: int = 10000
     batch_images: int = 8
     accumulation: int = 1

@@ -14,7 +14,19 @@ from pathlib import Path
 
 from torch import Tensor
 
-from grex_mllm.config import Config, DecoderConfig, ModelConfig, PixelDecoderConfig, TextConfig, VisionConfig, load_config
+from grex_mllm.config import (
+    Config,
+    DataConfig,
+    DecoderConfig,
+    LossConfig,
+    ModelConfig,
+    OptimConfig,
+    PixelDecoderConfig,
+    TextConfig,
+    TrainConfig,
+    VisionConfig,
+    load_config,
+)
 from grex_mllm.convert.folder import write_model_folder
 from grex_mllm.convert.reader import read_checkpoint
 from grex_mllm.errors import GrexError, fault
@@ -77,6 +89,9 @@ IGNORED: tuple[tuple[str, str], ...] = (
     ("relative position index (a constant of the window size)", r"backbone\.layers\.\d+\.blocks\.\d+\.attn\.relative_position_index"),
 )
 
+RELEASED_LOSS = LossConfig(
+    mask=5.0, minimap=0.5, no_target=0.5, box_l1=0, box_giou=0, box_score=0, count=0, class_weights=[0.9, 1.1], minimap_target="truncated"
+)
 SWIN_TINY = VisionConfig(name="swin", embed_width=96, swin_depths=[2, 2, 6, 2], swin_heads=[3, 6, 12, 24], window=7, fusion="pwam")
 SWIN_BASE = VisionConfig(name="swin", embed_width=128, swin_depths=[2, 2, 18, 2], swin_heads=[4, 8, 16, 32], window=12, fusion="pwam")
 BACKBONES = {"swin_tiny": SWIN_TINY, "swin_base": SWIN_BASE, "r50": VisionConfig(name="resnet")}
@@ -123,25 +138,27 @@ def convert_rela(path: str | Path, out: str | Path, config: str | Path | None = 
 
 
 def released_config(vision: VisionConfig) -> Config:
-    """Return the configuration under which our model computes what the released one does, with the given image encoder."""
+    """Return the configuration under which our model computes and trains as the released one, with the given image encoder."""
     model = ModelConfig(
         vision=replace(vision),
         text=TextConfig(),
         pixel_decoder=PixelDecoderConfig(),
         decoder=DecoderConfig(boxes=False, count=False),
     )
-    return Config(model=model)
+    optim = OptimConfig(groups="released", text="released", lr=1e-5, schedule="multistep", clip=0.01)
+    train = TrainConfig(steps=150_000, batch_images=48, optim=optim)
+    return Config(model=model, data=DataConfig(expressions_per_image=1), loss=replace(RELEASED_LOSS), train=train)
 
 
 def released_sizes(path: str | Path) -> Config:
-    """Read a YAML of sizes, whose `model` section changes the released configuration's; heads that the released model lacks stay off.
+    """Read a YAML of sizes: its `model` section, in the released configuration; heads that the released model lacks are off.
 
     Raises:
         GrexError: as `load_config`.
     """
-    config = load_config(path)
-    config.model.decoder.boxes = config.model.decoder.count = False
-    return config
+    model = load_config(path).model
+    model.decoder.boxes = model.decoder.count = False
+    return replace(released_config(model.vision), model=model)
 
 
 def recognise(state: Mapping[str, Tensor], source: str) -> tuple[str, Config]:

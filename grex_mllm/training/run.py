@@ -21,6 +21,7 @@ from grex_mllm.training.batches import GENERATE, GROUND, TaskMixture, seed_all
 from grex_mllm.training.instance_losses import InstanceLoss
 from grex_mllm.training.loop import TrainResult, train
 from grex_mllm.training.losses import ReLALoss
+from grex_mllm.training.start import describe_new, start_from
 from grex_mllm.types import Batch
 
 TOKENIZERS = "tokenizers"
@@ -64,6 +65,8 @@ def train_from_config(config: Config, on_step: Callable[[int, dict[str, float]],
     config.model.text.vocab_size = max(config.model.text.vocab_size, text_tokenizer.vocab_size) if config.model.text.path else text_tokenizer.vocab_size
     seed_all(config.train.seed)  # the weights do not depend on what the tokenizers drew
     model = GrexModel(config, text_tokenizer, lm_tokenizer)
+    if config.train.start is not None:
+        print(f"started from {config.train.start}; {describe_new(start_from(model, config.train.start))}")
     if model.generator is not None and config.model.generator.lm == "tiny" and checkpoint.latest(config.train.out) is None:
         start_language_model(model, config)
     batches = batch_source(config, sources, text_tokenizer, lm_tokenizer)
@@ -91,7 +94,7 @@ def training_sources(config: Config) -> dict[str, SampleSource]:
     data, seed = config.data, config.train.seed
     generates = config.model.generator.lm != "none"
     if data.train == "synthetic":
-        from grex_mllm.data.synthetic import training_stream
+        from grex_mllm.data.synthetic.stream import training_stream
 
         steps = config.train.steps * config.train.batch_images * config.train.accumulation
         sources: dict[str, SampleSource] = {GROUND: training_stream(data, data.train_split, steps, targeted_only=False)}
@@ -110,7 +113,7 @@ def training_text(config: Config) -> list[str]:
     if config.data.train == "synthetic":
         from grex_mllm.data.synthetic import corpus
 
-        return corpus(config.data.synthetic, CORPUS_LINES)
+        return list(corpus(config.data.synthetic, CORPUS_LINES))
     return [record.expression for record in FolderDataset(config.data.train, config.data.train_split, image_root=config.data.image_root).expressions]
 
 

@@ -1,0 +1,58 @@
+"""Start a training from the weights of another model folder: a converted GRES checkpoint under new heads, or an earlier run."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from grex_mllm.errors import GrexError, fault
+
+if TYPE_CHECKING:
+    from grex_mllm.models.grex import GrexModel
+
+# parts that a model may have beyond the one it starts from; everything else must be there, in its shape
+NEW_PARTS = ("grounding.decoder.heads.box.", "grounding.decoder.heads.box_score.", "grounding.decoder.heads.count.", "generator.")
+WEIGHTS = "model.safetensors"
+SEVERAL = 4
+
+
+def start_from(model: GrexModel, folder: str | Path) -> list[str]:
+    """Load the weights of a model folder and return the names of the tensors that it does not have, which stay as built.
+
+    Only the heads for boxes, box scores and count, and the generator, may be new: a released GRES checkpoint has none of them.
+
+    Raises:
+        GrexError: no such folder, other tensors missing or superfluous, or another shape.
+    """
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    file = Path(folder) / WEIGHTS
+    if not file.is_file():
+        raise fault(f"train.start {folder} has no {WEIGHTS}", "a model folder", "convert or train one, or mend train.start")
+    try:
+        given = load_file(str(file))
+    except (SafetensorError, OSError) as error:
+        raise fault(f"{file} cannot be read ({error})", "a whole safetensors file", "copy the folder again") from None
+    own = model.saved_state()
+    missing = [name for name in own if name not in given]
+    new = [name for name in missing if name.startswith(NEW_PARTS)]
+    wrong = {
+        "missing": sorted(set(missing) - set(new)),
+        "superfluous": [name for name in given if name not in own],
+        "of another shape": [
+            f"{name} {tuple(given[name].shape)}" for name in own if name in given and given[name].shape != own[name].shape
+        ],
+    }
+    if any(wrong.values()):
+        told = "; ".join(f"{len(names)} {word}: {', '.join(names[:SEVERAL])}" for word, names in wrong.items() if names)
+        raise GrexError(f"{file} does not fit the model ({told}); expected its tensors but for new heads; give the same sizes under model")
+    model.load_saved_state({**own, **given}, str(file))
+    return new
+
+
+def describe_new(new: list[str]) -> str:
+    """Say in one line which parts started as built."""
+    parts = {part.rstrip(".").removeprefix("grounding."): sum(name.startswith(part) for name in new) for part in NEW_PARTS}
+    listed = ", ".join(f"{part} ({number} tensors)" for part, number in parts.items() if number)
+    return f"new, as built: {listed}" if listed else "every tensor was there"
