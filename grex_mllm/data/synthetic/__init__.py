@@ -1,10 +1,12 @@
 """Synthetic scenes with expressions whose truth is computed: endless, seeded, the same bytes on every machine."""
 
 from grex_mllm.data.synthetic.dataset import SyntheticDataset, corpus
+from grex_mllm.data.synthetic.export import export
 from grex_mllm.data.synthetic.expressions import KINDS
 from grex_mllm.data.synthetic.grammar import to_text, vocabulary
 from grex_mllm.data.synthetic.meaning import check_expression, evaluate, scene_from_record
 from grex_mllm.data.synthetic.parser import parse
+from grex_mllm.data.synthetic.references import expression_for, references_for
 from grex_mllm.data.synthetic.scenes import SPLITS, Scene, draw_scene
 from grex_mllm.data.synthetic.shapes import ATTRIBUTES
 
@@ -18,7 +20,10 @@ __all__ = [
     "corpus",
     "draw_scene",
     "evaluate",
+    "export",
+    "expression_for",
     "parse",
+    "references_for",
     "scene_from_record",
     "to_text",
     "vocabulary",

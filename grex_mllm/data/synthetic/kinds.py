@@ -78,11 +78,13 @@ def _shared(scene: Scene, r: Draw, empty: bool) -> Expression | None:
         tree = mixed(scene, r, tree)
     both = matching(tree, scene)
     having = [value for value in scene.present[SHAPE] if bool(both & scene.masks[SHAPE][value]) != empty]
-    if empty and len(having) == 1:
-        having.extend(value for value in range(NUM_VALUES[SHAPE]) if not scene.masks[SHAPE][value])
-    if len(having) < 2:
+    if not having:
         return None
     first = having.pop(int(r() * len(having)))
+    if empty and not having:  # one shape that is there, one that is not
+        having = [value for value in range(NUM_VALUES[SHAPE]) if not scene.masks[SHAPE][value]]
+    if not having:
+        return None
     second = choose(having, r)
     counts = [(both & scene.masks[SHAPE][shape]).bit_count() for shape in (first, second)]
     quantifier = (THE if r() < 0.5 else ALL) if empty else THE if counts == [1, 1] else ALL
@@ -296,8 +298,13 @@ def _either(scene: Scene, r: Draw, empty: bool) -> Expression | None:
     base = Description(keep(scene, item, stated))
     group = matching(base, scene)
     options = [(k, value) for k in {first, second} for value in scene.present[k] if bool(group & scene.masks[k][value]) != empty]
-    one = [term for term in options if term[0] == first]
-    other = [term for term in options if term[0] == second]
+    if empty and len(options) < 2:  # any two values that the group lacks
+        free = [k for k in (SHAPE, COLOUR, TEXTURE) if base.values[k] is None]
+        options = [(k, value) for k in free for value in scene.present[k] if not group & scene.masks[k][value]]
+        one, other = options, options
+    else:
+        one = [term for term in options if term[0] == first]
+        other = [term for term in options if term[0] == second]
     if not one or not other:
         return None
     pair = one[int(r() * len(one))], other[int(r() * len(other))]

@@ -151,23 +151,38 @@ def scene_from_record(record: ImageRecord) -> Scene:
     return Scene(record.width, record.height, objects)
 
 
+def resolve(scene: Scene | Sample | ImageRecord, targets: Iterable[int | str]) -> tuple[Scene, int]:
+    """Return the scene and the bit mask of the targets: positions, or annotation ids where a Sample or ImageRecord is given.
+
+    Raises:
+        GrexError: a target that the scene does not have, or a record that is no synthetic scene.
+    """
+    record = scene.record if isinstance(scene, Sample) else scene
+    names: dict[str, int] = {}
+    if isinstance(record, ImageRecord):
+        names = {instance.annotation_id: k for k, instance in enumerate(record.instances)}
+        record = scene_from_record(record)
+    mask = 0
+    for target in targets:
+        position = names.get(target, -1) if isinstance(target, str) else target
+        if not 0 <= position < len(record.objects):
+            raise fault(
+                f'target "{target}"', f"one of the {len(record.objects)} objects of the scene", "give its position or annotation id"
+            )
+        mask |= 1 << position
+    return record, mask
+
+
 def check_expression(text: str, scene: Scene | Sample | ImageRecord, targets: Iterable[int | str]) -> str:
     """Judge a text as a reference to an object set: "exact", "wrong" (denotes another set or nothing), "ambiguous" or "unparsable".
 
-    targets: positions in the scene, or annotation ids where a Sample or ImageRecord is given.
+    targets: as in `resolve`.
     """
-    wanted: set[int] = set()
-    if isinstance(scene, Scene):
-        wanted.update(int(target) for target in targets)
-    else:
-        record = scene.record if isinstance(scene, Sample) else scene
-        positions = {instance.annotation_id: k for k, instance in enumerate(record.instances)}
-        wanted.update(positions[target] if isinstance(target, str) else target for target in targets)
-        scene = scene_from_record(record)
+    known, wanted = resolve(scene, targets)
     tree = parse(text)
     if tree is None:
         return "unparsable"
-    found = evaluate(tree, scene)
+    found = denoted(tree, known)
     if found is None:
         return "ambiguous"
     return "exact" if found == wanted else "wrong"

@@ -28,6 +28,7 @@ MIN_VISIBLE_PIXELS = 22
 _PLACE_MARGIN, _RELATION_MARGIN, _ORDER_MARGIN = 0.06, 0.05, 0.04  # of the image's side
 _AREA_RATIO = (13, 10)
 _TRIES = 12
+_RING = SHAPES.index("ring")
 
 
 @dataclass(frozen=True, slots=True)
@@ -211,7 +212,7 @@ def _choose_values(r: Callable[[], float], number: int, held: HeldOut, compositi
         if held.textures and (not pairs or r() < 0.3):
             shape, texture = sorted(held.textures)[int(r() * len(held.textures))]
             chosen.append((shape, palette_colours[int(r() * len(palette_colours))], int(r() * 2), texture))
-        chosen = chosen[: number - 1] or chosen
+        chosen = [(v[0], v[1], v[2], 0) if v[SHAPE] == _RING and v[SIZE] == 0 else v for v in chosen[: number - 1] or chosen]
     while len(chosen) < number:
         for _ in range(40):
             values = (
@@ -225,6 +226,8 @@ def _choose_values(r: Callable[[], float], number: int, held: HeldOut, compositi
                 which = int(r() * 4)
                 twin[which] = values[which]
                 values = (twin[0], twin[1], twin[2], twin[3])
+            if values[SHAPE] == _RING and values[SIZE] == 0:  # too thin for a texture that can be told
+                values = (values[0], values[1], values[2], 0)
             if compositional or not held.contains(values):
                 break
             palette_shapes[int(r() * len(palette_shapes))] = int(r() * len(SHAPES))
