@@ -33,6 +33,7 @@ OBJECT_COLOURS: tuple[Colour, ...] = (
 READABLE_SIDE = 384  # small images are enlarged up to this side
 PIXELS_PER_LINE = 240  # a line of one pixel for every so many pixels of the longer side
 FILL_OPACITY = 0.36
+OUTSIDE_LIGHT = 0.42  # what is left of the brightness outside a spotlight
 MAX_CAPTION_CHARACTERS = 400
 # Dark violet over teal to yellow: rises in lightness alone, so that it reads in grey as well.
 HEAT = np.array([(68, 1, 84), (59, 82, 139), (33, 145, 140), (94, 201, 98), (253, 231, 37)], np.float64)
@@ -56,11 +57,13 @@ def overlay(
     no_target: bool = False,
     colour: Colour = PREDICTED,
     factor: int | None = None,
+    spotlight: bool = False,
 ) -> Image.Image:
     """Draw one answer on an image.
 
     image: uint8 [H, W, 3]. mask: bool [H, W]. boxes: [n, 4] xyxy in pixels of the image. count: 6 or more is written ">5".
     text: caption below. factor: enlargement, by default from the size of the image.
+    spotlight: darken what is outside the mask in place of tinting what is inside, so that the objects keep their colours.
 
     Raises:
         GrexError: an image or mask of a wrong shape.
@@ -68,7 +71,10 @@ def overlay(
     picture, factor = _canvas(image, factor)
     width = line_width(picture.size)
     if mask is not None:
-        picture = _paint_mask(picture, _checked_mask(mask, image), colour, factor, width)
+        mask = _checked_mask(mask, image)
+        if spotlight and mask.any():
+            picture = _darken_outside(picture, mask, factor)
+        picture = _paint_mask(picture, mask, colour, factor, width, tint=not spotlight)
     for index, box in enumerate(_box_list(boxes)):
         _frame(picture, box, colour, factor, width)
         if box_scores is not None and index < len(box_scores):
@@ -161,7 +167,7 @@ def contact_sheet(pictures: Sequence[Image.Image], columns: int = 4, gap: int = 
 
 def add_caption(picture: Image.Image, text: str) -> Image.Image:
     """Return the picture with `text`, wrapped, on a white strip below it."""
-    size = max(13, round(max(picture.size) / 30))
+    size = max(16, round(max(picture.size) / 26))
     font = _font(size)
     shown = text if len(text) <= MAX_CAPTION_CHARACTERS else text[: MAX_CAPTION_CHARACTERS - 1] + "…"
     lines = _wrap(shown, font, picture.width - size)
@@ -208,7 +214,7 @@ def _box_list(boxes: np.ndarray | Sequence[Sequence[float]] | None) -> list[list
     return [] if boxes is None else [[float(number) for number in box] for box in boxes]
 
 
-def _paint_mask(picture: Image.Image, mask: np.ndarray, colour: Colour, factor: int, width: int) -> Image.Image:
+def _paint_mask(picture: Image.Image, mask: np.ndarray, colour: Colour, factor: int, width: int, tint: bool = True) -> Image.Image:
     """Tint the mask, and draw its contour inside the mask: a light line at the edge, a dark one within, the colour between."""
     if not mask.any():
         return picture
@@ -216,17 +222,25 @@ def _paint_mask(picture: Image.Image, mask: np.ndarray, colour: Colour, factor: 
     top, bottom, left, right = rows[0], rows[-1] + 1, columns[0], columns[-1] + 1
     inside = mask[top:bottom, left:right].repeat(factor, axis=0).repeat(factor, axis=1)
     area = (left * factor, top * factor, right * factor, bottom * factor)
-    pixels = np.asarray(picture.crop(area), np.float32).copy()
-    pixels[inside] = pixels[inside] * (1 - FILL_OPACITY) + np.asarray(colour, np.float32) * FILL_OPACITY
-    edge = max(1, width // 2)
-    once = _erode(inside, edge)
-    twice = _erode(once, width)
-    pixels[inside & ~once] = PAPER
-    pixels[once & ~twice] = colour
-    pixels[twice & ~_erode(twice, edge)] = INK
     picture = picture.copy()
-    picture.paste(Image.fromarray(pixels.round().astype(np.uint8)), area[:2])
+    shapes = [inside]
+    for radius in (max(1, width // 2), width, max(1, width // 2)):
+        shapes.append(_erode(shapes[-1], radius))
+    stencils = [Image.fromarray(shape.astype(np.uint8) * 255) for shape in shapes]
+    tinted = picture.crop(area)
+    if tint:
+        tinted = Image.blend(tinted, Image.new("RGB", tinted.size, colour), FILL_OPACITY)
+    for ink, stencil in zip((PAPER, colour, INK), stencils):
+        picture.paste(ink, area, stencil)
+    picture.paste(tinted, area[:2], stencils[-1])
     return picture
+
+
+def _darken_outside(picture: Image.Image, mask: np.ndarray, factor: int) -> Image.Image:
+    stencil = Image.fromarray(mask.astype(np.uint8) * 255).resize(
+        (mask.shape[1] * factor, mask.shape[0] * factor), Image.Resampling.NEAREST
+    )
+    return Image.composite(picture, picture.point(lambda value: value * OUTSIDE_LIGHT), stencil)
 
 
 def _erode(mask: np.ndarray, radius: int) -> np.ndarray:
@@ -257,7 +271,7 @@ def _frame(picture: Image.Image, box: Sequence[float], colour: Colour, factor: i
 
 
 def _label_box(picture: Image.Image, text: str, box: Sequence[float], colour: Colour, factor: int) -> None:
-    size = max(11, round(max(picture.size) / 34))
+    size = max(14, round(max(picture.size) / 30))
     font = _font(size)
     width, height = round(font.getlength(text)) + size // 2, round(size * 1.25)
     left = min(max(0, round(box[0] * factor)), max(0, picture.width - width))
@@ -270,7 +284,7 @@ def _label_box(picture: Image.Image, text: str, box: Sequence[float], colour: Co
 
 def _plate(picture: Image.Image, text: str, colour: Colour) -> None:
     """Write the count in the upper right corner, in ink on a plate with an edge."""
-    size = max(15, round(max(picture.size) / 18))
+    size = max(17, round(max(picture.size) / 16))
     font = _font(size)
     width, height = max(round(font.getlength(text)) + size, round(size * 1.4)), round(size * 1.4)
     left, top = picture.width - width - size // 4, size // 4

@@ -92,8 +92,10 @@ def test_numbers_stand_in_the_page(page_text: str) -> None:
     text = Page(page_text).text
     assert "80.8" in text, "gIoU 0.85 * 0.95 in percent"
     assert "22.6" in text and "always empty" in text and "oracle" in text
+    assert "exact set, greedy95.0" in text and "exact set, listener97.0" in text
+    assert "no answer" not in text and "ok 1,500" in text
     assert "rela_instances" in text and "0123abc" in text
-    assert "no Java runtime found" in text, "a metric that was not computed must say why"
+    assert "METEOR: no Java runtime found" in text and "a note of the scorer" in text, "a metric that was not computed must say why"
     assert re.search(r"1 of \d+ lines are no JSON object", text), "the torn log line is told"
 
 

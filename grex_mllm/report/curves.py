@@ -11,19 +11,19 @@ from grex_mllm.report.run_files import LogSeries
 WIDTH, HEIGHT = 340, 196
 LEFT, RIGHT, TOP, BOTTOM = 46, 10, 12, 26
 MAX_RAW_POINTS = 320
-SMOOTHING_SHARE = 0.06  # the smoothed line forgets over this share of the points
+SMOOTHING_SHARE = 0.05  # of the points lie in the window of the smoothed line
+UNINTERESTING = {"elapsed_s"}
 Points = Sequence[tuple[float, float]]
 
 
 def smooth(values: Sequence[float]) -> list[float]:
-    """Return the exponential moving average, corrected for its start."""
-    keep = 1 - 1 / max(1.0, SMOOTHING_SHARE * len(values))
-    average, weight, smoothed = 0.0, 0.0, []
+    """Return the mean over a window around each point, cut at the ends: it does not lag behind."""
+    reach = round(SMOOTHING_SHARE * len(values) / 2)
+    sums = [0.0]
     for value in values:
-        average = keep * average + (1 - keep) * value
-        weight = keep * weight + (1 - keep)
-        smoothed.append(average / weight)
-    return smoothed
+        sums.append(sums[-1] + value)
+    ends = ((max(0, place - reach), min(len(values), place + reach + 1)) for place in range(len(values)))
+    return [(sums[stop] - sums[start]) / (stop - start) for start, stop in ends]
 
 
 def thin(points: Points, most: int = MAX_RAW_POINTS) -> list[tuple[float, float]]:
@@ -134,7 +134,11 @@ def training_section(losses: list[LogSeries], rates: list[LogSeries]) -> str:
         mine = sorted((series for series in losses if series.task == task), key=lambda series: (order.get(series.name, 1), series.name))
         blocks.append(_switchable(task, mine))
     if rates:
-        charts = "".join(chart(_rate(series), "rate") for series in rates if len({value for _, value in series.points}) > 1)
+        distinct = {
+            (series.name.split(" ")[0], tuple(series.points)): series for series in reversed(rates) if series.name not in UNINTERESTING
+        }
+        shown = [series for series in reversed(distinct.values()) if len({value for _, value in series.points}) > 1]
+        charts = "".join(chart(_rate(series), "rate") for series in shown)
         blocks.append(f'<h3>Rates and resources</h3><div class="charts">{charts}</div>' if charts else "")
     return "".join(blocks)
 

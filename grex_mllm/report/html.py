@@ -12,7 +12,7 @@ from PIL import Image
 
 from grex_mllm.report.run_files import is_number
 
-NOT_PERCENT = ("num_", "mae", "length", "count_error", "seconds", "_s", "version", "threshold", "_bytes")
+NOT_PERCENT = ("num_", "mae", "length", "words", "count_error", "seconds", "_s", "version", "threshold", "_bytes")
 NAMES = {
     "num_samples": "N",
     "no_target_share": "no-target share",
@@ -22,6 +22,7 @@ NAMES = {
     "Pr@F1": "Pr@(F1=1)",
     "mean_F1": "mean F1",
     "mae": "mean abs. error",
+    "correct": "exact set",
     "round_trip_gIoU": "round-trip gIoU",
     "round_trip_Pr@F1": "round-trip Pr@(F1=1)",
 }

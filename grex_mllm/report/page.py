@@ -47,13 +47,15 @@ def write_report(
     run_dir = Path(run_dir)
     run = read_run(run_dir, published)
     sheets = _sheets(run, get_sample, image_ids, num_cases, seed)
+    provenance = run.results.get("provenance")
+    run.notes += [str(note) for note in (provenance.get("notes") or [] if isinstance(provenance, dict) else [])]
     notes = "".join(f"<li>{escape(note)}</li>" for note in run.notes)
     sections = [
         Section("summary", "Summary", tables.tiles(run.results) + _data_line(run.results), _lead(run)),
         Section("results", "Results", tables.result_tables(run.results, run.published), "In percent, except counts and errors."),
         Section("breakdown", "By targets and phenomenon", _breakdowns(run.results), BREAKDOWN_LEAD),
-        Section("curves", "Training", curves.training_section(run.losses, run.rates), CURVES_LEAD),
         *sheets,
+        Section("curves", "Training", curves.training_section(run.losses, run.rates), CURVES_LEAD),
         Section("configuration", "Configuration", _configuration(run)),
         Section("notes", "Notes", f"<ul>{notes}</ul>" if notes else ""),
     ]
@@ -138,9 +140,7 @@ def _filter(shown: list[Any]) -> str:
 def _lead(run: RunFiles) -> str:
     provenance = run.results.get("provenance", {}) if isinstance(run.results.get("provenance"), dict) else {}
     flat = flatten(provenance)
-    said = [
-        str(value) for name, value in flat.items() if name.split(".")[-1] in ("dataset", "dataset_name", "split") and isinstance(value, str)
-    ]
+    said = [str(flat[name]) for name in ("dataset", "dataset.name", "dataset.split", "split") if isinstance(flat.get(name), str)]
     text = f"Run <b>{escape(run.name)}</b>"
     return (
         text

@@ -31,6 +31,7 @@ def grounding_card(sample: Sample, record: ExpressionRecord, line: dict[str, Any
         no_target=not wanted,
         colour=draw.TRUTH,
         factor=panel_factor(sample),
+        spotlight=True,
     )
     panels = [panel(truth, "ground truth", f"Ground truth: {_objects(len(wanted))} marked")]
     panels.append(panel(draw_answer(sample, line, panel_factor(sample)), "answer", f"Answer of the model: {_said(line, none_said)}"))
@@ -109,6 +110,7 @@ def draw_answer(sample: Sample, line: dict[str, Any], factor: int | None = None)
         box_scores=line.get("box_scores"),
         no_target=none_said,
         factor=factor,
+        spotlight=True,
     )
 
 

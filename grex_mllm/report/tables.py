@@ -14,10 +14,12 @@ TASK_NAMES = {
     "count": "Counts",
     "greg": "Group expressions (GREG)",
 }
+COUNT_NAMES = ("0", "1", "2", "3", "4", "5", ">5")
+CAPTIONS = {"greg": "generated text against all references of an object set", "count": "number of objects, 0 to 5 and more"}
 COLUMN_ORDER = [
     *("num_samples", "no_target_share", "gIoU", "cIoU", "mIoU", "Pr@F1", "mean_F1", "N_acc", "T_acc", "balanced_acc", "accuracy", "mae"),
     *("Pr@0.5", "Pr@0.6", "Pr@0.7", "Pr@0.8", "Pr@0.9", "METEOR", "CIDEr", "ROUGE-L", "BLEU-1", "BLEU-2", "BLEU-3", "BLEU-4"),
-    *("round_trip_gIoU", "round_trip_Pr@F1"),
+    *("correct", "round_trip_gIoU", "round_trip_Pr@F1"),
 ]
 # (label, task, metric): what a reader wants first
 TILES = [
@@ -26,10 +28,13 @@ TILES = [
     ("N-acc", "gres", "N_acc"),
     ("T-acc", "gres", "T_acc"),
     ("count accuracy", "count", "accuracy"),
+    ("exact set, greedy", "greg.all", "correct"),
+    ("exact set, listener", "greg.listener.all", "correct"),
     ("round-trip gIoU", "greg.all", "round_trip_gIoU"),
     ("METEOR", "greg.all", "METEOR"),
     ("CIDEr", "greg.all", "CIDEr"),
 ]
+TALLIES = {"judgements", "statuses"}  # dictionaries of counts, told in a line below the table
 UNBOUNDED = {"CIDEr"}  # can exceed 1, so that a bar would mislead
 DUMMIES = ("always_empty", "oracle")
 BREAKDOWN = [
@@ -70,20 +75,13 @@ def tiles(results: dict[str, Any]) -> str:
     ours = protocol_block(results)
     dummies = {name: protocol_block(block) for name, block in results.get("baselines", {}).items() if name in DUMMIES}
     cells = []
-    for label, task, metric in [*TILES, *_exact_tiles(ours)]:
+    for label, task, metric in TILES:
         value = lookup(ours, task, metric)
         if not is_number(value):
             continue
         beside = {name: lookup(block, task, metric) for name, block in dummies.items()}
         cells.append(_tile(label, metric, value, {name: number for name, number in beside.items() if is_number(number)}))
     return f'<div class="tiles">{"".join(cells)}</div>' if cells else ""
-
-
-def _exact_tiles(ours: dict[str, Any]) -> list[tuple[str, str, str]]:
-    """The grammar's own judgement of generated text exists for synthetic scenes only, whatever its keys are called."""
-    block = lookup(ours, "greg", "all")
-    names = [key for key in block if "exact" in key] if isinstance(block, dict) else []
-    return [(metric_name(name), "greg.all", name) for name in names]
 
 
 def _tile(label: str, metric: str, value: float, dummies: dict[str, float]) -> str:
@@ -116,7 +114,9 @@ def result_tables(results: dict[str, Any], published: list[dict[str, Any]]) -> s
                 more, _ = _rows(task, f"dummy: {metric_name(name)}", protocol_block(block, protocol).get(task))
                 rows += more
             other = [table for table in published if table.get("task") == task] if protocol == "official" or task == "greg" else []
-            parts.append(_table(rows, other, meaning) + "".join(f'<p class="note">{escape(note)}</p>' for note in notes))
+            parts.append(
+                _table(rows, other, CAPTIONS.get(task, meaning)) + "".join(f'<p class="note">{escape(note)}</p>' for note in notes)
+            )
             parts.append(_confusion(protocol_block(results, protocol).get(task)))
         if parts:
             blocks.append(f'<h3>{escape(TASK_NAMES.get(task, task))}</h3><div class="tables">{"".join(parts)}</div>')
@@ -131,7 +131,9 @@ def _rows(task: str, label: str, block: Any) -> tuple[list[tuple[str, dict[str, 
     notes = [f"{metric_name(key)}: {value}" for key, value in block.items() if isinstance(value, str)]
     rows = [(label, numbers)] if any(value is not None for value in numbers.values()) else []
     for key, inner in block.items():
-        if isinstance(inner, dict):
+        if key in TALLIES and isinstance(inner, dict):
+            notes.append(f"{label}, {key}: " + ", ".join(f"{name} {number_text('num_', count)}" for name, count in inner.items() if count))
+        elif isinstance(inner, dict):
             more, inner_notes = _rows(task, f"{label}, {metric_name(key)}", inner)
             rows += more
             notes += inner_notes
@@ -188,13 +190,18 @@ def _confusion(block: Any) -> str:
     )
     if not matrix or not all(isinstance(row, list) and all(is_number(cell) for cell in row) for row in matrix):
         return ""
-    names = [str(index) for index in range(len(matrix) - 1)] + [f">{len(matrix) - 2}"]
-    head = "".join(f'<th scope="col">{name}</th>' for name in names)
+    columns = [*COUNT_NAMES, "no answer"][: len(matrix[0])]
+    if len(columns) > len(COUNT_NAMES) and not any(row[-1] for row in matrix):
+        columns = columns[:-1]
+    head = "".join(f'<th scope="col">{escape(name)}</th>' for name in columns)
     body = "".join(
-        f'<tr><th scope="row">{name}</th>'
-        + "".join(f'<td class="bar" style="--share:{cell / max(sum(row), 1):.3f}">{number_text("num_", cell)}</td>' for cell in row)
+        f'<tr><th scope="row">{escape(name)}</th>'
+        + "".join(
+            f'<td class="bar" style="--share:{cell / max(sum(row), 1):.3f}">{number_text("num_", cell)}</td>'
+            for _, cell in zip(columns, row)
+        )
         + "</tr>"
-        for name, row in zip(names, matrix)
+        for name, row in zip(COUNT_NAMES, matrix)
     )
     return _framed("confusion", "true count (rows) against predicted count (columns)", head, f"<tbody>{body}</tbody>")
 
