@@ -58,7 +58,7 @@ class Statement:
 
 @dataclass(frozen=True)
 class Thing:
-    """One instance as the templates see it. left, top, right, bottom in shares of the image's sides; area in pixels."""
+    """One instance as the templates see it. Box and centroid (x, y of the mask) in shares of the image's sides; area in pixels."""
 
     annotation_id: str
     category: str
@@ -67,6 +67,7 @@ class Thing:
     right: float
     bottom: float
     area: int
+    centroid: tuple[float, float]
 
     def centre(self, axis: int) -> float:
         return (self.left + self.right) / 2 if axis == 0 else (self.top + self.bottom) / 2
@@ -99,14 +100,15 @@ def read_scene(record: ImageRecord) -> Scene:
         if instance.iscrowd:
             blocked.add(instance.category)
             continue
-        area = mask_area(segmentation_to_mask(instance.segmentation, record.height, record.width))
+        mask = segmentation_to_mask(instance.segmentation, record.height, record.width)
+        area = mask_area(mask)
         if area < SMALLEST_SHARE * record.height * record.width:
             blocked.add(instance.category)
         x1, y1, x2, y2 = instance.box_xyxy
         w, h = record.width, record.height
-        groups.setdefault(instance.category, []).append(
-            Thing(instance.annotation_id, instance.category, x1 / w, y1 / h, x2 / w, y2 / h, area)
-        )
+        centroid = (float(np.arange(w) @ mask.sum(axis=0)) / max(area, 1) / w, float(np.arange(h) @ mask.sum(axis=1)) / max(area, 1) / h)
+        thing = Thing(instance.annotation_id, instance.category, x1 / w, y1 / h, x2 / w, y2 / h, area, centroid)
+        groups.setdefault(instance.category, []).append(thing)
     present = {instance.category for instance in record.instances}
     order = [instance.annotation_id for instance in record.instances]
     return Scene({name: things for name, things in groups.items() if name not in blocked}, present, order)
@@ -187,7 +189,7 @@ def _count(scene: Scene) -> Iterable[Statement]:
 
 
 def _extremes(things: list[Thing]) -> Iterable[tuple[str, str, list[Thing]]]:
-    """Yield (adjective, other wording, the first k in that direction) where the margin is kept by centres and outer edges alike."""
+    """Yield (adjective, other wording, the first k in that direction) where centres, centroids and outer edges agree, with the margin."""
     words = {
         (0, True): ("leftmost", "furthest to the left"),
         (0, False): ("rightmost", "furthest to the right"),
@@ -201,9 +203,10 @@ def _extremes(things: list[Thing]) -> Iterable[tuple[str, str, list[Thing]]]:
             if len(ranked) < k + (1 if k == 1 else 2) or len(ranked) > MOST_NAMED:
                 continue
             inside, outside = ranked[:k], ranked[k:]
-            gap = min(sign * thing.centre(axis) for thing in outside) - max(sign * thing.centre(axis) for thing in inside)
+            centres = min(sign * thing.centre(axis) for thing in outside) - max(sign * thing.centre(axis) for thing in inside)
+            centroids = min(sign * thing.centroid[axis] for thing in outside) - max(sign * thing.centroid[axis] for thing in inside)
             edges = min(sign * thing.edge(axis, low) for thing in outside) - max(sign * thing.edge(axis, low) for thing in inside)
-            if gap >= MARGIN_POSITION and edges >= 0:
+            if min(centres, centroids) >= MARGIN_POSITION and edges >= 0:
                 yield adjective, wording, inside
 
 
@@ -264,6 +267,8 @@ def _super_exclusion(scene: Scene, supercategory: dict[str, str]) -> Iterable[St
             continue
         for name in sorted(members):
             rest = [thing for other in members - {name} for thing in scene.groups[other]]
+            if len(rest) < 2:
+                continue
             noun = singular_phrase(name) if len(scene.groups[name]) == 1 else plural_phrase(name)
             yield Statement(f"all the {plural} except the {noun}", scene.ids(rest), "exclusion")
 
