@@ -16,6 +16,7 @@ import numpy as np
 from grex_mllm.errors import GrexError, fault
 from grex_mllm.metrics.sums import NUM_LIMBS, limb_sums, mean, ratio
 
+MANY_WAITING = 1024
 PROTOCOLS = ("strict", "official")
 THRESHOLDS = (0.5, 0.6, 0.7, 0.8, 0.9)
 FIELDS = ("num_samples", "TP", "FN", "TN", "FP", "intersection", "union")  # then limbs of all IoUs, limbs of targeted IoUs, Pr counts
@@ -33,6 +34,8 @@ class GRES:
             raise fault(f'protocol "{protocol}"', " or ".join(PROTOCOLS), "choose one of them")
         self.protocol, self.thresholds, self.min_mask_pixels = protocol, tuple(thresholds), int(min_mask_pixels)
         self._sums = np.zeros(len(FIELDS) + 2 * NUM_LIMBS + len(self.thresholds), np.int64)
+        self._buffers: dict[int, np.ndarray] = {}
+        self._waiting: list[tuple[np.ndarray, ...]] = []  # small NumPy updates, added together
         self._device_sums: Any = None  # tensors add up on their own device: no host synchronisation before compute()
 
     def update(self, pred_mask: Any, gt_mask: Any, pred_no_target: Any = None, gt_no_target: Any = None) -> None:
@@ -48,10 +51,7 @@ class GRES:
             )
         gt = _like(gt, pred)
         if isinstance(pred, np.ndarray):
-            counts: Any = np.array(
-                [[np.count_nonzero(p & g), np.count_nonzero(p), np.count_nonzero(g)] for p, g in zip(pred, gt, strict=True)]
-            )
-            counts = counts.reshape(-1, 3).T
+            counts: Any = self._overlaps(pred, gt)
         else:
             counts = [(pred & gt).sum((1, 2)), pred.sum((1, 2)), gt.sum((1, 2))]
         self.update_counts(counts[0], counts[1], counts[2], pred_no_target, gt_no_target)
@@ -65,9 +65,13 @@ class GRES:
             GrexError: NaN in NumPy logits (tensors are not looked at: that would wait for the device).
         """
         logits = mask_logits[None] if mask_logits.ndim == 3 else mask_logits
-        if isinstance(logits, np.ndarray) and np.isnan(logits.sum()) and np.isnan(logits).any():
+        if isinstance(logits, np.ndarray) and logits.size and np.isnan(logits.max()):
             raise fault("mask logits with NaN", "finite numbers", "look for the first NaN in the model's outputs")
-        self.update(logits[:, 1] > logits[:, 0], gt_mask, pred_no_target, gt_no_target)
+        if isinstance(logits, np.ndarray):
+            pred = np.greater(logits[:, 1], logits[:, 0], out=self._scratch(0, (len(logits), *logits.shape[2:])))
+        else:
+            pred = logits[:, 1] > logits[:, 0]
+        self.update(pred, gt_mask, pred_no_target, gt_no_target)
 
     def update_rle(self, pred_rles: Sequence[Any], gt_rles: Sequence[Any], pred_no_target: Any = None, gt_no_target: Any = None) -> None:
         """Add COCO run-length codes by merging runs, without decoding. Codes from a file are checked first (`ops.rle.check_rle`)."""
@@ -86,21 +90,23 @@ class GRES:
         module, inter = _module_of(intersection)
         pred_n, gt_n = _like(pred_area, inter), _like(gt_area, inter)
         e = gt_n == 0 if gt_no_target is None else _flags(gt_no_target, inter)
-        says_none = self._decisions(pred_n, None if pred_no_target is None else _flags(pred_no_target, inter))
-        if self.min_mask_pixels:
-            kept = pred_n >= self.min_mask_pixels
-            inter, pred_n = inter * kept, pred_n * kept
-        if wrong is not None:
-            bad = _flags(wrong, inter)
-            inter, pred_n = inter * ~bad, pred_n * ~bad
-            says_none = module.where(bad, ~e, says_none)
-        self._add(*self._rules(module, inter, pred_n, gt_n, says_none, e))
+        bad = None if wrong is None else _flags(wrong, inter)
+        head = None if pred_no_target is None else _flags(pred_no_target, inter)
+        if head is None and self.protocol == "official" and not self.min_mask_pixels:
+            raise fault("no decision of a no-target head", 'one per sample under "official"', "pass pred_no_target, or set min_mask_pixels")
+        if module is not np:
+            self._add_samples(module, inter, pred_n, gt_n, head, e, bad)
+            return
+        nothing = np.zeros(len(inter), bool)
+        self._waiting.append((inter, pred_n, gt_n, nothing if head is None else head, e, nothing if bad is None else bad))
+        if len(self._waiting) >= MANY_WAITING or len(inter) >= MANY_WAITING:
+            self._add_waiting()
 
     def merge(self, other: GRES) -> Self:
         """Add the sums of another object with the same settings."""
         if self._settings() != other._settings():
             raise fault(f"merging {other._settings()}", f"the same settings, {self._settings()}", "use one protocol for all shards")
-        self._sums = self._host() + other._host()
+        self._sums, self._device_sums = self._host() + other._host(), None
         return self
 
     def state(self) -> list[int]:
@@ -109,7 +115,7 @@ class GRES:
 
     def load_state(self, state: Sequence[int]) -> Self:
         """Replace the sums by those of `state()`."""
-        self._sums, self._device_sums = np.array(state, np.int64), None
+        self._sums, self._device_sums, self._waiting = np.array(state, np.int64), None, []
         return self
 
     def compute(self) -> dict[str, Any]:
@@ -136,21 +142,38 @@ class GRES:
             **{f"Pr@{x:g}": ratio(hits, n_some) for x, hits in zip(self.thresholds, s["hits"], strict=True)},
         }
 
+    def _overlaps(self, pred: np.ndarray, gt: np.ndarray) -> np.ndarray:
+        """Return (I, P, G) as int64 [3, E] of bool masks [E, H, W]."""
+        both = self._scratch(1, pred.shape[1:])
+        count = np.count_nonzero
+        found = [(count(np.logical_and(p, g, out=both)), count(p), count(g)) for p, g in zip(pred, gt, strict=True)]
+        return np.array(found, np.int64).reshape(-1, 3).T
+
+    def _scratch(self, slot: int, shape: tuple[int, ...]) -> np.ndarray:
+        """Return a bool array to write into, the same one for equal shapes: fresh pages cost more than the comparison itself."""
+        if slot not in self._buffers or self._buffers[slot].shape != shape:
+            self._buffers[slot] = np.empty(shape, bool)
+        return self._buffers[slot]
+
     def _settings(self) -> tuple[Any, ...]:
         return type(self).__name__, self.protocol, self.thresholds, self.min_mask_pixels
 
-    def _decisions(self, pred_n: Any, head: Any) -> Any:
-        if self.protocol == "official":
-            if head is None and not self.min_mask_pixels:
-                raise fault(
-                    "no decision of a no-target head",
-                    'one per sample under protocol "official"',
-                    "pass pred_no_target, or set min_mask_pixels",
-                )
-            small = pred_n < self.min_mask_pixels
-            return small if head is None else head | small
-        small = pred_n < max(1, self.min_mask_pixels)
-        return small if head is None else head | small
+    def _add_waiting(self) -> None:
+        if self._waiting:
+            columns = [np.concatenate(column) for column in zip(*self._waiting, strict=True)]
+            self._waiting = []
+            self._add_samples(np, *columns)
+
+    def _add_samples(self, module: Any, inter: Any, pred_n: Any, gt_n: Any, head: Any, e: Any, bad: Any) -> None:
+        smallest = self.min_mask_pixels if self.protocol == "official" else max(1, self.min_mask_pixels)
+        says_none = pred_n < smallest if head is None else head | (pred_n < smallest)
+        if self.min_mask_pixels:
+            kept = pred_n >= self.min_mask_pixels
+            inter, pred_n = inter * kept, pred_n * kept
+        if bad is not None:
+            inter, pred_n = inter * ~bad, pred_n * ~bad
+            says_none = module.where(bad, ~e, says_none)
+        self._add(*self._rules(module, inter, pred_n, gt_n, says_none, e))
 
     def _rules(self, module: Any, inter: Any, pred_n: Any, gt_n: Any, says_none: Any, e: Any) -> tuple[Any, ...]:
         """Apply the table of the protocol: returns module, IoU, I, U, says_none, e, all [E]."""
@@ -179,6 +202,7 @@ class GRES:
         self._device_sums = counted if self._device_sums is None else self._device_sums + counted
 
     def _host(self) -> np.ndarray:
+        self._add_waiting()
         sums = self._sums.copy()
         if self._device_sums is not None:
             sums[1:] += self._device_sums.cpu().numpy()
