@@ -73,9 +73,8 @@ def score(
     predictions: str,
     data: str,
     split: str,
-    protocol: str = "eval/protocols/all.yaml",
+    protocol: str | None = None,
     out: str = "results.json",
-    image_root: str | None = None,
     per_sample: bool = False,
     allow_missing: bool = False,
 ) -> int:
@@ -85,15 +84,15 @@ def score(
         predictions: predictions.jsonl, a COCO results JSON, or a folder of PNG masks.
         data: the dataset folder.
         split: which split.
-        protocol: a file of eval/protocols/.
+        protocol: a file of eval/protocols/ (default: all.yaml, every task).
         out: the results file.
-        image_root: where the images lie.
         per_sample: also write one row per sample.
         allow_missing: count missing predictions as wrong instead of stopping.
     """
+    from grex_mllm.config import PROTOCOL_FOLDER
     from grex_mllm.score import score as run
 
-    run(predictions, data, split, protocol, out, per_sample=per_sample, allow_missing=allow_missing)
+    run(predictions, data, split, protocol or PROTOCOL_FOLDER / "all.yaml", out, per_sample=per_sample, allow_missing=allow_missing, show=True)
     return 0
 
 

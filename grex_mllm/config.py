@@ -12,6 +12,9 @@ from typing import Any
 
 from grex_mllm.errors import GrexError
 
+ROOT = Path(__file__).resolve().parent.parent  # configs/ and eval/ hold data and lie beside the package
+CONFIG_FOLDER, PROTOCOL_FOLDER, PUBLISHED_FOLDER = ROOT / "configs", ROOT / "eval" / "protocols", ROOT / "eval" / "published"
+
 
 @dataclass
 class VisionConfig:

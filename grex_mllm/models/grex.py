@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from grex_mllm.config import Config, load_config, save_config
 from grex_mllm.data.images import load_image
-from grex_mllm.data.transforms import fit, resize_image
+from grex_mllm.data.transforms import resize_image
 from grex_mllm.errors import GrexError, fault
 from grex_mllm.models import build_grounding
 from grex_mllm.models.answer import answers
@@ -102,8 +102,7 @@ class GrexModel(nn.Module, ModelHubMixin):
     def encode(self, image: Any) -> EncodedImage:
         """Encode one image (path, PIL, numpy HWC uint8 or tensor) for any number of questions."""
         array = load_image(image)
-        geometry = fit(array.shape[0], array.shape[1], self.config.data.image_size, self.config.data.resize)
-        resized = resize_image(array, geometry, self.config.data.image_size)
+        resized, geometry = resize_image(array, self.config.data.image_size, self.config.data.resize)
         pixels = torch.from_numpy(resized.copy()).permute(2, 0, 1)[None].to(self.device)
         features = self.grounding.encode_image(pixels, [(geometry.input_height, geometry.input_width)])
         return EncodedImage(features, geometry, features.padded_size)
@@ -192,15 +191,25 @@ class GrexModel(nn.Module, ModelHubMixin):
                 os.replace(work / item, save_directory / item)
 
     @classmethod
-    def _from_pretrained(
-        cls, *, model_id: str, revision: Any = None, cache_dir: Any = None, force_download: bool = False, local_files_only: bool = False, token: Any = None, **model_kwargs: Any
-    ) -> GrexModel:
-        folder = Path(model_id)
+    def from_pretrained(cls, pretrained_model_name_or_path: str | Path, *, device: str | None = None, **hub: Any) -> GrexModel:  # type: ignore[override]
+        """Load a model folder, or a hub id (`hub`: revision, cache_dir, force_download, local_files_only, token). Safetensors only.
+
+        Raises:
+            GrexError: no such folder, files missing or damaged, or weights that do not fit the configuration.
+        """
+        name = str(pretrained_model_name_or_path)
+        folder = Path(name)
         if not folder.is_dir():
-            if folder.exists() or model_id.startswith((".", "/")) or model_id.count("/") > 1:
-                raise fault(f"model folder {model_id}", f"a folder with {CONFIG} and {WEIGHTS}", "train one (grex train) or mend the path")
-            folder = Path(snapshot_download(model_id, revision=revision, cache_dir=cache_dir, force_download=force_download, local_files_only=local_files_only, token=token))
-        return cls._from_folder(folder, **model_kwargs)
+            if folder.exists() or name.startswith((".", "/")) or name.count("/") != 1:
+                raise fault(f"model folder {name} does not exist", f"a folder with {CONFIG} and {WEIGHTS}", "train one (grex train) or mend the path")
+            from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
+
+            try:
+                folder = Path(snapshot_download(name, **hub))
+            except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
+                reason = str(error).splitlines()[0]
+                raise fault(f"model {name} is neither a folder nor to be had from the hub ({reason})", "one of them", "mend the name") from None
+        return cls._from_folder(folder, device)
 
     @classmethod
     def _from_folder(cls, folder: Path, device: str | None = None) -> GrexModel:

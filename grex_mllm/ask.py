@@ -1,0 +1,90 @@
+"""One image, one question: what `grex ground` and `grex describe` do."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from grex_mllm.errors import fault
+
+
+def pick_device(name: str) -> str:
+    """Return the torch device of a name; "auto" takes a GPU where there is one.
+
+    Raises:
+        GrexError: a device that this machine lacks.
+    """
+    import torch
+
+    if name == "auto":
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        torch.zeros(1, device=name)
+    except (RuntimeError, AssertionError) as error:
+        raise fault(f'device "{name}" ({str(error).splitlines()[0]})', "cpu, cuda or auto", "choose one that this machine has") from None
+    return name
+
+
+def ground_image(model: str, image: str, expressions: list[str], out: Path, device: str) -> list[dict[str, Any]]:
+    """Ground expressions, write `<image>.<n>.overlay.png` and `<image>.<n>.mask.png`, and return what is printed.
+
+    Raises:
+        GrexError: an unreadable image or model, or an expression that cannot be answered.
+    """
+    from grex_mllm.data.images import load_image
+    from grex_mllm.draw import overlay, save_mask_png
+    from grex_mllm.models.grex import GrexModel, check_expression
+
+    for expression in expressions:
+        check_expression(expression)
+    pixels = load_image(image)
+    net = GrexModel.from_pretrained(model, device=pick_device(device))
+    results = net.ground(pixels, expressions)
+    out.mkdir(parents=True, exist_ok=True)
+    stem = re.sub(r"[^\w.-]", "_", Path(image).stem)
+    answers = []
+    for number, result in enumerate(results):
+        name = f"{stem}.{number}" if len(results) > 1 else stem
+        picture, mask = out / f"{name}.overlay.png", out / f"{name}.mask.png"
+        overlay(pixels, result.mask, result.boxes_xyxy, result.count, result.expression).save(picture)
+        save_mask_png(result.mask, mask)
+        answers.append(
+            {
+                "expression": result.expression,
+                "no_target": result.no_target,
+                "no_target_prob": round(result.no_target_prob, 4),
+                "count": "more than 5" if result.count > 5 else result.count,
+                "boxes_xyxy": np.round(result.boxes_xyxy.astype(float), 1).tolist(),
+                "box_scores": np.round(result.box_scores.astype(float), 4).tolist(),
+                "mask_pixels": int(result.mask.sum()),
+                "overlay": str(picture),
+                "mask": str(mask),
+            }
+        )
+    return answers
+
+
+def describe_objects(
+    model: str, image: str, boxes: list[list[float]] | None, masks: list[str] | None, mode: str, candidates: int, rerank: str | None, seed: int, device: str
+) -> dict[str, Any]:
+    """Describe one set of objects given as boxes or mask files and return what is printed.
+
+    Raises:
+        GrexError: neither or both given, files that are no masks, and all that `describe` raises.
+    """
+    from grex_mllm.data.images import load_image
+    from grex_mllm.models.grex import GrexModel
+
+    pixels = load_image(image)
+    chosen = None if masks is None else [load_image(m).max(axis=-1) > 127 for m in masks]
+    net = GrexModel.from_pretrained(model, device=pick_device(device))
+    result = net.describe(pixels, masks=chosen, boxes_xyxy=boxes, mode=mode, candidates=candidates, rerank=rerank, seed=seed, details=True)
+    told: dict[str, Any] = {"expression": result.expression}
+    if result.score is not None:
+        told["listener_score"] = round(result.score, 4)
+    if result.candidates:
+        told["candidates"] = [{"expression": t} | ({"listener_score": round(v, 4)} if v == v else {}) for t, v in result.candidates]
+    return told

@@ -1,0 +1,165 @@
+"""Describe sets of objects of one image, and choose among candidates by listening: the model grounds what it would say.
+
+The listener is the model's own grounding, as in the "rational speech act" view of referring expressions: an expression is good when a listener
+picks out just the selected set. The score is an agreement in [0, 1], not a likelihood.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from grex_mllm.data.images import load_image
+
+from grex_mllm.errors import fault
+from grex_mllm.models.grex import EncodedImage, GrexModel
+from grex_mllm.models.region_tokens import selection_masks
+from grex_mllm.ops.masks import resize_mask_nearest
+from grex_mllm.types import Geometry, GroundingOutput
+
+RERANKERS = (None, "listener")
+
+
+@dataclass
+class Description:
+    """expression: the chosen text.  score: agreement of the listener with the selected set in [0, 1], None without reranking.
+    candidates: (expression, score) of all, best first, where candidates were drawn."""
+
+    expression: str
+    score: float | None = None
+    candidates: list[tuple[str, float]] = field(default_factory=list)
+
+
+def describe(
+    model: GrexModel,
+    image: Any,
+    masks: Any = None,
+    boxes_xyxy: Any = None,
+    *,
+    object_sets: Sequence[Sequence[int]] | None = None,
+    mode: str = "greedy",
+    candidates: int = 1,
+    rerank: str | None = None,
+    num_beams: int = 4,
+    temperature: float = 1.0,
+    seed: int = 0,
+    details: bool = False,
+) -> Any:
+    """Write one expression for the selected objects; with `object_sets`, one for each set in one call.
+
+    masks: sequence of bool [H0, W0], or boxes_xyxy: sequence of [x1, y1, x2, y2], at the image's size: without `object_sets` the selected
+    objects. object_sets: lists of positions in masks or boxes; the objects that a set leaves out are its distractors.
+    mode: greedy | beam | sample.  candidates, rerank: draw that many (`greedy` then samples, and adds the greedy answer) and let the model
+    itself choose ("listener").  details: return `Description` objects instead of strings.
+
+    Raises:
+        GrexError: no generator; an empty set; a box outside the image; a mask of another size or without a pixel; an unknown mode.
+    """
+    if model.generator is None:
+        raise fault("a model without a generator", "one trained with model.generator.lm", "train with a generator, or use ground")
+    if rerank not in RERANKERS:
+        raise fault(f'rerank "{rerank}"', 'None or "listener"', "mend the call")
+    if candidates > 1 and rerank is None and mode == "greedy":
+        raise fault(f"{candidates} candidates with mode greedy", 'rerank="listener", or mode beam or sample', "change one of them")
+    array = image if isinstance(image, EncodedImage) else load_image(image)
+    size = (array.geometry.height, array.geometry.width) if isinstance(array, EncodedImage) else array.shape[:2]
+    selected = selection_masks(size[0], size[1], masks, boxes_xyxy).numpy()
+    sets = [list(range(len(selected)))] if object_sets is None else [list(s) for s in object_sets]
+    encoded = array if isinstance(array, EncodedImage) else model.encode(array)
+    results = describe_encoded(model, encoded, selected, sets, mode, candidates, rerank, num_beams, temperature, seed)
+    given: list[Any] = list(results) if details else [r.expression for r in results]
+    return given[0] if object_sets is None else given
+
+
+@torch.inference_mode()
+def describe_encoded(
+    model: GrexModel,
+    encoded: EncodedImage,
+    masks: np.ndarray,
+    sets: list[list[int]],
+    mode: str,
+    candidates: int,
+    rerank: str | None,
+    num_beams: int = 4,
+    temperature: float = 1.0,
+    seed: int = 0,
+) -> list[Description]:
+    """Describe object sets of an encoded image. masks: bool [N, H0, W0], every object of the image that is known."""
+    at_input = input_masks(masks, encoded.geometry, encoded.features.input_size, model)
+    arguments: dict[str, Any] = {
+        "features": model.generator_features(encoded.features),
+        "instance_masks": [at_input],
+        "image_index": torch.zeros(len(sets), dtype=torch.int64, device=model.device),
+        "target_index": [torch.tensor(s, dtype=torch.int64, device=model.device) for s in sets],
+        "valid_sizes": torch.tensor([[encoded.geometry.input_height, encoded.geometry.input_width]], device=model.device),
+    }
+    if rerank is None:
+        texts = model.generator.generate(**arguments, mode=mode, num_candidates=candidates, num_beams=num_beams, temperature=temperature, seed=seed)
+        return [Description(options[0], None, [(o, float("nan")) for o in options] if candidates > 1 else []) for options in texts]
+    if mode == "beam":
+        texts = model.generator.generate(**arguments, mode="beam", num_candidates=candidates, num_beams=max(num_beams, candidates))
+    else:
+        texts = model.generator.generate(**arguments, mode="sample", num_candidates=candidates, temperature=temperature, seed=seed)
+        greedy = model.generator.generate(**arguments, mode="greedy")
+        texts = [[*g, *drawn] for g, drawn in zip(greedy, texts, strict=True)]
+    return listen(model, encoded, at_input, sets, texts)
+
+
+def input_masks(masks: np.ndarray, geometry: Geometry, input_size: tuple[int, int], model: GrexModel) -> Tensor:
+    """Bring bool masks [N, H0, W0] to the network input [N, H, W]; a mask that vanishes there keeps the pixel nearest to its middle."""
+    placed = np.zeros((len(masks), *input_size), bool)
+    for i, mask in enumerate(masks):
+        small = resize_mask_nearest(mask, geometry.input_height, geometry.input_width)
+        if not small.any():
+            y, x = (int(np.median(v)) for v in np.nonzero(mask))
+            small[min(int(y * geometry.scale_y), small.shape[0] - 1), min(int(x * geometry.scale_x), small.shape[1] - 1)] = True
+        placed[i, : geometry.input_height, : geometry.input_width] = small
+    return torch.from_numpy(placed).to(model.device)
+
+
+def listen(model: GrexModel, encoded: EncodedImage, masks: Tensor, sets: list[list[int]], texts: list[list[str]]) -> list[Description]:
+    """Ground every candidate once and order each set's candidates by agreement (ties: the earlier one, so greedy wins them)."""
+    spoken = sorted({t for options in texts for t in options if t.strip()})
+    agreement = np.zeros((len(spoken), len(sets)))
+    for start in range(0, len(spoken), 64):
+        part = spoken[start : start + 64]
+        ids, mask = model.encode_text(part)
+        index = torch.zeros(len(part), dtype=torch.int64, device=model.device)
+        output = model.grounding.ground(encoded.features, index, ids.to(model.device), mask.to(model.device))
+        agreement[start : start + 64] = agreements(output, masks, sets, encoded)
+    where = {text: i for i, text in enumerate(spoken)}
+    results = []
+    for s, options in enumerate(texts):
+        unique = list(dict.fromkeys(t for t in options if t.strip()))
+        ranked = sorted(((t, float(agreement[where[t], s])) for t in unique), key=lambda pair: -pair[1])
+        results.append(Description(ranked[0][0], ranked[0][1], ranked) if ranked else Description("", 0.0))
+    return results
+
+
+def agreements(output: GroundingOutput, masks: Tensor, sets: list[list[int]], encoded: EncodedImage) -> np.ndarray:
+    """Return float [E, S]: how well each grounding picks out each set of objects.
+
+    Soft: with s_n the mean target probability over object n's pixels, the product over all known objects of s_n (selected) or 1 - s_n (not),
+    times the probability that there is a target, times the soft IoU of the mask with the set's union, each to the same power.
+    """
+    logits = F.interpolate(output.mask_logits.float(), size=encoded.canvas, mode="bilinear", align_corners=False)
+    height, width = encoded.features.input_size
+    prob = (logits[:, 1] - logits[:, 0]).sigmoid()[:, :height, :width]
+    flat, objects = prob.flatten(1), masks.flatten(1).float()
+    share = (flat @ objects.T) / objects.sum(1).clamp(min=1)  # [E, N]
+    member = torch.zeros(len(sets), len(masks), device=prob.device)
+    for s, chosen in enumerate(sets):
+        member[s, chosen] = 1.0
+    sure = share.clamp(1e-3, 1 - 1e-3)
+    exact = (sure.log() @ member.T + (1 - sure).log() @ (1 - member).T).exp()  # [E, S]
+    union = torch.stack([masks[chosen].any(0).flatten() for chosen in sets]).float()
+    overlap = flat @ union.T
+    iou = overlap / (flat.sum(1, keepdim=True) + union.sum(1) - overlap).clamp(min=1e-6)
+    targeted = output.no_target_logits.float().softmax(-1)[:, :1]
+    return (exact * iou * targeted).pow(1 / 3).cpu().numpy()

@@ -1,0 +1,258 @@
+"""Model and records -> predictions.jsonl: resumable, and shared out over processes.
+
+Lines are written to `<out>.part` and flushed image by image; an interrupted run goes on from there. The finished file appears under its own name in
+one step. Started by `torchrun`, process r of n takes every n-th image and process 0 joins the parts.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import time
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from grex_mllm.ask import pick_device
+from grex_mllm.config import Config, load_config, to_dict
+from grex_mllm.data.dataset import FolderDataset
+from grex_mllm.data.transforms import instance_mask, selectable_instances
+from grex_mllm.errors import GrexError, fault
+from grex_mllm.models.describe import Description, describe_encoded
+from grex_mllm.models.grex import CONFIG, EncodedImage, GrexModel
+from grex_mllm.ops.masks import encode_rle
+from grex_mllm.progress import progress_bar
+from grex_mllm.types import Geometry, Grounding, Sample
+
+TASKS = ("ground", "generate")
+BARRIER_S = 24 * 3600.0
+
+
+def predict_split(
+    model: str,
+    data: str,
+    out: Path,
+    split: str,
+    tasks: list[str],
+    image_root: str | None,
+    listener: int,
+    limit: int | None,
+    device: str,
+    overrides: list[str],
+) -> Path:
+    """Predict a split of a dataset folder with a model folder and write `out`.
+
+    listener: candidates for the listener-chosen expressions, 0 = greedy only.  limit: only the first images.
+
+    Raises:
+        GrexError: unknown task, model or split; a model without a generator for "generate"; a part file of another model or split.
+    """
+    for task in tasks:
+        if task not in TASKS:
+            raise fault(f'task "{task}"', f"{' or '.join(TASKS)}, or both with a comma", "mend --tasks")
+    net = GrexModel.from_pretrained(model, device=pick_device(device))
+    if overrides:
+        changed = load_config(Path(model) / CONFIG if Path(model).is_dir() else None, overrides)
+        net.config = replace(net.config, predict=changed.predict, data=replace(net.config.data, num_workers=changed.data.num_workers))
+    if "generate" in tasks and net.generator is None:
+        tasks = [t for t in tasks if t != "generate"]
+        if not tasks:
+            raise fault(f"{model} has no generator", "a model with one for task generate", "use --tasks ground")
+    rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    source = FolderDataset(data, split, 10**9, image_root=image_root)
+    writer = _Part(out, rank, world, _fingerprint(net, data, split, tasks, listener, limit))
+    num = len(source) if limit is None else min(limit, len(source))
+    mine = range(rank, num, world)
+    with writer, progress_bar(f"predict {split}") as told:
+        for done, sample in enumerate(_samples(source, mine, net.config.data.num_workers)):
+            writer.write(_image_lines(net, sample, tasks, listener, writer.done))
+            told((done + 1) / len(mine), f"{sample.record.image_id}")
+    return writer.finish()
+
+
+def _samples(source: FolderDataset, positions: range, num_workers: int) -> Iterator[Sample]:
+    if num_workers == 0:
+        return (source[p] for p in positions)
+    from torch.utils.data import DataLoader, Subset
+
+    subset: Any = Subset(source, list(positions))  # type: ignore[arg-type]
+    return iter(DataLoader(subset, batch_size=None, num_workers=num_workers, collate_fn=_same))
+
+
+def _same(item: Any) -> Any:
+    return item
+
+
+def _image_lines(net: GrexModel, sample: Sample, tasks: list[str], listener: int, done: set[str]) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Yield (key, line) of what is not done yet for one image. All expressions go through the same chunks, so a resumed run gives the same numbers."""
+    wanted = [e for e in sample.expressions if e.expression_id not in done] if "ground" in tasks else []
+    sets = object_sets(sample) if "generate" in tasks else []
+    sets = [s for s in sets if _set_key(sample, s) not in done]
+    if not wanted and not sets:
+        return
+    encoded = net.encode(sample.image)
+    if wanted:
+        chunk = net.config.predict.batch
+        for start in range(0, len(sample.expressions), chunk):
+            part = sample.expressions[start : start + chunk]
+            if all(e.expression_id in done for e in part):
+                continue
+            for record, result in zip(part, net.ground(encoded, [e.raw for e in part], chunk), strict=True):
+                if record.expression_id not in done:
+                    yield record.expression_id, {"expression_id": record.expression_id, **grounding_line(result)}
+    if sets:
+        for targets, line in zip(sets, describe_lines(net, sample, encoded, sets, listener), strict=True):
+            yield _set_key(sample, targets), line
+
+
+def grounding_line(result: Grounding) -> dict[str, Any]:
+    """Return the fields of a prediction line (`eval/README.md`); `no_target` is what the head alone says, which the official protocol reads."""
+    line = {
+        "mask_rle": encode_rle(result.mask),
+        "boxes_xyxy": np.round(result.boxes_xyxy.astype(np.float64), 3).tolist(),
+        "box_scores": np.round(result.box_scores.astype(np.float64), 5).tolist(),
+        "count": result.count,
+        "no_target_prob": round(result.no_target_prob, 6),
+        "no_target": result.head_no_target,
+        "status": "ok",
+    }
+    if result.mask_input is not None:
+        line["mask_rle_input"] = encode_rle(result.mask_input)
+    if result.minimap is not None:
+        line["minimap"] = np.round(result.minimap.astype(np.float64), 2).tolist()
+    return line
+
+
+def object_sets(sample: Sample) -> list[tuple[str, ...]]:
+    """Return the distinct object sets that the expressions of an image refer to, in order; annotation ids sorted."""
+    return list(dict.fromkeys(tuple(sorted(e.targets)) for e in sample.expressions if e.targets))
+
+
+def describe_lines(net: GrexModel, sample: Sample, encoded: EncodedImage, sets: list[tuple[str, ...]], listener: int) -> list[dict[str, Any]]:
+    """Describe object sets greedily and, with `listener` > 0, also by choosing among that many candidates; ground what was said."""
+    instances = selectable_instances(sample.record)
+    whole = Geometry(sample.record.height, sample.record.width, sample.record.height, sample.record.width)
+    masks = np.stack([instance_mask(i, whole) for i in instances])
+    place = {instance.annotation_id: n for n, instance in enumerate(instances)}
+    positions = [[place[t] for t in targets] for targets in sets]
+    greedy = describe_encoded(net, encoded, masks, positions, "greedy", 1, None)
+    heard: list[Description | None] = [None] * len(sets)
+    if listener:
+        heard = list(describe_encoded(net, encoded, masks, positions, "sample", listener, "listener"))
+    lines = []
+    for targets, first, best in zip(sets, greedy, heard, strict=True):
+        line: dict[str, Any] = {"image_id": sample.record.image_id, "targets": list(targets), **_spoken(net, sample, encoded, targets, first)}
+        if best is not None:
+            line["listener"] = {"score": round(best.score or 0.0, 5), **_spoken(net, sample, encoded, targets, best)}
+            line["candidates"] = [t for t, _ in best.candidates]
+        lines.append(line)
+    return lines
+
+
+def _spoken(net: GrexModel, sample: Sample, encoded: EncodedImage, targets: tuple[str, ...], description: Description) -> dict[str, Any]:
+    text = description.expression
+    said: dict[str, Any] = {"expression": text, "status": "ok" if text.strip() else "unparsable"}
+    if text.strip():
+        result = net.ground(encoded, text[:1000])
+        said["round_trip"] = {k: v for k, v in grounding_line(result).items() if k in ("mask_rle", "boxes_xyxy", "box_scores", "no_target")}
+    if sample.record.instances and sample.record.instances[0].attributes is not None:
+        from grex_mllm.data.synthetic import check_expression
+
+        said["judgement"] = check_expression(text, sample, list(targets))
+    return said
+
+
+def _set_key(sample: Sample, targets: tuple[str, ...]) -> str:
+    return f"set:{sample.record.image_id}:{','.join(targets)}"
+
+
+def _fingerprint(net: GrexModel, data: str, split: str, tasks: list[str], listener: int, limit: int | None) -> str:
+    weights = hashlib.sha256()
+    for name, value in net.saved_state().items():
+        weights.update(name.encode())
+        weights.update(value.flatten()[:64].float().numpy().tobytes())
+    settings: Config = net.config
+    text = json.dumps([weights.hexdigest(), str(data), split, tasks, listener, limit, to_dict(settings.predict)], sort_keys=True)
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+class _Part:
+    """The growing file of one process: first line = fingerprint, then one line per answer."""
+
+    def __init__(self, out: Path, rank: int, world: int, fingerprint: str) -> None:
+        self.out, self.rank, self.world, self.fingerprint = Path(out), rank, world, fingerprint
+        self.path = self._name(rank)
+        self.done: set[str] = set()
+        if rank == 0 and self.out.exists() and not any(self._name(r).exists() for r in range(world)):
+            raise fault(f"{self.out} exists", "a new file", "remove it, or choose another --out")
+
+    def _name(self, rank: int) -> Path:
+        return self.out.with_name(self.out.name + (".part" if self.world == 1 else f".part{rank}of{self.world}"))
+
+    def __enter__(self) -> _Part:
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        if self.path.exists():
+            self._recover()
+        else:
+            self.path.write_text(json.dumps({"fingerprint": self.fingerprint}) + "\n", encoding="utf-8")
+        self.file = self.path.open("a", encoding="utf-8")
+        return self
+
+    def _recover(self) -> None:
+        """Keep the whole lines of an interrupted run; a cut last line is taken off."""
+        content = self.path.read_bytes()
+        whole = content[: content.rfind(b"\n") + 1]
+        lines = whole.decode("utf-8").splitlines()
+        if not lines:
+            self.path.write_text(json.dumps({"fingerprint": self.fingerprint}) + "\n", encoding="utf-8")
+            return
+        if json.loads(lines[0]).get("fingerprint") != self.fingerprint:
+            raise GrexError(
+                f"{self.path} was begun with another model, split or setting; expected the same, to go on from it; remove it to start anew"
+            )
+        self.done = {json.loads(line)["key"] for line in lines[1:]}
+        if len(whole) != len(content):
+            os.truncate(self.path, len(whole))
+
+    def write(self, lines: Iterator[tuple[str, dict[str, Any]]]) -> None:
+        for key, line in lines:
+            self.file.write(json.dumps({"key": key, "line": line}, ensure_ascii=False) + "\n")
+        self.file.flush()
+
+    def __exit__(self, *_: object) -> None:
+        self.file.close()
+
+    def finish(self) -> Path:
+        """Join the parts of all processes into the finished file (process 0), in one step."""
+        marker = self.path.with_name(self.path.name + ".done")
+        if self.world > 1:
+            marker.touch()
+            if self.rank != 0:
+                return self.out
+            self._wait()
+        work = self.out.with_name(self.out.name + ".joining")
+        with work.open("w", encoding="utf-8") as joined:
+            for r in range(self.world):
+                with self._name(r).open(encoding="utf-8") as part:
+                    next(part)
+                    for line in part:
+                        joined.write(json.dumps(json.loads(line)["line"], ensure_ascii=False) + "\n")
+            joined.flush()
+            os.fsync(joined.fileno())
+        os.replace(work, self.out)
+        for r in range(self.world):
+            self._name(r).unlink()
+            if self.world > 1:
+                self._name(r).with_name(self._name(r).name + ".done").unlink()
+        return self.out
+
+    def _wait(self) -> None:
+        start = time.monotonic()
+        while not all(self._name(r).with_name(self._name(r).name + ".done").exists() for r in range(self.world)):
+            if time.monotonic() - start > BARRIER_S:
+                raise fault("another process did not finish", f"all {self.world} within a day", "look at its output, then run again")
+            time.sleep(0.2)
