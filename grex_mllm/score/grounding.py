@@ -12,6 +12,8 @@ from typing import Any
 
 from grex_mllm.errors import GrexError, fault
 from grex_mllm.metrics.calibration import Calibration
+from grex_mllm.metrics.video import contour, region
+from grex_mllm.ops.masks import decode_rle
 from grex_mllm.ops.rle import check_rle, empty_rle, overlap_counts
 from grex_mllm.score.protocol import Protocol
 from grex_mllm.score.reading import PredictionFiles, index_predictions, prediction_boxes
@@ -38,7 +40,7 @@ def plan_tasks(protocol: Protocol, index: PredictionFiles, notes: list[str]) -> 
         GrexError: some lines answer a task and others do not.
     """
     tasks: list[tuple[str, str]] = []
-    needs = {"gres": "mask_rle", "res": "mask_rle", "grec": "boxes_xyxy", "count": "count"}
+    needs = {"gres": "mask_rle", "res": "mask_rle", "grec": "boxes_xyxy", "count": "count", "rvos": "mask_rle"}
     for task in protocol.tasks:
         if task not in needs or not len(index):
             continue
@@ -151,6 +153,8 @@ def _row(truth: TruthFolder, record: ExpressionRecord, line: dict[str, Any] | No
         row.head = _flag(answer)
     if any(plan.has("strict", task) for task in ("gres", "res")):
         _fill_masks(truth, record, answer, row, plan, tally)
+    if plan.has("strict", "rvos"):
+        row.frame = (record.ref_id, *_frame_scores(truth, record, answer, plan.protocol.tasks["rvos"].tolerance))
     if plan.has("strict", "grec") and not row.wrong:
         wanted = [instance.box_xyxy for instance in truth.instances(record.image_id, record.targets)]
         row.boxes = (*prediction_boxes(answer), wanted, row.no_target, answer.get("count"))
@@ -183,6 +187,18 @@ def _fill_masks(truth: TruthFolder, record: ExpressionRecord, answer: dict[str, 
         row.masks_input = overlap_counts(code, truth.mask(record.image_id, record.targets, size) or empty_rle(*size))
     elif plan.has("official", "gres"):
         row.masks_input = (0, 0, row.masks[2])  # no answer: what it missed is known at the original size only
+
+
+def _frame_scores(truth: TruthFolder, record: ExpressionRecord, answer: dict[str, Any], tolerance: float) -> tuple[float, float]:
+    gt, image = truth.mask(record.image_id, record.targets), truth.image(record.image_id)
+    if gt is None:
+        raise fault(f"{record.expression_id}: targets without a segmentation", "masks on every frame", "mend the data")
+    if not answer:
+        return 0.0, 0.0
+    given = answer.get("mask_rle")
+    pred = empty_rle(image.height, image.width) if given is None else _checked(record, given, image.height, image.width)
+    pixels = decode_rle(pred), decode_rle(gt)
+    return region(*pixels), contour(*pixels, tolerance)
 
 
 def _counts(record: ExpressionRecord, rle: Any, gt: dict[str, Any], height: int, width: int) -> tuple[int, int, int]:

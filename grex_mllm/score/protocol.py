@@ -52,7 +52,14 @@ class GregRules:
     tokenizer: str = "ptb"
 
 
-RULES: dict[str, type] = {"gres": GresRules, "res": ResRules, "grec": GrecRules, "count": CountRules, "greg": GregRules}
+@dataclass(frozen=True)
+class RvosRules:
+    """tolerance: of the contours, as a share of the image diagonal."""
+
+    tolerance: float = 0.008
+
+
+RULES: dict[str, type] = {"gres": GresRules, "res": ResRules, "grec": GrecRules, "count": CountRules, "greg": GregRules, "rvos": RvosRules}
 CHOICES = {
     "select": ("threshold", "count", "all"),
     "official_select": ("threshold", "count", "all"),

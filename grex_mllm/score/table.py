@@ -18,10 +18,13 @@ COLUMNS = (
     ("N-acc", None, "N_acc"),
     ("T-acc", None, "T_acc"),
     ("bal-acc", None, "balanced_acc"),
+    ("J", "rvos", "J"),
+    ("F", "rvos", "F"),
+    ("J&F", "rvos", "J&F"),
     ("count acc", "count", "accuracy"),
     ("count MAE", "count", "mae"),
 )
-ORDER = ("gres", "grec", "res", "count")
+ORDER = ("gres", "grec", "res", "count", "rvos")
 TEXT_COLUMNS = (
     "num_samples",
     "METEOR",

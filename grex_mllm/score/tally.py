@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from grex_mllm.metrics import GREC, GRES, RES, Count
+from grex_mllm.metrics import GREC, GRES, RES, RVOS, Count
 from grex_mllm.score.protocol import Protocol
 
 BUFFER = 4096
@@ -39,13 +39,18 @@ class Plan:
             return RES(rules.thresholds)
         if task == "count":
             return Count()
+        if task == "rvos":
+            return RVOS(rules.tolerance)
         select = rules.select if protocol == "strict" else rules.official_select
         return GREC(protocol, rules.box_threshold, rules.iou_threshold, rules.f1_threshold, select)
 
 
 @dataclass
 class Row:
-    """What one sample contributes. masks: (I, P, G) at original size; masks_input: at the input size; boxes: argument of GREC.match."""
+    """What one sample contributes. masks: (I, P, G) at original size; masks_input: at the input size; boxes: argument of GREC.match.
+
+    frame: (expression over the video, J, F).
+    """
 
     groups: list[str]
     no_target: bool
@@ -56,6 +61,7 @@ class Row:
     masks_input: tuple[int, int, int] | None = None
     boxes: tuple[Any, Any, Any, bool, int | None] | None = None
     count: int | None = None
+    frame: tuple[str, float, float] | None = None
     detail: dict[str, Any] = field(default_factory=dict)
 
 
@@ -97,6 +103,10 @@ class Tally:
                 self._flush_masks(rows, members, protocol, task, none, wrong)
             elif task == "grec":
                 self._flush_boxes(rows, members, protocol, none, wrong, num)
+            elif task == "rvos":
+                for name, at in members.items():
+                    frames = [f for k in at if (f := rows[k].frame) is not None]
+                    self.metric(name, protocol, task).update_frames(*zip(*frames, strict=True) if frames else ((), (), ()))
             elif task == "count":
                 pred = np.array([0 if r.count is None else r.count for r in rows], np.int64)
                 for name, at in members.items():

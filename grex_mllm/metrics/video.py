@@ -1,0 +1,104 @@
+"""Video metrics (RVOS): region similarity J, contour accuracy F, their mean J&F (Perazzi et al., CVPR 2016, sections 3.1 and 3.2).
+
+Averaged over the frames of an expression first, then over expressions. Frames where neither side has a pixel count as right (J = F = 1).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any, Self
+
+import numpy as np
+
+from grex_mllm.errors import fault
+from grex_mllm.metrics.sums import NUM_LIMBS, limb_sums, mean
+
+TOLERANCE = 0.008  # of the image diagonal: how far a contour may lie off (the benchmark's own value)
+
+
+class RVOS:
+    """Accumulate J and F by expression. tolerance: share of the image diagonal within which contours match."""
+
+    def __init__(self, tolerance: float = TOLERANCE) -> None:
+        self.tolerance = tolerance
+        self._sums: dict[str, list[int]] = {}  # expression -> frames, limbs of J, limbs of F
+
+    def update(self, pred_masks: Any, gt_masks: Any, expression_id: str) -> None:
+        """Add frames of one expression over one video: bool [T, H, W] (or one frame [H, W]), NumPy or tensors.
+
+        Raises:
+            GrexError: shapes differ.
+        """
+        pred, gt = _frames(pred_masks), _frames(gt_masks)
+        if pred.shape != gt.shape:
+            raise fault(f"predicted masks {pred.shape}", f"the shape of the ground truth, {gt.shape}", "resize the prediction")
+        frames = zip(pred, gt, strict=True)
+        self.update_frames(
+            [expression_id] * len(pred), *zip(*((region(p, g), contour(p, g, self.tolerance)) for p, g in frames), strict=True)
+        )
+
+    def update_frames(self, expression_ids: Sequence[str], j: Sequence[float], f: Sequence[float]) -> None:
+        """Add frames by their J and F in [0, 1]."""
+        for key, one_j, one_f in zip(expression_ids, j, f, strict=True):
+            parts = [1, *limb_sums(np.array([one_j])), *limb_sums(np.array([one_f]))]
+            old = self._sums.get(key, [0] * len(parts))
+            self._sums[key] = [a + int(b) for a, b in zip(old, parts, strict=True)]
+
+    def merge(self, other: RVOS) -> Self:
+        """Add the sums of another object; an expression's frames may lie in both."""
+        for key, parts in other._sums.items():
+            old = self._sums.get(key, [0] * len(parts))
+            self._sums[key] = [a + b for a, b in zip(old, parts, strict=True)]
+        return self
+
+    def state(self) -> dict[str, list[int]]:
+        """Return the sums as plain integers."""
+        return {key: list(parts) for key, parts in self._sums.items()}
+
+    def load_state(self, state: dict[str, list[int]]) -> Self:
+        """Replace the sums by those of `state()`."""
+        self._sums = {key: list(parts) for key, parts in state.items()}
+        return self
+
+    def compute(self) -> dict[str, Any]:
+        """Return num_expressions, num_frames, J, F and J&F."""
+        rows = [self._sums[key] for key in sorted(self._sums)]
+        j = [mean(row[1 : 1 + NUM_LIMBS], row[0]) or 0.0 for row in rows]
+        f = [mean(row[1 + NUM_LIMBS :], row[0]) or 0.0 for row in rows]
+        mean_j = math.fsum(j) / len(j) if j else None
+        mean_f = math.fsum(f) / len(f) if f else None
+        both = None if mean_j is None or mean_f is None else (mean_j + mean_f) / 2
+        return {"num_expressions": len(rows), "num_frames": sum(row[0] for row in rows), "J": mean_j, "F": mean_f, "J&F": both}
+
+
+def region(pred: np.ndarray, gt: np.ndarray) -> float:
+    """Return J of one frame: IoU of bool masks [H, W], 1 where both are empty."""
+    union = int(np.count_nonzero(pred | gt))
+    return int(np.count_nonzero(pred & gt)) / union if union else 1.0
+
+
+def contour(pred: np.ndarray, gt: np.ndarray, tolerance: float = TOLERANCE) -> float:
+    """Return F of one frame: harmonic mean of the shares of contour pixels that lie within the tolerance of the other contour."""
+    from scipy.ndimage import distance_transform_edt
+
+    radius = math.ceil(tolerance * math.hypot(*pred.shape))
+    edge_p, edge_g = boundary(pred), boundary(gt)
+    num_p, num_g = int(edge_p.sum()), int(edge_g.sum())
+    if num_p == 0 or num_g == 0:
+        return 1.0 if num_p == num_g else 0.0
+    precision = int((edge_p & (distance_transform_edt(~edge_g) <= radius)).sum()) / num_p
+    recall = int((edge_g & (distance_transform_edt(~edge_p) <= radius)).sum()) / num_g
+    return 2 * precision * recall / (precision + recall) if precision + recall else 0.0
+
+
+def boundary(mask: np.ndarray) -> np.ndarray:
+    """Return the contour pixels, bool [H, W]: those that differ from the pixel to the right, below, or right below."""
+    padded = np.pad(mask, ((0, 1), (0, 1)), mode="edge")
+    edge: np.ndarray = (mask != padded[:-1, 1:]) | (mask != padded[1:, :-1]) | (mask != padded[1:, 1:])
+    return edge
+
+
+def _frames(masks: Any) -> np.ndarray:
+    array = np.asarray(masks.cpu() if hasattr(masks, "cpu") else masks).astype(bool)
+    return array[None] if array.ndim == 2 else array
