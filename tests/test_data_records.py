@@ -29,7 +29,7 @@ def test_a_folder_reads_back(tmp_path: Path) -> None:
 
 
 def test_unknown_split_names_those_that_exist(tmp_path: Path) -> None:
-    with pytest.raises(GrexError, match='"test".*train, val'):
+    with pytest.raises(GrexError, match=r'"test".*train, val'):
         load_dataset(tiny_folder(tmp_path)).expressions_of("test")
 
 
@@ -180,7 +180,7 @@ def test_existing_folders_are_safe(tmp_path: Path) -> None:
     other = tmp_path / "thesis"
     other.mkdir()
     (other / "chapter.txt").write_text("years of work")
-    with pytest.raises(GrexError, match="no dataset.json"):
+    with pytest.raises(GrexError, match=r"no dataset\.json"):
         DatasetWriter(other, overwrite=True)
 
 
