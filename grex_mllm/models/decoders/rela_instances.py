@@ -169,7 +169,7 @@ class ImageRegions(nn.Module):
     def forward(self, pixels: PixelFeatures) -> Regions:
         """Find the regions of B images."""
         levels = pixels.levels[: len(self.inputs)]
-        grid = self._cells(levels[0].device)
+        grid = self._cells()
         position = self.position(box_code(grid))
         tokens = torch.cat([self._tokens(level, i) for i, level in enumerate(levels)], dim=1)
         nearest = min(range(len(levels)), key=lambda i: abs(levels[i].shape[-1] - self.side))
@@ -179,8 +179,8 @@ class ImageRegions(nn.Module):
         for layer in self.layers:
             x = layer(x, position, tokens)
             normed = self.norm(x)
-            objectness.append(self.objectness(normed).squeeze(-1).float())
-            boxes.append(self._boxes(self.box(normed).float(), grid))
+            objectness.append(precise(self.objectness(normed).squeeze(-1)))
+            boxes.append(self._boxes(precise(self.box(normed)), grid))
             embeddings.append(self.mask_embedding(normed))
         mask_map = self.mask_map(pixels.mask_features)
         mask_map = F.pixel_shuffle(mask_map, self.upsample) if self.upsample > 1 else mask_map
@@ -188,23 +188,16 @@ class ImageRegions(nn.Module):
         kept_boxes = _gather(boxes[-1], kept).detach()
         kept_embeddings = _gather(embeddings[-1], kept)
         features = self._features(_gather(normed, kept), kept_boxes, kept_embeddings, mask_map, pixels)
-        attributes = {name: head(features).float() for name, head in self.attributes.items()}
+        attributes = {name: precise(head(features)) for name, head in self.attributes.items()}
         return Regions(
             objectness, boxes, embeddings, mask_map, kept, features, kept_boxes, kept_embeddings, pair_geometry(kept_boxes), attributes
         )
 
-    def _cells(self, device: torch.device) -> Tensor:
-        side = self.side
-        y, x = torch.meshgrid(torch.arange(side, device=device), torch.arange(side, device=device), indexing="ij")
-        centre = (torch.stack([x, y], dim=-1).flatten(0, 1).float() + 0.5) / side
-        return torch.cat([centre, torch.full_like(centre, 1.0 / side)], dim=-1)
+    def _cells(self) -> Tensor:
+        return _grid_boxes(self.side, self.side, self.level_embedding)
 
     def _tokens(self, level: Tensor, index: int) -> Tensor:
-        height, width = level.shape[-2:]
-        y, x = torch.meshgrid(torch.arange(height, device=level.device), torch.arange(width, device=level.device), indexing="ij")
-        centre = torch.stack([(x + 0.5) / width, (y + 0.5) / height], dim=-1).flatten(0, 1)
-        size = torch.tensor([1.0 / width, 1.0 / height], device=level.device).expand_as(centre)
-        position = self.position(box_code(torch.cat([centre, size], dim=-1)))
+        position = self.position(box_code(_grid_boxes(*level.shape[-2:], self.level_embedding)))
         return self.inputs[index](level.flatten(2).transpose(1, 2)) + position + self.level_embedding[index]
 
     def _boxes(self, raw: Tensor, grid: Tensor) -> Tensor:
@@ -213,13 +206,13 @@ class ImageRegions(nn.Module):
         return torch.cat([centre.clamp(0.0, 1.0), size], dim=-1)
 
     def _features(self, kept: Tensor, boxes: Tensor, embeddings: Tensor, mask_map: Tensor, pixels: PixelFeatures) -> Tensor:
-        steps = (torch.arange(self.roi_size, device=boxes.device) + 0.5) / self.roi_size - 0.5
+        steps = (torch.arange(self.roi_size, device=boxes.device, dtype=boxes.dtype) + 0.5) / self.roi_size - 0.5
         y, x = torch.meshgrid(steps, steps, indexing="ij")
         points = boxes[:, :, None, :2] + torch.stack([x, y], dim=-1).flatten(0, 1) * boxes[:, :, None, 2:]
         where = points * 2.0 - 1.0
         parts = []
         for conv, source in ((self.roi_fine, pixels.mask_features), (self.roi_coarse, pixels.levels[-1])):
-            sampled = F.grid_sample(conv(source).float(), where, align_corners=False, padding_mode="border")
+            sampled = F.grid_sample(conv(source).to(where.dtype), where, align_corners=False, padding_mode="border")
             parts.append(sampled.permute(0, 2, 3, 1).flatten(2))
         scale = mask_map.shape[-1] // pixels.mask_features.shape[-1]
         logits = region_masks(embeddings.detach(), boxes, mask_map.detach())
@@ -236,19 +229,32 @@ def region_masks(embeddings: Tensor, boxes_norm: Tensor, mask_map: Tensor) -> Te
     embeddings: float [B, K, M].  boxes_norm: float [B, K, 4] cxcywh.  mask_map: float [B, M, H, W].
     """
     height, width = mask_map.shape[-2:]
-    logits = torch.einsum("bkm,bmhw->bkhw", embeddings, mask_map).float()
+    logits = precise(torch.einsum("bkm,bmhw->bkhw", embeddings, mask_map))
     return logits.masked_fill(~box_area(boxes_norm, height, width), OUTSIDE_LOGIT)
 
 
 def box_area(boxes_norm: Tensor, height: int, width: int, margin: float = BOX_MARGIN) -> Tensor:
     """Return bool [..., height, width]: pixels whose centre lies in the box enlarged by `margin` of its size (and one pixel) on each side."""
-    x = (torch.arange(width, device=boxes_norm.device) + 0.5) / width
-    y = (torch.arange(height, device=boxes_norm.device) + 0.5) / height
+    x = (torch.arange(width, device=boxes_norm.device, dtype=boxes_norm.dtype) + 0.5) / width
+    y = (torch.arange(height, device=boxes_norm.device, dtype=boxes_norm.dtype) + 0.5) / height
     half_width = boxes_norm[..., 2:3] * (0.5 + margin) + 1.0 / width
     half_height = boxes_norm[..., 3:4] * (0.5 + margin) + 1.0 / height
     inside_x = (x - boxes_norm[..., 0:1]).abs() <= half_width
     inside_y = (y - boxes_norm[..., 1:2]).abs() <= half_height
     return inside_y[..., :, None] & inside_x[..., None, :]
+
+
+def precise(values: Tensor) -> Tensor:
+    """Return values of half precision as float32; float32 and float64 stay."""
+    return values if values.dtype == torch.float64 else values.float()
+
+
+def _grid_boxes(height: int, width: int, like: Tensor) -> Tensor:
+    """Return [height * width, 4] cxcywh of the cells of a grid, row by row."""
+    y, x = torch.meshgrid(torch.arange(height, device=like.device), torch.arange(width, device=like.device), indexing="ij")
+    size = torch.tensor([1.0 / width, 1.0 / height], device=like.device, dtype=like.dtype)
+    centre = (torch.stack([x, y], dim=-1).flatten(0, 1).to(like.dtype) + 0.5) * size
+    return torch.cat([centre, size.expand_as(centre)], dim=-1)
 
 
 def _gather(values: Tensor, index: Tensor) -> Tensor:
@@ -296,16 +302,16 @@ class RelaInstances(nn.Module):
             x = layer(x, geometry, image_index, tokens, token_mask, sentence)
             normed = self.norm(x)
             bilinear = (normed * self.target_sentence(sentence)[:, None]).sum(dim=-1) / math.sqrt(normed.shape[-1])
-            logits.append((self.target(normed).squeeze(-1) + bilinear).float())
+            logits.append(precise(self.target(normed).squeeze(-1) + bilinear))
         pooled = self._pool(normed, logits[-1], regions.objectness[-1].gather(1, regions.kept)[image_index], sentence)
         final = logits[-1]
         return GroundingOutput(
             mask_logits=self._answer(regions, image_index, final),
             minimap_logits=torch.stack([torch.zeros_like(final), final], dim=-1),
-            no_target_logits=self.no_target(pooled).float(),
+            no_target_logits=precise(self.no_target(pooled)),
             boxes_norm=regions.kept_boxes_norm[image_index],
             box_logits=final,
-            count_logits=self.count(pooled).float() if self.count is not None else None,
+            count_logits=precise(self.count(pooled)) if self.count is not None else None,
             minimap_prob=self._minimap(regions.kept[image_index], final),
             auxiliary={"regions": regions, "target_logits": logits},
         )

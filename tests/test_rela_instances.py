@@ -1,0 +1,143 @@
+"""The decoder `rela_instances` and its losses."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from tiny import tiny_config, tiny_model
+
+from grex_mllm.config import LossConfig, SyntheticConfig
+from grex_mllm.data.collate import collate
+from grex_mllm.data.synthetic import SyntheticDataset
+from grex_mllm.models.decoders.rela_instances import OUTSIDE_LOGIT, box_area, pair_geometry, region_masks
+from grex_mllm.training.instance_losses import InstanceLoss, kept_instances, region_terms
+from grex_mllm.training.matcher import Matches
+from grex_mllm.types import Batch
+
+
+def batch_of(model, num=3, expressions=4, no_target_share=0.22) -> Batch:
+    data = SyntheticDataset(SyntheticConfig(image_size=64, no_target_share=no_target_share), "train", 100, expressions)
+    return collate([data[i] for i in range(num)], model.encode_text, image_size=64)
+
+
+def run(model, batch):
+    features = model.grounding.encode_image(batch.image)
+    return model.grounding.ground(features, batch.image_index, batch.text_ids, batch.text_mask)
+
+
+def test_shapes_and_answer_is_union_of_selected_regions():
+    model = tiny_model()
+    batch = batch_of(model)
+    with torch.no_grad():
+        out = run(model, batch)
+    num = len(batch.expression_ids)
+    assert out.mask_logits.shape == (num, 2, 64, 64)
+    assert out.minimap_logits.shape == (num, 8, 2) and out.minimap_prob.shape == (num, 6, 6)
+    assert out.boxes_norm.shape == (num, 8, 4) and out.count_logits.shape == (num, 7)
+    regions = out.auxiliary["regions"]
+    masks = region_masks(regions.kept_mask_embeddings, regions.kept_boxes_norm, regions.mask_map) > 0
+    for e in range(num):
+        chosen = masks[batch.image_index[e]][out.box_logits[e] > 0]
+        union = chosen.any(0) if len(chosen) else torch.zeros(64, 64, dtype=torch.bool)
+        assert torch.equal(out.mask_logits[e, 1] - out.mask_logits[e, 0] > 0, union)
+
+
+def test_region_masks_end_at_their_boxes():
+    boxes = torch.tensor([[[0.5, 0.5, 0.25, 0.25]]])
+    logits = region_masks(torch.ones(1, 1, 2), boxes, torch.ones(1, 2, 32, 32))
+    inside = box_area(boxes, 32, 32)[0, 0]
+    assert (logits[0, 0][inside] == 2.0).all() and (logits[0, 0][~inside] == OUTSIDE_LOGIT).all()
+    rows = inside.any(1).nonzero().flatten()
+    assert (int(rows.min()), int(rows.max())) == (10, 21)  # 16 -+ (4 + 1 for the margin + 1 pixel), pixel centres at .5
+
+
+def test_geometry_tells_left_from_right():
+    boxes = torch.tensor([[[0.2, 0.5, 0.1, 0.1], [0.8, 0.5, 0.2, 0.2]]])
+    geometry = pair_geometry(boxes)[0]
+    assert geometry[0, 1, 0] == pytest.approx(0.6) and geometry[1, 0, 0] == pytest.approx(-0.6)
+    assert geometry[0, 0, -1] == 1 and geometry[0, 1, -1] == 0
+    assert geometry[0, 1, 7] == pytest.approx(2 * 0.6931, abs=1e-3)
+
+
+def test_batch_equals_single_and_text_padding_is_unread():
+    model = tiny_model().double()
+    model.grounding.pixel_mean.data = model.grounding.pixel_mean.double()
+    batch = batch_of(model)
+    with torch.no_grad():
+        together = run(model, batch)
+        for e in range(len(batch.expression_ids)):
+            b = int(batch.image_index[e])
+            length = int(batch.text_mask[e].sum())
+            features = model.grounding.encode_image(batch.image[b : b + 1])
+            alone = model.grounding.ground(features, torch.tensor([0]), batch.text_ids[e : e + 1, :length], batch.text_mask[e : e + 1, :length])
+            for name in ("mask_logits", "no_target_logits", "box_logits", "count_logits"):
+                torch.testing.assert_close(getattr(alone, name)[0], getattr(together, name)[e], rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("share", [0.0, 0.22, 0.95])
+def test_losses_are_finite_and_reach_every_weight(share):
+    model = tiny_model(model__decoder__attribute_classes="{shape: 7}").train()
+    loss = InstanceLoss(LossConfig())
+    batch = batch_of(model, no_target_share=share)
+    terms = loss(run(model, batch), batch)
+    assert set(terms) == {
+        "objectness", "box_l1", "box_giou", "mask_bce", "mask_dice", "attribute_shape", "target", "no_target", "count", "total",
+    }  # fmt: skip
+    assert all(torch.isfinite(v) for v in terms.values())
+    terms["total"].backward()
+    silent = [n for n, p in model.named_parameters() if p.grad is None]
+    assert silent == []
+
+
+def test_total_is_the_weighted_sum_and_a_zero_weight_counts_nothing():
+    model = tiny_model().train()
+    batch = batch_of(model)
+    config = LossConfig()
+    out = run(model, batch)
+    terms = InstanceLoss(config)(out, batch)
+    weights = vars(config.instances)
+    expected = sum(weights[n] * v for n, v in terms.items() if n != "total")
+    torch.testing.assert_close(terms["total"], expected)
+    config.instances.mask_dice = 0.0
+    assert InstanceLoss(config)(out, batch)["total"] < terms["total"]
+
+
+def test_images_without_objects_give_finite_losses():
+    model = tiny_model().train()
+    batch = batch_of(model, num=2, no_target_share=0.9)
+    batch.instance_boxes_norm = [torch.zeros(0, 4) for _ in range(2)]
+    batch.instance_masks = [torch.zeros(0, 64, 64, dtype=torch.bool) for _ in range(2)]
+    batch.target_index = [torch.zeros(0, dtype=torch.int64) for _ in batch.target_index]
+    batch.instance_attributes = None
+    terms = InstanceLoss(LossConfig())(run(model, batch), batch)
+    assert all(torch.isfinite(v) for v in terms.values())
+    terms["total"].backward()
+
+
+def test_kept_regions_know_their_instance():
+    model = tiny_model().train()
+    regions = run(model, batch_of(model)).auxiliary["regions"]
+    kept = regions.kept
+    matches = Matches(torch.tensor([0, 1]), torch.stack([kept[0, 2], kept[1, 5]]), torch.tensor([3, 1]), (4, 4, 4))
+    owners = kept_instances(regions, matches)
+    assert owners[0, 2] == 3 and owners[1, 5] == 1 and (owners >= 0).sum() == 2
+
+
+def test_perfect_regions_have_no_box_loss():
+    model = tiny_model().train()
+    batch = batch_of(model)
+    regions = run(model, batch).auxiliary["regions"]
+    for layer in range(len(regions.boxes_norm)):
+        boxes = regions.boxes_norm[layer].detach().clone()
+        for b, wanted in enumerate(batch.instance_boxes_norm):
+            boxes[b, : len(wanted)] = wanted
+        regions.boxes_norm[layer] = boxes
+        regions.objectness[layer] = torch.zeros_like(regions.objectness[layer])
+    terms, matches = region_terms(regions, batch)
+    assert terms["box_l1"] < 1e-6 and terms["box_giou"] < 1e-5
+    assert all(int(q) == int(t) for q, t in zip(matches.query, matches.target, strict=True))
+
+
+def test_configuration_without_attributes_has_no_attribute_heads():
+    assert len(tiny_model().grounding.decoder.image_regions.attributes) == 0
+    assert tiny_config(model__decoder__attribute_classes="{shape: 7}").model.decoder.attribute_classes == {"shape": 7}
