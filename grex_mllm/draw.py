@@ -93,19 +93,23 @@ def draw_objects(
     text: str | None = None,
     *,
     factor: int | None = None,
+    spotlight: bool = False,
 ) -> Image.Image:
     """Draw a set of chosen objects, each with its own colour and number.
 
-    image: uint8 [H, W, 3]. masks: N of bool [H, W] or None. boxes: [N, 4] xyxy. text: caption below.
+    image: uint8 [H, W, 3]. masks: N of bool [H, W] or None. boxes: [N, 4] xyxy. text, factor, spotlight: as in `overlay`.
     """
     picture, factor = _canvas(image, factor)
     width = line_width(picture.size)
     rows = _box_list(boxes)
+    known = [_checked_mask(mask, image) for mask in masks if mask is not None]
+    if spotlight and known:
+        picture = _darken_outside(picture, np.any(known, axis=0), factor)
     for index in range(max(len(masks), len(rows))):
         colour = OBJECT_COLOURS[index % len(OBJECT_COLOURS)]
         mask = masks[index] if index < len(masks) else None
         if mask is not None:
-            picture = _paint_mask(picture, _checked_mask(mask, image), colour, factor, width)
+            picture = _paint_mask(picture, mask.astype(bool), colour, factor, width, tint=not spotlight)
         if index < len(rows):
             _frame(picture, rows[index], colour, factor, width)
             _label_box(picture, str(index + 1), rows[index], colour, factor)

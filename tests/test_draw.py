@@ -86,12 +86,12 @@ def test_count_and_no_target_are_written_in_the_corner() -> None:
     assert [draw.count_name(count) for count in (0, 5, 6, 9)] == ["0", "5", ">5", ">5"]
 
 
-def test_lines_grow_with_the_picture_and_4000_pixels_take_seconds_at_most() -> None:
+def test_lines_grow_with_the_picture_and_large_ones_take_seconds_at_most() -> None:
     assert draw.line_width((384, 384)) == 2
     assert draw.line_width((4000, 3000)) >= 10
-    start = time.perf_counter()
+    start = time.process_time()
     picture = draw.overlay(grey(3000, 4000), block(3000, 4000, 100, 2900, 100, 3900), [[100, 100, 3900, 2900]], 1, "a wall")
-    assert time.perf_counter() - start < 20, "seconds for twelve megapixels"
+    assert time.process_time() - start < 10, "seconds for twelve megapixels"
     assert picture.width == 4000
     white = (np.asarray(picture)[1500, 100:130] == 255).all(axis=1)
     assert white.sum() >= 4, "the light edge of a large picture must be visible"
@@ -104,6 +104,8 @@ def test_objects_have_their_own_colours() -> None:
     first, third = picture[17 * 4, 17 * 4], picture[75 * 4, 75 * 4]
     assert (first != third).any() and (first != 90).any() and (third != 90).any()
     assert (picture[47 * 4, 47 * 4] == 90).all(), "the object without a mask is framed only"
+    lit = np.asarray(draw.draw_objects(grey(96, 96), masks, boxes, spotlight=True))
+    assert (lit[17 * 4, 17 * 4] == 90).all() and (lit[75 * 4, 75 * 4] == 90).all() and (lit[47 * 4, 47 * 4] < 50).all()
 
 
 def test_minimap_places_its_cells_and_survives_bad_numbers() -> None:

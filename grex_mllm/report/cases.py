@@ -50,7 +50,7 @@ class GenerationCase:
 
     @property
     def tags(self) -> list[str]:
-        return [f"{len(self.key[1])} objects"]
+        return [f"{len(self.key[1])} object{'s' if len(self.key[1]) > 1 else ''}"]
 
 
 @dataclass

@@ -68,6 +68,7 @@ def generation_card(sample: Sample, ways: dict[str, dict[str, Any]], case: cases
         [cases.instance_mask(sample.record, instance) for instance in chosen],
         [instance.box_xyxy for instance in chosen],
         factor=panel_factor(sample),
+        spotlight=True,
     )
     panels = [panel(picture, "chosen objects", f"{_objects(len(chosen))} chosen, each with its own colour and number")]
     back = ways[cases.final_way(ways)].get("round_trip")
