@@ -8,7 +8,7 @@ from collections.abc import Iterator, Mapping
 from grex_mllm.config import SyntheticConfig
 from grex_mllm.data.synthetic.expressions import draw_kind, sample_expression, word_expression
 from grex_mllm.data.synthetic.scenes import DrawnScene, bits, draw_scene, held_out_pairs, scene_seed
-from grex_mllm.data.synthetic.shapes import COLOURS, SHAPES
+from grex_mllm.data.synthetic.shapes import SHAPES
 from grex_mllm.errors import fault
 from grex_mllm.types import ExpressionRecord, ImageRecord, Instance, Sample
 
@@ -120,10 +120,3 @@ def corpus(config: SyntheticConfig, num_lines: int, kind_weights: Mapping[str, f
             yield record.expression
             lines += 1
         index += 1
-
-
-def describe_object(sample: Sample, position: int) -> str:
-    """Return the attributes of an object in words, for captions and debugging: "large red striped star"."""
-    given = sample.record.instances[position].attributes or {}
-    textures = ("", "striped ", "dotted ")
-    return f"{('small', 'large')[given['size']]} {COLOURS[given['colour']]} {textures[given['texture']]}{SHAPES[given['shape']]}"

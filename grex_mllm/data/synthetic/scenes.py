@@ -192,10 +192,10 @@ class DrawnScene:
 
 
 def scene_seed(config: SyntheticConfig, split: str, index: int) -> np.ndarray:
-    """Return 6 random 64-bit words for a scene: 0-1 its content, 2-3 its expressions, 4-5 spare."""
+    """Return 4 random 64-bit words for a scene: 0-1 its content, 2-3 its expressions."""
     if split not in SPLITS:
         raise fault(f'split "{split}"', f"one of {', '.join(SPLITS)}", "name a split of the synthetic scenes")
-    return np.random.SeedSequence((config.seed, SPLITS.index(split), index)).generate_state(6, np.uint64)
+    return np.random.SeedSequence((config.seed, SPLITS.index(split), index)).generate_state(4, np.uint64)
 
 
 def _choose_values(r: Callable[[], float], number: int, held: HeldOut, compositional: bool) -> list[tuple[int, int, int, int]]:
