@@ -42,40 +42,66 @@ def deformable_attention_reference(value: Tensor, shapes: Shapes, locations: Ten
 
 
 def deformable_attention_bags(value: Tensor, shapes: Shapes, locations: Tensor, weights: Tensor) -> Tensor:
-    """As `deformable_attention`, one weighted sum of value rows (`embedding_bag`) per query and head: no sample is ever stored."""
-    batch, total, heads, depth = value.shape
-    queries = locations.shape[1]
-    rows, shares = corner_rows(shapes, locations, weights)
-    head = torch.arange(heads, device=value.device)[None, None, :, None]
-    image = torch.arange(batch, device=value.device)[:, None, None, None]
-    rows = (rows.flatten(3) + image * total) * heads + head
-    bags = F.embedding_bag(
-        rows.view(batch * queries * heads, -1),
-        value.reshape(batch * total * heads, depth),
-        per_sample_weights=shares.reshape(batch * queries * heads, -1).to(value.dtype),
-        mode="sum",
+    """As `deformable_attention`: four weighted sums of value rows (`embedding_bag`, one per corner of the cells) per query and head.
+
+    No sample is stored. Every map gets a border of zeros, so that corners outside it need no test: points are clamped to the border, where both
+    the values and their gradients are zero.
+    """
+    batch, _, heads, depth = value.shape
+    queries, points = locations.shape[1], locations.shape[4]
+    rows = add_borders(value, shapes).view(-1, depth)
+    per_head = len(shapes) * points
+    width, height, stride, start = _per_point(shapes, heads, points, locations)
+    x, y = (v.reshape(batch, queries, heads * per_head) for v in locations.unbind(-1))
+    x = torch.minimum((x * width - 0.5).clamp(min=-1), width)
+    y = torch.minimum((y * height - 0.5).clamp(min=-1), height)
+    left, top = x.detach().floor(), y.detach().floor()
+    x, y = x - left, y - top
+    first = start + top.to(torch.int32) * stride + left.to(torch.int32) * heads
+    if batch > 1:
+        first = first + torch.arange(batch, device=value.device, dtype=torch.int32)[:, None, None] * (len(rows) // batch)
+    # what is not a number must not become an address
+    first = first.clamp(0, len(rows) - 1 - heads - int(stride.max()))
+    share = weights.reshape(batch, queries, heads * per_head)
+    lower = share * y
+    upper = share - lower
+    lower_right, upper_right = lower * x, upper * x
+    corners = (
+        (first, upper - upper_right),
+        (first + heads, upper_right),
+        (first + stride, lower - lower_right),
+        (first + (stride + heads), lower_right),
     )
-    return bags.view(batch, queries, heads * depth)
+    out: Tensor | None = None
+    for index, part in corners:
+        bags = F.embedding_bag(index.view(-1, per_head), rows, per_sample_weights=part.view(-1, per_head), mode="sum")
+        out = bags if out is None else out + bags
+    assert out is not None
+    return out.view(batch, queries, heads * depth)
 
 
-def corner_rows(shapes: Shapes, locations: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
-    """Return the four neighbours of every sample: row in S, int64 [B, Q, A, L, K, 4], and share, float, 0 where it lies outside its map."""
-    size = torch.tensor([[w, h] for h, w in shapes], device=locations.device, dtype=locations.dtype)
-    starts = torch.tensor([0, *(h * w for h, w in shapes)], device=locations.device)[:-1].cumsum(0)
-    limit = size.to(torch.int64)
-    point = locations * size[:, None] - 0.5
-    low = point.floor()
-    part = point - low
-    # far outside, floats may not fit an integer; clamping keeps them outside
-    low = torch.minimum(low.clamp(min=-2), size[:, None]).to(torch.int64)
-    rows, shares = [], []
-    for down in (0, 1):
-        y = low[..., 1] + down
-        share_y = torch.where((y >= 0) & (y < limit[:, 1:2]), part[..., 1] if down else 1 - part[..., 1], 0) * weights
-        start = starts[:, None] + y.clamp(min=0).minimum(limit[:, 1:2] - 1) * limit[:, 0:1]
-        for right in (0, 1):
-            x = low[..., 0] + right
-            inside = (x >= 0) & (x < limit[:, 0:1])
-            shares.append(torch.where(inside, part[..., 0] if right else 1 - part[..., 0], 0) * share_y)
-            rows.append(start + x.clamp(min=0).minimum(limit[:, 0:1] - 1))
-    return torch.stack(rows, dim=-1), torch.stack(shares, dim=-1)
+def add_borders(value: Tensor, shapes: Shapes) -> Tensor:
+    """Surround every map with one cell of zeros: [B, S, A, D] -> [B, S', A, D], S' = sum of (h_l + 2) * (w_l + 2), plus one row's reach."""
+    batch, _, heads, depth = value.shape
+    maps = []
+    for (height, width), rows in zip(shapes, value.split([h * w for h, w in shapes], dim=1), strict=True):
+        maps.append(F.pad(rows.reshape(batch, height, width, heads * depth), (0, 0, 1, 1, 1, 1)).flatten(1, 2))
+    # a point on the last corner reads (with share zero) one row and one cell further
+    maps.append(value.new_zeros(batch, max(w for _, w in shapes) + 3, heads * depth))
+    return torch.cat(maps, dim=1).view(batch, -1, heads, depth)
+
+
+def _per_point(shapes: Shapes, heads: int, points: int, like: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Return width, height (float), row stride and address of cell (0, 0) (int32) of every point of a query: each [heads * L * points]."""
+    starts, total = [], 0
+    for height, width in shapes:
+        starts.append(total + width + 3)
+        total += (height + 2) * (width + 2)
+    head = torch.arange(heads, device=like.device, dtype=torch.int32).repeat_interleave(len(shapes) * points)
+
+    def spread(numbers: list[int], dtype: torch.dtype) -> Tensor:
+        return torch.tensor(numbers, device=like.device, dtype=dtype).repeat_interleave(points).repeat(heads)
+
+    stride = spread([(w + 2) * heads for _, w in shapes], torch.int32)
+    start = spread([n * heads for n in starts], torch.int32) + head
+    return spread([w for _, w in shapes], like.dtype), spread([h for h, _ in shapes], like.dtype), stride, start
