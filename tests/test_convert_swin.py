@@ -164,3 +164,71 @@ def test_wrong_swin_weights_write_nothing(tmp_path: Path, how: str) -> None:
     with pytest.raises(GrexError, match=words[how]):
         convert_swin(tmp_path / "x.pth", tmp_path / "out.safetensors")
     assert [item.name for item in tmp_path.iterdir()] == ["x.pth"]
+
+
+def torchvision_names(net: Any) -> dict[str, torch.Tensor]:
+    """Return a ResNet's weights under torchvision's names, with classifier and batch counts."""
+    state = {"fc.weight": torch.zeros(3, 4), "fc.bias": torch.zeros(3), "bn1.num_batches_tracked": torch.tensor(5)}
+    for name, tensor in net.state_dict().items():
+        key = re.sub(r"^stem\.(conv)\.", r"\g<1>1.", re.sub(r"^stem\.norm\.", "bn1.", name))
+        key = re.sub(r"stages\.(\d)", lambda match: f"layer{int(match.group(1)) + 1}", key)
+        key = key.replace("shortcut.conv", "downsample.0").replace("shortcut.norm", "downsample.1").replace(".norm", ".bn")
+        state[key] = tensor
+    return state
+
+
+def detectron_names(state: dict[str, torch.Tensor]) -> dict[str, np.ndarray]:
+    """Rename as detectron2's tool does."""
+    made = {}
+    for key, tensor in state.items():
+        key = re.sub(r"^layer(\d)", lambda match: f"res{int(match.group(1)) + 1}", key) if key.startswith("layer") else f"stem.{key}"
+        key = re.sub(r"bn(\d)", r"conv\1.norm", key).replace("downsample.0", "shortcut").replace("downsample.1", "shortcut.norm")
+        made[key] = tensor.numpy()
+    return made
+
+
+@pytest.mark.parametrize("spelling", ["torchvision", "detectron"])
+def test_resnet_weights(tmp_path: Path, spelling: str) -> None:
+    from grex_mllm.convert.resnet import convert_resnet
+    from grex_mllm.models.resnet import ResNet
+
+    config = VisionConfig(name="resnet", stem_width=4, widths=[8, 8, 16, 16], bottleneck_widths=[4, 4, 8, 8], depths=[2, 1, 1, 3])
+    net = ResNet(config).eval()
+    for name, tensor in net.state_dict().items():
+        tensor.copy_(torch.rand_like(tensor) + (0.5 if name.endswith("var") else -0.2))
+    state = torchvision_names(net)
+    file = tmp_path / "resnet.bin"
+    if spelling == "torchvision":
+        torch.save(state, file)
+    else:
+        file.write_bytes(pickle.dumps({"model": detectron_names(state), "__author__": "torchvision", "matching_heuristics": True}))
+    done = convert_resnet(file, tmp_path / "resnet.safetensors")
+    assert "depths: [2, 1, 1, 3]" in done.notes[0]
+    again = build_vision(VisionConfig(**{**vars(config), "weights": str(tmp_path / "resnet.safetensors")}), 6).eval()
+    image = torch.randn(1, 3, 64, 64)
+    with torch.no_grad():
+        assert all(torch.equal(a, b) for a, b in zip(again(image), net(image)))
+    state.pop("layer2.0.conv3.weight")
+    torch.save(state, file)
+    with pytest.raises(GrexError, match=r"lacks stages\.1\.0\.conv3\.weight"):
+        convert_resnet(file, tmp_path / "other.safetensors")
+    torch.save({"conv1_w": torch.zeros(2)}, file)
+    with pytest.raises(GrexError, match="no torchvision ResNet"):
+        convert_resnet(file, tmp_path / "other.safetensors")
+    assert not (tmp_path / "other.safetensors").exists()
+
+
+def test_the_verb_refuses_what_it_does_not_know(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    from grex_mllm.convert.command import run_convert
+
+    with pytest.raises(GrexError, match="rela, swin, resnet or check"):
+        run_convert("bert", ["x"], "y")
+    with pytest.raises(GrexError, match="without --out"):
+        run_convert("swin", ["x"])
+    with pytest.raises(GrexError, match="1 paths"):
+        run_convert("check", ["x"])
+    with pytest.raises(GrexError, match="--config"):
+        run_convert("swin", ["x"], "y", config="z")
+    torch.save(spelled(SwinTransformer(TINY, text_width=6), "timm"), tmp_path / "x.pth")
+    assert run_convert("swin", [str(tmp_path / "x.pth")], str(tmp_path / "swin.safetensors")) == 0
+    assert "ignored 4: classifier" in capsys.readouterr().out

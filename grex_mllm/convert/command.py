@@ -1,4 +1,4 @@
-"""The verb `grex convert`: rela, swin, check."""
+"""The verb `grex convert`: rela, swin, resnet, check."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ def run_convert(kind: str, source: list[str], out: str | None = None, config: st
         from grex_mllm.convert.check import convert_check
 
         return 0 if convert_check(source[0], source[1]) else 1
-    if kind not in ("rela", "swin"):
-        raise fault(f"grex convert {kind}", "rela, swin or check", "see grex convert --help")
+    if kind not in ("rela", "swin", "resnet"):
+        raise fault(f"grex convert {kind}", "rela, swin, resnet or check", "see grex convert --help")
     _only(kind, source, 1, {} if kind == "rela" else {"--config": config, "--vocab": vocab})
     if out is None:
         raise fault(f"grex convert {kind} without --out", "where the result goes", "add --out")
@@ -25,6 +25,10 @@ def run_convert(kind: str, source: list[str], out: str | None = None, config: st
         from grex_mllm.convert.rela import convert_rela
 
         done = convert_rela(source[0], out, config, vocab)
+    elif kind == "resnet":
+        from grex_mllm.convert.resnet import convert_resnet
+
+        done = convert_resnet(source[0], out)
     else:
         from grex_mllm.convert.swin import convert_swin
 

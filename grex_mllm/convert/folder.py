@@ -1,4 +1,4 @@
-"""Write a model folder from tensors: whole, or not at all. The layout is that of `GrexModel.save_pretrained`."""
+"""Write model folders and weight files: whole, or not at all. The folder's layout is that of `GrexModel.save_pretrained`."""
 
 from __future__ import annotations
 
@@ -46,6 +46,28 @@ def write_model_folder(out: Path, config: Config, tensors: Mapping[str, Tensor],
     finally:
         shutil.rmtree(work, ignore_errors=True)
     return [] if words is not None else [f"no vocabulary at hand: put BERT's {VOCAB} into {out / TOKENIZER}, or convert again with --vocab"]
+
+
+def write_weights(target: Path, tensors: Mapping[str, Tensor]) -> None:
+    """Write a safetensors file under another name, then give it its own.
+
+    Raises:
+        GrexError: the file exists.
+    """
+    from safetensors.torch import save_file
+
+    if target.exists():
+        raise fault(f"output {target} exists", "a new file name", "remove it or choose another --out")
+    target.parent.mkdir(parents=True, exist_ok=True)
+    handle, name = tempfile.mkstemp(dir=target.parent, prefix=f".{target.name}-")
+    os.close(handle)
+    work = Path(name)
+    try:
+        save_file({key: tensor.clone().contiguous() for key, tensor in tensors.items()}, name, metadata={"format": "pt"})
+        work.chmod(0o644)
+        os.replace(work, target)
+    finally:
+        work.unlink(missing_ok=True)
 
 
 def check_free(out: Path) -> None:

@@ -7,15 +7,14 @@ counterpart there: they start as built (the gates at zero).
 from __future__ import annotations
 
 import math
-import os
 import re
-import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 
 from torch import Tensor
 
 from grex_mllm.config import VisionConfig
+from grex_mllm.convert.folder import write_weights
 from grex_mllm.convert.reader import read_checkpoint
 from grex_mllm.convert.rela import Conversion, fill
 from grex_mllm.errors import fault
@@ -38,26 +37,14 @@ def convert_swin(path: str | Path, out: str | Path) -> Conversion:
     Raises:
         GrexError: unreadable or unsafe file, no Swin, unknown, missing or misshapen keys, or an output that exists.
     """
-    from safetensors.torch import save_file
-
     target = Path(out)
-    if target.exists():
-        raise fault(f"output {target} exists", "a new file name", "remove it or choose another --out")
     state, beside = read_checkpoint(path)
     named, ignored = rename(state, str(path))
     vision = sizes(named, str(path))
     fill(named, _expected(vision, named), str(path))
     for entry in beside:
         ignored[f"beside the weights: {entry}"] = 1
-    target.parent.mkdir(parents=True, exist_ok=True)
-    handle, work = tempfile.mkstemp(dir=target.parent, prefix=f".{target.name}-")
-    os.close(handle)
-    try:
-        save_file({name: tensor.float().clone().contiguous() for name, tensor in named.items()}, work, metadata={"format": "pt"})
-        os.chmod(work, 0o644)
-        os.replace(work, target)
-    finally:
-        Path(work).unlink(missing_ok=True)
+    write_weights(target, {name: tensor.float() for name, tensor in named.items()})
     settings = f"name: swin, embed_width: {vision.embed_width}, swin_depths: {vision.swin_depths}, swin_heads: {vision.swin_heads}"
     note = f"set under model.vision: {{{settings}, window: {vision.window}, weights: {target}}}"
     return Conversion("swin", len(named), ignored, target, [note])

@@ -1,0 +1,174 @@
+"""Every shipped configuration loads, says how it is run, and trains a step at tiny size; a released model starts a joint one."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+from grex_mllm.config import Config, load_config
+from grex_mllm.errors import GrexError
+from grex_mllm.models import build_grounding
+from grex_mllm.models.answer import answers
+from grex_mllm.training.losses import ReLALoss
+from grex_mllm.training.optim import build_optimizer, build_schedule, clip_gradients, optimized_parameters
+from grex_mllm.training.run import JointLossTerms
+from grex_mllm.types import Batch
+from tests.test_losses import make_batch
+
+FOLDER = Path(__file__).resolve().parent.parent / "configs"
+FILES = sorted(FOLDER.glob("*.yaml"))
+RELEASED = ("gres_rela_r50", "gres_rela_swin_tiny", "gres_rela_swin_base")
+SIZE = 64
+
+
+def shrink(config: Config) -> Config:
+    """Make every width tiny and leave every choice as it is."""
+    model = config.model
+    model.vision.weights = model.text.path = None
+    if model.vision.name == "swin":
+        model.vision.embed_width, model.vision.window = 8, 4
+        model.vision.swin_depths, model.vision.swin_heads = [1, 1, 1, 1], [1, 1, 2, 2]
+    else:
+        model.vision.stem_width, model.vision.depths = 8, [1, 1, 1, 1]
+        model.vision.widths, model.vision.bottleneck_widths = [8, 16, 16, 24], [8, 8, 8, 8]
+    model.text.vocab_size, model.text.hidden_size, model.text.num_layers = 30, 16, 12 if config.train.optim.text != "all" else 2
+    model.text.num_heads, model.text.intermediate_size, model.text.max_positions = 2, 16, 32
+    model.pixel_decoder.width = model.pixel_decoder.mask_width = model.decoder.width = 16
+    model.pixel_decoder.num_heads = model.decoder.num_heads = 2
+    model.pixel_decoder.num_layers = model.pixel_decoder.num_points = 1
+    model.pixel_decoder.feedforward = model.decoder.feedforward = 16
+    model.decoder.num_layers = min(model.decoder.num_layers, 3)
+    model.decoder.kept_regions, model.decoder.roi_channels = 6, 8
+    return config
+
+
+def tiny_batch() -> Batch:
+    """Two expressions, one of them without target."""
+    torch.manual_seed(0)
+    masks = torch.zeros(2, SIZE, SIZE, dtype=torch.bool)
+    masks[0, 8:40, 16:48] = True
+    batch = make_batch(masks, [torch.tensor([[0.5, 0.375, 0.5, 0.5]]), torch.zeros(0, 4)])
+    batch.image = torch.randint(0, 256, (2, 3, SIZE, SIZE), dtype=torch.uint8)
+    batch.text_ids = torch.randint(1, 30, (2, 7))
+    batch.text_mask = torch.ones(2, 7, dtype=torch.int64)
+    batch.text_mask[1, 4:] = 0
+    batch.instance_masks = [masks[0][None], torch.zeros(0, SIZE, SIZE, dtype=torch.bool)]
+    return batch
+
+
+def grounding_terms(config: Config, model: torch.nn.Module, batch: Batch) -> dict[str, Tensor]:
+    output = model(batch.image, batch.image_index, batch.text_ids, batch.text_mask)
+    return JointLossTerms(config).grounding(output, batch)
+
+
+def test_there_are_configurations() -> None:
+    assert len(FILES) >= 20 and {f"{name}.yaml" for name in RELEASED} <= {file.name for file in FILES}
+
+
+@pytest.mark.parametrize("file", FILES, ids=lambda file: file.stem)
+def test_configuration_trains_a_step(file: Path) -> None:
+    head = [line for line in file.read_text(encoding="utf-8").splitlines() if line.startswith("#")]
+    assert head and "grex" in head[0], "open with the command that runs it"
+    config = shrink(load_config(file))
+    torch.manual_seed(0)
+    model, batch = build_grounding(config.model).train(), tiny_batch()
+    optimizer = build_optimizer(model, config.train.optim)
+    schedule = build_schedule(optimizer, config.train.optim, config.train.steps)
+    before = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
+    terms = grounding_terms(config, model, batch)
+    terms["total"].backward()
+    chosen = {id(parameter) for parameter in optimized_parameters(optimizer)}
+    assert torch.isfinite(clip_gradients(optimized_parameters(optimizer), config.train.optim.clip))
+    optimizer.step()
+    schedule.step()
+    moved = {name for name, parameter in model.named_parameters() if not torch.equal(parameter, before[name])}
+    assert moved and all(id(parameter) in chosen for name, parameter in model.named_parameters() if name in moved)
+    model.eval()
+    with torch.no_grad():
+        output = model(batch.image, batch.image_index, batch.text_ids, batch.text_mask)
+        assert torch.isfinite(JointLossTerms(config).grounding(output, batch)["total"])
+    results = answers(output, ["a", "b"], batch.geometries, (SIZE, SIZE), config.predict)
+    assert len(results) == 2
+
+
+@pytest.mark.parametrize("file", [file for file in FILES if file.stem != "demo"], ids=lambda file: file.stem)
+def test_weighted_terms_are_the_heads_that_exist(file: Path) -> None:
+    config = shrink(load_config(file))
+    names = set(grounding_terms(config, build_grounding(config.model), tiny_batch())) - {"total"}
+    weights = ("mask", "minimap", "no_target", "box_l1", "box_giou", "box_score", "count")
+    assert names == {name for name in weights if getattr(config.loss, name)}
+    assert ("box_l1" in names) == config.model.decoder.boxes and ("count" in names) == config.model.decoder.count
+
+
+@pytest.mark.parametrize("name", RELEASED)
+def test_released_configurations_are_what_conversion_writes(name: str) -> None:
+    from grex_mllm.convert.rela import BACKBONES, released_config
+
+    ours, converted = load_config(FOLDER / f"{name}.yaml"), released_config(BACKBONES[name.removeprefix("gres_rela_")])
+    ours.model.vision.weights = ours.model.text.path = None
+    assert ours.model == converted.model and ours.loss == converted.loss and ours.train.optim == converted.train.optim
+    assert (ours.train.steps, ours.train.batch_images) == (converted.train.steps, converted.train.batch_images)
+
+
+def test_ablations_change_what_they_name() -> None:
+    """The rows of one table differ from the full model in the one thing."""
+    full = load_config(FOLDER / "gres_rela_swin_base.yaml")
+    for name, change in (
+        ("ria_hard_split", ("ria", "hard_split")),
+        ("ria_pooled", ("ria", "pooled")),
+        ("rla_none", ("rla", "none")),
+        ("rla_language", ("rla", "language")),
+        ("rla_region", ("rla", "region")),
+        ("regions_4", ("minimap_side", 4)),
+        ("regions_8", ("minimap_side", 8)),
+        ("regions_12", ("minimap_side", 12)),
+    ):
+        row = load_config(FOLDER / f"ablation_{name}.yaml")
+        assert getattr(row.model.decoder, change[0]) == change[1]
+        setattr(row.model.decoder, change[0], getattr(full.model.decoder, change[0]))
+        assert row == full
+    row = load_config(FOLDER / "ablation_ria_no_minimap.yaml")
+    assert row.loss.minimap == 0
+    row.loss.minimap = full.loss.minimap
+    assert row == full
+
+
+def test_the_table_names_every_configuration() -> None:
+    table = (FOLDER / "README.md").read_text(encoding="utf-8")
+    assert [file.name for file in FILES if f"`{file.name}`" not in table] == []
+
+
+def test_a_released_model_starts_a_joint_one_without_its_new_heads(tmp_path: Path) -> None:
+    from grex_mllm.models.grex import GrexModel
+    from grex_mllm.models.text import train_text_tokenizer
+    from grex_mllm.training.start import describe_new, start_from
+
+    tokenizer = train_text_tokenizer(["two red circles", "the blue square"], 30)
+    released = GrexModel(shrink(load_config(FOLDER / "gres_rela_r50.yaml")), tokenizer)
+    released.save_pretrained(tmp_path / "released")
+    joint = GrexModel(shrink(load_config(FOLDER / "joint_rela_r50.yaml")), tokenizer)
+    new = start_from(joint, tmp_path / "released")
+    assert {name.split(".")[3] for name in new} == {"box", "box_score", "count"}
+    assert (
+        describe_new(new)
+        == "new, as built: decoder.heads.box (6 tensors), decoder.heads.box_score (2 tensors), decoder.heads.count (4 tensors)"
+    )
+    theirs, ours = released.saved_state(), joint.saved_state()
+    assert set(ours) - set(theirs) == set(new) and all(torch.equal(ours[name], value) for name, value in theirs.items())
+    assert describe_new(start_from(joint, tmp_path / "released")[:0]) == "every tensor was there"
+    joint.save_pretrained(tmp_path / "joint")
+    with pytest.raises(GrexError, match=r"12 superfluous: grounding\.decoder\.heads"):
+        start_from(released, tmp_path / "joint")
+    with pytest.raises(GrexError, match="has no model"):
+        start_from(joint, tmp_path)
+
+
+def test_loss_weights_without_heads_are_refused() -> None:
+    config = shrink(load_config(FOLDER / "gres_rela_r50.yaml"))
+    config.loss.count = 1.0
+    with pytest.raises(GrexError, match=r"decoder\.count"):
+        batch = tiny_batch()
+        ReLALoss(config.loss)(build_grounding(config.model)(batch.image, batch.image_index, batch.text_ids, batch.text_mask), batch)
