@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import re
+import shutil
 import subprocess
 import sys
 import time
@@ -301,6 +302,17 @@ def test_readme_programs_and_targets_exist() -> None:
     targets = set(re.findall(r"^([a-z]+):", (ROOT / "Makefile").read_text(encoding="utf-8"), flags=re.MULTILINE))
     for command in readme_commands("make"):
         assert command.split()[1] in targets, command
+
+
+def test_make_refuses_an_old_python(tmp_path: Path) -> None:
+    for name in ("Makefile", "pyproject.toml"):
+        shutil.copy(ROOT / name, tmp_path)
+    old = tmp_path / "python3.9"
+    old.write_text(f'#!/bin/sh\nexec "{sys.executable}" -c "import sys; sys.version_info = (3, 9); $2"\n')
+    old.chmod(0o755)
+    run = subprocess.run(["make", "setup", f"PYTHON={old}"], cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert run.returncode != 0 and not (tmp_path / ".venv").exists()
+    assert "is Python 3.9; expected 3.11 or newer; run: make setup PYTHON=" in run.stderr
 
 
 def test_readme_links_exist() -> None:
