@@ -211,7 +211,8 @@ def _choose_values(r: Callable[[], float], number: int, held: HeldOut, compositi
             palette_shapes[0], palette_colours[0] = shape, colour
         if held.textures and (not pairs or r() < 0.3):
             shape, texture = sorted(held.textures)[int(r() * len(held.textures))]
-            chosen.append((shape, palette_colours[int(r() * len(palette_colours))], int(r() * 2), texture))
+            size = 1 if shape == _RING else int(r() * 2)  # small rings are plain, see below
+            chosen.append((shape, palette_colours[int(r() * len(palette_colours))], size, texture))
         chosen = [(v[0], v[1], v[2], 0) if v[SHAPE] == _RING and v[SIZE] == 0 else v for v in chosen[: number - 1] or chosen]
     while len(chosen) < number:
         for _ in range(40):
