@@ -12,6 +12,7 @@ from PIL import Image
 from tiny_folder import gradient
 from torch.nn.functional import interpolate
 
+from grex_mllm.data.images import load_image
 from grex_mllm.data.transforms import boxes_to_original, fit, instance_mask, mask_to_original, prepare, resize_image, values_to_original
 from grex_mllm.errors import GrexError
 from grex_mllm.ops.masks import encode_rle, mask_to_box_xyxy
@@ -113,17 +114,17 @@ def test_against_the_released_preprocessing(shared: Path) -> None:
     recorded = np.load(folder / "expected.npz")
     refs = json.loads((folder / "grefcoco" / "grefs(unc).json").read_text())
     annotations = {a["id"]: a for a in json.loads((folder / "grefcoco" / "instances.json").read_text())["annotations"]}
-    from grex_mllm.data.images import load_image
-
+    images = {path.name: load_image(path) for path in (folder / "images" / "train2014").iterdir()}
     number = 0
     for split in ("train", "val"):
         targets = [ref["ann_id"] for ref in refs if ref["split"] == split for _ in ref["sentences"]]
         assert len(targets) == len(expected[split]) == 36
         for index, (names, entry) in enumerate(zip(targets, expected[split], strict=True)):
-            image = load_image(folder / "images" / "train2014" / entry["file_name"])
+            image = images[entry["file_name"]]
+            height, width = image.shape[:2]
             wanted = [annotations[name] for name in names if name != -1]
             instances = [Instance(str(a["id"]), "x", a["bbox"], a["segmentation"]) for a in wanted]
-            ready = prepare(Sample(image, ImageRecord("i", "", *image.shape[:2], instances), []), 480, "squash")
+            ready = prepare(Sample(image, ImageRecord("i", "", height, width, instances), []), 480, "squash")
             truth = np.unpackbits(recorded[f"{split}_{index:02d}_mask"])[: 480 * 480].reshape(480, 480).astype(bool)
             assert np.array_equal(ready.instance_masks.any(axis=0), truth)
             if index < 6:
