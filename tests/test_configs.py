@@ -34,7 +34,7 @@ def shrink(config: Config) -> Config:
     else:
         model.vision.stem_width, model.vision.depths = 8, [1, 1, 1, 1]
         model.vision.widths, model.vision.bottleneck_widths = [8, 16, 16, 24], [8, 8, 8, 8]
-    model.text.vocab_size, model.text.hidden_size, model.text.num_layers = 30, 16, 12 if config.train.optim.text != "all" else 2
+    model.text.vocab_size, model.text.hidden_size, model.text.num_layers = 40, 16, 12 if config.train.optim.text != "all" else 2
     model.text.num_heads, model.text.intermediate_size, model.text.max_positions = 2, 16, 32
     model.pixel_decoder.width = model.pixel_decoder.mask_width = model.decoder.width = 16
     model.pixel_decoder.num_heads = model.decoder.num_heads = 2
