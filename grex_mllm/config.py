@@ -56,6 +56,7 @@ class TextConfig:
     intermediate_size: int = 3072
     max_positions: int = 512
     max_tokens: int = 20
+    pad: str = "max"  # max (as released: the decoder reads padding rows, too) | longest (of the batch: less work)
     dropout: float = 0.1
     attention: str = "sdpa"  # sdpa | eager (training tiny sizes on a CPU is faster with it) | flash_attention_2
 

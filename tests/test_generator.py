@@ -123,6 +123,7 @@ def test_decoding_equals_forward_without_cache(tokenizer: LMTokenizer) -> None:
         tokens = [tokenizer.bos_id]
         for step in range(6):
             text = generator.lm.get_input_embeddings()(torch.tensor([tokens]))
+            text[0, 0] += prefix.summary[e]
             logits = generator.lm(inputs_embeds=torch.cat([embeds, text], 1)).logits[0, -1]
             logits[generator.banned + ([tokenizer.eos_id] if step == 0 else [])] = -torch.inf
             tokens.append(int(logits.argmax()))
@@ -192,6 +193,16 @@ def test_distractors_and_image_tokens_are_seen(tokenizer: LMTokenizer) -> None:
     assert torch.equal(first[:6], second[:6]) and first[7] != second[7]
 
 
+def test_distractor_dropout_hides_the_others_in_training_only(tokenizer: LMTokenizer) -> None:
+    generator, inputs = build(tokenizer, distractor_dropout=0.5), scene()
+    targets, everything = (torch.tensor(n) + 4 for n in ((1, 2, 3, 1, 5, 2, 2, 1), (3, 3, 5, 5, 5, 5, 2, 2)))
+    seen = torch.stack([generator.prefix(**inputs).mask.sum(1) for _ in range(20)])
+    assert bool(((seen == targets) | (seen == everything)).all())
+    varied = seen[:, targets != everything]
+    assert bool((varied.min(0).values < varied.max(0).values).all())
+    assert generator.eval().prefix(**inputs).mask.sum(1).tolist() == everything.tolist()
+
+
 def test_sampling_is_reproducible_and_varied(tokenizer: LMTokenizer) -> None:
     generator, inputs = build(tokenizer), scene()
     first = generator.generate(**inputs, mode="sample", num_candidates=5, seed=1, max_new_tokens=5)
@@ -238,6 +249,18 @@ def test_autocast_is_near_float32(tokenizer: LMTokenizer) -> None:
     torch.testing.assert_close(rough.float(), exact, rtol=0.02, atol=0.02)
 
 
+def test_bfloat16_weights_keep_exact_positions(tokenizer: LMTokenizer) -> None:
+    """All weights in bfloat16, as under DeepSpeed: geometry stays exact, so an order of near objects is still seen."""
+    generator = build(tokenizer).bfloat16().eval()
+    mask = torch.zeros(2, 8, 1024, dtype=torch.bool)
+    mask[0, :, 901:910] = mask[1, :, 900:909] = True
+    objects = generator.region_tokens([torch.randn(1, 8, 2, 256).bfloat16(), torch.randn(1, 12, 1, 128).bfloat16()], [mask])
+    assert objects.order.tolist() == [[1, 0]] and objects.tokens.dtype == torch.bfloat16
+    inputs = scene() | {"features": [f.bfloat16() for f in scene()["features"]]}
+    ids, mask_ids = tokenizer.encode(TEXTS)
+    generator(**inputs, lm_ids=ids, lm_mask=mask_ids).loss.backward()
+
+
 def test_objects_as_boxes_in_training(tokenizer: LMTokenizer) -> None:
     """box_share 1 draws each object's box in training and leaves masks alone in evaluation."""
     generator, inputs = build(tokenizer, box_share=1.0), scene()
@@ -267,7 +290,12 @@ def test_faulty_object_sets(tokenizer: LMTokenizer, change: dict, message: str) 
 
 @pytest.mark.parametrize(
     ("change", "message"),
-    [({"mode": "guess"}, "guess"), ({"num_candidates": 3}, "3 candidates"), ({"mode": "sample", "temperature": 0.0}, "temperature")],
+    [
+        ({"max_new_tokens": 600}, "512 positions"),
+        ({"mode": "guess"}, "guess"),
+        ({"num_candidates": 3}, "3 candidates"),
+        ({"mode": "sample", "temperature": 0.0}, "temperature"),
+    ],
 )
 def test_faulty_modes(tokenizer: LMTokenizer, change: dict, message: str) -> None:
     with pytest.raises(GrexError, match=message):

@@ -79,7 +79,7 @@ def test_padding_of_the_image_changes_nothing() -> None:
     torch.testing.assert_close(small.image, tall.image)
 
 
-def test_targets_left_to_right_then_distractors_then_padding() -> None:
+def test_distractors_then_targets_left_to_right_then_padding() -> None:
     module = RegionTokens([4], 8, hidden=8, image_grid=0, max_distractors=1, shape_side=0)
     mask = torch.zeros(4, 16, 16, dtype=torch.bool)
     for i, x in enumerate((12, 0, 8, 4)):
@@ -87,10 +87,12 @@ def test_targets_left_to_right_then_distractors_then_padding() -> None:
     objects = module([torch.randn(2, 4, 8, 8)], [mask, mask[:1]])
     assert objects.order[0].tolist() == [1, 3, 2, 0]
     member = torch.tensor([[True, False, True, False], [True, False, False, False]])
-    tokens, keep = module.select(objects, torch.tensor([0, 1]), member)
+    tokens, keep, summary = module.select(objects, torch.tensor([0, 1]), member)
     assert keep.tolist() == [[True, True, True], [True, False, False]]
-    expected = [objects.tokens[0, 2] + module.kind.weight[1], objects.tokens[0, 0] + module.kind.weight[1]]
-    expected.append(objects.tokens[0, 3] + module.kind.weight[2])  # the larger one of the two that are not selected
+    expected = [objects.tokens[0, 3] + module.kind.weight[1]]  # the larger one of the two that are not selected
+    expected += [objects.tokens[0, 2] + module.kind.weight[2], objects.tokens[0, 0] + module.kind.weight[2]]
+    mean = (expected[1] + expected[2]) / 2
+    torch.testing.assert_close(summary[0], module.summary_to_lm(mean + module.count.weight[2]))
     torch.testing.assert_close(tokens[0], module.to_lm(torch.stack(expected)))
     assert not tokens[1, 1:].any()
 

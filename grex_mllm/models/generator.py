@@ -1,7 +1,7 @@
 """The generator: feature maps and selected objects in, one expression for the whole set out (group-expression generation, GREG).
 
-Sequence: [text before] [image tokens] [targets, left to right] [distractors] [text after] BOS expression EOS. Padding lies between the
-distractors and what follows, is masked, and gets no position, so a batch gives what its members give alone.
+Sequence: [text before] [image tokens] [distractors] [targets, left to right] [text after] BOS expression EOS, with the set's summary added
+to BOS. Padding lies between the targets and what follows, is masked, and gets no position, so a batch gives what its members give alone.
 """
 
 from __future__ import annotations
@@ -57,6 +57,7 @@ class Generator(nn.Module):
             max_distractors=cfg.max_distractors if cfg.distractors else 0,
             shape_side=cfg.shape_side,
             context_layers=cfg.context_layers,
+            distractor_dropout=cfg.distractor_dropout,
             token_scale=embedding_scale(self.lm),
         )
         special = {tokenizer.bos_id, tokenizer.pad_id, *tokenizer.hf.all_special_ids} - {tokenizer.eos_id}
@@ -77,15 +78,15 @@ class Generator(nn.Module):
         masks = self._some_as_boxes(instance_masks) if self.training and self.cfg.box_share > 0 else instance_masks
         objects = self.region_tokens(features, masks, valid_sizes, instance_boxes_norm)
         member = _membership(image_index, target_index, objects.present, [len(m) for m in masks])
-        tokens, mask = self.region_tokens.select(objects, image_index, member)
+        tokens, mask, summary = self.region_tokens.select(objects, image_index, member)
         weight = self.lm.get_input_embeddings().weight
-        embeds = tokens.to(weight.dtype) if weight.is_floating_point() else tokens
+        embeds, summary = tokens.to(weight.dtype), summary.to(weight.dtype)
         if self.cfg.prompt:
             before, after = (self._text_embeds(part, len(embeds)) for part in self.cfg.prompt.split(PLACE))
             ones = mask.new_ones
             mask = torch.cat([ones(len(mask), before.shape[1]), mask, ones(len(mask), after.shape[1])], 1)
             embeds = torch.cat([before, embeds, after], 1)
-        return Prefix(embeds, mask)
+        return Prefix(embeds, mask, summary)
 
     def forward(
         self,
@@ -109,10 +110,12 @@ class Generator(nn.Module):
             GrexError: an empty object set, a target that does not exist or has no pixel, masks that do not fit the feature maps.
         """
         prefix = self.prefix(features, instance_masks, image_index, target_index, valid_sizes, instance_boxes_norm)
-        embeds = self.lm.get_input_embeddings()(lm_ids).to(prefix.embeds.dtype)
-        mask = torch.cat([prefix.mask, lm_mask.bool()], 1)
+        text = self.lm.get_input_embeddings()(lm_ids[:, 1:]).to(prefix.embeds.dtype)
+        embeds, mask = prefix.open(self.lm, self.tokenizer.bos_id)
+        embeds, mask = torch.cat([embeds, text], 1), torch.cat([mask, lm_mask[:, 1:].bool()], 1)
+        self._check_length(int(mask.sum(1).max()))
         out = self.lm(
-            inputs_embeds=torch.cat([prefix.embeds, embeds], 1),
+            inputs_embeds=embeds,
             attention_mask=mask.long(),
             position_ids=position_ids(mask),
             use_cache=False,
@@ -154,11 +157,12 @@ class Generator(nn.Module):
         self.eval()
         try:
             prefix = self.prefix(features, instance_masks, image_index, target_index, valid_sizes, instance_boxes_norm)
+            self._check_length(int(prefix.mask.sum(1).max()) + 1 + steps)
             answers: list[list[str]] = []
             copies = max(num_beams, num_candidates) if mode == "beam" else num_candidates
             chunk = max(1, self.cfg.max_rows // copies)
             for start in range(0, len(prefix.embeds), chunk):
-                part = Prefix(prefix.embeds[start : start + chunk], prefix.mask[start : start + chunk])
+                part = Prefix(*(t[start : start + chunk] for t in (prefix.embeds, prefix.mask, prefix.summary)))
                 tokens = self._write(part, mode, num_candidates, copies, temperature, steps, seed)
                 answers += [[self.tokenizer.decode(row) for row in rows] for rows in tokens.tolist()]
             return answers
@@ -200,6 +204,15 @@ class Generator(nn.Module):
             return beam_search(self.lm, prefix, tok.bos_id, tok.eos_id, tok.pad_id, self.banned, steps, num_beams, num_candidates)
         uniforms = stratified_uniforms(num_candidates, steps, seed) if mode == "sample" else None
         return decode(self.lm, prefix, tok.bos_id, tok.eos_id, self.banned, steps, uniforms, temperature)
+
+    def _check_length(self, length: int) -> None:
+        limit = getattr(self.lm.config, "max_position_embeddings", None)
+        if limit is not None and length > limit:
+            raise fault(
+                f"a sequence of {length} tokens (regions and expression)",
+                f"at most the language model's {limit} positions",
+                "select fewer objects, lower max_distractors or max_new_tokens, or raise max_positions of a tiny model",
+            )
 
     def _text_embeds(self, text: str, rows: int) -> Tensor:
         weight = self.lm.get_input_embeddings().weight

@@ -6,6 +6,8 @@ LoRA: Hu et al. 2021; NF4: Dettmers et al. 2023; both through peft and bitsandby
 from __future__ import annotations
 
 import importlib.util
+import logging
+import warnings
 from typing import Any
 
 import torch
@@ -131,9 +133,12 @@ def _quantisation(cfg: GeneratorConfig) -> Any:
 
 
 def _with_lora(lm: Any, cfg: GeneratorConfig) -> Any:
+    # bitsandbytes, which peft imports, reports at each start that a kernel package for 4-bit models is not there
+    logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
     from peft import LoraConfig, get_peft_model
+    from transformers.pytorch_utils import Conv1D
 
-    names = {name.rsplit(".", 1)[-1] for name, module in lm.named_modules() if isinstance(module, nn.Linear)}
+    names = {name.rsplit(".", 1)[-1] for name, module in lm.named_modules() if isinstance(module, nn.Linear | Conv1D)}
     missing = [target for target in cfg.lora_targets if target not in names]
     if missing or not cfg.lora_targets:
         raise fault(
@@ -148,4 +153,6 @@ def _with_lora(lm: Any, cfg: GeneratorConfig) -> Any:
         target_modules=list(cfg.lora_targets),
         task_type="CAUSAL_LM",
     )
-    return get_peft_model(lm, adapters)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)  # peft reads a name that transformers is about to change
+        return get_peft_model(lm, adapters)

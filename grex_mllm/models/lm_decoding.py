@@ -17,10 +17,20 @@ from torch import Tensor
 
 @dataclass
 class Prefix:
-    """Embeddings before the expression. embeds: float [E, P, D].  mask: bool [E, P]; padding only behind the first token of a row."""
+    """Embeddings before the expression. embeds: float [E, P, D].  mask: bool [E, P]; padding only behind the first token of a row.
+
+    summary: float [E, D], added to the embedding of BOS.
+    """
 
     embeds: Tensor
     mask: Tensor
+    summary: Tensor
+
+    def open(self, lm: Any, bos_id: int) -> tuple[Tensor, Tensor]:
+        """Return (embeds [E, P + 1, D], mask [E, P + 1]) with BOS."""
+        rows = len(self.embeds)
+        bos = lm.get_input_embeddings()(torch.full((rows, 1), bos_id, device=self.embeds.device)).to(self.embeds.dtype)
+        return torch.cat([self.embeds, bos + self.summary[:, None]], 1), torch.cat([self.mask, self.mask.new_ones(rows, 1)], 1)
 
 
 def position_ids(mask: Tensor) -> Tensor:
@@ -55,10 +65,9 @@ def decode(
     num = 1 if uniforms is None else len(uniforms)
     if uniforms is not None:
         uniforms = uniforms.to(device)
-    bos = lm.get_input_embeddings()(torch.full((num_sets, 1), bos_id, device=device)).to(prefix.embeds.dtype)
-    mask = torch.cat([prefix.mask, prefix.mask.new_ones(num_sets, 1)], 1)
+    embeds, mask = prefix.open(lm, bos_id)
     out = lm(
-        inputs_embeds=torch.cat([prefix.embeds, bos], 1),
+        inputs_embeds=embeds,
         attention_mask=mask.long(),
         position_ids=position_ids(mask),
         use_cache=True,
@@ -109,11 +118,9 @@ def beam_search(
     num_candidates: int,
 ) -> Tensor:
     """Return int64 [E, K, T], the best K of `num_beams` beams by mean log-likelihood, best first, padded with EOS or padding."""
-    num_sets, device = len(prefix.embeds), prefix.embeds.device
-    bos = lm.get_input_embeddings()(torch.full((num_sets, 1), bos_id, device=device)).to(prefix.embeds.dtype)
-    mask = torch.cat([prefix.mask, prefix.mask.new_ones(num_sets, 1)], 1)
+    embeds, mask = prefix.open(lm, bos_id)
     tokens = lm.generate(
-        inputs_embeds=torch.cat([prefix.embeds, bos], 1),
+        inputs_embeds=embeds,
         attention_mask=mask.long(),
         do_sample=False,
         num_beams=num_beams,
@@ -124,7 +131,7 @@ def beam_search(
         eos_token_id=eos_id,
         pad_token_id=pad_id,
     )
-    return tokens.view(num_sets, num_candidates, -1)
+    return tokens.view(len(embeds), num_candidates, -1)
 
 
 def _choose(logits: Tensor, forbidden: list[int], chance: Tensor | None, temperature: float) -> Tensor:

@@ -2,7 +2,9 @@
 
 Every object of an image is pooled once, at every scale of the feature maps, whatever the number of object sets that mention it; an object
 set then only gathers rows. A token = MLP(mask-pooled features of each scale, geometry code, small picture of the mask) + type embedding
-(image, target, distractor). Targets stand left to right, so the order of the selection does not matter.
+(image, target, distractor). Targets stand left to right, so the order of the selection does not matter, and next to the expression, so
+that they see the distractors and a language model's short-range heads see them. The mean of the targets, with their number, is the set's
+summary, for the embedding that opens the expression: every later token of a causal LM attends to that one from the first step on.
 """
 
 from __future__ import annotations
@@ -18,7 +20,8 @@ from torch import Tensor, nn
 
 from grex_mllm.errors import fault
 
-IMAGE, TARGET, DISTRACTOR = 0, 1, 2
+IMAGE, DISTRACTOR, TARGET = 0, 1, 2  # also the order in the prefix
+MOST_COUNTED = 7  # targets; more count as this many
 NUM_FREQUENCIES = 6
 GEOMETRY_WIDTH = 7 + 2 * 4 * NUM_FREQUENCIES
 
@@ -54,20 +57,24 @@ class RegionTokens(nn.Module):
         max_distractors: int = 16,
         shape_side: int = 8,
         context_layers: int = 0,
+        distractor_dropout: float = 0.0,
         token_scale: float = 1.0,
     ) -> None:
         super().__init__()
         self.image_grid, self.max_distractors, self.shape_side = image_grid, max_distractors, shape_side
+        self.distractor_dropout = distractor_dropout
         self.norms = nn.ModuleList(nn.LayerNorm(c) for c in channels)
         inputs = sum(channels) + GEOMETRY_WIDTH + shape_side**2
         self.project = nn.Sequential(nn.Linear(inputs, hidden), nn.GELU(), nn.Linear(hidden, hidden))
         self.kind = nn.Embedding(3, hidden)
+        self.count = nn.Embedding(MOST_COUNTED + 1, hidden)
         heads = next(h for h in (8, 4, 2, 1) if hidden % h == 0)
         self.context = nn.ModuleList(
             nn.TransformerEncoderLayer(hidden, heads, 2 * hidden, 0.0, "gelu", batch_first=True, norm_first=True)
             for _ in range(context_layers)
         )
         self.to_lm = nn.Sequential(nn.LayerNorm(hidden), nn.Linear(hidden, width), nn.LayerNorm(width))
+        self.summary_to_lm = nn.Sequential(nn.LayerNorm(hidden), nn.Linear(hidden, width), nn.LayerNorm(width))
         self.set_token_scale(token_scale)
 
     def forward(
@@ -89,7 +96,8 @@ class RegionTokens(nn.Module):
         height, width = check_masks(masks, features)
         if instance_boxes_norm is not None:
             masks = [_fill_empty(m, boxes) for m, boxes in zip(masks, instance_boxes_norm)]
-        dtype, device = self.kind.weight.dtype, features[0].device
+        weight, device = self.kind.weight.dtype, features[0].device
+        dtype = torch.promote_types(weight, torch.float32)  # bfloat16 weights must not round positions and areas
         if valid_sizes is None:
             valid_sizes = torch.tensor([[height, width]], device=device).expand(len(masks), 2)
         num = max(1, max(len(m) for m in masks))
@@ -100,18 +108,19 @@ class RegionTokens(nn.Module):
             level = F.adaptive_avg_pool2d(weights, (feature.shape[-2], feature.shape[-1])).flatten(2)
             level = level / level.sum(-1, keepdim=True).clamp(min=1e-12)
             values = torch.bmm(level.to(feature.dtype), feature.flatten(2).transpose(1, 2))
-            pooled.append(norm(values.to(dtype)))
+            pooled.append(norm(values.to(weight)))
         limits = valid_sizes.to(dtype).flip(-1).repeat(1, 2)[:, None]  # [B, 1, 4] width, height, width, height
         geometry = geometry_code(boxes / limits, area / limits[..., :2].prod(-1))
-        tokens = self.project(torch.cat([*pooled, geometry, shape], -1))
+        tokens = self.project(torch.cat([*pooled, geometry.to(weight), shape.to(weight)], -1))
         order = _left_to_right(boxes, area, present)
         image = self._image_tokens(features, valid_sizes.to(dtype), (height, width))
         return ObjectTokens(tokens, present, order, area / limits[..., :2].prod(-1), image)
 
-    def select(self, objects: ObjectTokens, image_index: Tensor, member: Tensor) -> tuple[Tensor, Tensor]:
-        """Return prefix tokens [E, G + P, D] and their mask (bool) for E object sets: image tokens, targets left to right, distractors.
+    def select(self, objects: ObjectTokens, image_index: Tensor, member: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Return the prefix of E object sets: tokens [E, G + P, D], their mask (bool), and the sets' summaries [E, D].
 
-        member: bool [E, N], the targets of each set among its image's objects. Padding stands behind the distractors.
+        Order: image tokens, distractors left to right, targets left to right, padding. member: bool [E, N], the targets of each set among
+        its image's objects.
         """
         order = objects.order[image_index]
         target = member.gather(1, order)
@@ -119,25 +128,30 @@ class RegionTokens(nn.Module):
         area = objects.area[image_index].gather(1, order).masked_fill(~other, -1.0)
         rank = area.argsort(dim=1, descending=True, stable=True).argsort(dim=1)
         other = other & (rank < self.max_distractors)
-        kind = torch.where(target, TARGET, torch.where(other, DISTRACTOR, DISTRACTOR + 1))
-        place = kind.argsort(dim=1, stable=True)
-        length = int((kind <= DISTRACTOR).sum(1).max())
-        place = place[:, :length]
+        if self.training and self.distractor_dropout > 0:
+            other = other & (torch.rand(len(other), 1) >= self.distractor_dropout).to(other.device)
+        kind = torch.where(target, TARGET, torch.where(other, DISTRACTOR, TARGET + 1))
+        place = kind.argsort(dim=1, stable=True)[:, : int((kind <= TARGET).sum(1).max())]
         kind, source = kind.gather(1, place), order.gather(1, place)
-        tokens = objects.tokens[image_index[:, None], source] + self.kind(kind.clamp(max=DISTRACTOR))
+        tokens = objects.tokens[image_index[:, None], source] + self.kind(kind.clamp(max=TARGET))
         image = objects.image[image_index] + self.kind.weight[IMAGE]
         tokens = torch.cat([image.to(tokens.dtype), tokens], 1)
-        mask = torch.cat([kind.new_ones(image.shape[:2], dtype=torch.bool), kind <= DISTRACTOR], 1)
+        mask = torch.cat([kind.new_ones(image.shape[:2], dtype=torch.bool), kind <= TARGET], 1)
         for layer in self.context:
             tokens = layer(tokens, src_key_padding_mask=~mask)
-        return self.to_lm(tokens) * mask[..., None], mask
+        selected = (kind == TARGET).to(tokens.dtype)[..., None]
+        number = selected.sum(1)
+        mean = (tokens[:, image.shape[1] :] * selected).sum(1) / number.clamp(min=1)
+        summary = self.summary_to_lm(mean + self.count(number[:, 0].long().clamp(max=MOST_COUNTED)))
+        return self.to_lm(tokens) * mask[..., None], mask, summary
 
     @torch.no_grad()
     def set_token_scale(self, token_scale: float) -> None:
-        """Give the tokens this standard deviation."""
-        norm = self.to_lm[-1]
-        assert isinstance(norm, nn.LayerNorm)
-        norm.weight.fill_(token_scale)
+        """Give the tokens and summaries this standard deviation."""
+        for layers in (self.to_lm, self.summary_to_lm):
+            norm = layers[-1]
+            assert isinstance(norm, nn.LayerNorm)
+            norm.weight.fill_(token_scale)
 
     def _describe_masks(
         self, masks: list[Tensor], num: int, dtype: torch.dtype, device: torch.device
@@ -162,10 +176,10 @@ class RegionTokens(nn.Module):
 
     def _image_tokens(self, features: list[Tensor], valid_sizes: Tensor, size: tuple[int, int]) -> Tensor:
         """Pool the unpadded part of the image over a grid: [B, G, hidden]."""
-        grid, dtype = self.image_grid, self.kind.weight.dtype
+        grid, weight = self.image_grid, self.kind.weight.dtype
         num_images = len(valid_sizes)
         if grid == 0:
-            return valid_sizes.new_zeros(num_images, 0, self.kind.embedding_dim, dtype=dtype)
+            return valid_sizes.new_zeros(num_images, 0, self.kind.embedding_dim, dtype=weight)
         pooled = []
         zero = valid_sizes.new_zeros(num_images)
         for feature, norm in zip(features, self.norms):
@@ -173,13 +187,13 @@ class RegionTokens(nn.Module):
             rows = interval_weights(zero, valid_sizes[:, 0] * cells[0] / size[0], grid, cells[0]).to(feature.dtype)
             columns = interval_weights(zero, valid_sizes[:, 1] * cells[1] / size[1], grid, cells[1]).to(feature.dtype)
             values = torch.einsum("bgh,bchw,bkw->bgkc", rows, feature, columns)
-            pooled.append(norm(values.flatten(1, 2).to(dtype)))
-        step = torch.arange(grid, device=valid_sizes.device, dtype=dtype) / grid
+            pooled.append(norm(values.flatten(1, 2).to(weight)))
+        step = torch.arange(grid, device=valid_sizes.device, dtype=valid_sizes.dtype) / grid
         top, left = torch.meshgrid(step, step, indexing="ij")
         boxes = torch.stack([left, top, left + 1 / grid, top + 1 / grid], -1).flatten(0, 1).expand(num_images, -1, 4)
         geometry = geometry_code(boxes, torch.full_like(boxes[..., 0], 1 / grid**2))
         shape = boxes.new_ones(num_images, grid**2, self.shape_side**2)
-        return self.project(torch.cat([*pooled, geometry, shape], -1))
+        return self.project(torch.cat([*pooled, geometry.to(weight), shape.to(weight)], -1))
 
 
 def geometry_code(boxes_xyxy_norm: Tensor, area: Tensor) -> Tensor:
