@@ -13,9 +13,11 @@ $(STAMP): pyproject.toml
 	@$(PYTHON) -c 'import sys; v = sys.version_info; sys.exit(0 if v >= (3, 11) else "$(PYTHON) is Python %d.%d; expected 3.11 or newer; run: make setup PYTHON=python3.11" % v[:2])'
 	@$(PYTHON) -c 'import ensurepip, venv' || { echo "$(PYTHON) has no venv module; expected it with the interpreter; on Debian and Ubuntu: apt-get install python3-venv"; exit 1; }
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	@echo "installing $(TORCH) and then everything else into .venv: a few minutes"
 	$(BIN)/python -m pip install --quiet "$(TORCH)"
 	$(BIN)/python -m pip install --quiet "$(TORCH)" -e '.[dev]'
 	@touch $@
+	@echo "installed; .venv/bin/grex --help tells what it can do"
 
 demo: setup
 	$(BIN)/grex demo
