@@ -148,7 +148,7 @@ def test_another_configuration_is_refused_and_named(tmp_path: Path) -> None:
     for change, named in ({"batch_images": 2}, "train.batch_images: 4 -> 2"), ({"optim.lr": 0.5}, "train.optim.lr: 0.01 -> 0.5"):
         with pytest.raises(GrexError, match=named):
             toy_train(toy_config(tmp_path, resume=True, **{"steps": 4, **change}))
-    with pytest.raises(GrexError, match="train.steps: 4 -> 3"):
+    with pytest.raises(GrexError, match=r"train\.steps: 4 -> 3"):
         toy_train(toy_config(tmp_path, steps=3, resume=True))
 
 
@@ -175,7 +175,7 @@ def test_weights_are_loaded_strictly() -> None:
         whole | {"more": torch.zeros(1)},
         whole | {"norm.bias": torch.zeros(2)},
     ):
-        with pytest.raises(GrexError, match="1 tensors do not fit the model, (calls|more|norm.bias)"):
+        with pytest.raises(GrexError, match=r"1 tensors do not fit the model, (calls|more|norm\.bias)"):
             checkpoint.load_weights(ToyModel(), broken, "x")
 
 

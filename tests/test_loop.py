@@ -41,7 +41,7 @@ def test_mixture_is_a_function_of_the_step_alone() -> None:
 def test_processes_share_every_batch() -> None:
     for index in (0, 7, 4096, 5001):
         parts = [mixture().share(rank, 4).positions(index) for rank in range(4)]
-        assert sorted(sum(parts, [])) == mixture().positions(index)
+        assert sorted(position for part in parts for position in part) == mixture().positions(index)
         assert {mixture().share(rank, 4).task(index) for rank in range(4)} == {mixture().task(index)}
 
 

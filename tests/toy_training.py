@@ -1,14 +1,16 @@
-"""A toy of everything that the training loop needs, and a program that trains it: `python toy_training.py <settings JSON>`.
+"""A toy of everything that the training loop needs, and a program that trains it: `python toy_training.py <settings JSON> ...`.
 
-The model has weights that both tasks share, weights of one task each, a frozen layer, a buffer and dropout; the losses are means over images, so that
-splitting a batch over processes changes nothing but rounding.
+The model has weights that both tasks share, weights of one task each, a frozen layer, a buffer and dropout; the losses are means over
+images, so that splitting a batch over processes changes nothing but rounding.
 """
 
 from __future__ import annotations
 
 import json
 import os
+import signal
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from grex_mllm.config import Config
+from grex_mllm.errors import GrexError
 from grex_mllm.training import loop
 from grex_mllm.training.batches import GROUND, TaskMixture, epoch_index, mix
 from grex_mllm.training.engine import leave
@@ -95,10 +98,8 @@ def toy_train(
     config: Config, dropout: float = 0.0, loss_fn: Any = toy_loss, save: bool = False, on_step: Any = None
 ) -> tuple[loop.TrainResult, ToyModel]:
     torch.manual_seed(config.train.seed)
-    model = ToyModel(dropout)
-    source = TaskMixture(
-        {"ground": toy_batch, "generate": toy_batch}, config.train.batch_images, config.train.ground_ratio, config.train.seed
-    )
+    model, settings = ToyModel(dropout), config.train
+    source = TaskMixture({"ground": toy_batch, "generate": toy_batch}, settings.batch_images, settings.ground_ratio, settings.seed)
 
     def save_model(folder: Path) -> None:
         torch.save(model.state_dict(), folder / "toy.pt")
@@ -112,18 +113,43 @@ def losses(out: str | Path) -> list[dict[str, Any]]:
     return [{key: line[key] for key in line if key == "step" or key.startswith(("loss/", "lr/", "grad"))} for line in lines]
 
 
-def main() -> None:
-    settings = json.loads(sys.argv[1])
-    out, dropout, wait = settings.pop("out"), settings.pop("dropout", 0.0), settings.pop("wait_s", 0.0)
+class Stopped(BaseException):
+    """Ends a training run at a step."""
 
-    def slow(step: int, _: dict[str, float]) -> None:
-        import time
 
-        time.sleep(wait)
+def run(settings: dict[str, Any]) -> None:
+    """Train with settings of `toy_config`; besides: dropout, wait_s (after a step), stop_after, kill_after (steps), poison (image id)."""
+    out, dropout, wait_s = settings.pop("out"), settings.pop("dropout", 0.0), settings.pop("wait_s", 0.0)
+    kill_after, stop_after, poison = (settings.pop(name, None) for name in ("kill_after", "stop_after", "poison"))
 
-    result, _ = toy_train(toy_config(out, **settings), dropout, save=True, on_step=slow)
+    def after(step: int, _: dict[str, float]) -> None:
+        time.sleep(wait_s)
+        if step == kill_after:
+            os.kill(os.getpid(), signal.SIGKILL)
+        if step == stop_after:
+            raise Stopped
+
+    def loss(model: ToyModel, batch: Batch, task: str, progress: float) -> dict[str, Tensor]:
+        terms = toy_loss(model, batch, task, progress)
+        return {**terms, "total": terms["total"] * (float("nan") if poison in batch.image_ids else 1.0)}
+
+    try:
+        result, _ = toy_train(toy_config(out, **settings), dropout, loss, save=True, on_step=after)
+    except Stopped:
+        return
     if result.is_main:
         print(f"finished {result.steps} resumed {result.resumed_from}", flush=True)
+
+
+def main() -> None:
+    """Do the runs that the arguments describe, one JSON object each."""
+    try:
+        for argument in sys.argv[1:]:
+            run(json.loads(argument))
+    except GrexError as error:
+        print(error, file=sys.stderr)
+        leave(2)
+        sys.exit(2)
     leave(0)
 
 

@@ -39,12 +39,28 @@ class JointLoss(nn.Module):
         self.model = model
         self.loss_fn = loss_fn
         self.dtype = AUTOCAST[precision]
+        self.reaches_all = False
 
     def forward(self, batch: Batch, task: str, progress: float) -> dict[str, Tensor]:
         cast = torch.autocast(batch.image.device.type, self.dtype) if self.dtype is not None else nullcontext()
         with cast:
-            terms = self.loss_fn(self.model, batch, task, progress)
-        return {name: value.float() for name, value in terms.items()}
+            terms = {name: value.float() for name, value in self.loss_fn(self.model, batch, task, progress).items()}
+        if self.reaches_all:
+            terms["total"] = _ReachAll.apply(terms["total"], *(p for p in self.model.parameters() if p.requires_grad))
+        return terms
+
+
+class _ReachAll(torch.autograd.Function):
+    """Pass a loss on and give gradient zero to all parameters, so that each of them has a gradient in every backward pass."""
+
+    @staticmethod
+    def forward(ctx: Any, total: Tensor, *parameters: Tensor) -> Tensor:
+        ctx.shapes = [parameter.shape for parameter in parameters]
+        return total.clone()
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, ...]:  # type: ignore[override]
+        return gradient, *(gradient.new_zeros(()).expand(shape) for shape in ctx.shapes)
 
 
 def start_accelerator(config: TrainConfig, batch_images: int) -> Accelerator:
@@ -108,9 +124,9 @@ def check_deepspeed(path: str) -> dict[str, Any]:
         values = json.loads(file.read_text(encoding="utf-8"))
     except json.JSONDecodeError as error:
         raise fault(f"train.deepspeed {path} is no JSON ({error})", "a JSON object", "mend the file") from None
-    if not isinstance(values, dict) or "stage" not in values.get("zero_optimization", {}):
+    if not isinstance(values, dict) or values.get("zero_optimization", {}).get("stage") not in (1, 2, 3):
         raise fault(
-            f"train.deepspeed {path} has no zero_optimization.stage", "a ZeRO stage 0 to 3", "start from deepspeed_configs/zero2.json"
+            f"train.deepspeed {path} has no zero_optimization.stage of these", "a ZeRO stage 0 to 3", "start from deepspeed_configs/zero2.json"
         )
     for section in ("optimizer", "scheduler", "bf16", "fp16", "torch_autocast", "amp"):
         if section in values:
@@ -122,8 +138,11 @@ def check_deepspeed(path: str) -> dict[str, Any]:
     return values
 
 
-def prepare(accelerator: Accelerator, module: nn.Module, optimizer: Optimizer) -> tuple[nn.Module, Any]:
+def prepare(accelerator: Accelerator, module: JointLoss, optimizer: Optimizer) -> tuple[nn.Module, Any]:
     """Hand module and optimizer to Accelerate; returns them wrapped.
+
+    Offloaded ZeRO-2 loses the gradient of a weight that the last batch of a step does not use, and keeps that of an earlier step
+    (seen in deepspeed 0.19.8); there every batch reaches all weights.
 
     The schedule is not handed over: Accelerate would step it once for every process.
 
@@ -134,6 +153,7 @@ def prepare(accelerator: Accelerator, module: nn.Module, optimizer: Optimizer) -
         raise fault(
             "train.optim.muon is on with DeepSpeed", "AdamW there, because ZeRO flattens the matrices", "set train.optim.muon to false"
         )
+    module.reaches_all = zero_stage(accelerator) in (1, 2) and accelerator.state.deepspeed_plugin.offload_optimizer_device != "none"
     wrapped, prepared = accelerator.prepare(module, optimizer)
     return wrapped, prepared
 
@@ -146,6 +166,20 @@ def is_deepspeed(accelerator: Accelerator) -> bool:
 def zero_stage(accelerator: Accelerator) -> int | None:
     """Return the ZeRO stage, None without DeepSpeed."""
     return int(accelerator.state.deepspeed_plugin.zero_stage) if is_deepspeed(accelerator) else None
+
+
+def forget_gradients(wrapped: Any) -> None:
+    """Clear what ZeRO-3 keeps of the last step's gradients; call it before each step.
+
+    It clears the gradient of a weight only when a new one arrives (seen in deepspeed 0.19.8): a weight that a step's tasks do not use
+    would be moved by its old gradient again, and the gradient norm would count it.
+    """
+    optimizer = wrapped.optimizer
+    getattr(optimizer, "norm_for_param_grads", {}).clear()  # exists with offloading only
+    optimizer.grad_partitions_flat_buffer.zero_()
+    for partition in optimizer.fp32_partitioned_groups_flat:
+        if partition.grad is not None:
+            partition.grad.zero_()
 
 
 @contextmanager
@@ -198,6 +232,14 @@ def _deepspeed_plugin(config: TrainConfig, batch_images: int, on_cpu: bool) -> A
     """Fill the "auto" numbers from the training configuration."""
     assert config.deepspeed is not None
     values = check_deepspeed(config.deepspeed)
+    zero = values["zero_optimization"]
+    offloads = zero.get("offload_optimizer", {}).get("device", "none") != "none"
+    if zero["stage"] == 3 and offloads and config.accumulation > 1 and 0 < config.ground_ratio < 1:
+        raise fault(
+            f"{config.deepspeed} offloads the optimizer of ZeRO-3, train.accumulation is {config.accumulation} and both tasks are trained",
+            "accumulation 1 there: DeepSpeed loses gradients of the tasks before the last batch",
+            "raise train.batch_images instead, or use zero3.json or zero2_offload.json",
+        )
     filled: dict[str, float] = {
         "train_micro_batch_size_per_gpu": batch_images,
         "gradient_accumulation_steps": config.accumulation,

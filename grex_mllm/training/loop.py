@@ -20,6 +20,7 @@ from grex_mllm.training.engine import (
     JointLoss,
     LossFunction,
     determinism,
+    forget_gradients,
     is_deepspeed,
     prepare,
     start_accelerator,
@@ -151,6 +152,8 @@ class _Run:
         """Do one optimizer step over `accumulation` batches."""
         settings, accelerator, state = self.config, self.accelerator, self.state
         losses: dict[str, Tensor] = {}
+        if zero_stage(accelerator) == 3:
+            forget_gradients(state.wrapped)
         for micro in range(settings.accumulation):
             task, batch = next(numbered)
             batch = map_tensors(batch, lambda tensor: tensor.to(accelerator.device, non_blocking=True))

@@ -1,0 +1,167 @@
+"""The same loop as several processes on CPU: plain data parallel, ZeRO-2, offloaded ZeRO-2 and ZeRO-3, with kill and resume."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+import torch
+from toy_training import losses, toy_config, toy_train
+
+from grex_mllm.config import TrainConfig
+from grex_mllm.errors import GrexError
+from grex_mllm.training.engine import check_deepspeed, check_precision
+
+ROOT = Path(__file__).resolve().parent.parent
+SHIPPED = sorted((ROOT / "deepspeed_configs").glob("*.json"))
+ZERO2 = str(ROOT / "deepspeed_configs" / "zero2_cpu.json")
+
+
+def launch(folder: Path, *runs: dict[str, Any], limit_s: float = 300) -> tuple[int, str]:
+    """Run the toy as two processes under torchrun; returns the exit status and what they wrote. After the limit all of them are killed."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "PYTHONFAULTHANDLER": "1"}
+    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"):
+        environment.pop(name, None)
+    command = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--nproc_per_node=2",
+        f"--master_port={port}",
+        str(ROOT / "tests/toy_training.py"),
+    ]
+    told = folder / f"told_{port}.txt"
+    with told.open("w") as file:
+        process = subprocess.Popen([*command, *map(json.dumps, runs)], env=environment, stdout=file, stderr=file)
+        try:
+            status = process.wait(limit_s)
+        except subprocess.TimeoutExpired:
+            for child in psutil.Process(process.pid).children():
+                child.send_signal(signal.SIGABRT)  # it writes where it stands
+            status = process.wait(60)
+            pytest.fail(f"not finished after {limit_s} s:\n{told.read_text()[-6000:]}")
+    return status, told.read_text()
+
+
+def single(folder: Path, **settings: Any) -> list[dict[str, Any]]:
+    """Do the same run in this one process."""
+    toy_train(toy_config(folder, **settings))
+    return losses(folder)
+
+
+def assert_close(run: list[dict[str, Any]], reference: list[dict[str, Any]]) -> None:
+    assert [sorted(line) for line in run] == [sorted(line) for line in reference]
+    for line, expected in zip(run, reference, strict=True):
+        assert line == pytest.approx(expected, rel=1e-4, abs=1e-6)
+
+
+def write_json(folder: Path, name: str, **zero: Any) -> str:
+    """Write the CPU configuration with another zero_optimization."""
+    values = json.loads(Path(ZERO2).read_text())
+    values["zero_optimization"] |= zero
+    (folder / name).write_text(json.dumps(values))
+    return str(folder / name)
+
+
+@pytest.mark.slow
+def test_zero_equals_one_process_and_resumes_after_a_kill(tmp_path: Path) -> None:
+    """Both tasks, so that every step leaves some weights unused; two batches a step where DeepSpeed offloads."""
+    pytest.importorskip("deepspeed")
+    zero3, offload = write_json(tmp_path, "3.json", stage=3), write_json(tmp_path, "o.json", offload_optimizer={"device": "cpu"})
+    run2 = {"deepspeed": ZERO2, "optim.average_decay": 0.9}
+    run3 = {"deepspeed": zero3, "out": str(tmp_path / "zero3")}
+    status, told = launch(
+        tmp_path,
+        {"deepspeed": offload, "out": str(tmp_path / "offload"), "accumulation": 2},
+        {**run3, "stop_after": 6},
+        {**run2, "out": str(tmp_path / "zero2")},
+        {**run2, "out": str(tmp_path / "killed"), "kill_after": 6},
+    )
+    assert status != 0 and told.count("finished 12 resumed 0") == 2, told[-6000:]
+    assert len(losses(tmp_path / "killed")) == 6
+    status, told = launch(tmp_path, {**run3, "resume": True}, {**run2, "out": str(tmp_path / "killed"), "resume": True})
+    assert status == 0 and told.count("finished 12 resumed 4") == 2, told[-6000:]
+
+    plain = single(tmp_path / "single", **{"optim.average_decay": 0.9})
+    assert_close(losses(tmp_path / "zero2"), plain)
+    assert_close(losses(tmp_path / "zero3"), plain)
+    assert_close(losses(tmp_path / "offload"), single(tmp_path / "two", accumulation=2))
+    assert losses(tmp_path / "killed") == losses(tmp_path / "zero2")
+    toy_train(toy_config(tmp_path / "single", resume=True, **{"optim.average_decay": 0.9}), save=True)
+    published = {name: torch.load(tmp_path / name / "toy.pt", weights_only=True) for name in ("single", "zero2", "killed", "zero3")}
+    for key, value in published["single"].items():
+        torch.testing.assert_close(published["zero2"][key], value, rtol=1e-4, atol=1e-6)
+        assert torch.equal(published["zero2"][key], published["killed"][key])
+        assert published["zero3"][key].shape == value.shape  # not the average: ZeRO-3 has none
+
+
+@pytest.mark.slow
+def test_plain_processes_equal_one_and_write_once(tmp_path: Path) -> None:
+    settings = {"accumulation": 2, "num_workers": 1}
+    status, told = launch(tmp_path, {"out": str(tmp_path / "two"), **settings})
+    assert status == 0 and told.count("finished") == 1, told[-6000:]
+    assert_close(losses(tmp_path / "two"), single(tmp_path / "one", **settings))
+    assert [path.name for path in sorted((tmp_path / "two" / "checkpoints" / "step_00000012").iterdir())] == [
+        "checkpoint.json",
+        "model.safetensors",
+        "optimizer.pt",
+        "random_0.pt",
+        "random_1.pt",
+        "state.pt",
+    ]
+    with pytest.raises(GrexError, match="num_processes 2, this run has 1"):
+        toy_train(toy_config(tmp_path / "two", resume=True, **settings))
+
+
+@pytest.mark.slow
+def test_a_bad_value_on_one_process_ends_all(tmp_path: Path) -> None:
+    status, told = launch(tmp_path, {"out": str(tmp_path), "poison": "i3"})
+    assert status != 0 and "total nan" in told and "i3" in told, told[-6000:]
+    assert not (tmp_path / "toy.pt").exists()
+
+
+@pytest.mark.parametrize("file", SHIPPED, ids=lambda file: file.name)
+def test_shipped_files_take_shared_numbers_from_the_configuration(file: Path) -> None:
+    pytest.importorskip("deepspeed")
+    values = check_deepspeed(str(file))
+    for name in ("train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps", "gradient_clipping"):
+        assert values[name] == "auto"
+    assert f"`{file.name}`" in (file.parent / "README.md").read_text()
+
+
+def test_files_that_cannot_work_are_refused(tmp_path: Path) -> None:
+    pytest.importorskip("deepspeed")
+    file = tmp_path / "x.json"
+    with pytest.raises(GrexError, match="does not exist"):
+        check_deepspeed(str(file))
+    for text, named in (("{", "no JSON"), ("{}", "stage"), ('{"zero_optimization": {"stage": 2}, "bf16": {"enabled": true}}', '"bf16"')):
+        file.write_text(text)
+        with pytest.raises(GrexError, match=named):
+            check_deepspeed(str(file))
+
+
+def test_numbers_that_contradict_are_refused(tmp_path: Path) -> None:
+    pytest.importorskip("deepspeed")
+    values = json.loads(Path(ZERO2).read_text())
+    (tmp_path / "x.json").write_text(json.dumps(values | {"gradient_accumulation_steps": 3}))
+    with pytest.raises(GrexError, match="gradient_accumulation_steps is 3; expected 1"):
+        toy_train(toy_config(tmp_path / "run", deepspeed=str(tmp_path / "x.json")))
+    offloaded = write_json(tmp_path, "3.json", stage=3, offload_optimizer={"device": "cpu"})
+    with pytest.raises(GrexError, match="offloads the optimizer of ZeRO-3"):
+        toy_train(toy_config(tmp_path / "run", deepspeed=offloaded, accumulation=2))
+    with pytest.raises(GrexError, match="fp16 with DeepSpeed"):
+        check_precision("fp16", "cuda", deepspeed=True)
+    assert not (tmp_path / "run").exists() and TrainConfig().deepspeed is None
+    assert shutil.which("torchrun", path=str(Path(sys.executable).parent))
