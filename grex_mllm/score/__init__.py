@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
+import tempfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 from grex_mllm.errors import GrexError, fault
+from grex_mllm.score.formats import as_jsonl
 from grex_mllm.score.generation import score_generation
 from grex_mllm.score.grounding import evaluate_in_processes, plan_tasks
 from grex_mllm.score.protocol import Protocol, load_protocol
-from grex_mllm.score.reading import index_predictions, match_ids
+from grex_mllm.score.reading import PredictionFiles, index_predictions, match_ids
 from grex_mllm.score.results import assemble, describe_run, write_results
 from grex_mllm.score.table import print_results
-from grex_mllm.score.truth import open_truth
+from grex_mllm.score.truth import TruthFolder, open_truth
 
 __all__ = ["Protocol", "load_protocol", "print_results", "score"]
 
@@ -34,25 +36,48 @@ def score(
 ) -> dict[str, Any]:
     """Score predictions on a split of a dataset folder; return the results and write them to `out` (results.json).
 
-    predictions_path: one file or several. allow_missing: expressions without a prediction count as wrong instead of being an error.
+    predictions_path: one or several of our files, COCO results, folders of PNG masks, ReLA's .pth (`score/formats.py`).
+    allow_missing: expressions without a prediction count as wrong instead of being an error.
     per_sample: also write `<out>.samples.jsonl`, one line for each expression (compare and errors need it). config: kept in the provenance.
     show: print the table. progress: called with the number of expressions finished.
 
     Raises:
         GrexError: predictions, dataset or protocol at fault (three parts: given, expected, remedy). Nothing is written then.
     """
-    protocol = load_protocol(protocol_path)
-    paths = [Path(p) for p in ([predictions_path] if isinstance(predictions_path, str | Path) else predictions_path)]
     if per_sample and out is None:
         raise fault("per-sample rows without an output file", "a path for results.json", "give out")
+    protocol = load_protocol(protocol_path)
+    given = [Path(p) for p in ([predictions_path] if isinstance(predictions_path, str | Path) else predictions_path)]
     truth = open_truth(data_folder, split)
-    index = index_predictions(paths)
     notes: list[str] = []
+    with tempfile.TemporaryDirectory() as folder:
+        paths = [as_jsonl(path, truth, Path(folder), notes) for path in given]
+        index = index_predictions(paths)
+        rows_path = samples_path(Path(out)) if per_sample and out is not None else None
+        results = _score_index(truth, index, protocol, notes, allow_missing, num_processes, rows_path, config, progress)
+    if out is not None:
+        write_results(results, Path(out))
+    if show:
+        print_results(results)
+    return results
+
+
+def _score_index(
+    truth: TruthFolder,
+    index: PredictionFiles,
+    protocol: Protocol,
+    notes: list[str],
+    allow_missing: bool,
+    num_processes: int,
+    rows_path: Path | None,
+    config: dict[str, Any] | None,
+    progress: Callable[[int], None],
+) -> dict[str, Any]:
     plan = plan_tasks(protocol, index, notes)
     answers_text = "greg" in protocol.tasks and index.num_generation > 0
     if not plan.tasks and not answers_text:
         raise GrexError(
-            f"{', '.join(p.name for p in paths)} answers none of {', '.join(protocol.tasks)}; expected fields of a task of protocol "
+            f"{', '.join(p.name for p in index.paths)} answers none of {', '.join(protocol.tasks)}; expected fields of a task of protocol "
             f'"{protocol.name}"; {"; ".join(notes) or "the file is empty or holds other lines"}'
         )
     num_missing = match_ids(index, truth, allow_missing) if plan.tasks else 0
@@ -61,7 +86,6 @@ def score(
     if index.unknown_keys:
         named = ", ".join(f"{key} ({count})" for key, count in sorted(index.unknown_keys.items()))
         notes.append(f"fields that were not understood and are ignored: {named}")
-    rows_path = samples_path(Path(out)) if per_sample and out is not None else None
     if rows_path is not None:
         rows_path.parent.mkdir(parents=True, exist_ok=True)
     outcome = evaluate_in_processes(truth, index, plan, num_processes if plan.tasks else 1, rows_path, progress)
@@ -71,10 +95,6 @@ def score(
     results = assemble(outcome, greg, describe_run(protocol, truth, index, num_missing, config, notes))
     if rows_path is not None:
         results["provenance"]["samples"] = rows_path.name
-    if out is not None:
-        write_results(results, Path(out))
-    if show:
-        print_results(results)
     return results
 
 
@@ -92,11 +112,9 @@ def _drop_maskless(tally: Any, notes: list[str]) -> None:
     absent = tally.num_masks_absent
     if not absent:
         return
-    targeted = tally.num_samples - sum(m.compute()["num_samples"] for k, m in tally.metrics.items() if k[0] == "num|0" and k[2] == "gres")
-    if absent < targeted:
-        raise fault(
-            f"{absent} of {targeted} targeted expressions whose targets have no segmentation", "masks for all or for none", "mend the data"
-        )
+    if tally.num_masks_found:
+        given = f"{absent} of {absent + tally.num_masks_found} targeted expressions whose targets have no segmentation"
+        raise fault(given, "masks for all or for none", "mend the data")
     notes.append("gres: the dataset has no segmentations; not scored")
     for key in [k for k in tally.metrics if k[2] in ("gres", "res")]:
         del tally.metrics[key]

@@ -178,6 +178,7 @@ def _fill_masks(truth: TruthFolder, record: ExpressionRecord, answer: dict[str, 
     if gt is None:
         tally.num_masks_absent += 1
         return
+    tally.num_masks_found += bool(record.targets)
     image = truth.image(record.image_id)
     row.masks = _counts(record, answer.get("mask_rle"), gt, image.height, image.width)
     given = answer.get("mask_rle_input")

@@ -23,7 +23,7 @@ from grex_mllm.score.truth import TruthFolder
 EXAMPLES = 5
 STATUSES = ("ok", "unparsable", "refused", "error")
 ANSWERS = ("mask_rle", "mask_rle_input", "boxes_xyxy", "count", "no_target", "no_target_prob")
-GROUNDING_KEYS = {"expression_id", "box_scores", "status", *ANSWERS}
+GROUNDING_KEYS = {"expression_id", "image_id", "expression", "box_scores", "minimap", "status", *ANSWERS}
 GENERATION_KEYS = {"image_id", "targets", "ref_id", "expression", "candidates", "round_trip", "judgement", "listener", "status"}
 
 

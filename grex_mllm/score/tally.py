@@ -74,7 +74,8 @@ class Tally:
         self.metrics: dict[Key, Any] = {}
         self.num_samples = 0
         self.num_wrong = 0
-        self.num_masks_absent = 0
+        self.num_masks_absent = 0  # targeted expressions without a ground-truth mask
+        self.num_masks_found = 0
         self._rows: list[Row] = []
 
     def add(self, row: Row) -> None:
@@ -128,6 +129,7 @@ class Tally:
         self.num_samples += state["num_samples"]
         self.num_wrong += state["num_wrong"]
         self.num_masks_absent += state["num_masks_absent"]
+        self.num_masks_found += state["num_masks_found"]
         for key, sums in state["metrics"]:
             group, protocol, task = key
             self.metric(group, protocol, task).merge(self.plan.metric(protocol, task).load_state(sums))
@@ -140,6 +142,7 @@ class Tally:
             "num_samples": self.num_samples,
             "num_wrong": self.num_wrong,
             "num_masks_absent": self.num_masks_absent,
+            "num_masks_found": self.num_masks_found,
             "metrics": sums,
         }
 
