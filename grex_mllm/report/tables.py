@@ -14,6 +14,7 @@ TASK_NAMES = {
     "count": "Counts",
     "greg": "Group expressions (GREG)",
 }
+OTHER_SPLITS = {"testA", "testB"}  # of published rows: val is enough beside other data; `grex compare` shows all
 COUNT_NAMES = ("0", "1", "2", "3", "4", "5", ">5")
 CAPTIONS = {"greg": "generated text against all references of an object set", "count": "number of objects, 0 to 5 and more"}
 COLUMN_ORDER = [
@@ -106,6 +107,7 @@ def result_tables(results: dict[str, Any], published: list[dict[str, Any]]) -> s
     all_tasks = list(dict.fromkeys(task for protocol in PROTOCOLS for task in protocol_block(results, protocol)))
     for task in sorted(all_tasks, key=lambda name: (list(TASK_NAMES).index(name) if name in TASK_NAMES else 99, name)):
         parts = []
+        scored = [protocol for protocol in PROTOCOLS if task in protocol_block(results, protocol)]
         for protocol, meaning in PROTOCOLS.items():
             rows, notes = _rows(task, "this run", protocol_block(results, protocol).get(task))
             if not rows:
@@ -113,11 +115,11 @@ def result_tables(results: dict[str, Any], published: list[dict[str, Any]]) -> s
             for name, block in results.get("baselines", {}).items():
                 more, _ = _rows(task, f"dummy: {metric_name(name)}", protocol_block(block, protocol).get(task))
                 rows += more
-            other = [table for table in published if table.get("task") == task] if protocol == "official" or task == "greg" else []
-            parts.append(
-                _table(rows, other, CAPTIONS.get(task, meaning)) + "".join(f'<p class="note">{escape(note)}</p>' for note in notes)
-            )
+            parts.append(_table(rows, CAPTIONS.get(task, meaning)))
+            parts += [f'<p class="note">{escape(note)}</p>' for note in notes]
             parts.append(_confusion(protocol_block(results, protocol).get(task)))
+            if protocol == scored[-1]:
+                parts += [_published_table(table, _columns(rows)) for table in published if table.get("task") == task]
         if parts:
             blocks.append(f'<h3>{escape(TASK_NAMES.get(task, task))}</h3><div class="tables">{"".join(parts)}</div>')
     return "".join(blocks)
@@ -145,7 +147,7 @@ def _columns(rows: list[tuple[str, dict[str, Any]]]) -> list[str]:
     return [key for key in COLUMN_ORDER if key in present] + [key for key in present if key not in COLUMN_ORDER]
 
 
-def _table(rows: list[tuple[str, dict[str, Any]]], published: list[dict[str, Any]], caption: str) -> str:
+def _table(rows: list[tuple[str, dict[str, Any]]], caption: str) -> str:
     columns = _columns(rows)
     head = "".join(f'<th scope="col">{escape(metric_name(column))}</th>' for column in columns)
     body = "".join(
@@ -154,8 +156,7 @@ def _table(rows: list[tuple[str, dict[str, Any]]], published: list[dict[str, Any
         + "</tr>"
         for label, row in rows
     )
-    other = "".join(_published_body(table, columns) for table in published)
-    return _framed("", caption, head, f"<tbody>{body}</tbody>{other}")
+    return _framed("", caption, head, f"<tbody>{body}</tbody>")
 
 
 def _framed(css_class: str, caption: str, head: str, bodies: str) -> str:
@@ -165,22 +166,23 @@ def _framed(css_class: str, caption: str, head: str, bodies: str) -> str:
     )
 
 
-def _published_body(table: dict[str, Any], columns: list[str]) -> str:
-    """Return published rows under a heading of their own. Their values are in percent already and belong to other data."""
-    rows = ""
-    for row in table["rows"]:
-        values = row.get("values", row.get("metrics", row))
-        if not any(column in values for column in columns):
-            continue
+def _published_table(table: dict[str, Any], ours: list[str]) -> str:
+    """Return published rows as a table of their own, in a frame that scrolls; they are in percent and belong to other data."""
+    rows = [(row, row.get("values", {})) for row in table["rows"] if row.get("split") not in OTHER_SPLITS]
+    columns = [column for column in ours if any(column in values for _, values in rows)]
+    if not columns:
+        return ""
+    head = "".join(f'<th scope="col">{escape(metric_name(column))}</th>' for column in columns)
+    body = ""
+    for row, values in rows:
         name = " ".join(str(row[key]) for key in ("method", "split") if key in row)
         where = str(row.get("source", table.get("source", "")))
         cells = "".join(f"<td>{escape(values.get(column, '–'))}</td>" for column in columns)
-        rows += f'<tr><th scope="row" title="{escape(where)}">{escape(name)}</th>{cells}</tr>'
-    if not rows:
-        return ""
+        body += f'<tr><th scope="row" title="{escape(where)}">{escape(name)}</th>{cells}</tr>'
     dataset, source = table.get("dataset", "the papers’ benchmark"), table.get("source", "eval/published")
-    what = f"other data: {dataset}, as published ({source}); not comparable"
-    return f'<tbody class="published"><tr><th colspan="{len(columns) + 1}" scope="rowgroup">{escape(what)}</th></tr>{rows}</tbody>'
+    label = f"Other data: {dataset}, as published; not comparable"
+    frame = _framed("", f"Source: {source}", head, f"<tbody>{body}</tbody>")
+    return f'<div class="published" role="region" aria-label="{escape(label)}" tabindex="0"><p>{escape(label)}</p>{frame}</div>'
 
 
 def _confusion(block: Any) -> str:
