@@ -32,9 +32,11 @@ def train(config: str | None = None, overrides: list[str] | None = None) -> int:
         config: a YAML of configs/.
     """
     from grex_mllm.config import load_config
+    from grex_mllm.training.engine import leave
     from grex_mllm.training.run import train_from_config
 
     train_from_config(load_config(config, overrides))
+    leave()
     return 0
 
 

@@ -6,6 +6,7 @@ import json
 import os
 import socket
 import sys
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
@@ -86,13 +87,18 @@ def start_accelerator(config: TrainConfig, batch_images: int) -> Accelerator:
     handlers: list[Any] = [DistributedDataParallelKwargs(find_unused_parameters=True)]
     if device is None and "RANK" in os.environ:
         handlers.append(InitProcessGroupKwargs(backend="gloo"))  # without it every rank of DeepSpeed on CPU believes that it is alone
-    return Accelerator(
+    accelerator = Accelerator(
         cpu=device is None and plugin is None,  # with cpu=True Accelerate would silently drop DeepSpeed
         mixed_precision="fp16" if config.precision == "fp16" else "no",  # only for its gradient scaler: JointLoss does the autocast
         gradient_accumulation_steps=config.accumulation,
         deepspeed_plugin=plugin,
         kwargs_handlers=handlers,
     )
+    if plugin is not None and not is_deepspeed(accelerator):
+        raise fault(
+            "Accelerate has switched DeepSpeed off", "ACCELERATE_USE_CPU not to be set", "launch with torchrun or deepspeed, without --cpu"
+        )
+    return accelerator
 
 
 def check_precision(precision: str, device: str, deepspeed: bool) -> None:
@@ -126,7 +132,7 @@ def check_deepspeed(path: str) -> dict[str, Any]:
         raise fault(f"train.deepspeed {path} is no JSON ({error})", "a JSON object", "mend the file") from None
     if not isinstance(values, dict) or values.get("zero_optimization", {}).get("stage") not in (1, 2, 3):
         raise fault(
-            f"train.deepspeed {path} has no zero_optimization.stage of these", "a ZeRO stage 0 to 3", "start from deepspeed_configs/zero2.json"
+            f"train.deepspeed {path} has no zero_optimization.stage of these", "stage 1, 2 or 3", "start from deepspeed_configs/zero2.json"
         )
     for section in ("optimizer", "scheduler", "bf16", "fp16", "torch_autocast", "amp"):
         if section in values:
@@ -207,6 +213,24 @@ def determinism(device: torch.device) -> Iterator[None]:
     finally:
         torch.use_deterministic_algorithms(before, warn_only=torch.is_deterministic_algorithms_warn_only_enabled())
         switches.fill_uninitialized_memory = fill
+
+
+def is_main_process() -> bool:
+    """Tell, before and after the processes have met, whether this is the one that writes files."""
+    return int(os.environ.get("RANK", "0")) == 0
+
+
+def wait_for(path: Path, limit_s: float = 3600.0) -> None:
+    """Wait until the main process has made a file or folder (by renaming); for what is made before the processes meet.
+
+    Raises:
+        GrexError: it is not there after `limit_s`, for instance because the nodes do not share train.out.
+    """
+    limit = time.monotonic() + limit_s
+    while not path.exists():
+        if time.monotonic() > limit:
+            raise fault(f"{path} is not there after {limit_s:.0f} s", "that the main process makes it", "let all nodes share train.out")
+        time.sleep(0.2)
 
 
 def leave(status: int = 0) -> None:
