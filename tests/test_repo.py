@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import ast
+import os
 import re
 import shutil
 import subprocess
 import sys
-import time
 from collections.abc import Iterator
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -69,6 +70,7 @@ def name_of(file: Path) -> str:
     return file.relative_to(ROOT).as_posix()
 
 
+@cache
 def tree_of(file: Path) -> ast.Module:
     return ast.parse(file.read_text(encoding="utf-8"), filename=str(file))
 
@@ -229,17 +231,18 @@ def test_rooms_form_no_circle() -> None:
 
 
 def seconds_of(code: str, repeats: int = 3) -> float:
-    """Shortest wall-clock of a fresh interpreter, less the shortest of an empty one: the machine may be busy."""
+    """Least CPU time of a fresh interpreter, less that of an empty one: the wall clock tells more about a busy machine."""
 
-    def shortest(text: str) -> float:
+    def least(text: str) -> float:
         times = []
         for _ in range(repeats):
-            start = time.perf_counter()
+            before = os.times()
             subprocess.run([sys.executable, "-c", text], cwd=ROOT, check=True, capture_output=True)
-            times.append(time.perf_counter() - start)
+            after = os.times()
+            times.append(after.children_user + after.children_system - before.children_user - before.children_system)
         return min(times)
 
-    return shortest(code) - shortest("pass")
+    return least(code) - least("pass")
 
 
 HEAVY = ("torch", "transformers", "deepspeed", "numpy", "PIL", "pycocotools", "pycocoevalcap", "jsonargparse")
