@@ -22,7 +22,7 @@ TOKENIZERS = ("ptb", "whitespace")
 NAMES = ("METEOR", "CIDEr", "BLEU-1", "BLEU-2", "BLEU-3", "BLEU-4", "ROUGE-L")
 NEEDS_JAVA = "no Java runtime: install one (Debian, Ubuntu: apt-get install default-jre-headless; macOS: brew install openjdk)"
 METEOR_TOKENS = 200  # its alignment search explodes when both sides repeat; referring expressions have under 50 words
-JAVA_OPTIONS = ["-Dfile.encoding=UTF-8", "-Duser.language=en", "-Duser.country=US"]
+JAVA_OPTIONS = ["-XX:+UseSerialGC", "-Dfile.encoding=UTF-8", "-Duser.language=en", "-Duser.country=US"]
 PUNCTUATION = frozenset(["''", "'", "``", "`", "-LRB-", "-RRB-", "-LCB-", "-RCB-", ".", "?", "!", ",", ":", "-", "--", "...", ";"])
 SINGLE, MULTI, ALL = "single", "multi", "all"
 
