@@ -1,10 +1,10 @@
-"""Time the evaluation forward of the full-size ReLA models at 480 x 480, by part, against the plain grid_sample formulation in the same run.
+"""Time the evaluation forward of the full-size ReLA models at 480 x 480, by part, against the plain grid_sample attention.
 
     python benchmarks/rela_forward.py                       # three models, batch 1, two threads, one expression
     python benchmarks/rela_forward.py --models r50 --expressions 11
 
-Weights are random (times do not depend on them). Prints medians and the spread (quartiles) in seconds. `authors` are the times of the released
-code on a machine of the same kind (wall clock, two threads).
+Both are measured in turn in the same run. Weights are random (times do not depend on them). Prints medians and the spread (quartiles) in
+seconds. `authors` are the times of the released code on a machine of the same kind (wall clock, two threads).
 """
 
 from __future__ import annotations
@@ -116,9 +116,7 @@ def measure(name: str, args: argparse.Namespace) -> None:
             if repeat:  # the first run warms up
                 for part, seconds in watch.spent.items():
                     times[way][part].append(seconds)
-    print(
-        f"\n{name}: {args.size} x {args.size}, {args.expressions} expression(s), {args.threads} threads, {args.clock} seconds of {args.repeats} runs"
-    )
+    print(f"\n{name}: {args.size} x {args.size}, {args.expressions} expression(s), {args.threads} threads, {args.clock} seconds")
     for way, parts in times.items():
         cells = [f"{part} {statistics.median(parts[part]):.3f}" for part in PARTS if parts[part]]
         low, _, high = statistics.quantiles(parts["total"], n=4)

@@ -14,8 +14,9 @@ PADDING_LOGIT = 1e4
 
 def normalise_positions(x: Tensor, eps: float = 1e-5) -> Tensor:
     """Normalise every channel of float [B, S, C] over its S positions (instance norm, biased variance, nothing learned)."""
-    variance, mean = torch.var_mean(x, dim=1, correction=0, keepdim=True)
-    return (x - mean) * torch.rsqrt(variance + eps)
+    # two plain means: var_mean over a dimension that is not the last takes twice as long on CPU
+    centred = x - x.mean(dim=1, keepdim=True)
+    return centred * torch.rsqrt(centred.square().mean(dim=1, keepdim=True) + eps)
 
 
 class PixelWordAttention(nn.Module):

@@ -30,7 +30,12 @@ class TextEncoder(nn.Module):
         if config.path is not None:
             if not (Path(config.path) / "config.json").is_file():
                 raise fault(f"model.text.path {config.path}", "a folder with config.json and weights", "mend the path, or leave it out")
-            self.bert = BertModel.from_pretrained(config.path, add_pooling_layer=False)
+            self.bert = BertModel.from_pretrained(
+                config.path,
+                add_pooling_layer=False,
+                hidden_dropout_prob=config.dropout,
+                attention_probs_dropout_prob=config.dropout,
+            )
         else:
             bert = BertConfig(
                 vocab_size=config.vocab_size,
@@ -71,12 +76,13 @@ class TextTokenizer:
     def vocab_size(self) -> int:
         return int(self.tokenizer.get_vocab_size())
 
-    def encode(self, expressions: Sequence[str], max_tokens: int) -> tuple[Tensor, Tensor]:
-        """Return ids and mask, int64 [E, max_tokens]; mask 1 on real tokens."""
-        ids = torch.zeros(len(expressions), max_tokens, dtype=torch.int64)
-        mask = torch.zeros(len(expressions), max_tokens, dtype=torch.int64)
-        for row, encoding in enumerate(self.tokenizer.encode_batch(list(expressions))):
-            tokens = encoding.ids[:max_tokens]
+    def encode(self, expressions: Sequence[str], max_tokens: int, pad: str = "max") -> tuple[Tensor, Tensor]:
+        """Return ids and mask, int64 [E, L]; mask 1 on real tokens. pad: L = max_tokens ("max"), or the longest of these ("longest")."""
+        rows = [encoding.ids[:max_tokens] for encoding in self.tokenizer.encode_batch(list(expressions))]
+        length = max((len(row) for row in rows), default=1) if pad == "longest" else max_tokens
+        ids = torch.zeros(len(expressions), length, dtype=torch.int64)
+        mask = torch.zeros(len(expressions), length, dtype=torch.int64)
+        for row, tokens in enumerate(rows):
             ids[row, : len(tokens)] = torch.tensor(tokens, dtype=torch.int64)
             mask[row, : len(tokens)] = 1
         return ids, mask

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
 from pathlib import Path
 
+import torch
 from torch import Tensor, nn
 
 from grex_mllm.config import VisionConfig
@@ -11,6 +13,7 @@ from grex_mllm.errors import GrexError, fault
 from grex_mllm.types import TextFeatures
 
 NUM_MAPS = 4
+PROBE_SIZE = 64
 
 
 class TimmEncoder(nn.Module):
@@ -18,7 +21,7 @@ class TimmEncoder(nn.Module):
 
     fuses_language = False
 
-    def __init__(self, name: str, pretrained: bool = False) -> None:
+    def __init__(self, name: str) -> None:
         super().__init__()
         try:
             import timm
@@ -32,7 +35,7 @@ class TimmEncoder(nn.Module):
         if count < NUM_MAPS:
             raise fault(f"timm:{name} with {count} feature maps", f"at least {NUM_MAPS}", "choose a hierarchical network")
         indices = tuple(range(count - NUM_MAPS, count))
-        self.net = timm.create_model(name, features_only=True, pretrained=pretrained, out_indices=indices)
+        self.net = timm.create_model(name, features_only=True, pretrained=False, out_indices=indices)
         self.strides = tuple(self.net.feature_info.reduction())
         self.channels = tuple(self.net.feature_info.channels())
 
@@ -69,8 +72,11 @@ class HubEncoder(nn.Module):
         if len(stages) < NUM_MAPS:
             raise fault(f"hf:{path} with {len(stages)} stages", f"at least {NUM_MAPS}", "choose a hierarchical network")
         self.channels = tuple(self.net.channels)
-        coarsest = 32
-        self.strides = tuple(coarsest // 2 ** (NUM_MAPS - 1 - i) for i in range(NUM_MAPS))
+        with torch.no_grad():  # configurations do not tell strides
+            maps = self.net(torch.zeros(1, 3, PROBE_SIZE, PROBE_SIZE)).feature_maps
+        self.strides = tuple(PROBE_SIZE // int(m.shape[-1]) for m in maps)
+        if any(coarse != 2 * fine for fine, coarse in pairwise(self.strides)):
+            raise fault(f"hf:{path} with maps at strides {self.strides}", "strides that double", "choose a hierarchical network")
 
     def forward(self, image: Tensor, text: TextFeatures | None = None) -> list[Tensor]:
         """Return four maps, fine to coarse, of normalised images [B, 3, H, W]; `text` is unread."""

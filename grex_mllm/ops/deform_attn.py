@@ -44,8 +44,8 @@ def deformable_attention_reference(value: Tensor, shapes: Shapes, locations: Ten
 def deformable_attention_bags(value: Tensor, shapes: Shapes, locations: Tensor, weights: Tensor) -> Tensor:
     """As `deformable_attention`: four weighted sums of value rows (`embedding_bag`, one per corner of the cells) per query and head.
 
-    No sample is stored. Every map gets a border of zeros, so that corners outside it need no test: points are clamped to the border, where both
-    the values and their gradients are zero.
+    No sample is stored. Every map gets a border of zeros, so that corners outside it need no test: points are clamped to the border, where
+    both the values and their gradients are zero.
     """
     batch, _, heads, depth = value.shape
     queries, points = locations.shape[1], locations.shape[4]
