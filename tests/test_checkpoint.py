@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import pickle
@@ -110,11 +111,9 @@ def test_every_moment_of_saving_leaves_the_old_or_the_new(tmp_path: Path, monkey
         with monkeypatch.context() as patch:
             for module, name in ((os, "fsync"), (os, "replace"), (os, "rename"), (shutil, "rmtree"), (torch, "save")):
                 patch.setattr(module, name, interrupted(getattr(module, name)))
-            try:
+            with contextlib.suppress(Killed):
                 toy_train(toy_config(out, steps=6, save_every=3, resume=True, keep=1), dropout=0.3)
                 break
-            except Killed:
-                pass
         found = checkpoint.latest(out)
         assert found is not None
         outcomes.append(found.name)
