@@ -80,7 +80,7 @@ class GrexModel(nn.Module, ModelHubMixin):
 
     def encode_text(self, expressions: Sequence[str]) -> tuple[Tensor, Tensor]:
         """Return ids and mask int64 [E, L], cut to `model.text.max_tokens`."""
-        return self.text_tokenizer.encode(list(expressions), self.config.model.text.max_tokens)
+        return self.text_tokenizer.encode(list(expressions), self.config.model.text.max_tokens, self.config.model.text.pad)
 
     def generator_features(self, features: ImageFeatures) -> list[Tensor]:
         """Return the shared feature maps that the generator reads, fine to coarse.

@@ -133,7 +133,8 @@ def _mask_terms(embeddings: Tensor, image: Tensor, mask_map: Tensor, boxes: Tens
     height, width = mask_map.shape[-2:]
     inside = box_area(boxes, height, width, margin=0.25).flatten(1)
     sizes = torch.bincount(image, minlength=len(mask_map)).tolist()
-    parts = [part @ mask_map[b].flatten(1) for b, part in enumerate(embeddings.split(sizes)) if len(part)]
+    maps = mask_map.flatten(2).unbind(0)  # the gradient of unbind is one stack; that of indexing would be a sum of full-size maps
+    parts = [part @ pixels for part, pixels in zip(embeddings.split(sizes), maps, strict=True) if len(part)]
     logits, goal = torch.cat(parts).float(), masks.flatten(1)
     bce = F.binary_cross_entropy_with_logits(logits, goal, reduction="none").masked_fill(~inside, 0.0).sum(-1) / inside.sum(-1).clamp(min=1)
     prob = logits.sigmoid().masked_fill(~inside, 0.0)

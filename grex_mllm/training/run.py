@@ -18,6 +18,7 @@ from grex_mllm.models.lm_tokenizer import LMTokenizer, train_sentencepiece
 from grex_mllm.models.text import TextTokenizer, load_text_tokenizer, train_text_tokenizer
 from grex_mllm.training import checkpoint
 from grex_mllm.training.batches import GENERATE, GROUND, TaskMixture, seed_all
+from grex_mllm.training.engine import is_main_process, wait_for
 from grex_mllm.training.instance_losses import InstanceLoss
 from grex_mllm.training.loop import TrainResult, train
 from grex_mllm.training.losses import ReLALoss
@@ -67,15 +68,15 @@ def train_from_config(config: Config, on_step: Callable[[int, dict[str, float]],
     model = GrexModel(config, text_tokenizer, lm_tokenizer)
     if config.train.start is not None:
         print(f"started from {config.train.start}; {describe_new(start_from(model, config.train.start))}")
-    if model.generator is not None and config.model.generator.lm == "tiny" and checkpoint.latest(config.train.out) is None:
-        start_language_model(model, config)
+    if model.generator is not None and config.model.generator.lm == "tiny" and checkpoint.latest(config.train.out) is None and is_main_process():
+        start_language_model(model, config)  # the other processes get its weights when they meet
     batches = batch_source(config, sources, text_tokenizer, lm_tokenizer)
     return train(model, batches, JointLossTerms(config), config, save_model=model.save_pretrained, on_step=on_step)
 
 
 def batch_source(config: Config, sources: dict[str, SampleSource], text_tokenizer: TextTokenizer, lm_tokenizer: LMTokenizer | None) -> TaskMixture:
     """Return the deterministic mixture of grounding and generation batches."""
-    encode_text = partial(text_tokenizer.encode, max_tokens=config.model.text.max_tokens)
+    encode_text = partial(text_tokenizer.encode, max_tokens=config.model.text.max_tokens, pad=config.model.text.pad)
     encode_lm = partial(lm_tokenizer.encode, max_tokens=config.model.generator.max_expression_tokens) if lm_tokenizer is not None else None
     make = {
         task: partial(_make_batch, source, task, encode_text, encode_lm, config.data.image_size, config.data.resize) for task, source in sources.items()
@@ -145,6 +146,8 @@ def _whole(folder: Path, write: Callable[[Path], Any]) -> None:
     """Write a folder under another name, then give it its own: nothing half-written is ever read."""
     import shutil
 
+    if not is_main_process():
+        return wait_for(folder)
     work = folder.with_name(folder.name + ".writing")
     shutil.rmtree(work, ignore_errors=True)
     work.mkdir(parents=True)
