@@ -7,6 +7,7 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
+from grex_mllm.calibration_plot import write_calibration_plot
 from grex_mllm.compare import Run, read_run
 from grex_mllm.errors import fault
 
@@ -44,6 +45,8 @@ def errors(
     folder.mkdir(parents=True, exist_ok=True)
     if data is not None:
         found["sheets"] = write_sheets(run, found, folder, Path(data), Path(predictions) if predictions is not None else None)
+    if run.results.get("calibration"):
+        found.setdefault("sheets", {})["calibration"] = str(write_calibration_plot(run.results["calibration"], folder / "calibration.svg"))
     (folder / "errors.json").write_text(json.dumps(found, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
     return as_text(found)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import json
 from pathlib import Path
+from xml.etree import ElementTree
 
 import numpy as np
 import pytest
@@ -117,6 +118,8 @@ def test_errors_name_every_loss_and_draw_it(folder: Path) -> None:
     assert found["wrong_instance"]["examples"] == ["made:1-1"]
     assert (folder / "errors" / "wrong_instance.png").stat().st_size > 1000
     assert "| wrong_count | 1 | 5.00 |" in text
+    plot = ElementTree.parse(folder / "errors" / "calibration.svg")
+    assert len(plot.findall(".//{http://www.w3.org/2000/svg}circle")) > 10
     (folder / "good" / "results.samples.jsonl").unlink()
     with pytest.raises(GrexError, match="--per-sample"):
         errors(folder / "good" / "results.json", folder / "errors")

@@ -92,6 +92,19 @@ def test_official_needs_the_mask_at_input_size(data: Path) -> None:
     assert any("mask_rle_input" in note for note in results["provenance"]["notes"])
 
 
+def test_a_probability_is_read_by_argmax_where_no_decision_is_given(data: Path) -> None:
+    lines = [{k: v for k, v in line.items() if k != "no_target"} for line in right_answers()]
+    lines[1]["no_target_prob"], lines[2]["no_target_prob"] = 0.5, 0.51
+    results = run(data, lines, "gres")["results"]
+    for protocol in ("strict", "official"):
+        assert (results[protocol]["gres"]["T_acc"], results[protocol]["gres"]["gIoU"]) == (14 / 15, 19 / 20)
+    for line in lines:
+        del line["no_target_prob"]
+    results = run(data, lines, "gres")
+    assert results["results"]["official"] == {}
+    assert results["results"]["strict"]["gres"]["gIoU"] == 1.0
+
+
 def test_official_ground_truth_is_rasterised_at_the_input_size(data: Path) -> None:
     lines = right_answers()
     for line in lines:

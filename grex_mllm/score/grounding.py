@@ -22,6 +22,7 @@ from grex_mllm.score.truth import TruthFolder, open_truth
 from grex_mllm.types import ExpressionRecord
 
 MANY_TARGETS = 3
+ARGMAX = 0.5  # the larger of two probabilities
 
 
 @dataclass
@@ -139,8 +140,8 @@ def _official_masks(protocol: Protocol, index: PredictionFiles, notes: list[str]
             "(the mask at the model's input size, before any resize back)"
         )
         return False
-    if index.partial("no_target") and not protocol.tasks["gres"].min_mask_pixels:
-        notes.append(f'official gres not computed: {index.partial("no_target")} predictions have no "no_target", the decision of the head')
+    if index.partial("head") and not protocol.tasks["gres"].min_mask_pixels:
+        notes.append(f"official gres not computed: {index.partial('head')} predictions have neither no_target nor no_target_prob")
         return False
     return True
 
@@ -149,8 +150,7 @@ def _row(truth: TruthFolder, record: ExpressionRecord, line: dict[str, Any] | No
     status = "missing" if line is None else line.get("status", "ok")
     row = Row(group_names(record), not record.targets, len(record.targets), status != "ok")
     answer = line if line is not None and status == "ok" else {}
-    if answer.get("no_target") is not None:
-        row.head = _flag(answer)
+    row.head = _head(answer)
     if any(plan.has("strict", task) for task in ("gres", "res")):
         _fill_masks(truth, record, answer, row, plan, tally)
     if plan.has("strict", "rvos"):
@@ -221,8 +221,11 @@ def _count(answer: dict[str, Any]) -> int:
     return value
 
 
-def _flag(answer: dict[str, Any]) -> bool:
-    value = answer["no_target"]
+def _head(answer: dict[str, Any]) -> bool | None:
+    """Return what the no-target head says: its decision, or its probability's argmax (a tie: "has a target"); None without."""
+    value = answer.get("no_target")
+    if value is None:
+        return None if answer.get("no_target_prob") is None else _probability(answer) > ARGMAX
     if not isinstance(value, bool):
         raise fault(f"{answer.get('expression_id')}: no_target {value!r}", "true or false", "mend the line")
     return value

@@ -115,6 +115,7 @@ def index_predictions(paths: list[Path]) -> PredictionFiles:
             if status == "ok":
                 answered.update(key for key in ANSWERS if key in value and (value[key] is not None or key == "mask_rle"))
                 answered["mask"] += value.get("mask_rle") is not None
+                answered["head"] += value.get("no_target") is not None or value.get("no_target_prob") is not None
             unknown.update(value.keys() - GROUNDING_KEYS)
         elif "image_id" in value and "targets" in value:
             num_generation += 1
