@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from made_batch import make_batch
 from torch import Tensor
 
 from grex_mllm.config import Config, load_config
@@ -16,7 +17,6 @@ from grex_mllm.training.losses import ReLALoss
 from grex_mllm.training.optim import build_optimizer, build_schedule, clip_gradients, optimized_parameters
 from grex_mllm.training.run import JointLossTerms
 from grex_mllm.types import Batch
-from tests.test_losses import make_batch
 
 FOLDER = Path(__file__).resolve().parent.parent / "configs"
 FILES = sorted(FOLDER.glob("*.yaml"))

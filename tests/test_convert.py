@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 import torch
+from made_batch import RELEASED, make_batch
 
 from grex_mllm.config import OptimConfig, load_config
 from grex_mllm.convert.check import convert_check, load_grounding
@@ -21,7 +22,6 @@ from grex_mllm.models.grounding import GroundingModel
 from grex_mllm.training.losses import ReLALoss
 from grex_mllm.training.optim import build_optimizer, clip_gradients, optimized_parameters
 from grex_mllm.types import GroundingOutput
-from tests.test_losses import RELEASED, make_batch
 
 SIZES = Path(__file__).parent / "data"
 NANO = ["rela_nano_swin", "rela_nano_r50"]

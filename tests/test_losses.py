@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from made_batch import RELEASED, make_batch
 
 from grex_mllm.config import LossConfig
 from grex_mllm.errors import GrexError
@@ -20,32 +21,9 @@ from grex_mllm.training.losses import (
     minimap_target,
 )
 from grex_mllm.training.matcher import match
-from grex_mllm.types import Batch, Geometry, GroundingOutput
+from grex_mllm.types import GroundingOutput
 
-RELEASED = LossConfig(mask=5.0, minimap=0.5, no_target=0.5, box_l1=0, box_giou=0, box_score=0, count=0, minimap_target="truncated")
 WEIGHTS = torch.tensor([0.9, 1.1])
-
-
-def make_batch(masks: torch.Tensor, boxes: list[torch.Tensor]) -> Batch:
-    """Wrap masks [E, H, W] and boxes as a batch of one image per expression."""
-    count = torch.tensor([len(b) for b in boxes])
-    num, height, width = masks.shape
-    return Batch(
-        image=torch.zeros(num, 3, height, width, dtype=torch.uint8),
-        image_index=torch.arange(num),
-        text_ids=torch.zeros(num, 4, dtype=torch.int64),
-        text_mask=torch.ones(num, 4, dtype=torch.int64),
-        gt_masks=masks,
-        gt_boxes_norm=boxes,
-        gt_count=count,
-        no_target=count == 0,
-        target_index=[torch.arange(int(n)) for n in count],
-        instance_masks=[torch.zeros(int(n), height, width, dtype=torch.bool) for n in count],
-        instance_boxes_norm=boxes,
-        geometries=[Geometry(height, width, height, width)] * num,
-        expression_ids=[str(i) for i in range(num)],
-        image_ids=[str(i) for i in range(num)],
-    )
 
 
 def make_output(num: int, queries: int = 9, requires_grad: bool = False) -> GroundingOutput:
