@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -10,11 +13,12 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from score_case import HEIGHT, PROTOCOLS, WIDTH, make_dataset, object_mask, read_lines, right_answers, write_lines
+from score_case import HEIGHT, PROTOCOLS, ROOT, WIDTH, make_dataset, object_mask, read_lines, right_answers, write_lines
 
 from grex_mllm.errors import GrexError
 from grex_mllm.ops.masks import decode_rle, encode_rle
 from grex_mllm.score import score
+from grex_mllm.score.truth import open_truth
 
 
 @pytest.fixture
@@ -118,3 +122,25 @@ def _runs(mask: np.ndarray) -> list[int]:
     flat = mask.T.reshape(-1)
     edges = np.flatnonzero(np.diff(flat)) + 1
     return np.diff(np.concatenate([[0], edges, [flat.size]])).tolist()
+
+
+def test_ground_truth_at_input_size_equals_the_released_preprocessing(shared: Path, tmp_path: Path) -> None:
+    """All 72 recorded masks, 480x480, bit for bit: what the official protocol compares with."""
+    source, out = shared / "oracle" / "preprocess", tmp_path / "converted"
+    command = [sys.executable, str(ROOT / "data_prep" / "grefcoco.py"), "--refs", str(source / "grefcoco" / "grefs(unc).json")]
+    command += ["--instances", str(source / "grefcoco" / "instances.json"), "--images", str(source / "images" / "train2014")]
+    done = subprocess.run(
+        [*command, "--out", str(out), "--skip-bad"], env=os.environ | {"PYTHONPATH": str(ROOT)}, capture_output=True, check=False
+    )
+    assert done.returncode == 0, done.stderr.decode()
+    recorded, masks = json.loads((source / "expected.json").read_text()), np.load(source / "expected.npz")
+    for split in ("train", "val"):
+        truth = open_truth(out, split)
+        found: dict[tuple[str, str], list[bytes]] = {}
+        for record in truth.expressions():
+            mask = truth.mask(record.image_id, record.targets, (480, 480))
+            assert mask is not None
+            found.setdefault((record.image_id, record.raw), []).append(np.packbits(decode_rle(mask)).tobytes())
+        assert len(truth) == len(recorded[split])
+        for n, sample in enumerate(recorded[split]):
+            assert masks[f"{split}_{n:02d}_mask"].tobytes() in found[str(sample["image_id"]), sample["sentence"]["raw"]]
