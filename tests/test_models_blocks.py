@@ -14,7 +14,7 @@ from grex_mllm.errors import GrexError
 from grex_mllm.models.pwam import normalise_positions
 from grex_mllm.models.resnet import FrozenBatchNorm, ResNet, append_coordinates
 from grex_mllm.models.swin import SwinTransformer, WindowAttention
-from grex_mllm.models.windows import from_windows, to_windows, window_layout
+from grex_mllm.models.windows import from_windows, relative_index, to_windows, window_layout
 from grex_mllm.ops.deform_attn import deformable_attention_bags, deformable_attention_reference
 from grex_mllm.types import TextFeatures
 
@@ -82,7 +82,7 @@ def by_definition(attention: WindowAttention, x: Tensor, window: int, shift: int
     x = x.roll((-shift, -shift), (1, 2))
     out = torch.zeros_like(x)
     heads, depth = attention.num_heads, channels // attention.num_heads
-    bias = attention.relative_position_bias_table[attention.relative_position_index].permute(2, 0, 1)
+    bias = attention.relative_position_bias_table[relative_index(window)].permute(2, 0, 1)
     for top in range(0, tall, window):
         for left in range(0, wide, window):
             here = (slice(None), slice(top, top + window), slice(left, left + window))
@@ -101,9 +101,12 @@ def test_window_gathers_have_right_gradients() -> None:
     x = torch.randn(2 * 3 * 5, 2, dtype=torch.float64, requires_grad=True)
     fill = torch.randn(2, dtype=torch.float64, requires_grad=True)
     assert torch.autograd.gradcheck(lambda a, b: to_windows(a, layout, b), (x, fill))
-    slots = torch.randn(len(layout.source), 2, dtype=torch.float64, requires_grad=True)
-    assert torch.autograd.gradcheck(lambda s: from_windows(s, layout), (slots,))
-    assert torch.equal(from_windows(to_windows(x, layout, fill), layout), x)
+    answers = torch.randn(2 * 3 * 5, 2, dtype=torch.float64, requires_grad=True)
+    assert torch.autograd.gradcheck(lambda a: from_windows(a, layout), (answers,))
+    slots = to_windows(x, layout, fill).view(-1, 16, 2)
+    real = [slots[kind.first : kind.last, : kind.real].reshape(-1, 2) for kind in layout.kinds]
+    assert torch.equal(from_windows(torch.cat(real), layout), x)
+    assert sum((k.last - k.first) * (16 - k.real) for k in layout.kinds) == len(layout.padding)
 
 
 def test_cached_layout_made_in_inference_mode_serves_training() -> None:

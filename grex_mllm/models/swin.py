@@ -41,8 +41,6 @@ class PatchEmbedding(nn.Module):
 class WindowAttention(nn.Module):
     """Self-attention within windows, with a learned relative position bias."""
 
-    relative_position_index: Tensor
-
     def __init__(self, width: int, num_heads: int, window: int) -> None:
         super().__init__()
         if width % num_heads:
@@ -52,9 +50,6 @@ class WindowAttention(nn.Module):
         self.proj = nn.Linear(width, width)
         self.relative_position_bias_table = nn.Parameter(torch.empty((2 * window - 1) ** 2, num_heads))
         nn.init.trunc_normal_(self.relative_position_bias_table, std=INIT_STD)
-        grid = torch.stack(torch.meshgrid(torch.arange(window), torch.arange(window), indexing="ij")).flatten(1)
-        offset = grid[:, :, None] - grid[:, None, :] + window - 1
-        self.register_buffer("relative_position_index", offset[0] * (2 * window - 1) + offset[1], persistent=False)
 
     def forward(self, x: Tensor, height: int, width: int, shift: int) -> Tensor:
         """Attend within the windows of B maps.
@@ -66,12 +61,14 @@ class WindowAttention(nn.Module):
         size = self.window**2
         slots = to_windows(self.qkv(x.reshape(-1, channels)), layout, self.qkv.bias)
         slots = slots.view(-1, size, 3, self.num_heads, channels // self.num_heads)
-        bias = self.relative_position_bias_table[self.relative_position_index.flatten()].view(size, size, -1).permute(2, 0, 1)
         parts = []
-        for first, last, mask in layout.kinds:
-            query, key, value = slots[first:last].permute(2, 0, 3, 1, 4)
-            scores = bias if mask is None else bias + mask.to(bias.dtype)
-            attended = F.scaled_dot_product_attention(query, key, value, attn_mask=scores.to(query.dtype).contiguous()[None])
+        for kind in layout.kinds:
+            query, key, value = slots[kind.first : kind.last].permute(2, 0, 3, 1, 4)
+            scores = self.relative_position_bias_table[kind.pairs].view(kind.real, size, -1).permute(2, 0, 1)
+            if kind.mask is not None:
+                scores = scores + kind.mask.to(scores.dtype)
+            scores = scores.to(query.dtype).contiguous()[None]
+            attended = F.scaled_dot_product_attention(query[:, :, : kind.real], key, value, attn_mask=scores)
             parts.append(attended.transpose(1, 2).reshape(-1, channels))
         return self.proj(from_windows(torch.cat(parts) if len(parts) > 1 else parts[0], layout)).view(batch, -1, channels)
 

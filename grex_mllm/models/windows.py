@@ -1,7 +1,8 @@
 """Swin's windows as gathers: which token stands where, for plain and shifted windows over maps that are padded to a multiple of the window.
 
 A shifted map has only four kinds of windows: inner ones without a mask, those of the last row, of the last column, and the corner. Laid
-out kind by kind, attention needs four masks of one window each in place of one mask per window.
+out kind by kind, attention needs one mask per kind in place of one per window. Within a window the real tokens come first: padding is read
+as key and value (the released networks do), but it never asks.
 """
 
 from __future__ import annotations
@@ -18,48 +19,88 @@ APART = -100.0
 
 
 @dataclass(frozen=True)
+class WindowKind:
+    """Windows that share their mask and their padding.
+
+    first, last: slice of the windows (times B).  real: number of tokens that are no padding; they come first.
+    pairs: int64 [real * N] row of the relative position bias table for every query and key.  mask: [real, N], 0 or APART, or None.
+    """
+
+    first: int
+    last: int
+    real: int
+    pairs: Tensor
+    mask: Tensor | None
+
+
+@dataclass(frozen=True)
 class WindowLayout:
     """Where the tokens of B maps of height x width stand in their windows. T = windows * B * N slots, N = window ** 2.
 
-    source: int64 [T] token of each slot, 0 for padding.  padding: int64 [K] slots that hold padding.
-    slot: int64 [B * height * width] slot of each token.
-    kinds: (first window, past the last window, mask [N, N] or None) for each kind of window; windows are times B.
+    source: int64 [T] token of each slot, 0 for padding.  padding: int64 [K] slots that hold padding.  slot: int64 [B * height * width] slot of
+    each token.  answer: int64 [B * height * width] place of each token among the queries' answers (real tokens, kind by kind);
+    asked: its inverse.
     """
 
     source: Tensor
     padding: Tensor
     slot: Tensor
-    kinds: tuple[tuple[int, int, Tensor | None], ...]
+    answer: Tensor
+    asked: Tensor
+    kinds: tuple[WindowKind, ...]
 
 
 @lru_cache(maxsize=64)
 @torch.inference_mode(False)  # what is kept must serve training too
 def window_layout(batch: int, height: int, width: int, window: int, shift: int, device: torch.device) -> WindowLayout:
     """Lay out the windows of a map that is zero-padded right and bottom to a multiple of the window, then rolled by -shift."""
+    size = window**2
+    tokens, masks = _cut(height, width, window, shift)
+    groups: dict[tuple[int, bytes], list[Tensor]] = {}
+    for kind, row in zip(masks, tokens, strict=True):
+        groups.setdefault((kind, (row >= 0).numpy().tobytes()), []).append(row)
+    image = (torch.arange(batch) * height * width)[:, None]
+    pair_rows, kind_masks = relative_index(window), shift_masks(window, shift)
+    kinds, sources, asked = [], [], []
+    first = 0
+    for (kind, _), rows in groups.items():
+        order = (rows[0] < 0).to(torch.int64).argsort(stable=True)
+        real = int((rows[0] >= 0).sum())
+        here = torch.stack(rows)[:, order][:, None]
+        here = torch.where(here < 0, -1, here + image)
+        last = first + len(rows) * batch
+        mask = kind_masks[kind]
+        mask = None if mask is None else mask[order][:, order][:real].to(device)
+        kinds.append(WindowKind(first, last, real, pair_rows[order][:, order][:real].flatten().to(device), mask))
+        sources.append(here.flatten())
+        asked.append(here[..., :real].flatten())
+        first = last
+    source, questions = torch.cat(sources), torch.cat(asked)
+    padding, present = (source < 0).nonzero().flatten(), (source >= 0).nonzero().flatten()
+    slot, answer = torch.empty_like(questions), torch.empty_like(questions)
+    slot[source[present]] = present
+    answer[questions] = torch.arange(len(questions))
+    assert len(source) == first * size
+    moved = (t.to(device) for t in (source.clamp(min=0), padding, slot, answer, questions))
+    return WindowLayout(*moved, tuple(kinds))
+
+
+def _cut(height: int, width: int, window: int, shift: int) -> tuple[Tensor, list[int]]:
+    """Return the tokens of every window, int64 [windows, N] (-1 for padding), and which shift mask each window has."""
     padded = torch.full((-(-height // window) * window, -(-width // window) * window), -1, dtype=torch.int64)
     padded[:height, :width] = torch.arange(height * width).view(height, width)
-    if shift:
-        padded = padded.roll((-shift, -shift), (0, 1))
+    padded = padded.roll((-shift, -shift), (0, 1))
     rows, columns = padded.shape[0] // window, padded.shape[1] // window
-    tokens = padded.view(rows, window, columns, window).transpose(1, 2).reshape(rows, columns, window * window)
-    if shift:
-        groups = [tokens[:-1, :-1], tokens[-1:, :-1], tokens[:-1, -1:], tokens[-1:, -1:]]
-    else:
-        groups = [tokens]
-    groups = [g.reshape(-1, window * window) for g in groups]
-    kinds = []
-    first = 0
-    for group, mask in zip(groups, shift_masks(window, shift) if shift else [None], strict=True):
-        if len(group):
-            kinds.append((first, first + len(group) * batch, None if mask is None else mask.to(device)))
-        first += len(group) * batch
-    source = torch.cat(groups)[:, None] + (torch.arange(batch) * height * width)[:, None]
-    source = torch.where(torch.cat(groups)[:, None] < 0, -1, source).flatten()
-    padding = (source < 0).nonzero().flatten()
-    real = (source >= 0).nonzero().flatten()
-    slot = torch.empty(batch * height * width, dtype=torch.int64)
-    slot[source[real]] = real
-    return WindowLayout(source.clamp(min=0).to(device), padding.to(device), slot.to(device), tuple(kinds))
+    tokens = padded.view(rows, window, columns, window).transpose(1, 2).reshape(rows * columns, window**2)
+    last = [(r == rows - 1, c == columns - 1) for r in range(rows) for c in range(columns)]
+    return tokens, [int(below) + 2 * int(right) if shift else 0 for below, right in last]
+
+
+def relative_index(window: int) -> Tensor:
+    """Return the row of the bias table for every query and key of a window: int64 [N, N]."""
+    grid = torch.stack(torch.meshgrid(torch.arange(window), torch.arange(window), indexing="ij")).flatten(1)
+    offset = grid[:, :, None] - grid[:, None, :] + window - 1
+    return offset[0] * (2 * window - 1) + offset[1]
 
 
 def shift_masks(window: int, shift: int) -> list[Tensor | None]:
@@ -86,18 +127,18 @@ class _ToSlots(torch.autograd.Function):
         return grads[0].index_select(0, slot), None, None
 
 
-class _FromSlots(torch.autograd.Function):
-    """Gather slots [T, C] back into tokens [B * HW, C]; what stands in padding slots is dropped."""
+class _Reorder(torch.autograd.Function):
+    """Gather rows by a permutation; the backward gathers by its inverse."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, source: Tensor, padding: Tensor, slot: Tensor) -> Tensor:
-        ctx.save_for_backward(source, padding)
-        return x.index_select(0, slot)
+    def forward(ctx: Any, x: Tensor, index: Tensor, inverse: Tensor) -> Tensor:
+        ctx.save_for_backward(inverse)
+        return x.index_select(0, index)
 
     @staticmethod
     def backward(ctx: Any, *grads: Any) -> Any:
-        source, padding = ctx.saved_tensors
-        return grads[0].index_select(0, source).index_fill_(0, padding, 0), None, None, None
+        (inverse,) = ctx.saved_tensors
+        return grads[0].index_select(0, inverse), None, None
 
 
 def to_windows(x: Tensor, layout: WindowLayout, fill: Tensor) -> Tensor:
@@ -108,6 +149,6 @@ def to_windows(x: Tensor, layout: WindowLayout, fill: Tensor) -> Tensor:
     return slots
 
 
-def from_windows(x: Tensor, layout: WindowLayout) -> Tensor:
-    """Gather slots [T, C] back into tokens [B * HW, C]."""
-    return _FromSlots.apply(x, layout.source, layout.padding, layout.slot)
+def from_windows(answers: Tensor, layout: WindowLayout) -> Tensor:
+    """Gather the real tokens' answers, kind by kind [B * HW, C], back into the tokens' order."""
+    return _Reorder.apply(answers, layout.answer, layout.asked)
