@@ -27,6 +27,7 @@ from grex_mllm.types import Geometry, Grounding
 
 WEIGHTS, CONFIG, TEXT_TOKENIZER, LM_TOKENIZER = "model.safetensors", "config.yaml", "text_tokenizer", "lm_tokenizer"
 MAX_EXPRESSION_CHARACTERS = 1000
+NUM_LEVELS = 3  # of every pixel decoder
 
 
 @dataclass
@@ -72,7 +73,7 @@ class GrexModel(nn.Module, ModelHubMixin):
     def feature_channels(self) -> list[int]:
         """Channels of the feature maps that the generator reads, fine to coarse."""
         decoder: Any = self.grounding.pixel_decoder
-        return [decoder.mask_width, *([decoder.width] * decoder.num_levels)]
+        return [decoder.mask_width, *([decoder.width] * NUM_LEVELS)]
 
     @property
     def device(self) -> torch.device:

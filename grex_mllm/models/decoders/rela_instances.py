@@ -6,8 +6,8 @@ region-language relations, and a region-wise probability x_r selects what belong
 - The region-image part (RIA) is language-free and runs once per image. It is supervised against *all* objects of the image, so that a
   region is an instance: a box, a mask and a feature.
 - Only the best regions go through the region-language part (RLA), which is therefore cheap: hundreds of expressions per image cost little.
-- Region-region attention sees the boxes' relative geometry, weighted by the sentence; half of its heads are not normalised, so that they
-  can count ("the second from the left").
+- Region-region attention sees the boxes' relative geometry, weighted by what a region has read in the expression; half of its heads are not
+  normalised, so that they can count ("the second from the left").
 
 The answer is the union of the masks of the selected regions.
 """
@@ -26,6 +26,7 @@ from grex_mllm.ops.attention import attend
 from grex_mllm.types import GroundingOutput, PixelFeatures, TextFeatures
 
 NUM_COUNT_CLASSES = 7
+PAIR_WIDTH = 10
 OUTSIDE_LOGIT = -30.0
 BOX_MARGIN = 0.125  # a region's mask is cut off outside its box enlarged by this share of the box on each side
 
@@ -68,7 +69,7 @@ def pair_geometry(boxes_norm: Tensor) -> Tensor:
     distance = offset.norm(dim=-1, keepdim=True)
     area = ratio.sum(dim=-1, keepdim=True)
     same = torch.eye(boxes_norm.shape[1], device=boxes_norm.device, dtype=boxes_norm.dtype)[None, :, :, None].expand_as(distance)
-    return torch.cat([offset, sharp, offset.abs(), distance, area, torch.tanh(area * 3.0), same], dim=-1)
+    return torch.cat([offset * 2.0, sharp, offset.abs() * 2.0, distance, area, torch.tanh(area * 3.0), same], dim=-1)
 
 
 def _mlp(width_in: int, hidden: int, width_out: int) -> nn.Sequential:
@@ -102,34 +103,34 @@ class ImageLayer(nn.Module):
 
 
 class LanguageLayer(nn.Module):
-    """Region-region attention with geometry, region-language attention, and a multiplicative sentence gate (pre-norm)."""
+    """Region-language attention, a multiplicative gate by what was read, and region-region attention with geometry (pre-norm)."""
 
-    def __init__(self, width: int, num_heads: int, feedforward: int, geometry_width: int) -> None:
+    def __init__(self, width: int, num_heads: int, feedforward: int) -> None:
         super().__init__()
         self.num_heads = num_heads
-        self.norm_self, self.norm_text, self.norm_gate, self.norm_ffn = (nn.LayerNorm(width) for _ in range(4))
-        self.self_in, self.self_out = nn.Linear(width, 3 * width), nn.Linear(width, width)
-        self.geometry = nn.Linear(geometry_width, num_heads)
-        self.geometry_gate = nn.Linear(width, num_heads)
+        self.norm_text, self.norm_gate, self.norm_self, self.norm_ffn = (nn.LayerNorm(width) for _ in range(4))
         self.text_query, self.text_key_value, self.text_out = nn.Linear(width, width), nn.Linear(width, 2 * width), nn.Linear(width, width)
         self.gate, self.gate_out = nn.Linear(width, width), nn.Linear(width, width)
+        self.self_in, self.self_out = nn.Linear(width, 3 * width), nn.Linear(width, width)
+        self.geometry = nn.Linear(width, num_heads * PAIR_WIDTH)
         self.ffn = _mlp(width, feedforward, width)
 
     def forward(self, x: Tensor, geometry: Tensor, image_index: Tensor, tokens: Tensor, token_mask: Tensor, sentence: Tensor) -> Tensor:
-        """Update x [E, K, C]; geometry [B, K, K, G] hidden pair features; tokens [E, L, C], token_mask bool [E, 1, 1, L]; sentence [E, C]."""
-        x = x + self.self_out(self._relate(self.norm_self(x), geometry, image_index, sentence))
+        """Update x [E, K, C]; geometry [B, K, K, G]; tokens [E, L, C], token_mask bool [E, 1, 1, L]; sentence [E, C]."""
         key, value = (self._split(t) for t in self.text_key_value(tokens).chunk(2, dim=-1))
-        read = attend(self._split(self.text_query(self.norm_text(x))), key, value, token_mask)
-        x = x + self.text_out(read.transpose(1, 2).flatten(2))
-        x = x + self.gate_out(self.norm_gate(x) * self.gate(sentence)[:, None])
+        read = attend(self._split(self.text_query(self.norm_text(x))), key, value, token_mask).transpose(1, 2).flatten(2)
+        x = x + self.text_out(read)
+        x = x + self.gate_out(self.norm_gate(x) * self.gate(read + sentence[:, None]))
+        x = x + self.self_out(self._relate(self.norm_self(x), geometry, image_index))
         return x + self.ffn(self.norm_ffn(x))
 
     def _split(self, t: Tensor) -> Tensor:
         return t.unflatten(-1, (self.num_heads, -1)).transpose(1, 2)
 
-    def _relate(self, x: Tensor, geometry: Tensor, image_index: Tensor, sentence: Tensor) -> Tensor:
+    def _relate(self, x: Tensor, geometry: Tensor, image_index: Tensor) -> Tensor:
         query, key, value = (self._split(t) for t in self.self_in(x).chunk(3, dim=-1))
-        bias = self.geometry(geometry).permute(0, 3, 1, 2)[image_index] * self.geometry_gate(sentence)[:, :, None, None]
+        wanted = self.geometry(x).unflatten(-1, (self.num_heads, PAIR_WIDTH))  # which relation each region looks for, from what it has read
+        bias = torch.einsum("eihg,eijg->ehij", wanted, geometry[image_index].to(wanted.dtype))
         logits = query @ key.transpose(-1, -2) / math.sqrt(query.shape[-1]) + bias
         half = self.num_heads // 2  # the first half selects (softmax), the second half sums up (sigmoid), which can count
         weights = torch.cat([logits[:, :half].softmax(dim=-1), logits[:, half:].sigmoid() * 0.25], dim=1)
@@ -275,10 +276,8 @@ class RelaInstances(nn.Module):
         self.image_regions = ImageRegions(config, width, mask_width)
         self.text_in = nn.Linear(text_width, channels)
         self.sentence = _mlp(2 * text_width, channels, channels)
-        self.pair = nn.Sequential(nn.Linear(10, 32), nn.GELU(), nn.Linear(32, 32), nn.GELU())
-        self.layers = nn.ModuleList(
-            [LanguageLayer(channels, config.num_heads, config.feedforward, 32) for _ in range(config.language_layers)]
-        )
+        self.box_features, self.box_norm = _mlp(22, channels, channels), nn.LayerNorm(channels)
+        self.layers = nn.ModuleList([LanguageLayer(channels, config.num_heads, config.feedforward) for _ in range(config.language_layers)])
         self.norm = nn.LayerNorm(channels)
         self.target, self.target_sentence = nn.Linear(channels, 1), nn.Linear(channels, channels)
         pooled = 3 * channels + 4
@@ -295,11 +294,10 @@ class RelaInstances(nn.Module):
         mean = (text.tokens * text.mask[..., None]).sum(dim=1) / text.mask.sum(dim=1, keepdim=True).clamp(min=1)
         sentence = self.sentence(torch.cat([text.tokens[:, 0], mean], dim=-1))
         tokens, token_mask = self.text_in(text.tokens), mask[:, None, None, :]
-        geometry = self.pair(regions.geometry)
-        x = regions.features[image_index]
+        x = (regions.features + self.box_norm(self.box_features(box_code(regions.kept_boxes_norm))))[image_index]
         logits = []
         for layer in self.layers:
-            x = layer(x, geometry, image_index, tokens, token_mask, sentence)
+            x = layer(x, regions.geometry, image_index, tokens, token_mask, sentence)
             normed = self.norm(x)
             bilinear = (normed * self.target_sentence(sentence)[:, None]).sum(dim=-1) / math.sqrt(normed.shape[-1])
             logits.append(precise(self.target(normed).squeeze(-1) + bilinear))

@@ -1,0 +1,153 @@
+"""Prediction files: same answers for any batch, worker and process count; resumable; nothing half-written."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from tiny import WORDS, tiny_config, tiny_model
+
+from grex_mllm.config import SyntheticConfig
+from grex_mllm.data.synthetic.export import export
+from grex_mllm.errors import GrexError
+from grex_mllm.models.grex import GrexModel
+from grex_mllm.models.lm_tokenizer import train_sentencepiece
+from grex_mllm.models.text import train_text_tokenizer
+from grex_mllm.ops.masks import decode_rle
+from grex_mllm.predict import object_sets, predict_split
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory) -> Path:
+    """A folder with a tiny random model with a generator (`m`) and a dataset of six scenes (`d`)."""
+    root = tmp_path_factory.mktemp("predict")
+    export(SyntheticConfig(image_size=64), "test", 6, root / "d", 5)
+    config = tiny_config(model__generator__lm="tiny", model__generator__hidden_size=16, model__generator__num_heads=2,
+                         model__generator__num_layers=1, model__generator__intermediate_size=32, model__generator__projector_width=16,
+                         model__generator__max_new_tokens=6)  # fmt: skip
+    text = train_text_tokenizer(WORDS, 300)
+    config.model.text.vocab_size = text.vocab_size
+    base = tiny_model()
+    model = GrexModel(config, text, train_sentencepiece(WORDS * 5, root / "t", 300)).eval()
+    model.grounding.load_state_dict(base.grounding.state_dict())
+    model.save_pretrained(root / "m")
+    return root
+
+
+def run(place: Path, out: str, tasks=("ground", "generate"), listener=0, limit=None, overrides=()) -> list[dict]:
+    path = predict_split(str(place / "m"), str(place / "d"), place / out, "test", list(tasks), None, listener, limit, "cpu", list(overrides))
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def same(first: list[dict], second: list[dict]) -> None:
+    """Equal decisions, boxes and scores within rounding."""
+    assert len(first) == len(second)
+    for a, b in zip(first, second, strict=True):
+        assert a.keys() == b.keys()
+        for name in a:
+            if name in ("boxes_xyxy", "box_scores", "no_target_prob", "minimap"):
+                np.testing.assert_allclose(np.asarray(a[name], float), np.asarray(b[name], float), atol=2e-2 if name == "minimap" else 2e-3)
+            else:
+                assert a[name] == b[name], name
+
+
+def test_one_line_for_every_expression_and_object_set(place):
+    lines = run(place, "all.jsonl", listener=2)
+    grounded = [line for line in lines if "expression_id" in line]
+    spoken = [line for line in lines if "targets" in line]
+    assert len(grounded) == 30 and len({line["expression_id"] for line in grounded}) == 30
+    assert spoken and all({"image_id", "targets", "expression", "status", "listener", "candidates"} <= line.keys() for line in spoken)
+    assert {line["judgement"] for line in spoken} <= {"exact", "wrong", "ambiguous", "unparsable"}
+    for line in grounded:
+        assert decode_rle(line["mask_rle"]).shape == (64, 64) and 0 <= line["no_target_prob"] <= 1
+        assert len(line["boxes_xyxy"]) == len(line["box_scores"])
+        if line["no_target"]:
+            assert not decode_rle(line["mask_rle"]).any() and line["boxes_xyxy"] == []
+    assert any(decode_rle(line["mask_rle"]).any() for line in grounded)
+
+
+@pytest.mark.parametrize("batch", [1, 3, 8])
+def test_batch_size_does_not_matter(place, batch):
+    expected = place / "batch64.jsonl"
+    if not expected.exists():
+        run(place, "batch64.jsonl", tasks=["ground"])
+    lines = [json.loads(line) for line in expected.read_text().splitlines()]
+    same(run(place, f"batch{batch}.jsonl", tasks=["ground"], overrides=[f"--predict.batch={batch}"]), lines)
+
+
+@pytest.mark.parametrize("workers", [1, 4])
+def test_workers_do_not_matter(place, workers):
+    same(run(place, f"w{workers}.jsonl", overrides=[f"--data.num_workers={workers}"]), run(place, f"w0for{workers}.jsonl"))
+
+
+def test_interrupted_run_goes_on_where_it_stopped(place):
+    whole = run(place, "whole.jsonl")
+    part = place / "cut.jsonl.part"
+    with pytest.raises(ZeroDivisionError):
+        _interrupt(place, "cut.jsonl", after=4)
+    assert part.exists() and not (place / "cut.jsonl").exists()
+    done = part.read_text().count("\n") - 1
+    with part.open("a") as file:
+        file.write('{"key": "x", "line": {"expre')  # cut in the middle of a line
+    assert 0 < done < len(whole)
+    assert run(place, "cut.jsonl") == whole and not part.exists()
+
+
+def _interrupt(place: Path, out: str, after: int) -> None:
+    import grex_mllm.predict as module
+
+    original, calls = module._image_lines, 0
+
+    def failing(*args):
+        nonlocal calls
+        calls += 1
+        if calls > after:
+            raise ZeroDivisionError
+        return original(*args)
+
+    module._image_lines = failing
+    try:
+        run(place, out)
+    finally:
+        module._image_lines = original
+
+
+def test_part_of_another_run_and_existing_output_are_refused(place):
+    run(place, "one.jsonl", limit=2)
+    with pytest.raises(GrexError, match="exists"):
+        run(place, "one.jsonl", limit=2)
+    (place / "two.jsonl.part").write_text('{"fingerprint": "other"}\n')
+    with pytest.raises(GrexError, match="another model"):
+        run(place, "two.jsonl")
+    with pytest.raises(GrexError, match="task"):
+        run(place, "three.jsonl", tasks=["sing"])
+    assert not (place / "three.jsonl").exists()
+
+
+def test_processes_share_the_work(place):
+    expected = {json.dumps(line, sort_keys=True) for line in run(place, "alone.jsonl", tasks=["ground"])}
+    code = (
+        "import sys; from pathlib import Path; from grex_mllm.predict import predict_split\n"
+        f"predict_split({str(place / 'm')!r}, {str(place / 'd')!r}, Path({str(place / 'shared.jsonl')!r}), 'test', ['ground'], None, 0, None, 'cpu', [])"
+    )
+    ranks = [
+        subprocess.Popen([sys.executable, "-c", code], env={**os.environ, "RANK": str(rank), "WORLD_SIZE": "2", "OMP_NUM_THREADS": "1"})
+        for rank in range(2)
+    ]
+    assert [process.wait(timeout=120) for process in ranks] == [0, 0]
+    lines = (place / "shared.jsonl").read_text().splitlines()
+    assert {json.dumps(json.loads(line), sort_keys=True) for line in lines} == expected and len(lines) == len(expected)
+    assert not list(place.glob("shared.jsonl.*"))
+
+
+def test_object_sets_are_distinct(place):
+    from grex_mllm.data.dataset import FolderDataset
+
+    for sample in FolderDataset(place / "d", "test", 10**9):
+        sets = object_sets(sample)
+        assert len(sets) == len(set(sets)) and set(sets) == {tuple(sorted(e.targets)) for e in sample.expressions if e.targets}
