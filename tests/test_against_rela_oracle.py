@@ -14,10 +14,10 @@ import torch
 from torch import Tensor
 
 from grex_mllm.config import DecoderConfig, ModelConfig, PixelDecoderConfig, TextConfig, VisionConfig
+from grex_mllm.convert.check import run
 from grex_mllm.convert.rela import BACKBONES, map_keys
 from grex_mllm.models import build_grounding
 from grex_mllm.models.grounding import GroundingModel
-from grex_mllm.models.recording import record_forward
 
 NANO_VISION = {
     "rela_nano_swin": VisionConfig(name="swin", embed_width=16, swin_depths=[1, 2, 2, 1], swin_heads=[1, 2, 4, 8], window=7, fusion="pwam"),
@@ -36,16 +36,8 @@ class Case:
     recorded: dict[str, Any]
     errors_32: dict[str, Any]
 
-    def inputs(self) -> tuple[Tensor, Tensor, Tensor]:
-        samples = self.recorded["inputs"]
-        return (
-            torch.stack([s["image"] for s in samples]),
-            torch.cat([s["lang_tokens"] for s in samples]),
-            torch.cat([s["lang_mask"] for s in samples]),
-        )
-
-    def run(self, dtype: torch.dtype) -> dict[str, Any]:
-        return record_forward(self.model.to(dtype), *self.inputs())
+    def run(self, dtype: torch.dtype) -> dict[str, Tensor]:
+        return run(self.model.to(dtype), self.recorded["inputs"])
 
 
 def nano_config(name: str) -> ModelConfig:
@@ -72,15 +64,15 @@ def case(request: pytest.FixtureRequest, shared: Path, tmp_path_factory: pytest.
 
 
 def flatten(tree: Any, name: str = "") -> dict[str, Tensor]:
-    """Name every tensor of nested dicts and lists."""
+    """Name every tensor of nested dicts and lists: keys joined by slashes."""
     if isinstance(tree, Tensor):
         return {name: tree}
     items = tree.items() if isinstance(tree, dict) else enumerate(tree)
-    return {k: v for key, value in items for k, v in flatten(value, f"{name}.{key}".lstrip(".")).items()}
+    return {k: v for key, value in items for k, v in flatten(value, f"{name}/{key}".lstrip("/")).items()}
 
 
 def test_float64_equals_recorded(case: Case) -> None:
-    ours, theirs = flatten(case.run(torch.float64)), flatten(case.recorded["eval64"])
+    ours, theirs = case.run(torch.float64), flatten(case.recorded["eval64"])
     assert len(theirs) >= 10
     for name, expected in theirs.items():
         error = (ours[name] - expected).abs().max() / expected.abs().max()
@@ -88,7 +80,7 @@ def test_float64_equals_recorded(case: Case) -> None:
 
 
 def test_float32_intermediates_within_recorded_error(case: Case) -> None:
-    ours, theirs = flatten(case.run(torch.float32)), flatten(case.recorded["eval"])
+    ours, theirs = case.run(torch.float32), flatten(case.recorded["eval"])
     errors = recorded_errors(case.errors_32)
     assert len(theirs) >= 50
     for name, expected in theirs.items():
@@ -108,17 +100,18 @@ def recorded_errors(tree: Any, name: str = "") -> dict[str, float]:
     if not isinstance(tree, dict | list):
         return {}
     items = tree.items() if isinstance(tree, dict) else enumerate(tree)
-    return {k: v for key, value in items for k, v in recorded_errors(value, f"{name}.{key}".lstrip(".")).items()}
+    return {k: v for key, value in items for k, v in recorded_errors(value, f"{name}/{key}".lstrip("/")).items()}
 
 
 def test_decisions_equal_recorded(case: Case) -> None:
-    ours, theirs = case.run(torch.float32), case.recorded["eval"]
-    for mine, other in zip(ours["processed"], theirs["processed"], strict=True):
-        assert (mine["ref_seg"].argmax(0) != other["ref_seg"].argmax(0)).float().mean() <= 1e-4
-        assert mine["nt_label"].argmax() == other["nt_label"].argmax()
-    masks, expected = ours["head_out"]["pred_masks"], theirs["head_out"]["pred_masks"]
+    ours, theirs = case.run(torch.float32), flatten(case.recorded["eval"])
+    for i in range(len(case.recorded["inputs"])):
+        mask, no_target = f"processed/{i}/ref_seg", f"processed/{i}/nt_label"
+        assert (ours[mask].argmax(0) != theirs[mask].argmax(0)).float().mean() <= 1e-4
+        assert ours[no_target].argmax() == theirs[no_target].argmax()
+    masks, expected = ours["head_out/pred_masks"], theirs["head_out/pred_masks"]
     assert (masks - expected).abs().max() <= 1e-3 * expected.std() + 1e-3
-    assert (ours["head_out"]["nt_label"] - theirs["head_out"]["nt_label"]).abs().max() <= 1e-5
+    assert (ours["head_out/nt_label"] - theirs["head_out/nt_label"]).abs().max() <= 1e-5
 
 
 def test_batch_equals_single_and_any_size(case: Case) -> None:

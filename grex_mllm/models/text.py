@@ -112,12 +112,13 @@ def load_text_tokenizer(folder: str | Path) -> TextTokenizer:
 
 def train_text_tokenizer(sentences: Iterable[str], vocab_size: int) -> TextTokenizer:
     """Train a lower-casing WordPiece tokenizer on sentences; deterministic for a given list."""
-    from tokenizers.trainers import WordPieceTrainer
+    import tempfile
 
-    tokenizer = _wordpiece({token: i for i, token in enumerate(SPECIAL_TOKENS)})
-    trainer = WordPieceTrainer(vocab_size=vocab_size, special_tokens=list(SPECIAL_TOKENS), show_progress=False)
-    tokenizer.train_from_iterator(sentences, trainer)
-    return TextTokenizer(tokenizer)
+    from grex_mllm.models.lm_tokenizer import train_wordpiece
+
+    with tempfile.TemporaryDirectory() as folder:
+        train_wordpiece(sentences, folder, vocab_size)
+        return load_text_tokenizer(folder)
 
 
 def _wordpiece(vocab: dict[str, int]) -> Any:

@@ -37,9 +37,9 @@ class WindowKind:
 class WindowLayout:
     """Where the tokens of B maps of height x width stand in their windows. T = windows * B * N slots, N = window ** 2.
 
-    source: int64 [T] token of each slot, 0 for padding.  padding: int64 [K] slots that hold padding.  slot: int64 [B * height * width] slot of
-    each token.  answer: int64 [B * height * width] place of each token among the queries' answers (real tokens, kind by kind);
-    asked: its inverse.
+    source: int64 [T] token of each slot, 0 for padding.  padding: int64 [K] slots that hold padding.
+    slot: int64 [B * height * width] slot of each token.
+    answer: int64 [B * height * width] place of each token among the queries' answers (real tokens, kind by kind).  asked: its inverse.
     """
 
     source: Tensor
@@ -81,8 +81,8 @@ def window_layout(batch: int, height: int, width: int, window: int, shift: int, 
     slot[source[present]] = present
     answer[questions] = torch.arange(len(questions))
     assert len(source) == first * size
-    moved = (t.to(device) for t in (source.clamp(min=0), padding, slot, answer, questions))
-    return WindowLayout(*moved, tuple(kinds))
+    source, padding, slot, answer, questions = (t.to(device) for t in (source.clamp(min=0), padding, slot, answer, questions))
+    return WindowLayout(source, padding, slot, answer, questions, tuple(kinds))
 
 
 def _cut(height: int, width: int, window: int, shift: int) -> tuple[Tensor, list[int]]:

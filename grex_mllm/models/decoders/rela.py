@@ -188,11 +188,6 @@ class Rela(nn.Module):
             output.auxiliary["layers"] = earlier
         return output
 
-    def region_masks(self, output: GroundingOutput, regions: RegionImages, image_index: Tensor) -> Tensor:
-        """Return the masks of the single regions, float [E, Q, h, w] logits, for pictures and comparisons."""
-        features = _per_expression(regions.mask_features, image_index)
-        return torch.einsum("eqc,echw->eqhw", output.auxiliary["mask_embeddings"], features)
-
     def _memory(self, i: int, level: Tensor) -> tuple[Tensor, ...]:
         layer: Any = self.region_image[i]
         source = level + self.level_embed.weight[i % NUM_LEVELS][:, None, None]
