@@ -68,7 +68,15 @@ def ground_image(model: str, image: str, expressions: list[str], out: Path, devi
 
 
 def describe_objects(
-    model: str, image: str, boxes: list[list[float]] | None, masks: list[str] | None, mode: str, candidates: int, rerank: str | None, seed: int, device: str
+    model: str,
+    image: str,
+    boxes: list[list[float]] | None,
+    masks: list[str] | None,
+    mode: str,
+    candidates: int,
+    rerank: str | None,
+    seed: int,
+    device: str,
 ) -> dict[str, Any]:
     """Describe one set of objects given as boxes or mask files and return what is printed.
 

@@ -94,7 +94,16 @@ def score(
     from grex_mllm.config import PROTOCOL_FOLDER
     from grex_mllm.score import score as run
 
-    run(predictions, data, split, protocol or PROTOCOL_FOLDER / "all.yaml", out, per_sample=per_sample, allow_missing=allow_missing, show=True)
+    run(
+        predictions,
+        data,
+        split,
+        protocol or PROTOCOL_FOLDER / "all.yaml",
+        out,
+        per_sample=per_sample,
+        allow_missing=allow_missing,
+        show=True,
+    )
     return 0
 
 
@@ -144,7 +153,15 @@ def describe(
     return 0
 
 
-def data(action: str, folders: list[str], image_root: str | None = None, out: str | None = None, split: str = "test", length: int = 500, seed: int = 0) -> int:
+def data(
+    action: str,
+    folders: list[str],
+    image_root: str | None = None,
+    out: str | None = None,
+    split: str = "test",
+    length: int = 500,
+    seed: int = 0,
+) -> int:
     """Check, describe or make dataset folders: grex data check|stats|export FOLDER ...
 
     Args:
@@ -182,7 +199,9 @@ def convert(
     return run_convert(kind, source, out, config, vocab)
 
 
-def compare(results: list[str], out: str | None = None, format: str = "markdown", no_published: bool = False, any_protocol: bool = False) -> int:
+def compare(
+    results: list[str], out: str | None = None, format: str = "markdown", no_published: bool = False, any_protocol: bool = False
+) -> int:
     """Set results side by side, with paired bootstrap intervals where per-sample rows exist.
 
     Args:
@@ -321,7 +340,8 @@ def _parser(verb: str) -> Any:
         if name in POSITIONAL:
             parser.add_argument(name, **options)
         else:
-            parser.add_argument(f"--{name}", **options, **({"required": True} if required else {"default": None}))
+            options["required" if required else "default"] = True if required else None
+            parser.add_argument(f"--{name}", **options)
     parser.add_function_arguments(function, as_group=False, skip=special | {"overrides"})
     return parser
 

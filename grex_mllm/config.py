@@ -215,7 +215,7 @@ class LossConfig:
     box_score: float = 2.0
     count: float = 1.0
     class_weights: list[float] = field(default_factory=lambda: [0.9, 1.1])  # of background and target in the cross-entropies
-    minimap_target: str = "area"  # area (share of the cell, a soft target) | truncated (as released: 1 only where the sampled pixels all are)
+    minimap_target: str = "area"  # area (share of the cell, a soft target) | truncated (as released: 1 where all sampled pixels are)
     box_score_kind: str = "focal"  # focal | bce
     deep_supervision: float = 0.0  # weight of each earlier layer's terms beside the last layer's
     match_score: float = 2.0  # weights of the pairing cost of boxes and queries

@@ -1,4 +1,4 @@
-"""The main job on the embedded default: data, joint training, prediction, scores and report. Nothing here that another user does not also call."""
+"""The main job on the embedded default: data, joint training, prediction, scores and report, all by what any other user calls."""
 
 from __future__ import annotations
 
@@ -42,14 +42,17 @@ def run_demo(out: Path, config_file: str | None, overrides: list[str]) -> dict[s
     trained = time.monotonic()
     _say("3/4 prediction of the test split: every expression, every object set, greedy and chosen by listening")
     if not (out / PREDICTIONS).exists():
-        predict_split(str(out), str(out / DATA), out / PREDICTIONS, "test", ["ground", "generate"], None, LISTENER_CANDIDATES, None, "auto", [])
+        predict_split(
+            str(out), str(out / DATA), out / PREDICTIONS, "test", ["ground", "generate"], None, LISTENER_CANDIDATES, None, "auto", []
+        )
     predicted = time.monotonic()
     _say("4/4 scores and report")
     results = score(out / PREDICTIONS, out / DATA, "test", PROTOCOL, out / RESULTS, per_sample=True, config=to_dict(config), show=True)
     page = report_run(out)
     done = time.monotonic()
     _say(
-        f"report: {page}\ntime: training {trained - start:.0f} s, prediction {predicted - trained:.0f} s, scores and report {done - predicted:.0f} s\n"
+        f"report: {page}\n"
+        f"time: training {trained - start:.0f} s, prediction {predicted - trained:.0f} s, scores and report {done - predicted:.0f} s\n"
         f'ask it: grex ground --model {out} --image {out / DATA}/images/test-0.png --expression "the red circles" --out {out}/answers'
     )
     return results

@@ -20,7 +20,8 @@ def progress_bar(title: str) -> Iterator[Callable[..., None]]:
     if not console.is_terminal:
         yield from _plain(title)
         return
-    columns = (TextColumn("{task.description}"), BarColumn(), TaskProgressColumn(), TimeElapsedColumn(), TimeRemainingColumn(), TextColumn("{task.fields[note]}"))
+    times = (TimeElapsedColumn(), TimeRemainingColumn())
+    columns = (TextColumn("{task.description}"), BarColumn(), TaskProgressColumn(), *times, TextColumn("{task.fields[note]}"))
     with Progress(*columns, console=console) as bar:
         task = bar.add_task(title, total=1.0, note="")
         yield lambda share, note="": bar.update(task, completed=share, note=_text(note))

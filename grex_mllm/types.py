@@ -97,7 +97,7 @@ class Geometry:
 class Batch:
     """Training or evaluation batch: B images, E expressions. All tensors lie on one device.
 
-    image: uint8 [B, 3, H, W] RGB, padded right and bottom with zeros *after* normalisation (the model normalises and pads; `valid_sizes` tells).
+    image: uint8 [B, 3, H, W] RGB, padded right and bottom; the model normalises, and then sets what `geometries` leaves out to zero.
     image_index: int64 [E], image of each expression.
     text_ids, text_mask: int64 [E, L] tokens of the grounding text encoder, 1 = real token.
     gt_masks: bool [E, H, W] union of the targets (all False for no target).
@@ -150,7 +150,7 @@ class PixelFeatures:
 
 @dataclass
 class GroundingOutput:
-    """What every decoder returns for E expressions. Class order of the two-way logits: 0 = background / has a target, 1 = target / no target.
+    """What every decoder returns for E expressions. Two-way logits: 0 = background or has a target, 1 = target or no target.
 
     mask_logits: float [E, 2, h, w] (0 background, 1 target).
     minimap_logits: float [E, Q, 2].  no_target_logits: float [E, 2] (1 = no target).

@@ -69,7 +69,9 @@ def test_batch_equals_single_and_text_padding_is_unread():
             b = int(batch.image_index[e])
             length = int(batch.text_mask[e].sum())
             features = model.grounding.encode_image(batch.image[b : b + 1])
-            alone = model.grounding.ground(features, torch.tensor([0]), batch.text_ids[e : e + 1, :length], batch.text_mask[e : e + 1, :length])
+            alone = model.grounding.ground(
+                features, torch.tensor([0]), batch.text_ids[e : e + 1, :length], batch.text_mask[e : e + 1, :length]
+            )
             for name in ("mask_logits", "no_target_logits", "box_logits", "count_logits"):
                 torch.testing.assert_close(getattr(alone, name)[0], getattr(together, name)[e], rtol=1e-6, atol=1e-6)
 

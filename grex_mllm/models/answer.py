@@ -1,7 +1,8 @@
 """From the logits of a decoder to the answer at the original image size.
 
-Mask: argmax of the two classes after bilinear upsampling (a tie is background). No target: argmax of the no-target head (a tie is "has a target"), as
-the released ReLA decides. Boxes: the papers select the N_O best boxes (GREx article, count head); the benchmark keeps boxes above a score.
+Mask: argmax of the two classes after bilinear upsampling (a tie is background). No target: argmax of the no-target head (a tie is "has a
+target"), as the released ReLA decides. Boxes: the papers select the N_O best boxes (GREx article, count head); the benchmark keeps boxes
+above a score.
 """
 
 from __future__ import annotations
@@ -20,7 +21,9 @@ BOX_RULES = ("count", "threshold", "both")
 NO_TARGET_RULES = ("head", "pixels")
 
 
-def answers(output: GroundingOutput, expressions: list[str], geometries: list[Geometry], canvas: tuple[int, int], config: PredictConfig) -> list[Grounding]:
+def answers(
+    output: GroundingOutput, expressions: list[str], geometries: list[Geometry], canvas: tuple[int, int], config: PredictConfig
+) -> list[Grounding]:
     """Return one Grounding per expression.
 
     geometries: of each expression's image.  canvas: (H, W) that the mask logits [E, 2, h, w] cover, padding included.
@@ -39,7 +42,9 @@ def answers(output: GroundingOutput, expressions: list[str], geometries: list[Ge
         if no_target:
             mask, boxes, scores, count = np.zeros_like(mask), boxes[:0], scores[:0], 0
         minimap = output.minimap_prob[e].float().cpu().numpy() if output.minimap_prob is not None else None
-        results.append(Grounding(expression, mask, mask_input, boxes, scores, count, no_target, float(no_target_prob[e]), minimap, bool(says_none[e])))
+        results.append(
+            Grounding(expression, mask, mask_input, boxes, scores, count, no_target, float(no_target_prob[e]), minimap, bool(says_none[e]))
+        )
     return results
 
 
@@ -65,7 +70,9 @@ def masks_at(logits: Tensor, geometry: Geometry, canvas: tuple[int, int]) -> tup
     return (at_input > 0).cpu().numpy(), mask_to_original(difference, geometry, canvas).cpu().numpy()
 
 
-def boxes_of(output: GroundingOutput, e: int, geometry: Geometry, canvas: tuple[int, int], config: PredictConfig) -> tuple[np.ndarray, np.ndarray, int]:
+def boxes_of(
+    output: GroundingOutput, e: int, geometry: Geometry, canvas: tuple[int, int], config: PredictConfig
+) -> tuple[np.ndarray, np.ndarray, int]:
     """Return boxes float32 [n, 4] xyxy at original size, scores float32 [n] (best first), and the count (6 = more than five)."""
     if output.boxes_norm is None or output.box_logits is None:
         count = int(output.count_logits[e].argmax()) if output.count_logits is not None else -1

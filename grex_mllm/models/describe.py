@@ -1,7 +1,7 @@
 """Describe sets of objects of one image, and choose among candidates by listening: the model grounds what it would say.
 
-The listener is the model's own grounding, as in the "rational speech act" view of referring expressions: an expression is good when a listener
-picks out just the selected set. The score is an agreement in [0, 1], not a likelihood.
+The listener is the model's own grounding, as in the "rational speech act" view of referring expressions: an expression is good when a
+listener picks out just the selected set. The score is an agreement in [0, 1], not a likelihood.
 """
 
 from __future__ import annotations
@@ -16,14 +16,16 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from grex_mllm.data.images import load_image
-
+from grex_mllm.data.transforms import mask_to_original
 from grex_mllm.errors import fault
+from grex_mllm.models.decoders.rela_instances import Regions, region_masks
 from grex_mllm.models.grex import EncodedImage, GrexModel
 from grex_mllm.models.region_tokens import selection_masks
 from grex_mllm.ops.masks import resize_mask_nearest
 from grex_mllm.types import Geometry, GroundingOutput
 
 RERANKERS = (None, "listener")
+MAX_OVERLAP = 0.5
 
 
 @dataclass
@@ -72,7 +74,8 @@ def describe(
     selected = selection_masks(size[0], size[1], masks, boxes_xyxy).numpy()
     sets = [list(range(len(selected)))] if object_sets is None else [list(s) for s in object_sets]
     encoded = array if isinstance(array, EncodedImage) else model.encode(array)
-    results = describe_encoded(model, encoded, selected, sets, mode, candidates, rerank, num_beams, temperature, seed)
+    known = np.concatenate([selected, other_objects(encoded, selected)])
+    results = describe_encoded(model, encoded, known, sets, mode, candidates, rerank, num_beams, temperature, seed)
     given: list[Any] = list(results) if details else [r.expression for r in results]
     return given[0] if object_sets is None else given
 
@@ -100,7 +103,9 @@ def describe_encoded(
         "valid_sizes": torch.tensor([[encoded.geometry.input_height, encoded.geometry.input_width]], device=model.device),
     }
     if rerank is None:
-        texts = model.generator.generate(**arguments, mode=mode, num_candidates=candidates, num_beams=num_beams, temperature=temperature, seed=seed)
+        texts = model.generator.generate(
+            **arguments, mode=mode, num_candidates=candidates, num_beams=num_beams, temperature=temperature, seed=seed
+        )
         return [Description(options[0], None, [(o, float("nan")) for o in options] if candidates > 1 else []) for options in texts]
     if mode == "beam":
         texts = model.generator.generate(**arguments, mode="beam", num_candidates=candidates, num_beams=max(num_beams, candidates))
@@ -109,6 +114,30 @@ def describe_encoded(
         greedy = model.generator.generate(**arguments, mode="greedy")
         texts = [[*g, *drawn] for g, drawn in zip(greedy, texts, strict=True)]
     return listen(model, encoded, at_input, sets, texts)
+
+
+@torch.inference_mode()
+def other_objects(encoded: EncodedImage, selected: np.ndarray) -> np.ndarray:
+    """Return bool [M, H0, W0]: objects that the grounding model finds beside the selected ones, for the generator to tell them apart from.
+
+    Only decoders that know instances find any. selected: bool [n, H0, W0].
+    """
+    regions = encoded.features.regions
+    found = np.zeros((0, *selected.shape[1:]), bool)
+    if not isinstance(regions, Regions):
+        return found
+    sure, order = regions.objectness[-1].gather(1, regions.kept)[0].sigmoid().sort(descending=True)
+    logits = region_masks(regions.kept_mask_embeddings, regions.kept_boxes_norm, regions.mask_map)[0]
+    for k in order[sure > 0.5].tolist():
+        mask = mask_to_original(logits[k], encoded.geometry, encoded.canvas).cpu().numpy()
+        if mask.any() and all(_overlap(mask, other) < MAX_OVERLAP for other in (*selected, *found)):
+            found = np.concatenate([found, mask[None]])
+    return found
+
+
+def _overlap(first: np.ndarray, second: np.ndarray) -> float:
+    """Intersection over the smaller area: a part of an object is the object."""
+    return float((first & second).sum() / max(1, min(first.sum(), second.sum())))
 
 
 def input_masks(masks: np.ndarray, geometry: Geometry, input_size: tuple[int, int], model: GrexModel) -> Tensor:
@@ -145,8 +174,8 @@ def listen(model: GrexModel, encoded: EncodedImage, masks: Tensor, sets: list[li
 def agreements(output: GroundingOutput, masks: Tensor, sets: list[list[int]], encoded: EncodedImage) -> np.ndarray:
     """Return float [E, S]: how well each grounding picks out each set of objects.
 
-    Soft: with s_n the mean target probability over object n's pixels, the product over all known objects of s_n (selected) or 1 - s_n (not),
-    times the probability that there is a target, times the soft IoU of the mask with the set's union, each to the same power.
+    Soft: with s_n the mean target probability over object n's pixels, the product over all known objects of s_n (selected) or 1 - s_n
+    (not), times the probability that there is a target, times the soft IoU of the mask with the set's union, each to the same power.
     """
     logits = F.interpolate(output.mask_logits.float(), size=encoded.canvas, mode="bilinear", align_corners=False)
     height, width = encoded.features.input_size

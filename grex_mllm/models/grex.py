@@ -157,13 +157,16 @@ class GrexModel(nn.Module, ModelHubMixin):
         shapes = [f"{k} {tuple(state[k].shape)} for {tuple(v.shape)}" for k, v in own.items() if k in state and state[k].shape != v.shape]
         if missing or unknown or shapes:
             raise GrexError(
-                f"{source}: {len(missing)} missing {missing[:3]}, {len(unknown)} unknown {unknown[:3]}, {len(shapes)} of another shape {shapes[:3]}; "
+                f"{source}: {len(missing)} missing {missing[:3]}, {len(unknown)} unknown {unknown[:3]}, "
+                f"{len(shapes)} of another shape {shapes[:3]}; "
                 f"expected the weights of the model in {CONFIG}; take both files from one folder"
             )
         grounding = {k.removeprefix("grounding."): v for k, v in state.items() if k.startswith("grounding.")}
         self.grounding.load_state_dict(grounding, strict=True)
         if self.generator is not None:
-            self.generator.load_state_dict({k.removeprefix("generator."): v for k, v in state.items() if k.startswith("generator.")}, strict=True)
+            self.generator.load_state_dict(
+                {k.removeprefix("generator."): v for k, v in state.items() if k.startswith("generator.")}, strict=True
+            )
 
     def save_pretrained(self, save_directory: str | Path, **kwargs: Any) -> str | None:
         """Write the model folder (see the class); each file appears whole or not at all. `push_to_hub` uploads the same files."""
@@ -192,7 +195,9 @@ class GrexModel(nn.Module, ModelHubMixin):
                 os.replace(work / item, save_directory / item)
 
     @classmethod
-    def from_pretrained(cls, pretrained_model_name_or_path: str | Path, *, device: str | None = None, **hub: Any) -> GrexModel:  # type: ignore[override]
+    def from_pretrained(  # type: ignore[override]
+        cls, pretrained_model_name_or_path: str | Path, *, device: str | None = None, **hub: Any
+    ) -> GrexModel:
         """Load a model folder, or a hub id (`hub`: revision, cache_dir, force_download, local_files_only, token). Safetensors only.
 
         Raises:
@@ -202,14 +207,20 @@ class GrexModel(nn.Module, ModelHubMixin):
         folder = Path(name)
         if not folder.is_dir():
             if folder.exists() or name.startswith((".", "/")) or name.count("/") != 1:
-                raise fault(f"model folder {name} does not exist", f"a folder with {CONFIG} and {WEIGHTS}", "train one (grex train) or mend the path")
+                raise fault(
+                    f"model folder {name} does not exist",
+                    f"a folder with {CONFIG} and {WEIGHTS}",
+                    "train one (grex train) or mend the path",
+                )
             from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 
             try:
                 folder = Path(snapshot_download(name, **hub))
             except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
                 reason = str(error).splitlines()[0]
-                raise fault(f"model {name} is neither a folder nor to be had from the hub ({reason})", "one of them", "mend the name") from None
+                raise fault(
+                    f"model {name} is neither a folder nor to be had from the hub ({reason})", "one of them", "mend the name"
+                ) from None
         return cls._from_folder(folder, device)
 
     @classmethod
@@ -219,7 +230,11 @@ class GrexModel(nn.Module, ModelHubMixin):
 
         for name in (CONFIG, WEIGHTS, TEXT_TOKENIZER):
             if not (folder / name).exists():
-                raise fault(f"model folder {folder} without {name}", f"{CONFIG}, {WEIGHTS} and {TEXT_TOKENIZER}/", "train a model into it, or give another folder")
+                raise fault(
+                    f"model folder {folder} without {name}",
+                    f"{CONFIG}, {WEIGHTS} and {TEXT_TOKENIZER}/",
+                    "train a model into it, or give another folder",
+                )
         config = load_config(folder / CONFIG)
         config.model.vision.weights = None  # the checkpoint holds them
         lm_tokenizer = None
@@ -231,7 +246,9 @@ class GrexModel(nn.Module, ModelHubMixin):
         try:
             state = load_file(str(folder / WEIGHTS))
         except (SafetensorError, OSError) as error:
-            raise fault(f"{folder / WEIGHTS} cannot be read ({error})", "a whole safetensors file", "copy or train the model again") from None
+            raise fault(
+                f"{folder / WEIGHTS} cannot be read ({error})", "a whole safetensors file", "copy or train the model again"
+            ) from None
         model.load_saved_state(state, str(folder / WEIGHTS))
         return model.to(device or "cpu").eval()
 
@@ -255,5 +272,3 @@ def selected_masks(masks: Any, boxes_xyxy: Any, height: int, width: int) -> np.n
     from grex_mllm.models.region_tokens import selection_masks
 
     return selection_masks(height, width, masks, boxes_xyxy).numpy()
-
-

@@ -135,7 +135,7 @@ def restore(state: RunState, folder: Path) -> int:
     return int(marker["step"])
 
 
-def publish(save_model: Callable[[Path], None], out: str | Path) -> None:
+def publish(save_model: Callable[[Path], object], out: str | Path) -> None:
     """Let `save_model` write the finished model, then move its files into the run folder, each of them whole."""
     building = Path(out) / ".model"
     shutil.rmtree(building, ignore_errors=True)

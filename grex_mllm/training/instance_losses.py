@@ -76,9 +76,9 @@ def selection_terms(output: GroundingOutput, batch: Batch, matches: Matches) -> 
         wanted[e] = torch.isin(owners[e], targets).float()
     layers = output.auxiliary["target_logits"]
     weight = 1.0 + wanted  # targets are the rarer class
-    target = sum(F.binary_cross_entropy_with_logits(logits, wanted, weight=weight, reduction="sum") for logits in layers)
+    each = [F.binary_cross_entropy_with_logits(logits, wanted, weight=weight, reduction="sum") for logits in layers]
     terms = {
-        "target": target / (len(layers) * max(1, len(wanted)) * 4.0),
+        "target": torch.stack(each).sum() / (len(layers) * max(1, len(wanted)) * 4.0),
         "no_target": F.cross_entropy(output.no_target_logits, batch.no_target.long()),
     }
     if output.count_logits is not None:

@@ -51,7 +51,7 @@ def train(
     batches: BatchSource,
     loss_fn: LossFunction,
     config: Config,
-    save_model: Callable[[Path], None] | None = None,
+    save_model: Callable[[Path], object] | None = None,
     on_step: Callable[[int, dict[str, float]], None] | None = None,
 ) -> TrainResult:
     """Train until `train.steps`, with checkpoints on the way, and publish the model.
@@ -118,7 +118,7 @@ class _Run:
             )
         return WeightAverage(model, decay) if decay else None
 
-    def go(self, save_model: Callable[[Path], None] | None, on_step: Callable[[int, dict[str, float]], None] | None) -> TrainResult:
+    def go(self, save_model: Callable[[Path], object] | None, on_step: Callable[[int, dict[str, float]], None] | None) -> TrainResult:
         """Run the steps that are left, then publish."""
         settings, rank = self.config, self.accelerator.process_index
         micro = settings.accumulation
@@ -202,7 +202,7 @@ class _Run:
         remedy = f"look at these samples, lower train.optim.lr or train.optim.clip; last good checkpoint: {kept}"
         return fault(f"step {step}, task {task}: not finite: {what}; {ids}", "finite losses and gradients", remedy)
 
-    def _publish(self, save_model: Callable[[Path], None]) -> None:
+    def _publish(self, save_model: Callable[[Path], object]) -> None:
         state = self.state
         with whole_weights(self.accelerator, state.model):
             if self.accelerator.is_main_process:

@@ -63,29 +63,37 @@ def train_from_config(config: Config, on_step: Callable[[int, dict[str, float]],
     seed_all(config.train.seed)
     sources = training_sources(config)
     text_tokenizer, lm_tokenizer = make_tokenizers(config)
-    config.model.text.vocab_size = max(config.model.text.vocab_size, text_tokenizer.vocab_size) if config.model.text.path else text_tokenizer.vocab_size
+    config.model.text.vocab_size = (
+        max(config.model.text.vocab_size, text_tokenizer.vocab_size) if config.model.text.path else text_tokenizer.vocab_size
+    )
     seed_all(config.train.seed)  # the weights do not depend on what the tokenizers drew
     model = GrexModel(config, text_tokenizer, lm_tokenizer)
     if config.train.start is not None:
         print(f"started from {config.train.start}; {describe_new(start_from(model, config.train.start))}")
-    if model.generator is not None and config.model.generator.lm == "tiny" and checkpoint.latest(config.train.out) is None and is_main_process():
+    tiny = model.generator is not None and config.model.generator.lm == "tiny"
+    if tiny and checkpoint.latest(config.train.out) is None and is_main_process():
         start_language_model(model, config)  # the other processes get its weights when they meet
     batches = batch_source(config, sources, text_tokenizer, lm_tokenizer)
     return train(model, batches, JointLossTerms(config), config, save_model=model.save_pretrained, on_step=on_step)
 
 
-def batch_source(config: Config, sources: dict[str, SampleSource], text_tokenizer: TextTokenizer, lm_tokenizer: LMTokenizer | None) -> TaskMixture:
+def batch_source(
+    config: Config, sources: dict[str, SampleSource], text_tokenizer: TextTokenizer, lm_tokenizer: LMTokenizer | None
+) -> TaskMixture:
     """Return the deterministic mixture of grounding and generation batches."""
     encode_text = partial(text_tokenizer.encode, max_tokens=config.model.text.max_tokens, pad=config.model.text.pad)
     encode_lm = partial(lm_tokenizer.encode, max_tokens=config.model.generator.max_expression_tokens) if lm_tokenizer is not None else None
     make = {
-        task: partial(_make_batch, source, task, encode_text, encode_lm, config.data.image_size, config.data.resize) for task, source in sources.items()
+        task: partial(_make_batch, source, task, encode_text, encode_lm, config.data.image_size, config.data.resize)
+        for task, source in sources.items()
     }
     ratio = config.train.ground_ratio if GENERATE in sources else 1.0
     return TaskMixture(make, config.train.batch_images, ratio, config.train.seed)
 
 
-def _make_batch(source: SampleSource, task: str, encode_text: Any, encode_lm: Any, image_size: int, resize: str, positions: list[int]) -> Batch:
+def _make_batch(
+    source: SampleSource, task: str, encode_text: Any, encode_lm: Any, image_size: int, resize: str, positions: list[int]
+) -> Batch:
     samples = [source[position] for position in positions]
     return collate(samples, encode_text, encode_lm if task == GENERATE else None, image_size=image_size, resize=resize, task=task)
 
@@ -115,7 +123,10 @@ def training_text(config: Config) -> list[str]:
         from grex_mllm.data.synthetic import corpus
 
         return list(corpus(config.data.synthetic, CORPUS_LINES))
-    return [record.expression for record in FolderDataset(config.data.train, config.data.train_split, image_root=config.data.image_root).expressions]
+    return [
+        record.expression
+        for record in FolderDataset(config.data.train, config.data.train_split, image_root=config.data.image_root).expressions
+    ]
 
 
 def make_tokenizers(config: Config) -> tuple[TextTokenizer, LMTokenizer | None]:
@@ -157,8 +168,8 @@ def _whole(folder: Path, write: Callable[[Path], Any]) -> None:
 
 def start_language_model(model: GrexModel, config: Config) -> None:
     """Train the tiny language model on text alone; it stands in for pre-trained weights and is frozen afterwards."""
-    from grex_mllm.training.lm import train_language_model
     from grex_mllm.progress import progress_bar
+    from grex_mllm.training.lm import train_language_model
 
     settings = config.train.text
     if settings.steps == 0:
@@ -175,5 +186,3 @@ def start_language_model(model: GrexModel, config: Config) -> None:
             bf16=config.train.precision == "bf16",
             progress=progress,
         )
-
-

@@ -198,7 +198,7 @@ class ImageRegions(nn.Module):
         return _grid_boxes(self.side, self.side, self.level_embedding)
 
     def _tokens(self, level: Tensor, index: int) -> Tensor:
-        position = self.position(box_code(_grid_boxes(*level.shape[-2:], self.level_embedding)))
+        position = self.position(box_code(_grid_boxes(level.shape[-2], level.shape[-1], self.level_embedding)))
         return self.inputs[index](level.flatten(2).transpose(1, 2)) + position + self.level_embedding[index]
 
     def _boxes(self, raw: Tensor, grid: Tensor) -> Tensor:
@@ -235,7 +235,7 @@ def region_masks(embeddings: Tensor, boxes_norm: Tensor, mask_map: Tensor) -> Te
 
 
 def box_area(boxes_norm: Tensor, height: int, width: int, margin: float = BOX_MARGIN) -> Tensor:
-    """Return bool [..., height, width]: pixels whose centre lies in the box enlarged by `margin` of its size (and one pixel) on each side."""
+    """Return bool [..., height, width]: pixels whose centre lies in the box, enlarged by `margin` of its size and one pixel a side."""
     x = (torch.arange(width, device=boxes_norm.device, dtype=boxes_norm.dtype) + 0.5) / width
     y = (torch.arange(height, device=boxes_norm.device, dtype=boxes_norm.dtype) + 0.5) / height
     half_width = boxes_norm[..., 2:3] * (0.5 + margin) + 1.0 / width
@@ -289,7 +289,10 @@ class RelaInstances(nn.Module):
         return self.image_regions(pixels)
 
     def forward(self, regions: Regions, image_index: Tensor, text: TextFeatures) -> GroundingOutput:
-        """Ground E expressions. image_index: int64 [E]. In training `mask_logits` is empty ([E, 2, 0, 0]): the loss reads the regions' masks."""
+        """Ground E expressions. image_index: int64 [E].
+
+        In training `mask_logits` is empty ([E, 2, 0, 0]): the loss reads the regions' masks.
+        """
         mask = text.mask.bool()
         mean = (text.tokens * text.mask[..., None]).sum(dim=1) / text.mask.sum(dim=1, keepdim=True).clamp(min=1)
         sentence = self.sentence(torch.cat([text.tokens[:, 0], mean], dim=-1))
