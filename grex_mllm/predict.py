@@ -1,7 +1,7 @@
 """Model and records -> predictions.jsonl: resumable, and shared out over processes.
 
-Lines are written to `<out>.part` and flushed image by image; an interrupted run goes on from there. The finished file appears under its own name in
-one step. Started by `torchrun`, process r of n takes every n-th image and process 0 joins the parts.
+Lines are written to `<out>.part` and flushed image by image; an interrupted run goes on from there. The finished file appears under its
+own name in one step. Started by `torchrun`, process r of n takes every n-th image and process 0 joins the parts.
 """
 
 from __future__ import annotations
@@ -75,12 +75,37 @@ def predict_split(
 
 
 def _samples(source: FolderDataset, positions: range, num_workers: int) -> Iterator[Sample]:
-    if num_workers == 0:
-        return (source[p] for p in positions)
-    from torch.utils.data import DataLoader, Subset
+    """Yield the samples in order, read by `num_workers` processes (0: by this one).
 
-    subset: Any = Subset(source, list(positions))  # type: ignore[arg-type]
-    return iter(DataLoader(subset, batch_size=None, num_workers=num_workers, collate_fn=_same))
+    Raises:
+        GrexError: what the data raised, with its own message also from a worker.
+    """
+    if num_workers == 0:
+        yield from (source[p] for p in positions)
+        return
+    from torch.utils.data import DataLoader
+
+    caught: Any = _Caught(source, positions)
+    for item in DataLoader(caught, batch_size=None, num_workers=num_workers, collate_fn=_same):
+        if isinstance(item, GrexError):
+            raise item
+        yield item
+
+
+class _Caught:
+    """The samples at some positions; a fault comes as a value, because a loader would wrap what its worker raises in a traceback."""
+
+    def __init__(self, source: FolderDataset, positions: range) -> None:
+        self.source, self.positions = source, positions
+
+    def __len__(self) -> int:
+        return len(self.positions)
+
+    def __getitem__(self, index: int) -> Sample | GrexError:
+        try:
+            return self.source[self.positions[index]]
+        except GrexError as error:
+            return error
 
 
 def _same(item: Any) -> Any:
@@ -88,7 +113,10 @@ def _same(item: Any) -> Any:
 
 
 def _image_lines(net: GrexModel, sample: Sample, tasks: list[str], listener: int, done: set[str]) -> Iterator[tuple[str, dict[str, Any]]]:
-    """Yield (key, line) of what is not done yet for one image. All expressions go through the same chunks, so a resumed run gives the same numbers."""
+    """Yield (key, line) of what is not done yet for one image.
+
+    All expressions go through the same chunks, done or not, so that a resumed run gives the same numbers.
+    """
     wanted = [e for e in sample.expressions if e.expression_id not in done] if "ground" in tasks else []
     sets = object_sets(sample) if "generate" in tasks else []
     sets = [s for s in sets if _set_key(sample, s) not in done]
@@ -110,7 +138,10 @@ def _image_lines(net: GrexModel, sample: Sample, tasks: list[str], listener: int
 
 
 def grounding_line(result: Grounding) -> dict[str, Any]:
-    """Return the fields of a prediction line (`eval/README.md`); `no_target` is what the head alone says, which the official protocol reads."""
+    """Return the fields of a prediction line (`eval/README.md`).
+
+    `no_target` is what the head alone says, which the official protocol reads.
+    """
     line = {
         "mask_rle": encode_rle(result.mask),
         "boxes_xyxy": np.round(result.boxes_xyxy.astype(np.float64), 3).tolist(),
@@ -132,7 +163,9 @@ def object_sets(sample: Sample) -> list[tuple[str, ...]]:
     return list(dict.fromkeys(tuple(sorted(e.targets)) for e in sample.expressions if e.targets))
 
 
-def describe_lines(net: GrexModel, sample: Sample, encoded: EncodedImage, sets: list[tuple[str, ...]], listener: int) -> list[dict[str, Any]]:
+def describe_lines(
+    net: GrexModel, sample: Sample, encoded: EncodedImage, sets: list[tuple[str, ...]], listener: int
+) -> list[dict[str, Any]]:
     """Describe object sets greedily and, with `listener` > 0, also by choosing among that many candidates; ground what was said."""
     instances = selectable_instances(sample.record)
     whole = Geometry(sample.record.height, sample.record.width, sample.record.height, sample.record.width)
@@ -145,7 +178,11 @@ def describe_lines(net: GrexModel, sample: Sample, encoded: EncodedImage, sets: 
         heard = list(describe_encoded(net, encoded, masks, positions, "sample", listener, "listener"))
     lines = []
     for targets, first, best in zip(sets, greedy, heard, strict=True):
-        line: dict[str, Any] = {"image_id": sample.record.image_id, "targets": list(targets), **_spoken(net, sample, encoded, targets, first)}
+        line: dict[str, Any] = {
+            "image_id": sample.record.image_id,
+            "targets": list(targets),
+            **_spoken(net, sample, encoded, targets, first),
+        }
         if best is not None:
             line["listener"] = {"score": round(best.score or 0.0, 5), **_spoken(net, sample, encoded, targets, best)}
             line["candidates"] = [t for t, _ in best.candidates]

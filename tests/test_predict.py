@@ -40,7 +40,9 @@ def place(tmp_path_factory) -> Path:
 
 
 def run(place: Path, out: str, tasks=("ground", "generate"), listener=0, limit=None, overrides=()) -> list[dict]:
-    path = predict_split(str(place / "m"), str(place / "d"), place / out, "test", list(tasks), None, listener, limit, "cpu", list(overrides))
+    path = predict_split(
+        str(place / "m"), str(place / "d"), place / out, "test", list(tasks), None, listener, limit, "cpu", list(overrides)
+    )
     return [json.loads(line) for line in path.read_text().splitlines()]
 
 
@@ -133,7 +135,8 @@ def test_processes_share_the_work(place):
     expected = {json.dumps(line, sort_keys=True) for line in run(place, "alone.jsonl", tasks=["ground"])}
     code = (
         "import sys; from pathlib import Path; from grex_mllm.predict import predict_split\n"
-        f"predict_split({str(place / 'm')!r}, {str(place / 'd')!r}, Path({str(place / 'shared.jsonl')!r}), 'test', ['ground'], None, 0, None, 'cpu', [])"
+        f"predict_split({str(place / 'm')!r}, {str(place / 'd')!r}, Path({str(place / 'shared.jsonl')!r}), "
+        "'test', ['ground'], None, 0, None, 'cpu', [])"
     )
     ranks = [
         subprocess.Popen([sys.executable, "-c", code], env={**os.environ, "RANK": str(rank), "WORLD_SIZE": "2", "OMP_NUM_THREADS": "1"})
