@@ -12,6 +12,7 @@ import subprocess
 import tempfile
 import threading
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Self
@@ -92,16 +93,14 @@ def score_texts(
     tokens = dict(zip(texts, ptb_tokens(texts) if tokenizer == "ptb" else [_one_line(t).lower() for t in texts], strict=True))
     hypotheses = [tokens[e] for e in expressions]
     wanted = [[tokens[r] for r in group] for group in references]
-    results: dict[str, dict[str, Any]] = {}
-    for name, members in subsets.items():
-        results[name] = {"num_samples": len(members), "METEOR": None}
-        results[name] |= _corpus_scores([hypotheses[k] for k in members], [wanted[k] for k in members])
-    if java:
-        for result in results.values():
+    with ThreadPoolExecutor(1) as pool:  # Java aligns on one core while Python counts n-grams on another
+        meteor = None if java else pool.submit(meteor_scores, hypotheses, wanted, subsets)
+        results = _subset_scores(hypotheses, wanted, subsets)
+        scores = {} if meteor is None else meteor.result()
+    for name, result in results.items():
+        result["METEOR"] = scores.get(name)
+        if java:
             result["not_computed"] = {"METEOR": java}
-        return results
-    for name, score in meteor_scores(hypotheses, wanted, subsets).items():
-        results[name]["METEOR"] = score
     return results
 
 
@@ -195,6 +194,18 @@ def _ask(process: subprocess.Popen[bytes], lines: list[str], num_answers: int, e
         answers.append(answer.decode("utf-8").strip())
     writer.join()
     return answers
+
+
+def _subset_scores(hypotheses: list[str], references: list[list[str]], subsets: dict[str, list[int]]) -> dict[str, dict[str, Any]]:
+    """Return the n-gram metrics of each subset; equal subsets (a corpus with single targets only) are computed once."""
+    known: dict[tuple[int, ...], dict[str, float]] = {}
+    results: dict[str, dict[str, Any]] = {}
+    for name, members in subsets.items():
+        key = tuple(members)
+        if key not in known:
+            known[key] = _corpus_scores([hypotheses[k] for k in members], [references[k] for k in members])
+        results[name] = {"num_samples": len(members), "METEOR": None} | known[key]
+    return results
 
 
 def _corpus_scores(hypotheses: list[str], references: list[list[str]]) -> dict[str, float]:
