@@ -3,7 +3,8 @@
     from grex_mllm.metrics import GRES, GREC, GREG, RES, REC, Count, RVOS
 
 Across processes: exchange `state()` (plain integers), then `whole.merge(GRES(...).load_state(state))`: the result is that of one process.
-GPU tensors add up on their device, without waiting for it before `compute()`. Nothing heavy is imported before a metric is used; only `GREG` needs Java.
+GPU tensors add up on their device, without waiting for it before `compute()`. Nothing heavy is imported
+before a metric is used; only `GREG` needs Java.
 """
 
 from __future__ import annotations
