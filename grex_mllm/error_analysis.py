@@ -7,9 +7,9 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
-from grex_mllm.calibration_plot import write_calibration_plot
 from grex_mllm.compare import Run, read_run
 from grex_mllm.errors import fault
+from grex_mllm.score.calibration_plot import write_calibration_plot
 
 POOR_MASK = 0.5
 GOOD_MASK = 0.9

@@ -65,7 +65,7 @@ class GRES:
             GrexError: NaN in NumPy logits (tensors are not looked at: that would wait for the device).
         """
         logits = mask_logits[None] if mask_logits.ndim == 3 else mask_logits
-        if isinstance(logits, np.ndarray) and logits.size and np.isnan(logits.max()):
+        if isinstance(logits, np.ndarray) and np.isnan(np.vdot(logits, logits)):  # a sum of squares is NaN only through NaN
             raise fault("mask logits with NaN", "finite numbers", "look for the first NaN in the model's outputs")
         if isinstance(logits, np.ndarray):
             pred = np.greater(logits[:, 1], logits[:, 0], out=self._scratch(0, (len(logits), *logits.shape[2:])))
