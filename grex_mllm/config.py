@@ -292,7 +292,7 @@ class PredictConfig:
     """From logits to answers. batch: expressions that are answered at once."""
 
     batch: int = 64
-
+    masks: bool = True  # false: the model answers with boxes alone (GREC only); masks are not read
     boxes: str = "count"  # count (the N_O best) | threshold | both (the N_O best above the threshold)
     box_threshold: float = 0.7
     no_target: str = "head"  # head | pixels (a mask under min_mask_pixels means no target: the papers' rule for methods without the head)

@@ -20,6 +20,7 @@ import numpy as np
 from grex_mllm.ask import pick_device
 from grex_mllm.config import Config, load_config, to_dict
 from grex_mllm.data.dataset import FolderDataset
+from grex_mllm.data.records import IMAGES
 from grex_mllm.data.transforms import instance_mask, selectable_instances
 from grex_mllm.errors import GrexError, fault
 from grex_mllm.models.describe import Description, describe_encoded
@@ -122,6 +123,7 @@ def _image_lines(net: GrexModel, sample: Sample, tasks: list[str], listener: int
     sets = [s for s in sets if _set_key(sample, s) not in done]
     if not wanted and not sets:
         return
+    masks = object_masks(sample) if sets else None  # first: a fault in it comes before any line of the image
     encoded = net.encode(sample.image)
     if wanted:
         chunk = net.config.predict.batch
@@ -131,19 +133,19 @@ def _image_lines(net: GrexModel, sample: Sample, tasks: list[str], listener: int
                 continue
             for record, result in zip(part, net.ground(encoded, [e.raw for e in part], chunk), strict=True):
                 if record.expression_id not in done:
-                    yield record.expression_id, {"expression_id": record.expression_id, **grounding_line(result)}
-    if sets:
-        for targets, line in zip(sets, describe_lines(net, sample, encoded, sets, listener), strict=True):
+                    yield record.expression_id, {"expression_id": record.expression_id, **grounding_line(result, net.config.predict.masks)}
+    if masks is not None:
+        for targets, line in zip(sets, describe_lines(net, sample, encoded, masks, sets, listener), strict=True):
             yield _set_key(sample, targets), line
 
 
-def grounding_line(result: Grounding) -> dict[str, Any]:
+def grounding_line(result: Grounding, masks: bool = True) -> dict[str, Any]:
     """Return the fields of a prediction line (`eval/README.md`).
 
-    `no_target` is what the head alone says, which the official protocol reads.
+    `no_target` is what the head alone says, which the official protocol reads.  masks: false leaves them out, so that they are not scored.
     """
-    line = {
-        "mask_rle": encode_rle(result.mask),
+    line: dict[str, Any] = {"mask_rle": encode_rle(result.mask)} if masks else {}
+    line |= {
         "boxes_xyxy": np.round(result.boxes_xyxy.astype(np.float64), 3).tolist(),
         "box_scores": np.round(result.box_scores.astype(np.float64), 5).tolist(),
         "count": result.count,
@@ -151,7 +153,7 @@ def grounding_line(result: Grounding) -> dict[str, Any]:
         "no_target": result.head_no_target,
         "status": "ok",
     }
-    if result.mask_input is not None:
+    if masks and result.mask_input is not None:
         line["mask_rle_input"] = encode_rle(result.mask_input)
     if result.minimap is not None:
         line["minimap"] = np.round(result.minimap.astype(np.float64), 2).tolist()
@@ -163,13 +165,31 @@ def object_sets(sample: Sample) -> list[tuple[str, ...]]:
     return list(dict.fromkeys(tuple(sorted(e.targets)) for e in sample.expressions if e.targets))
 
 
+def object_masks(sample: Sample) -> np.ndarray:
+    """Return bool [N, H0, W0]: the masks of the selectable instances of an image.
+
+    Raises:
+        GrexError: a segmentation of another size than the image, or a malformed one; names the image and the annotation.
+    """
+    record, masks = sample.record, []
+    whole = Geometry(record.height, record.width, record.height, record.width)
+    for instance in selectable_instances(record):
+        try:
+            masks.append(instance_mask(instance, whole))
+        except GrexError as error:
+            place = f"{IMAGES}, image {record.image_id}, annotation {instance.annotation_id}, field segmentation"
+            raise GrexError(f"{place}: {error}") from None
+    return np.stack(masks)
+
+
 def describe_lines(
-    net: GrexModel, sample: Sample, encoded: EncodedImage, sets: list[tuple[str, ...]], listener: int
+    net: GrexModel, sample: Sample, encoded: EncodedImage, masks: np.ndarray, sets: list[tuple[str, ...]], listener: int
 ) -> list[dict[str, Any]]:
-    """Describe object sets greedily and, with `listener` > 0, also by choosing among that many candidates; ground what was said."""
+    """Describe object sets greedily and, with `listener` > 0, also by choosing among that many candidates; ground what was said.
+
+    masks: bool [N, H0, W0], as `object_masks` returns them.
+    """
     instances = selectable_instances(sample.record)
-    whole = Geometry(sample.record.height, sample.record.width, sample.record.height, sample.record.width)
-    masks = np.stack([instance_mask(i, whole) for i in instances])
     place = {instance.annotation_id: n for n, instance in enumerate(instances)}
     positions = [[place[t] for t in targets] for targets in sets]
     greedy = describe_encoded(net, encoded, masks, positions, "greedy", 1, None)
@@ -195,7 +215,8 @@ def _spoken(net: GrexModel, sample: Sample, encoded: EncodedImage, targets: tupl
     said: dict[str, Any] = {"expression": text, "status": "ok" if text.strip() else "unparsable"}
     if text.strip():
         result = net.ground(encoded, text[:1000])
-        said["round_trip"] = {k: v for k, v in grounding_line(result).items() if k in ("mask_rle", "boxes_xyxy", "box_scores", "no_target")}
+        heard = grounding_line(result, net.config.predict.masks)
+        said["round_trip"] = {k: v for k, v in heard.items() if k in ("mask_rle", "boxes_xyxy", "box_scores", "no_target")}
     if sample.record.instances and sample.record.instances[0].attributes is not None:
         from grex_mllm.data.synthetic import check_expression
 
@@ -260,8 +281,10 @@ class _Part:
             self.file.write(json.dumps({"key": key, "line": line}, ensure_ascii=False) + "\n")
         self.file.flush()
 
-    def __exit__(self, *_: object) -> None:
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         self.file.close()
+        if kind is not None and self.path.read_bytes().count(b"\n") == 1:
+            self.path.unlink()  # nothing but the fingerprint: no answer to go on from
 
     def finish(self) -> Path:
         """Join the parts of all processes into the finished file (process 0), in one step."""

@@ -85,6 +85,21 @@ def test_no_target_empties_the_answer_and_keeps_what_the_official_protocol_reads
     assert empty.no_target and not empty.head_no_target
 
 
+def test_a_model_of_boxes_alone_is_not_emptied_by_its_untrained_mask():
+    nothing, geometry = np.zeros((8, 8), bool), [Geometry(40, 60, 8, 8)]
+    boxes, scores = [[0.5, 0.5, 0.2, 0.2], [0.2, 0.2, 0.1, 0.1]], [0.9, 0.8]
+    found = output(nothing, boxes=boxes, scores=scores, count=2)
+    assert answers(found, ["x"], geometry, (8, 8), PredictConfig())[0].no_target
+    result = answers(found, ["x"], geometry, (8, 8), PredictConfig(masks=False))[0]
+    assert not result.no_target and len(result.boxes_xyxy) == 2 and result.count == 2
+    full = answers(output(~nothing, boxes=boxes, scores=scores), ["x"], geometry, (8, 8), PredictConfig(masks=False))[0]
+    assert full.mask.shape == (40, 60) and not full.mask.any() and not full.mask_input.any() and not full.no_target
+    none = answers(output(nothing, no_target=3.0, boxes=boxes, scores=scores), ["x"], geometry, (8, 8), PredictConfig(masks=False))[0]
+    assert none.no_target and len(none.boxes_xyxy) == 0 and none.count == 0
+    with pytest.raises(GrexError, match=r"predict\.masks"):
+        answers(found, ["x"], geometry, (8, 8), PredictConfig(masks=False, no_target="pixels"))
+
+
 def test_no_target_by_pixels():
     mask = np.zeros((20, 20), bool)
     mask[:7, :7] = True

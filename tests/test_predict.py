@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -85,6 +86,26 @@ def test_batch_size_does_not_matter(place, batch):
 @pytest.mark.parametrize("workers", [1, 4])
 def test_workers_do_not_matter(place, workers):
     same(run(place, f"w{workers}.jsonl", overrides=[f"--data.num_workers={workers}"]), run(place, f"w0for{workers}.jsonl"))
+
+
+def test_a_fault_of_the_data_has_the_same_words_from_a_worker(place):
+    shutil.copytree(place / "d", place / "broken")
+    first = next((place / "broken" / "images").iterdir())
+    for image in (place / "broken" / "images").iterdir():
+        image.write_bytes(image.read_bytes()[:100])
+    said = []
+    for workers in (0, 2):
+        with pytest.raises(GrexError) as caught:
+            predict_split(str(place / "m"), str(place / "broken"), place / "b.jsonl", "test", ["ground"], None, 0, None, "cpu",
+                          [f"--data.num_workers={workers}"])  # fmt: skip
+        said.append(str(caught.value))
+    assert said[0] == said[1] and "images.jsonl line 1" in said[0] and first.suffix in said[0] and "Traceback" not in said[0]
+    assert not list(place.glob("b.jsonl*"))
+
+
+def test_boxes_alone_have_no_masks_in_the_file(place):
+    for line in run(place, "boxes.jsonl", tasks=["ground"], overrides=["--predict.masks=false"]):
+        assert "mask_rle" not in line and "mask_rle_input" not in line and len(line["boxes_xyxy"]) == len(line["box_scores"])
 
 
 def test_interrupted_run_goes_on_where_it_stopped(place):

@@ -24,7 +24,7 @@ NO_TARGET_RULES = ("head", "pixels")
 def answers(
     output: GroundingOutput, expressions: list[str], geometries: list[Geometry], canvas: tuple[int, int], config: PredictConfig
 ) -> list[Grounding]:
-    """Return one Grounding per expression.
+    """Return one Grounding per expression. With `config.masks` false all masks are empty and decide nothing.
 
     geometries: of each expression's image.  canvas: (H, W) that the mask logits [E, 2, h, w] cover, padding included.
     """
@@ -33,11 +33,13 @@ def answers(
     says_none = (output.no_target_logits[:, 1] > output.no_target_logits[:, 0]).cpu().numpy()
     results = []
     for e, (expression, geometry) in enumerate(zip(expressions, geometries, strict=True)):
-        mask_input, mask = masks_at(output.mask_logits[e].float(), geometry, canvas)
+        mask_input, mask = _no_masks(geometry)
+        if config.masks:
+            mask_input, mask = masks_at(output.mask_logits[e].float(), geometry, canvas)
         if config.no_target == "pixels":
             says_none[e] = mask.sum() < config.min_mask_pixels
             no_target_prob[e] = float(says_none[e])
-        no_target = bool(says_none[e]) or not mask.any()
+        no_target = bool(says_none[e]) or (config.masks and not mask.any())
         boxes, scores, count = boxes_of(output, e, geometry, canvas, config)
         if no_target:
             mask, boxes, scores, count = np.zeros_like(mask), boxes[:0], scores[:0], 0
@@ -49,7 +51,7 @@ def answers(
 
 
 def check(config: PredictConfig) -> None:
-    """Raise on a rule that does not exist.
+    """Raise on a rule that does not exist, or that reads masks where there are none.
 
     Raises:
         GrexError: names the field, the value and the rules that exist.
@@ -57,6 +59,14 @@ def check(config: PredictConfig) -> None:
     for name, value, known in (("predict.boxes", config.boxes, BOX_RULES), ("predict.no_target", config.no_target, NO_TARGET_RULES)):
         if value not in known:
             raise GrexError(f'{name} is "{value}"; expected one of {", ".join(known)}; mend the configuration')
+    if config.no_target == "pixels" and not config.masks:
+        raise GrexError(
+            "predict.no_target is pixels and predict.masks is false; expected masks to count pixels of; set predict.no_target to head"
+        )
+
+
+def _no_masks(geometry: Geometry) -> tuple[np.ndarray, np.ndarray]:
+    return np.zeros((geometry.input_height, geometry.input_width), bool), np.zeros((geometry.height, geometry.width), bool)
 
 
 def masks_at(logits: Tensor, geometry: Geometry, canvas: tuple[int, int]) -> tuple[np.ndarray, np.ndarray]:
