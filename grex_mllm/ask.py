@@ -29,13 +29,13 @@ def pick_device(name: str) -> str:
 
 
 def ground_image(model: str, image: str, expressions: list[str], out: Path, device: str) -> list[dict[str, Any]]:
-    """Ground expressions, write `<image>.<n>.overlay.png` and `<image>.<n>.mask.png`, and return what is printed.
+    """Ground expressions, write an overlay and a mask PNG of the image's size for each, and return what is printed.
 
     Raises:
         GrexError: an unreadable image or model, or an expression that cannot be answered.
     """
     from grex_mllm.data.images import load_image
-    from grex_mllm.draw import overlay, save_mask_png
+    from grex_mllm.draw import overlay, save_mask_png, save_png
     from grex_mllm.models.grex import GrexModel, check_expression
 
     for expression in expressions:
@@ -49,7 +49,10 @@ def ground_image(model: str, image: str, expressions: list[str], out: Path, devi
     for number, result in enumerate(results):
         name = f"{stem}.{number}" if len(results) > 1 else stem
         picture, mask = out / f"{name}.overlay.png", out / f"{name}.mask.png"
-        overlay(pixels, result.mask, result.boxes_xyxy, result.count, result.expression).save(picture)
+        drawn = overlay(
+            pixels, result.mask, result.boxes_xyxy, result.count, box_scores=result.box_scores, no_target=result.no_target, factor=1
+        )
+        save_png(drawn, picture)
         save_mask_png(result.mask, mask)
         answers.append(
             {
@@ -87,7 +90,7 @@ def describe_objects(
     from grex_mllm.models.grex import GrexModel
 
     pixels = load_image(image)
-    chosen = None if masks is None else [load_image(m).max(axis=-1) > 127 for m in masks]
+    chosen = None if masks is None else [_read_mask(file, pixels.shape[:2]) for file in masks]
     net = GrexModel.from_pretrained(model, device=pick_device(device))
     result = net.describe(pixels, masks=chosen, boxes_xyxy=boxes, mode=mode, candidates=candidates, rerank=rerank, seed=seed, details=True)
     told: dict[str, Any] = {"expression": result.expression}
@@ -96,3 +99,18 @@ def describe_objects(
     if result.candidates:
         told["candidates"] = [{"expression": t} | ({"listener_score": round(v, 4)} if v == v else {}) for t, v in result.candidates]
     return told
+
+
+def _read_mask(file: str, size: tuple[int, ...]) -> np.ndarray:
+    from grex_mllm.data.images import load_image
+
+    mask = load_image(file).max(axis=-1) > 127
+    if mask.shape != size:
+        raise fault(
+            f"mask {file} is {mask.shape[0]}x{mask.shape[1]}",
+            f"{size[0]}x{size[1]}, the image's height x width",
+            "give a mask of that size",
+        )
+    if not mask.any():
+        raise fault(f"mask {file} without a pixel above 127", "at least one, where the object is", "leave the empty mask out")
+    return mask
