@@ -57,7 +57,7 @@ def predict(
     Args:
         model: a model folder or hub id.
         data: a dataset folder, or "synthetic".
-        out: the predictions.jsonl to write; lines that it already holds are kept.
+        out: the predictions.jsonl to write; an interrupted run goes on from its .part file.
         split: which split.
         tasks: ground, generate or both with a comma.
         image_root: where the images lie, when not where dataset.json says.
@@ -271,7 +271,7 @@ def main(argv: list[str] | None = None) -> int:
     try:
         return _run(arguments[0], arguments[1:])
     except GrexError as error:
-        print(f"grex {arguments[0]}: {error}", file=sys.stderr)
+        print(f"grex {arguments[0]}: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
     except BrokenPipeError:
         return 0
@@ -291,7 +291,7 @@ def _run(verb: str, arguments: list[str]) -> int:
         raise fault(f'unknown verb "{verb}"', f"one of {', '.join(VERBS)}", f'did you mean "{near[0]}"?' if near else "see grex --help")
     own, overrides = _split_overrides(arguments) if verb in WITH_OVERRIDES else (arguments, [])
     own = [_underscores(item) for item in own]
-    given = vars(_parser(verb).parse_args(own))
+    given = _parsed(verb, own)
     if verb in WITH_OVERRIDES:
         given["overrides"] = overrides
     return VERBS[verb](**given)
@@ -317,6 +317,15 @@ def _underscores(item: str) -> str:
     return name[:2] + name[2:].replace("-", "_") + equals + value if name.startswith("--") and " " not in name else item
 
 
+def _parsed(verb: str, arguments: list[str]) -> dict[str, Any]:
+    from jsonargparse import ArgumentError
+
+    try:
+        return vars(_parser(verb).parse_args(arguments))
+    except ArgumentError as error:
+        raise fault(f"{error}".rstrip("."), "the options of this verb", f"see grex {verb} --help") from None
+
+
 def _parser(verb: str) -> Any:
     import inspect
 
@@ -324,7 +333,7 @@ def _parser(verb: str) -> Any:
 
     function = VERBS[verb]
     description = (function.__doc__ or "").split("Args:")[0].strip()
-    parser = ArgumentParser(prog=f"grex {verb}", description=description)
+    parser = ArgumentParser(prog=f"grex {verb}", description=description, exit_on_error=False)
     parameters = inspect.signature(function).parameters
     switches = {name for name, parameter in parameters.items() if parameter.default is False}
     special = ((POSITIONAL | MANY) & set(parameters)) | switches
