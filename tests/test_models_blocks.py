@@ -16,6 +16,7 @@ from grex_mllm.models.resnet import FrozenBatchNorm, ResNet, append_coordinates
 from grex_mllm.models.swin import SwinTransformer, WindowAttention
 from grex_mllm.models.windows import from_windows, relative_index, to_windows, window_layout
 from grex_mllm.ops.deform_attn import deformable_attention_bags, deformable_attention_reference
+from grex_mllm.ops.softmax import softmax_of_few
 from grex_mllm.types import TextFeatures
 
 SHAPES = [(2, 3), (4, 5)]
@@ -26,31 +27,37 @@ def samples(batch: int = 2, queries: int = 7, heads: int = 2, depth: int = 4, po
     total = sum(h * w for h, w in SHAPES)
     value = torch.randn(batch, total, heads, depth, dtype=torch.float64)
     # far outside on both sides, too
-    locations = torch.rand(batch, queries, heads, len(SHAPES), points, 2, dtype=torch.float64) * 3 - 1
-    locations[0, 0, 0] = torch.tensor([0.0, 1.0])
-    locations[0, 1, 0] = 1e12
-    locations[0, 2, 0] = -1e12
+    places = torch.rand(batch, queries, 2, heads, len(SHAPES), points, dtype=torch.float64) * 12 - 4
+    places[0, 1, 0, 0] = 1e12
+    places[0, 2, 1, 0] = -1e12
     weights = torch.rand(batch, queries, heads, len(SHAPES), points, dtype=torch.float64)
-    return value, locations, weights
+    return value, places, weights
 
 
 def test_deformable_attention_by_hand() -> None:
     """One map of 1 x 2 with values 10 and 20: a quarter into the second cell reads 0.75 * 10 + 0.25 * 20; outside reads zero."""
     value = torch.tensor([10.0, 20.0], dtype=torch.float64).view(1, 2, 1, 1)
-    locations = torch.tensor([[0.375, 0.5], [-0.5, 0.5], [1.0, 0.5]], dtype=torch.float64).view(1, 3, 1, 1, 1, 2)
-    weights = torch.ones(1, 3, 1, 1, 1, dtype=torch.float64)
+    points = torch.tensor([[0.25, 0.0], [-1.5, 0.0], [1.5, 0.0], [1.0, 0.5]], dtype=torch.float64).view(1, 4, 2, 1, 1, 1)
+    weights = torch.ones(1, 4, 1, 1, 1, dtype=torch.float64)
     for attend in (deformable_attention_bags, deformable_attention_reference):
-        assert attend(value, [(1, 2)], locations, weights).flatten().tolist() == pytest.approx([12.5, 0.0, 10.0])
+        assert attend(value, [(1, 2)], points, weights).flatten().tolist() == pytest.approx([12.5, 0.0, 10.0, 10.0])
+
+
+def test_points_that_are_no_numbers_stay_in_memory() -> None:
+    value, points, weights = samples()
+    points[0, 0] = math.nan
+    out = deformable_attention_bags(value, SHAPES, points, weights)
+    assert out[0, 0].isnan().all() and out[1].isfinite().all()
 
 
 def test_fast_deformable_attention_equals_reference_with_gradients() -> None:
     results = []
     for attend in (deformable_attention_bags, deformable_attention_reference):
-        value, locations, weights = (t.clone().requires_grad_() for t in samples())
-        out = attend(value, SHAPES, locations, weights)
+        value, points, weights = (t.clone().requires_grad_() for t in samples())
+        out = attend(value, SHAPES, points, weights)
         torch.manual_seed(1)
         (out * torch.randn(out.shape, dtype=out.dtype)).sum().backward()
-        results.append([out, value.grad, locations.grad, weights.grad])
+        results.append([out, value.grad, points.grad, weights.grad])
     for mine, reference in zip(*results, strict=True):
         assert mine is not None and reference is not None
         assert torch.allclose(mine, reference, rtol=0, atol=1e-10)
@@ -139,6 +146,12 @@ def test_pixel_word_fusion_ignores_padding_words_and_prefix_is_shared() -> None:
         assert torch.allclose(a, b, atol=1e-4)
     assert [tuple(m.shape) for m in silent] == [(2, 8, 10, 13), (2, 16, 5, 7), (2, 32, 3, 4), (2, 64, 2, 2)]
     assert not torch.allclose(shared[3], whispered[3], atol=1e-3)
+
+
+def test_softmax_of_few_equals_softmax_with_gradients() -> None:
+    x = torch.randn(3, 4, 12, dtype=torch.float64) * 300
+    assert torch.allclose(softmax_of_few(x), x.softmax(-1), rtol=0, atol=1e-12)
+    assert torch.autograd.gradcheck(softmax_of_few, (torch.randn(2, 5, dtype=torch.float64, requires_grad=True),))
 
 
 def test_positions_are_normalised_like_instance_norm() -> None:

@@ -14,6 +14,7 @@ from grex_mllm.errors import fault
 from grex_mllm.models.pixel_decoder import NUM_LEVELS, num_groups, upsample_to
 from grex_mllm.models.positions import sine_positions
 from grex_mllm.ops.deform_attn import Shapes, deformable_attention
+from grex_mllm.ops.softmax import softmax_of_few
 from grex_mllm.types import PixelFeatures
 
 GROUPS = 32
@@ -52,15 +53,17 @@ class DeformableAttention(nn.Module):
     def forward(self, query: Tensor, source: Tensor, centres: Tensor, shapes: Shapes) -> Tensor:
         """Attend from every query.
 
-        query, source: float [B, S, C].  centres: float [S, 2] x and y in [0, 1].  shapes: (h, w) of the levels.
+        query, source: float [B, S, C].  centres: float [S, 2, L], x and y of every query in cells of each level.  shapes: (h, w) of the levels.
         """
         batch, total, _ = query.shape
         value = self.value_proj(source).view(batch, total, self.num_heads, -1)
         grid = (batch, total, self.num_heads, NUM_LEVELS, self.num_points)
-        size = query.new_tensor([[w, h] for h, w in shapes])
-        locations = centres[:, None, None, None] + self.sampling_offsets(query).view(*grid, 2) / size[:, None]
-        weights = self.attention_weights(query).view(batch, total, self.num_heads, -1).softmax(dim=-1).view(grid)
-        return self.output_proj(deformable_attention(value, shapes, locations, weights))
+        # all x, then all y: neighbouring numbers then meet neighbouring numbers everywhere below
+        offsets = F.linear(query, *(p.unflatten(0, (-1, 2)).transpose(0, 1).flatten(0, 1) for p in self.sampling_offsets.parameters()))
+        places = centres[:, :, None, :, None].expand(-1, -1, self.num_heads, -1, self.num_points).flatten(1)
+        points = (offsets + places).view(batch, total, 2, *grid[2:])
+        weights = softmax_of_few(self.attention_weights(query).view(batch, total, self.num_heads, -1)).view(grid)
+        return self.output_proj(deformable_attention(value, shapes, points, weights))
 
 
 class DeformableLayer(nn.Module):
@@ -124,7 +127,7 @@ class DeformablePixelDecoder(nn.Module):
         position = torch.cat(
             [sine_positions(h, w, self.width, device, dtype) + e for (h, w), e in zip(shapes, self.level_embed, strict=True)]
         )
-        centres = torch.cat([cell_centres(h, w, device, dtype) for h, w in shapes])
+        centres = cell_centres(shapes, device, dtype)
         for layer in self.layers:
             x = layer(x, position, centres, shapes)
         levels = [
@@ -135,8 +138,15 @@ class DeformablePixelDecoder(nn.Module):
         return PixelFeatures(self.mask_features(fine), levels)
 
 
-def cell_centres(height: int, width: int, device: torch.device, dtype: torch.dtype) -> Tensor:
-    """Return x and y of every cell's centre in [0, 1], float [height * width, 2]. Computed in float32 whatever the dtype, as released."""
-    y = (torch.arange(height, device=device, dtype=torch.float32) + 0.5) / height
-    x = (torch.arange(width, device=device, dtype=torch.float32) + 0.5) / width
-    return torch.stack([x.expand(height, width), y[:, None].expand(height, width)], dim=-1).flatten(0, 1).to(dtype)
+def cell_centres(shapes: Shapes, device: torch.device, dtype: torch.dtype) -> Tensor:
+    """Return where the centre of every cell of every level lies on each level, in cells: float [S, 2 (x, y), L].
+
+    Relative places are computed in float32 whatever the dtype, as released.
+    """
+    relative = []
+    for height, width in shapes:
+        y = (torch.arange(height, device=device, dtype=torch.float32) + 0.5) / height
+        x = (torch.arange(width, device=device, dtype=torch.float32) + 0.5) / width
+        relative.append(torch.stack([x.expand(height, width), y[:, None].expand(height, width)], dim=-1).flatten(0, 1))
+    size = torch.tensor([[w for _, w in shapes], [h for h, _ in shapes]], device=device, dtype=dtype)
+    return torch.cat(relative).to(dtype)[:, :, None] * size - 0.5

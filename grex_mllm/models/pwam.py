@@ -6,6 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from grex_mllm.ops.softmax import softmax_of_few
 from grex_mllm.types import TextFeatures
 
 # released: how far the logit of a padding token is pushed down
@@ -47,5 +48,5 @@ class PixelWordAttention(nn.Module):
         key = self.key(text.tokens) * mask[..., None]
         value = self.value(text.tokens) * mask[..., None]
         scores = query @ key.transpose(1, 2) * x.shape[-1] ** -0.5
-        weights = (scores + (mask * PADDING_LOGIT - PADDING_LOGIT)[:, None]).softmax(dim=-1)
+        weights = softmax_of_few(scores + (mask * PADDING_LOGIT - PADDING_LOGIT)[:, None])
         return normalise_positions(self.output(weights @ value))

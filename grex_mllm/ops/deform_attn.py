@@ -14,54 +14,53 @@ from torch import Tensor
 Shapes = Sequence[tuple[int, int]]
 
 
-def deformable_attention(value: Tensor, shapes: Shapes, locations: Tensor, weights: Tensor) -> Tensor:
+def deformable_attention(value: Tensor, shapes: Shapes, points: Tensor, weights: Tensor) -> Tensor:
     """Sum bilinear samples of the value maps, zero outside them.
 
     value: float [B, S, A, D] (A heads), rows of the maps one after another, S = sum of h_l * w_l.  shapes: (h_l, w_l) of the maps.
-    locations: float [B, Q, A, L, K, 2], x and y in [0, 1] of each map (K points).  weights: float [B, Q, A, L, K].
-    Returns float [B, Q, A * D].
+    points: float [B, Q, 2, A, L, K], x and y of K points in cells of each map: (0, 0) is the centre of the first cell.
+    weights: float [B, Q, A, L, K].  Returns float [B, Q, A * D].
     """
     if value.device.type == "cpu":
-        return deformable_attention_bags(value, shapes, locations, weights)
-    return deformable_attention_reference(value, shapes, locations, weights)
+        return deformable_attention_bags(value, shapes, points, weights)
+    return deformable_attention_reference(value, shapes, points, weights)
 
 
-def deformable_attention_reference(value: Tensor, shapes: Shapes, locations: Tensor, weights: Tensor) -> Tensor:
+def deformable_attention_reference(value: Tensor, shapes: Shapes, points: Tensor, weights: Tensor) -> Tensor:
     """As `deformable_attention`, one `grid_sample` per map (align_corners False, zero padding)."""
     batch, _, heads, depth = value.shape
-    queries, points = locations.shape[1], locations.shape[4]
-    grids = (2 * locations - 1).permute(3, 0, 2, 1, 4, 5).reshape(len(shapes), batch * heads, queries, points, 2)
+    queries, per_map = points.shape[1], points.shape[5]
     samples = []
-    maps = value.split([h * w for h, w in shapes], dim=1)
-    for (height, width), rows, grid in zip(shapes, maps, grids, strict=True):
+    maps = value.to(points.dtype).split([h * w for h, w in shapes], dim=1)
+    places = points.permute(4, 0, 3, 1, 5, 2).reshape(len(shapes), batch * heads, queries, per_map, 2)
+    for (height, width), rows, place in zip(shapes, maps, places, strict=True):
         plane = rows.permute(0, 2, 3, 1).reshape(batch * heads, depth, height, width)
+        grid = (2 * place + 1) / place.new_tensor([width, height]) - 1
         samples.append(F.grid_sample(plane, grid, mode="bilinear", padding_mode="zeros", align_corners=False))
-    share = weights.permute(0, 2, 1, 3, 4).reshape(batch * heads, 1, queries, len(shapes) * points)
+    share = weights.permute(0, 2, 1, 3, 4).reshape(batch * heads, 1, queries, len(shapes) * per_map)
     out = (torch.stack(samples, dim=-2).flatten(-2) * share).sum(dim=-1)
-    return out.view(batch, heads * depth, queries).transpose(1, 2)
+    return out.view(batch, heads * depth, queries).transpose(1, 2).to(value.dtype)
 
 
-def deformable_attention_bags(value: Tensor, shapes: Shapes, locations: Tensor, weights: Tensor) -> Tensor:
+def deformable_attention_bags(value: Tensor, shapes: Shapes, points: Tensor, weights: Tensor) -> Tensor:
     """As `deformable_attention`: four weighted sums of value rows (`embedding_bag`, one per corner of the cells) per query and head.
 
     No sample is stored. Every map gets a border of zeros, so that corners outside it need no test: points are clamped to the border, where
     both the values and their gradients are zero.
     """
     batch, _, heads, depth = value.shape
-    queries, points = locations.shape[1], locations.shape[4]
+    queries, per_head = points.shape[1], len(shapes) * points.shape[5]
     rows = add_borders(value, shapes).view(-1, depth)
-    per_head = len(shapes) * points
-    width, height, stride, start = _per_point(shapes, heads, points, locations)
-    x, y = (v.reshape(batch, queries, heads * per_head) for v in locations.unbind(-1))
-    x = torch.minimum((x * width - 0.5).clamp(min=-1), width)
-    y = torch.minimum((y * height - 0.5).clamp(min=-1), height)
+    width, height, stride, start = _per_point(shapes, heads, points.shape[5], points)
+    x, y = points.reshape(batch, queries, 2, heads * per_head).unbind(2)
+    x, y = torch.minimum(x.clamp(min=-1), width), torch.minimum(y.clamp(min=-1), height)
     left, top = x.detach().floor(), y.detach().floor()
     x, y = x - left, y - top
     first = start + top.to(torch.int32) * stride + left.to(torch.int32) * heads
     if batch > 1:
         first = first + torch.arange(batch, device=value.device, dtype=torch.int32)[:, None, None] * (len(rows) // batch)
     # what is not a number must not become an address
-    first = first.clamp(0, len(rows) - 1 - heads - int(stride.max()))
+    first = first.clamp(0, len(rows) - 1 - heads - max(w + 2 for _, w in shapes) * heads)
     share = weights.reshape(batch, queries, heads * per_head)
     lower = share * y
     upper = share - lower
@@ -74,7 +73,8 @@ def deformable_attention_bags(value: Tensor, shapes: Shapes, locations: Tensor, 
     )
     out: Tensor | None = None
     for index, part in corners:
-        bags = F.embedding_bag(index.view(-1, per_head), rows, per_sample_weights=part.view(-1, per_head), mode="sum")
+        part = part.to(rows.dtype).view(-1, per_head)
+        bags = F.embedding_bag(index.view(-1, per_head), rows, per_sample_weights=part, mode="sum")
         out = bags if out is None else out + bags
     assert out is not None
     return out.view(batch, queries, heads * depth)
