@@ -100,7 +100,7 @@ def test_tokens_equal_recorded(shared: Path) -> None:
 
 
 def test_trained_tokenizer_survives_saving_and_cuts_long_sentences(tmp_path: Path) -> None:
-    tokenizer = train_text_tokenizer(["the two red circles", "everything but the blue square"], 60)
+    tokenizer = train_text_tokenizer(["the two red circles", "everything but the blue square"], 200)
     tokenizer.save(tmp_path)
     again = load_text_tokenizer(tmp_path)
     assert again.vocab_size == tokenizer.vocab_size

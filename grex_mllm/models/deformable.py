@@ -53,7 +53,8 @@ class DeformableAttention(nn.Module):
     def forward(self, query: Tensor, source: Tensor, centres: Tensor, shapes: Shapes) -> Tensor:
         """Attend from every query.
 
-        query, source: float [B, S, C].  centres: float [S, 2, L], x and y of every query in cells of each level.  shapes: (h, w) of the levels.
+        query, source: float [B, S, C].  centres: float [S, 2, L], x and y of every query in cells of each level.
+        shapes: (h, w) of the levels.
         """
         batch, total, _ = query.shape
         value = self.value_proj(source).view(batch, total, self.num_heads, -1)
