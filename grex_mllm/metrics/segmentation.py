@@ -17,6 +17,7 @@ from grex_mllm.errors import GrexError, fault
 from grex_mllm.metrics.sums import NUM_LIMBS, limb_sums, mean, ratio
 
 MANY_WAITING = 1024
+CACHED_NUMBERS = 160_000  # 640 KiB of float32
 PROTOCOLS = ("strict", "official")
 THRESHOLDS = (0.5, 0.6, 0.7, 0.8, 0.9)
 FIELDS = ("num_samples", "TP", "FN", "TN", "FP", "intersection", "union")  # then limbs of all IoUs, limbs of targeted IoUs, Pr counts
@@ -65,10 +66,9 @@ class GRES:
             GrexError: NaN in NumPy logits (tensors are not looked at: that would wait for the device).
         """
         logits = mask_logits[None] if mask_logits.ndim == 3 else mask_logits
-        if isinstance(logits, np.ndarray) and np.isnan(np.vdot(logits, logits)):  # a sum of squares is NaN only through NaN
-            raise fault("mask logits with NaN", "finite numbers", "look for the first NaN in the model's outputs")
         if isinstance(logits, np.ndarray):
-            pred = np.greater(logits[:, 1], logits[:, 0], out=self._scratch(0, (len(logits), *logits.shape[2:])))
+            pred = self._scratch(0, (len(logits), *logits.shape[2:]))
+            _compare_channels(logits, pred)
         else:
             pred = logits[:, 1] > logits[:, 0]
         self.update(pred, gt_mask, pred_no_target, gt_no_target)
@@ -235,6 +235,21 @@ class RES(GRES):
         return {"num_samples": s["num_samples"], "mIoU": whole["gIoU"], "cIoU": whole["cIoU"]} | {
             key: value for key, value in whole.items() if key.startswith("Pr@")
         }
+
+
+def _compare_channels(logits: np.ndarray, pred: np.ndarray) -> None:
+    """Write channel 1 > channel 0 of [E, 2, H, W] into pred [E, H, W], in blocks that stay in the cache for the look at NaN.
+
+    Raises:
+        GrexError: NaN (a sum of squares is NaN only through NaN).
+    """
+    rows = max(1, CACHED_NUMBERS // max(1, 2 * logits.shape[3]))
+    for logit, out in zip(logits, pred, strict=True):
+        for first in range(0, len(out), rows):
+            block = logit[:, first : first + rows]
+            np.greater(block[1], block[0], out=out[first : first + rows])
+            if np.isnan(np.vdot(block[0], block[0])) or np.isnan(np.vdot(block[1], block[1])):
+                raise fault("mask logits with NaN", "finite numbers", "look for the first NaN in the model's outputs")
 
 
 def _as_masks(mask: Any) -> Any:
