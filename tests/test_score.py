@@ -166,6 +166,13 @@ def test_truncated_nan_and_foreign_lines(data: Path, tmp_path: Path) -> None:
         path.write_text(text)
         with pytest.raises(GrexError, match=words):
             score(path, data, "val", PROTOCOLS / "all.yaml", tmp_path / "out" / "results.json")
+        with pytest.raises(GrexError):
+            score(path, data, "val", PROTOCOLS / "all.yaml", tmp_path / "out" / "results.json", per_sample=True)
+    bad = right_answers()
+    bad[-1]["count"] = -1  # found only when the last line is scored
+    write_lines(path, bad)
+    with pytest.raises(GrexError, match="made:4-3: count -1"):
+        score(path, data, "val", PROTOCOLS / "all.yaml", tmp_path / "out" / "results.json", per_sample=True)
     assert not (tmp_path / "out").exists()
     with pytest.raises(GrexError, match="one of its splits: val"):
         score(path, data, "test", PROTOCOLS / "all.yaml")

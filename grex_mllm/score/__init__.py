@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
+import shutil
 import tempfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 from grex_mllm.errors import GrexError, fault
+from grex_mllm.metrics import Calibration
 from grex_mllm.score.formats import as_jsonl
 from grex_mllm.score.generation import score_generation
-from grex_mllm.score.grounding import evaluate_in_processes, plan_tasks
+from grex_mllm.score.grounding import Outcome, evaluate_in_processes, plan_tasks
 from grex_mllm.score.protocol import Protocol, load_protocol
 from grex_mllm.score.reading import PredictionFiles, index_predictions, match_ids
 from grex_mllm.score.results import assemble, describe_run, write_results
 from grex_mllm.score.table import print_results
+from grex_mllm.score.tally import Tally
 from grex_mllm.score.truth import TruthFolder, open_truth
 
 __all__ = ["Protocol", "load_protocol", "print_results", "score"]
@@ -53,10 +56,14 @@ def score(
     with tempfile.TemporaryDirectory() as folder:
         paths = [as_jsonl(path, truth, Path(folder), notes) for path in given]
         index = index_predictions(paths)
-        rows_path = samples_path(Path(out)) if per_sample and out is not None else None
+        rows_path = Path(folder, "rows.jsonl") if per_sample else None
         results = _score_index(truth, index, protocol, notes, allow_missing, num_processes, rows_path, config, progress)
-    if out is not None:
-        write_results(results, Path(out))
+        if out is not None:
+            Path(out).parent.mkdir(parents=True, exist_ok=True)
+            if rows_path is not None and rows_path.is_file():
+                results["provenance"]["samples"] = samples_path(Path(out)).name
+                shutil.move(rows_path, samples_path(Path(out)))
+            write_results(results, Path(out))
     if show:
         print_results(results)
     return results
@@ -86,16 +93,13 @@ def _score_index(
     if index.unknown_keys:
         named = ", ".join(f"{key} ({count})" for key, count in sorted(index.unknown_keys.items()))
         notes.append(f"fields that were not understood and are ignored: {named}")
-    if rows_path is not None:
-        rows_path.parent.mkdir(parents=True, exist_ok=True)
-    outcome = evaluate_in_processes(truth, index, plan, num_processes if plan.tasks else 1, rows_path, progress)
+    outcome = Outcome(Tally(plan), Calibration())
+    if plan.tasks:
+        outcome = evaluate_in_processes(truth, index, plan, num_processes, rows_path, progress)
     _drop_maskless(outcome.tally, notes)
     boxes = protocol.tasks.get("grec")
     greg = score_generation(truth, index, protocol.tasks["greg"], boxes, allow_missing, notes) if answers_text else None
-    results = assemble(outcome, greg, describe_run(protocol, truth, index, num_missing, config, notes))
-    if rows_path is not None:
-        results["provenance"]["samples"] = rows_path.name
-    return results
+    return assemble(outcome, greg, describe_run(protocol, truth, index, num_missing, config, notes))
 
 
 def samples_path(out: Path) -> Path:
@@ -103,7 +107,7 @@ def samples_path(out: Path) -> Path:
     return out.with_name(f"{out.stem}.samples.jsonl")
 
 
-def _drop_maskless(tally: Any, notes: list[str]) -> None:
+def _drop_maskless(tally: Tally, notes: list[str]) -> None:
     """Take the mask tasks out of box-only data.
 
     Raises:
