@@ -98,8 +98,8 @@ class DecoderConfig:
     image_layers: int = 2
     language_layers: int = 3
     kept_regions: int = 20
-    roi_size: int = 3
-    roi_channels: int = 48
+    roi_size: int = 5
+    roi_channels: int = 32
     num_levels: int = 2
     mask_upsample: int = 2
     attribute_classes: dict[str, int] = field(default_factory=dict)  # scene metadata: name -> number of classes; {} = none used
@@ -192,6 +192,9 @@ class DataConfig:
 class InstanceLossConfig:
     """Weights of the terms of rela_instances: regions against all objects, then the choice of targets."""
 
+    heat: float = 1.0
+    cell_box_l1: float = 5.0
+    cell_box_giou: float = 1.0
     objectness: float = 2.0
     box_l1: float = 5.0
     box_giou: float = 2.0

@@ -9,9 +9,8 @@ from tiny import tiny_config, tiny_model
 from grex_mllm.config import LossConfig, SyntheticConfig
 from grex_mllm.data.collate import collate
 from grex_mllm.data.synthetic import SyntheticDataset
-from grex_mllm.models.decoders.rela_instances import OUTSIDE_LOGIT, box_area, pair_geometry, region_masks
-from grex_mllm.training.instance_losses import InstanceLoss, kept_instances, region_terms
-from grex_mllm.training.matcher import Matches
+from grex_mllm.models.decoders.image_regions import OUTSIDE_LOGIT, box_area, pair_geometry, region_masks
+from grex_mllm.training.instance_losses import InstanceLoss, heat_terms, region_terms
 from grex_mllm.types import Batch
 
 
@@ -35,7 +34,7 @@ def test_shapes_and_answer_is_union_of_selected_regions():
     assert out.minimap_logits.shape == (num, 8, 2) and out.minimap_prob.shape == (num, 6, 6)
     assert out.boxes_norm.shape == (num, 8, 4) and out.count_logits.shape == (num, 7)
     regions = out.auxiliary["regions"]
-    masks = region_masks(regions.kept_mask_embeddings, regions.kept_boxes_norm, regions.mask_map) > 0
+    masks = regions.masks() > 0
     for e in range(num):
         chosen = masks[batch.image_index[e]][out.box_logits[e] > 0]
         union = chosen.any(0) if len(chosen) else torch.zeros(64, 64, dtype=torch.bool)
@@ -54,7 +53,7 @@ def test_region_masks_end_at_their_boxes():
 def test_geometry_tells_left_from_right():
     boxes = torch.tensor([[[0.2, 0.5, 0.1, 0.1], [0.8, 0.5, 0.2, 0.2]]])
     geometry = pair_geometry(boxes)[0]
-    assert geometry[0, 1, 0] == pytest.approx(0.6) and geometry[1, 0, 0] == pytest.approx(-0.6)
+    assert geometry[0, 1, 0] == pytest.approx(1.2) and geometry[1, 0, 0] == pytest.approx(-1.2)
     assert geometry[0, 0, -1] == 1 and geometry[0, 1, -1] == 0
     assert geometry[0, 1, 7] == pytest.approx(2 * 0.6931, abs=1e-3)
 
@@ -83,7 +82,8 @@ def test_losses_are_finite_and_reach_every_weight(share):
     batch = batch_of(model, no_target_share=share)
     terms = loss(run(model, batch), batch)
     assert set(terms) == {
-        "objectness", "box_l1", "box_giou", "mask_bce", "mask_dice", "attribute_shape", "target", "no_target", "count", "total",
+        "heat", "cell_box_l1", "cell_box_giou", "objectness", "box_l1", "box_giou", "mask_bce", "mask_dice", "attribute_shape", "target", "no_target",
+        "count", "total",
     }  # fmt: skip
     assert all(torch.isfinite(v) for v in terms.values())
     terms["total"].backward()
@@ -116,28 +116,54 @@ def test_images_without_objects_give_finite_losses():
     terms["total"].backward()
 
 
-def test_kept_regions_know_their_instance():
-    model = tiny_model().train()
-    regions = run(model, batch_of(model)).auxiliary["regions"]
-    kept = regions.kept
-    matches = Matches(torch.tensor([0, 1]), torch.stack([kept[0, 2], kept[1, 5]]), torch.tensor([3, 1]), (4, 4, 4))
-    owners = kept_instances(regions, matches)
-    assert owners[0, 2] == 3 and owners[1, 5] == 1 and (owners >= 0).sum() == 2
-
-
-def test_perfect_regions_have_no_box_loss():
-    model = tiny_model().train()
-    batch = batch_of(model)
-    regions = run(model, batch).auxiliary["regions"]
-    for layer in range(len(regions.boxes_norm)):
-        boxes = regions.boxes_norm[layer].detach().clone()
-        for b, wanted in enumerate(batch.instance_boxes_norm):
-            boxes[b, : len(wanted)] = wanted
+def with_boxes(regions, wanted: list[torch.Tensor]) -> None:
+    """Put the true boxes into the first regions of every layer."""
+    for layer, boxes in enumerate(regions.boxes_norm):
+        boxes = torch.full_like(boxes.detach(), 0.02)
+        for b, true in enumerate(wanted):
+            boxes[b, : len(true)] = true[: boxes.shape[1]]
         regions.boxes_norm[layer] = boxes
         regions.objectness[layer] = torch.zeros_like(regions.objectness[layer])
-    terms, matches = region_terms(regions, batch)
+
+
+def test_perfect_regions_have_no_box_loss_and_stand_for_their_instances():
+    model = tiny_model(model__decoder__kept_regions=14).train()
+    batch = batch_of(model)
+    regions = run(model, batch).auxiliary["regions"]
+    with_boxes(regions, batch.instance_boxes_norm)
+    terms, owner = region_terms(regions, batch)
     assert terms["box_l1"] < 1e-6 and terms["box_giou"] < 1e-5
-    assert all(int(q) == int(t) for q, t in zip(matches.query, matches.target, strict=True))
+    for b, boxes in enumerate(batch.instance_boxes_norm):
+        assert owner[b].tolist() == [*range(len(boxes)), *[-1] * (14 - len(boxes))]
+
+
+def test_region_far_from_its_match_stands_for_nothing():
+    model = tiny_model().train()
+    batch = batch_of(model, num=1)
+    regions = run(model, batch).auxiliary["regions"]
+    with_boxes(regions, [torch.zeros(0, 4)])
+    batch.instance_boxes_norm = [torch.tensor([[0.8, 0.8, 0.2, 0.2]])]
+    batch.instance_masks = [batch.instance_masks[0][:1]]
+    _, owner = region_terms(regions, batch)
+    assert (owner == -1).all()
+
+
+def test_heat_is_least_with_a_peak_on_every_centre():
+    model = tiny_model().train()
+    batch = batch_of(model, num=1)
+    regions = run(model, batch).auxiliary["regions"]
+    height, width = regions.heat_size
+    boxes = batch.instance_boxes_norm[0]
+    cell = (boxes[:, 1] * height).long() * width + (boxes[:, 0] * width).long()
+    right = torch.full_like(regions.heat_logits, -8.0).detach()
+    right[0, cell] = 8.0
+    regions.heat_logits = right
+    good = heat_terms(regions, batch)["heat"]
+    regions.heat_logits = right.roll(width * (height // 2) + width // 2, dims=1)
+    assert good < 0.01 < heat_terms(regions, batch)["heat"]
+    regions.cell_boxes_norm = boxes[0].expand_as(regions.cell_boxes_norm).clone()
+    batch.instance_boxes_norm = [boxes[:1]]
+    assert heat_terms(regions, batch)["cell_box_l1"] < 1e-6
 
 
 def test_configuration_without_attributes_has_no_attribute_heads():

@@ -18,7 +18,7 @@ from torch.nn import functional as F
 from grex_mllm.data.images import load_image
 from grex_mllm.data.transforms import mask_to_original
 from grex_mllm.errors import fault
-from grex_mllm.models.decoders.rela_instances import Regions, region_masks
+from grex_mllm.models.decoders.image_regions import Regions
 from grex_mllm.models.grex import EncodedImage, GrexModel
 from grex_mllm.models.region_tokens import selection_masks
 from grex_mllm.ops.masks import resize_mask_nearest
@@ -126,8 +126,8 @@ def other_objects(encoded: EncodedImage, selected: np.ndarray) -> np.ndarray:
     found = np.zeros((0, *selected.shape[1:]), bool)
     if not isinstance(regions, Regions):
         return found
-    sure, order = regions.objectness[-1].gather(1, regions.kept)[0].sigmoid().sort(descending=True)
-    logits = region_masks(regions.kept_mask_embeddings, regions.kept_boxes_norm, regions.mask_map)[0]
+    sure, order = regions.objectness[-1][0].sigmoid().sort(descending=True)
+    logits = regions.masks()[0]
     for k in order[sure > 0.5].tolist():
         mask = mask_to_original(logits[k], encoded.geometry, encoded.canvas).cpu().numpy()
         if mask.any() and all(_overlap(mask, other) < MAX_OVERLAP for other in (*selected, *found)):

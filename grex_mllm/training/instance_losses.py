@@ -13,64 +13,100 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from grex_mllm.config import LossConfig
-from grex_mllm.models.decoders.rela_instances import Regions, box_area
+from grex_mllm.models.decoders.image_regions import Regions, box_area, gather, grid_boxes
 from grex_mllm.ops.boxes import cxcywh_to_xyxy, generalized_iou
-from grex_mllm.training.matcher import Matches, match
+from grex_mllm.training.matcher import match
 from grex_mllm.types import Batch, GroundingOutput
 
 IGNORED = -100
 COUNT_CLAMP = 6
+CENTRE_SPREAD = 0.15  # standard deviation of the heat around a centre, as a share of the box
+NEAR_CENTRE = 0.4  # cells with more heat than this learn the object's box
+LEAST_OVERLAP = 0.2  # generalized IoU under which a matched region does not stand for the object
 
 
-def region_terms(regions: Regions, batch: Batch) -> tuple[dict[str, Tensor], Matches]:
-    """Return the language-free terms (means over the image layers) and the match of the last layer."""
+def heat_terms(regions: Regions, batch: Batch) -> dict[str, Tensor]:
+    """Return heat, cell_box_l1, cell_box_giou: the proposals against the centres and boxes of all objects.
+
+    The heat map learns one peak for each object, with CenterNet's penalty-reduced focal loss (Zhou et al. 2019, equation 1) and a Gaussian that
+    grows with the box; every cell near a centre learns the object's box.
+    """
+    height, width = regions.heat_size
+    cells = grid_boxes(height, width, regions.heat_logits)
+    boxes = torch.nn.utils.rnn.pad_sequence(batch.instance_boxes_norm, batch_first=True).to(cells)  # [B, N, 4]; padding has no area
+    if boxes.shape[1] == 0:
+        boxes = boxes.new_zeros(len(boxes), 1, 4)
+    real = boxes[..., 2] > 0
+    offset = cells[None, :, None, :2] - boxes[:, None, :, :2]
+    spread = (boxes[:, None, :, 2:] * CENTRE_SPREAD).clamp(min=1e-6).maximum(0.55 * cells[0, 2:])
+    near = (-(offset / spread).square().sum(-1) / 2.0).exp() * real[:, None]  # [B, S, N]
+    column = (boxes[..., 0] * width).long().clamp(0, width - 1)
+    centre = (boxes[..., 1] * height).long().clamp(0, height - 1) * width + column
+    peak = torch.zeros_like(regions.heat_logits).scatter_reduce(1, centre, real.to(regions.heat_logits), "amax")
+    best, owner = near.max(dim=-1)
+    logits = regions.heat_logits
+    prob = logits.sigmoid()
+    positive = -F.logsigmoid(logits) * (1.0 - prob).square() * peak
+    negative = -F.logsigmoid(-logits) * prob.square() * (1.0 - best).pow(4) * (1.0 - peak)
+    count = real.sum().clamp(min=1)
+    inside = best > NEAR_CENTRE
+    predicted = regions.cell_boxes_norm[inside]
+    wanted = gather(boxes, owner)[inside]
+    near_count = max(1, len(wanted))
+    giou = generalized_iou(cxcywh_to_xyxy(predicted), cxcywh_to_xyxy(wanted))
+    return {
+        "heat": (positive.sum() + negative.sum()) / count,
+        "cell_box_l1": (predicted - wanted).abs().sum() / near_count,
+        "cell_box_giou": (1.0 - giou).sum() / near_count,
+    }
+
+
+def region_terms(regions: Regions, batch: Batch) -> tuple[dict[str, Tensor], Tensor]:
+    """Return the regions' terms (box and score: means over the image layers) and int64 [B, K]: the instance each region stands for, or -1.
+
+    A region that overlaps its match too little stands for nothing.
+    """
     terms: dict[str, Tensor] = {}
     num_layers = len(regions.boxes_norm)
-    masks = [_at_size(m, regions.mask_map) for m in batch.instance_masks]
+    owner = torch.full_like(regions.kept, -1)
     for layer in range(num_layers):
         matches = match(regions.boxes_norm[layer].detach(), batch.instance_boxes_norm, logits=regions.objectness[layer].detach())
         count = max(1, len(matches))
-        goal = torch.zeros_like(regions.objectness[layer])
-        goal[matches.problem, matches.query] = 1.0
-        _add(terms, "objectness", _focal(regions.objectness[layer], goal) / count)
         predicted, wanted = regions.boxes_norm[layer][matches.problem, matches.query], matches.pick(batch.instance_boxes_norm)
+        giou = generalized_iou(cxcywh_to_xyxy(predicted), cxcywh_to_xyxy(wanted))
+        close = giou.detach() > LEAST_OVERLAP
+        goal = torch.zeros_like(regions.objectness[layer])
+        goal[matches.problem, matches.query] = close.to(goal.dtype)
+        _add(terms, "objectness", _focal(regions.objectness[layer], goal) / count)
         _add(terms, "box_l1", (predicted - wanted).abs().sum() / count)
-        _add(terms, "box_giou", (1.0 - generalized_iou(cxcywh_to_xyxy(predicted), cxcywh_to_xyxy(wanted))).sum() / count)
-        embeddings = regions.mask_embeddings[layer][matches.problem, matches.query]
-        bce, dice = _mask_terms(embeddings, matches.problem, regions.mask_map, wanted, matches.pick(masks))
-        _add(terms, "mask_bce", bce / count)
-        _add(terms, "mask_dice", dice / count)
-    return {name: value / num_layers for name, value in terms.items()}, matches
+        _add(terms, "box_giou", (1.0 - giou).sum() / count)
+        if layer == num_layers - 1:
+            owner[matches.problem, matches.query] = torch.where(close, matches.target, -1)
+    terms = {name: value / num_layers for name, value in terms.items()}
+    masks = matches.pick([_at_size(m, regions.mask_map) for m in batch.instance_masks]) if len(matches) else regions.mask_map.new_zeros(0)
+    bce, dice = _mask_terms(regions.mask_embeddings[-1][matches.problem, matches.query], matches.problem, regions.mask_map, wanted, masks)
+    return terms | {"mask_bce": bce / count, "mask_dice": dice / count}, owner
 
 
-def attribute_terms(regions: Regions, batch: Batch, matches: Matches) -> dict[str, Tensor]:
+def attribute_terms(regions: Regions, batch: Batch, owner: Tensor) -> dict[str, Tensor]:
     """Return one cross-entropy per scene attribute on the kept regions that match an object (scene metadata; optional)."""
     if not regions.attribute_logits or batch.instance_attributes is None:
         return {}
-    labels_kept = kept_instances(regions, matches)
     terms = {}
     for name, logits in regions.attribute_logits.items():
-        labels = torch.full_like(labels_kept, IGNORED)
+        labels = torch.full_like(owner, IGNORED)
         for b, values in enumerate(batch.instance_attributes[name]):
-            known = labels_kept[b] >= 0
-            labels[b, known] = values[labels_kept[b, known]]
+            known = owner[b] >= 0
+            labels[b, known] = values[owner[b, known]]
         flat = labels.flatten()
         if (flat != IGNORED).any():
             terms[f"attribute_{name}"] = F.cross_entropy(logits.flatten(0, 1), flat, ignore_index=IGNORED)
     return terms
 
 
-def kept_instances(regions: Regions, matches: Matches) -> Tensor:
-    """Return int64 [B, K]: the instance that each kept region was matched to, or -1."""
-    owner = torch.full(regions.objectness[-1].shape, -1, dtype=torch.int64, device=regions.kept.device)
-    owner[matches.problem, matches.query] = matches.target
-    return owner.gather(1, regions.kept)
-
-
-def selection_terms(output: GroundingOutput, batch: Batch, matches: Matches) -> dict[str, Tensor]:
+def selection_terms(output: GroundingOutput, batch: Batch, owner: Tensor) -> dict[str, Tensor]:
     """Return target (binary, every language layer), no_target and count terms."""
-    regions: Regions = output.auxiliary["regions"]
-    owners = kept_instances(regions, matches)[batch.image_index]
+    owners = owner[batch.image_index]
     wanted = torch.zeros_like(output.auxiliary["target_logits"][-1])
     for e, targets in enumerate(batch.target_index):
         wanted[e] = torch.isin(owners[e], targets).float()
@@ -95,9 +131,10 @@ class InstanceLoss:
     def __call__(self, output: GroundingOutput, batch: Batch) -> dict[str, Tensor]:
         """Return name -> unweighted scalar, and "total"."""
         regions: Regions = output.auxiliary["regions"]
-        terms, matches = region_terms(regions, batch)
-        terms |= attribute_terms(regions, batch, matches)
-        terms |= selection_terms(output, batch, matches)
+        terms, owner = region_terms(regions, batch)
+        terms |= heat_terms(regions, batch)
+        terms |= attribute_terms(regions, batch, owner)
+        terms |= selection_terms(output, batch, owner)
         total = output.no_target_logits.new_zeros(())
         for name, value in terms.items():
             total = total + self.weights.get("attribute" if name.startswith("attribute_") else name, 0.0) * value
