@@ -32,10 +32,12 @@ def train(config: str | None = None, overrides: list[str] | None = None) -> int:
         config: a YAML of configs/.
     """
     from grex_mllm.config import load_config
+
+    settings = load_config(config, overrides)  # before the heavy imports: its faults come at once
     from grex_mllm.training.engine import leave
     from grex_mllm.training.run import train_from_config
 
-    train_from_config(load_config(config, overrides))
+    train_from_config(settings)
     leave()
     return 0
 

@@ -11,14 +11,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from tiny import WORDS, tiny_config, tiny_model
+from tiny import tiny_speaker
 
 from grex_mllm.config import SyntheticConfig
 from grex_mllm.data.synthetic.export import export
 from grex_mllm.errors import GrexError
-from grex_mllm.models.grex import GrexModel
-from grex_mllm.models.lm_tokenizer import train_sentencepiece
-from grex_mllm.models.text import train_text_tokenizer
 from grex_mllm.ops.masks import decode_rle
 from grex_mllm.predict import object_sets, predict_split
 
@@ -28,15 +25,7 @@ def place(tmp_path_factory) -> Path:
     """A folder with a tiny random model with a generator (`m`) and a dataset of six scenes (`d`)."""
     root = tmp_path_factory.mktemp("predict")
     export(SyntheticConfig(image_size=64), "test", 6, root / "d", 5)
-    config = tiny_config(model__generator__lm="tiny", model__generator__hidden_size=16, model__generator__num_heads=2,
-                         model__generator__num_layers=1, model__generator__intermediate_size=32, model__generator__projector_width=16,
-                         model__generator__max_new_tokens=6)  # fmt: skip
-    text = train_text_tokenizer(WORDS, 300)
-    config.model.text.vocab_size = text.vocab_size
-    base = tiny_model()
-    model = GrexModel(config, text, train_sentencepiece(WORDS * 5, root / "t", 300)).eval()
-    model.grounding.load_state_dict(base.grounding.state_dict())
-    model.save_pretrained(root / "m")
+    tiny_speaker(root / "t").save_pretrained(root / "m")
     return root
 
 
