@@ -80,7 +80,7 @@ class DeformableLayer(nn.Module):
 
     def forward(self, x: Tensor, position: Tensor, centres: Tensor, shapes: Shapes) -> Tensor:
         x = self.norm1(x + self.attention(x + position, x, centres, shapes))
-        return self.norm2(x + self.linear2(F.relu(self.linear1(x))))
+        return self.norm2(x + self.linear2(F.relu_(self.linear1(x))))
 
 
 class DeformablePixelDecoder(nn.Module):

@@ -77,9 +77,9 @@ class BasicBlock(nn.Module):
         self.shortcut = None if same else Shortcut(in_width, out_width, stride, norm)
 
     def forward(self, x: Tensor) -> Tensor:
-        y = F.relu(self.norm1(self.conv1(x)))
+        y = F.relu_(self.norm1(self.conv1(x)))
         y = self.norm2(self.conv2(y))
-        return F.relu(y + (x if self.shortcut is None else self.shortcut(x)))
+        return F.relu_(y + (x if self.shortcut is None else self.shortcut(x)))
 
 
 class Bottleneck(nn.Module):
@@ -97,10 +97,10 @@ class Bottleneck(nn.Module):
         self.shortcut = None if same else Shortcut(in_width, out_width, stride, norm)
 
     def forward(self, x: Tensor) -> Tensor:
-        y = F.relu(self.norm1(self.conv1(x)))
-        y = F.relu(self.norm2(self.conv2(y)))
+        y = F.relu_(self.norm1(self.conv1(x)))
+        y = F.relu_(self.norm2(self.conv2(y)))
         y = self.norm3(self.conv3(y))
-        return F.relu(y + (x if self.shortcut is None else self.shortcut(x)))
+        return F.relu_(y + (x if self.shortcut is None else self.shortcut(x)))
 
 
 class Stem(nn.Module):
@@ -116,7 +116,7 @@ class Stem(nn.Module):
         self.norm = build_norm(norm, width)
 
     def forward(self, x: Tensor) -> Tensor:
-        x = F.relu(self.norm(self.conv(x)))
+        x = F.relu_(self.norm(self.conv(x)))
         return F.max_pool2d(x, 3, 2, 1) if self.pooled else x
 
 
@@ -157,7 +157,8 @@ class ResNet(nn.Module):
         Returns float [B, C_i, H / stride_i, W / stride_i], fine to coarse.
         """
         x = append_coordinates(image) if self.coordinates else image
-        x = self.stem(x)
+        # channels last: a fifth faster on CPU for the large nets, the same for the tiny ones
+        x = self.stem(x.contiguous(memory_format=torch.channels_last))
         maps = []
         for stage in self.stages:
             x = stage(x)

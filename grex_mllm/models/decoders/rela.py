@@ -97,7 +97,7 @@ class Feedforward(nn.Module):
         self.norm = nn.LayerNorm(width)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.norm(x + self.linear2(F.relu(self.linear1(x))))
+        return self.norm(x + self.linear2(F.relu_(self.linear1(x))))
 
 
 @dataclass
