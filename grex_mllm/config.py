@@ -98,6 +98,7 @@ class DecoderConfig:
     image_layers: int = 2
     language_layers: int = 3
     kept_regions: int = 20
+    heat_width: int = 96
     roi_size: int = 5
     roi_channels: int = 32
     num_levels: int = 2
@@ -173,12 +174,10 @@ class SyntheticConfig:
 
 @dataclass
 class DataConfig:
-    """train, val: a dataset folder, or "synthetic"."""
+    """train: a dataset folder, or "synthetic"."""
 
     train: str = "synthetic"
     train_split: str = "train"
-    val: str = "synthetic"
-    val_split: str = "val"
     image_size: int = 480
     resize: str = "squash"  # squash (aspect ignored, as released) | pad (longest side, padded right and bottom)
     image_root: str | None = None  # where the images lie, when not where dataset.json says
