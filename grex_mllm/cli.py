@@ -353,7 +353,7 @@ def _parser(verb: str) -> Any:
         else:
             options["required" if required else "default"] = True if required else None
             parser.add_argument(f"--{name}", **options)
-    parser.add_function_arguments(function, as_group=False, skip=special | {"overrides"})
+    parser.add_function_arguments(function, as_group=False, skip={*special, "overrides"})
     return parser
 
 

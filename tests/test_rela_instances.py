@@ -82,8 +82,8 @@ def test_losses_are_finite_and_reach_every_weight(share):
     batch = batch_of(model, no_target_share=share)
     terms = loss(run(model, batch), batch)
     assert set(terms) == {
-        "heat", "cell_box_l1", "cell_box_giou", "objectness", "box_l1", "box_giou", "mask_bce", "mask_dice", "attribute_shape", "target", "no_target",
-        "count", "total",
+        "heat", "cell_box_l1", "cell_box_giou", "objectness", "box_l1", "box_giou", "mask_bce", "mask_dice", "attribute_shape", "target",
+        "no_target", "count", "total",
     }  # fmt: skip
     assert all(torch.isfinite(v) for v in terms.values())
     terms["total"].backward()

@@ -24,7 +24,8 @@ def tiny_config(**changes: object) -> Config:
         "model.text.intermediate_size": 32, "model.text.max_positions": 64, "model.text.dropout": 0.0, "model.text.tokenizer": "train",
         "model.pixel_decoder.name": "fpn", "model.pixel_decoder.width": 16, "model.pixel_decoder.mask_width": 16,
         "model.decoder.name": "rela_instances", "model.decoder.width": 16, "model.decoder.num_heads": 2, "model.decoder.feedforward": 32,
-        "model.decoder.minimap_side": 6, "model.decoder.kept_regions": 8, "model.decoder.roi_channels": 8, "model.decoder.roi_size": 3, "data.image_size": 64,
+        "model.decoder.minimap_side": 6, "model.decoder.kept_regions": 8, "model.decoder.roi_channels": 8, "model.decoder.roi_size": 3,
+        "data.image_size": 64,
     }  # fmt: skip
     fields |= {name.replace("__", "."): value for name, value in changes.items()}
     return load_config(None, [f"--{name}={value}" for name, value in fields.items()])

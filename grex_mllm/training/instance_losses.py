@@ -28,8 +28,8 @@ LEAST_OVERLAP = 0.2  # generalized IoU under which a matched region does not sta
 def heat_terms(regions: Regions, batch: Batch) -> dict[str, Tensor]:
     """Return heat, cell_box_l1, cell_box_giou: the proposals against the centres and boxes of all objects.
 
-    The heat map learns one peak for each object, with CenterNet's penalty-reduced focal loss (Zhou et al. 2019, equation 1) and a Gaussian that
-    grows with the box; every cell near a centre learns the object's box.
+    The heat map learns one peak for each object, with CenterNet's penalty-reduced focal loss (Zhou et al. 2019, equation 1) and a Gaussian
+    that grows with the box; every cell near a centre learns the object's box.
     """
     height, width = regions.heat_size
     cells = grid_boxes(height, width, regions.heat_logits)
