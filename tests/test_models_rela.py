@@ -11,6 +11,7 @@ from torch import Tensor
 from grex_mllm.config import DecoderConfig, ModelConfig, PixelDecoderConfig, TextConfig, VisionConfig
 from grex_mllm.errors import GrexError
 from grex_mllm.models import build_grounding
+from grex_mllm.models.decoders.grouping import group
 from grex_mllm.models.grounding import GroundingModel, upsample_logits
 from grex_mllm.types import GroundingOutput
 
@@ -111,6 +112,20 @@ def test_batch_equals_single(vision: VisionConfig, ria: str) -> None:
             alone = model(image[index[e]][None], torch.tensor([0]), ids[e : e + 1], mask[e : e + 1])
             for name in ("mask_logits", "minimap_logits", "no_target_logits", "boxes_norm", "box_logits", "count_logits"):
                 assert torch.allclose(getattr(alone, name)[0], getattr(together, name)[e], rtol=0, atol=1e-9), name
+
+
+@pytest.mark.parametrize("index", [[0], [0, 0, 0], [0, 1], [1, 0], [2, 0, 1], [1, 1, 0, 2, 1], [2, 2, 2, 2]])
+def test_grouping_gives_back_rows_beside_their_image(index: list[int]) -> None:
+    images = max(*index, 0) + 1
+    groups = group(torch.tensor(index), images)
+    rows = torch.randn(len(index), 2, 3, requires_grad=True)
+    own = torch.arange(images).float().view(-1, 1, 1).expand(-1, 3, 1)
+    folded = groups.fold(rows)
+    assert torch.equal(groups.unfold(folded), rows)
+    read = groups.unfold(folded * 0 + groups.of_image(own)[:, :1])
+    assert read[:, 0, 0].tolist() == [float(i) for i in index]
+    groups.unfold(folded).sum().backward()
+    assert rows.grad is not None and bool((rows.grad == 1).all())
 
 
 def test_heads_are_absent_when_switched_off() -> None:

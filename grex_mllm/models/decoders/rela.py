@@ -10,6 +10,7 @@ that are resized once in place of resizing a hundred masks per layer.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -18,6 +19,7 @@ from torch import Tensor, nn
 
 from grex_mllm.config import DecoderConfig
 from grex_mllm.errors import fault
+from grex_mllm.models.decoders.grouping import Grouping, group
 from grex_mllm.models.heads import RegionHeads
 from grex_mllm.models.pixel_decoder import NUM_LEVELS
 from grex_mllm.models.positions import sine_positions
@@ -156,7 +158,7 @@ class Rela(nn.Module):
                 small = F.interpolate(pixels.mask_features, size=level.shape[-2:], mode="bilinear", align_corners=False)
                 mask_levels.append(small.flatten(2))
         x = self.region_features.weight.expand(len(pixels.mask_features), -1, -1)
-        start = self._look(0, x, memory[0], mask_levels)
+        start = self._look(0, x, memory[0], mask_levels, Grouping(len(x), 1))
         return RegionImages(memory, mask_levels, pixels.mask_features, start)
 
     def forward(self, regions: RegionImages, image_index: Tensor, text: TextFeatures) -> GroundingOutput:
@@ -166,15 +168,16 @@ class Rela(nn.Module):
         `auxiliary`: `mask_embeddings` [E, Q, C_mask] (region masks = embeddings . mask features), and `layers` with `deep_supervision`.
         """
         tokens = self.language_projection(text.tokens)
-        mask_levels = [_per_expression(m, image_index) for m in regions.mask_levels]
-        mask_features = _per_expression(regions.mask_features, image_index)
-        x = _per_expression(regions.start, image_index)
+        groups = group(image_index, len(regions.start))
+        mask_levels = [groups.of_image(m) for m in regions.mask_levels]
+        mask_features = groups.of_image(regions.mask_features)
+        x = regions.start.index_select(0, image_index)
         position = self.region_positions.weight
         earlier = []
         for i in range(len(self.region_image)):
             if i > 0:
-                memory = tuple(_per_expression(m, image_index) for m in regions.memory[i])
-                x = self._look(i, x, memory, mask_levels)
+                kept = groups.of_image if self.attends else partial(torch.index_select, dim=0, index=image_index)
+                x = self._look(i, x, tuple(kept(m) for m in regions.memory[i]), mask_levels, groups)
             x = self._listen(i, x, tokens, text.mask)
             if len(self.region_region):
                 layer: Any = self.region_region[i]
@@ -182,8 +185,8 @@ class Rela(nn.Module):
                 x = layer(x, query, layer.attention.project(query, 1), layer.attention.project(x, 2))
             x = self.feedforward[i](x)
             if self.config.deep_supervision and self.training and i + 1 < len(self.region_image):
-                earlier.append(self._answer(x, mask_features))
-        output = self._answer(x, mask_features)
+                earlier.append(self._answer(x, mask_features, groups))
+        output = self._answer(x, mask_features, groups)
         if earlier:
             output.auxiliary["layers"] = earlier
         return output
@@ -198,18 +201,19 @@ class Rela(nn.Module):
         position = sine_positions(height, width, tokens.shape[-1], tokens.device, tokens.dtype)
         return layer.attention.project(tokens + position, 1), layer.attention.project(tokens, 2)
 
-    def _look(self, i: int, x: Tensor, memory: tuple[Tensor, ...], mask_levels: list[Tensor]) -> Tensor:
+    def _look(self, i: int, x: Tensor, memory: tuple[Tensor, ...], mask_levels: list[Tensor], groups: Grouping) -> Tensor:
         """Region-image attention of layer i, each region within its own mask."""
         layer: Any = self.region_image[i]
         if not self.attends:
             return layer(x, *memory)
-        query = x + self.region_positions.weight
+        query = groups.fold(x + self.region_positions.weight)
+        x = groups.fold(x)
         allowed = self._allowed(x, mask_levels[i % NUM_LEVELS])
-        return layer(x, query, *memory, allowed[:, None])
+        return groups.unfold(layer(x, query, *memory, allowed[:, None]))
 
     @torch.no_grad()
     def _allowed(self, x: Tensor, mask_level: Tensor) -> Tensor:
-        """Return where each region may look: bool [E, Q, S]; everywhere, where its mask is empty."""
+        """Return where each region [B, R, C] may look: bool [B, R, S]; everywhere, where its mask is empty."""
         masks = self.heads.mask(self.norm(x)) @ mask_level
         allowed = masks.sigmoid() >= 0.5
         return allowed | ~allowed.any(dim=-1, keepdim=True)
@@ -229,15 +233,15 @@ class Rela(nn.Module):
         allowed = mask.bool()[:, None, None] if self.config.mask_language_padding else None
         return x + self.config.language_scale * self.language_weight.sigmoid() * layer(x, x, key, value, allowed)
 
-    def _answer(self, x: Tensor, mask_features: Tensor) -> GroundingOutput:
+    def _answer(self, x: Tensor, mask_features: Tensor, groups: Grouping) -> GroundingOutput:
         regions = self.norm(x)
         embeddings = self.heads.mask(regions)
         minimap = self.heads.minimap(regions)
-        mask = torch.einsum("ekc,echw->ekhw", minimap.transpose(1, 2) @ embeddings, mask_features)
+        mask = groups.unfold(groups.fold(minimap.transpose(1, 2) @ embeddings) @ mask_features.flatten(2))
         boxes, scores = self.heads.predict_boxes(regions)
         side = self.config.minimap_side
         return GroundingOutput(
-            mask_logits=mask,
+            mask_logits=mask.unflatten(2, mask_features.shape[-2:]),
             minimap_logits=minimap,
             no_target_logits=self.heads.predict_no_target(regions),
             boxes_norm=boxes,
@@ -246,10 +250,3 @@ class Rela(nn.Module):
             minimap_prob=minimap.softmax(dim=-1)[..., 1].unflatten(1, (side, side)),
             auxiliary={"mask_embeddings": embeddings},
         )
-
-
-def _per_expression(x: Tensor, image_index: Tensor) -> Tensor:
-    """Repeat what belongs to an image for each of its expressions; free of copies for one image."""
-    if len(x) == 1:
-        return x.expand(len(image_index), *x.shape[1:])
-    return x.index_select(0, image_index)
