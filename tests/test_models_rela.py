@@ -195,3 +195,16 @@ def test_upsample_logits_sizes() -> None:
 def test_bad_decoder_settings_name_field_and_remedy(change: dict[str, object]) -> None:
     with pytest.raises(GrexError, match=r"expected .*;"):
         build(**change)
+
+
+@pytest.mark.parametrize("vision", [RESNET, SWIN], ids=["resnet", "swin_pwam"])
+@pytest.mark.filterwarnings("ignore:Dynamo detected a call")
+def test_compiles_into_one_graph(vision: VisionConfig) -> None:
+    """After one run at this size nothing leaves the graph (traced only: no compiler is needed)."""
+    model = build(vision)
+    image, _, ids, mask = inputs()
+    given = (image[:1], torch.tensor([0, 0, 0]), ids, mask)
+    with torch.no_grad():
+        plain = model(*given)
+        compiled = torch.compile(model, backend="eager", fullgraph=True)(*given)
+    assert torch.allclose(plain.mask_logits, compiled.mask_logits, atol=1e-5)

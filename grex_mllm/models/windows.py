@@ -8,7 +8,6 @@ as key and value (the released networks do), but it never asks.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import lru_cache
 from typing import Any
 
 import torch
@@ -50,10 +49,28 @@ class WindowLayout:
     kinds: tuple[WindowKind, ...]
 
 
-@lru_cache(maxsize=64)
-@torch.inference_mode(False)  # what is kept must serve training too
+# layouts of the sizes met last; a plain dictionary, because compilers read it without leaving their graph
+_LAYOUTS: dict[tuple[int, int, int, int, int, str], WindowLayout] = {}
+MOST_LAYOUTS = 64
+
+
 def window_layout(batch: int, height: int, width: int, window: int, shift: int, device: torch.device) -> WindowLayout:
-    """Lay out the windows of a map that is zero-padded right and bottom to a multiple of the window, then rolled by -shift."""
+    """Lay out the windows of a map that is zero-padded right and bottom to a multiple of the window, then rolled by -shift.
+
+    A layout is made once per size: run a size once before compiling it.
+    """
+    key = (batch, height, width, window, shift, str(device))
+    layout = _LAYOUTS.get(key)
+    if layout is None:
+        if len(_LAYOUTS) >= MOST_LAYOUTS:
+            _LAYOUTS.pop(next(iter(_LAYOUTS)))
+        layout = _LAYOUTS[key] = _lay_out(batch, height, width, window, shift, device)
+    return layout
+
+
+@torch.compiler.disable
+@torch.inference_mode(False)  # what is kept must serve training too
+def _lay_out(batch: int, height: int, width: int, window: int, shift: int, device: torch.device) -> WindowLayout:
     size = window**2
     tokens, masks = _cut(height, width, window, shift)
     groups: dict[tuple[int, bytes], list[Tensor]] = {}

@@ -48,8 +48,9 @@ def group(image_index: Tensor, num_images: int) -> Grouping:
     if num_images == 1:
         return Grouping(1, num_expressions)
     if num_expressions <= num_images:
-        # reading the index is free on CPU only; elsewhere it would make the host wait
-        if image_index.device.type == "cpu" and image_index.tolist() == list(range(num_images)):
+        # reading the index is free on CPU only; elsewhere it would make the host wait, and a compiler leave its graph
+        readable = image_index.device.type == "cpu" and not torch.compiler.is_compiling()
+        if readable and image_index.tolist() == list(range(num_images)):
             return Grouping(num_images, 1)
         return Grouping(num_expressions, 1, select=image_index)
     same = image_index[:, None] == image_index[None]
