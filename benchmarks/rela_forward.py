@@ -5,6 +5,12 @@
 
 Both are measured in turn in the same run. Weights are random (times do not depend on them). Prints medians and the spread (quartiles) in
 seconds. `authors` are the times of the released code on a machine of the same kind (wall clock, two threads).
+
+Measured 2026-11 on two AVX-512 cores, median (quartiles) in seconds; authors' code; plain grid_sample attention in our model:
+    swin_base  1.22 (1.21 .. 1.24)   2.08   1.64    vision 0.75  pixel decoder 0.34 (deformable 0.05)  decoder 0.08  text 0.04
+    swin_tiny  0.72 (0.69 .. 0.72)   1.39   1.10    vision 0.26  pixel decoder 0.33 (deformable 0.05)  decoder 0.08  text 0.04
+    r50        0.63 (0.62 .. 0.65)   1.19   0.99    vision 0.17  pixel decoder 0.35 (deformable 0.06)  decoder 0.07  text 0.05
+Peak memory with Swin-B 1.6 GiB (authors 1.8 GB). Eleven expressions of one image, R50, in processor seconds: 1.76 together, 11.9 apart.
 """
 
 from __future__ import annotations
