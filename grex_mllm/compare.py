@@ -21,11 +21,17 @@ COLUMNS = {
     "gres": ("gIoU", "cIoU", "N_acc", "T_acc", "Pr@0.7", "Pr@0.8", "Pr@0.9"),
     "res": ("cIoU", "mIoU", "Pr@0.5", "Pr@0.7", "Pr@0.9"),
     "grec": ("Pr@F1", "mean_F1", "N_acc", "T_acc"),
+    "rec": ("Pr@0.5",),
     "count": ("accuracy", "mae"),
     "rvos": ("J&F", "J", "F"),
     "greg": ("METEOR", "CIDEr", "BLEU-4", "ROUGE-L", "round_trip_gIoU", "round_trip_Pr@F1", "correct"),
 }
-SAMPLED = {"gres": ("gIoU", "cIoU", "N_acc", "T_acc"), "grec": ("Pr@F1", "mean_F1", "N_acc", "T_acc"), "count": ("accuracy",)}
+SAMPLED = {
+    "gres": ("gIoU", "cIoU", "N_acc", "T_acc"),
+    "grec": ("Pr@F1", "mean_F1", "N_acc", "T_acc"),
+    "rec": ("Pr@0.5",),
+    "count": ("accuracy",),
+}
 PERCENT_EXCEPT = ("mae",)
 FORMATS = ("markdown", "latex", "csv")
 NUM_DRAWS = 2000
@@ -197,6 +203,9 @@ def _columns(rows: list[dict[str, Any]]) -> dict[tuple[str, str, str], tuple[np.
             found["grec", protocol, "mean_F1"] = (np.array([b["f1"] for b in blocks]), ones)
             found["grec", protocol, "N_acc"] = ((none & said).astype(float), none.astype(float))
             found["grec", protocol, "T_acc"] = ((~none & ~said).astype(float), (~none).astype(float))
+        if any("rec_correct" in b for b in blocks):
+            single = np.array([row["num_targets"] == 1 for row in rows], float)
+            found["rec", protocol, "Pr@0.5"] = (np.array([float(b.get("rec_correct", False)) for b in blocks]), single)
     if any(row["count"] is not None for row in rows):
         right = [row["count"] is not None and min(row["count"], 6) == min(row["num_targets"], 6) for row in rows]
         found["count", "strict", "accuracy"] = (np.array(right, float), ones)

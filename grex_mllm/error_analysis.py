@@ -64,7 +64,8 @@ def outcome(row: dict[str, Any]) -> str:
         return "target_rejected"
     if "kept" in block and block["kept"] != row["num_targets"]:
         return "wrong_count"
-    if block.get("tp", row["num_targets"]) < row["num_targets"] or block.get("iou", 1.0) < WRONG_PLACE:
+    found = block.get("tp", row["num_targets"]) >= row["num_targets"] and block.get("rec_correct", True)
+    if not found or block.get("iou", 1.0) < WRONG_PLACE:
         return "wrong_instance"
     if block.get("iou", 1.0) < POOR_MASK:
         return "poor_mask"

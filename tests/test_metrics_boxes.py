@@ -198,6 +198,14 @@ def test_rec_takes_the_best_box() -> None:
     assert metric.update(torch.tensor([FAR, UNIT]), torch.tensor([0.1, 0.2]), UNIT)
     assert not metric.update([], [], UNIT)
     assert metric.merge(REC()).compute() == {"num_samples": 2, "Pr@0.5": 0.5}
+    for boxes in ([FAR, UNIT], [UNIT, FAR]):  # a tie: the same answer in any order
+        assert not REC().update(boxes, [0.5, 0.5], UNIT)
+    assert not REC().update([[5.0, 5.0, 5.0, 5.0]], [0.9], UNIT)
+    for scores, words in (([float("nan")], "NaN"), ([], "one score for each box")):
+        with pytest.raises(GrexError, match=words):
+            metric.update([UNIT], scores, UNIT)
+    with pytest.raises(GrexError, match="x1 <= x2"):
+        metric.update([[10.0, 10.0, 0.0, 0.0]], [0.9], UNIT)
 
 
 def test_count() -> None:

@@ -22,6 +22,8 @@ from score_case import (
     write_lines,
 )
 
+from grex_mllm.compare import compare
+from grex_mllm.error_analysis import errors
 from grex_mllm.errors import GrexError
 from grex_mllm.metrics import language
 from grex_mllm.ops.masks import encode_rle
@@ -188,7 +190,7 @@ def test_processes_give_the_same_file(data: Path, tmp_path: Path) -> None:
     lines[3] = answer(0, 3, [2])
     path = write_lines(tmp_path / "p.jsonl", lines[::-1])
     written = []
-    for number in (1, 2):
+    for number in (1, 4):
         out = tmp_path / str(number) / "results.json"
         score(path, data, "val", PROTOCOLS / "all.yaml", out, per_sample=True, num_processes=number)
         written.append((out.read_text(), (out.parent / "results.samples.jsonl").read_text()))
@@ -222,6 +224,26 @@ def test_res_and_rvos_protocols(data: Path) -> None:
     assert (res["num_samples"], res["mIoU"], res["Pr@0.9"]) == (15, 1.0, 1.0)
     rvos = run(data, right_answers(), "rvos")["results"]["strict"]["rvos"]
     assert (rvos["num_expressions"], rvos["J"], rvos["F"], rvos["J&F"]) == (20, 1.0, 1.0, 1.0)
+
+
+def test_rec_protocol_scores_the_best_box_of_single_targets(data: Path, tmp_path: Path) -> None:
+    lines = right_answers()
+    lines[1] = answer(0, 1, [0, 2]) | {"box_scores": [0.8, 0.9]}  # the best box lies elsewhere
+    lines[5] = answer(1, 1, [])
+    lines[9] = answer(2, 1, [0, 2]) | {"box_scores": [0.3, 0.2]}  # right in spite of low scores and a box too many
+    lines[13] = {"expression_id": lines[13]["expression_id"], "status": "refused"}
+    out = tmp_path / "rec" / "results.json"
+    path = write_lines(tmp_path / "p.jsonl", lines)
+    results = score(path, data, "val", PROTOCOLS / "rec.yaml", out, per_sample=True)
+    assert results["results"] == {"strict": {"rec": {"num_samples": 5, "Pr@0.5": 2 / 5}}, "official": {}}
+    assert results["by_num_targets"] == {"1": {"rec": {"num_samples": 5, "Pr@0.5": 2 / 5}}}
+    assert [results["baselines"][name]["rec"]["Pr@0.5"] for name in ("always_empty", "oracle")] == [0.0, 1.0]
+    rows = read_lines(out.parent / "results.samples.jsonl")
+    assert [row["strict"]["rec_correct"] for row in rows if "strict" in row] == [False, False, True, False, True]
+    assert dict(table_rows(results))["strict"]["REC Pr@0.5"] == "40.00"
+    text = compare([out, out], published=False, num_draws=50)
+    assert "made val: rec, strict" in text and "| 40.00 [" in text
+    assert errors(out, tmp_path / "e").count("| wrong_instance | 2 |") == 1
 
 
 def test_generation_without_java(data: Path, monkeypatch: pytest.MonkeyPatch) -> None:

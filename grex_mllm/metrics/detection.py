@@ -119,10 +119,7 @@ class GREC:
         return type(self).__name__, self.protocol, self.score_threshold, self.iou_threshold, self.f1_threshold, self.select
 
     def _keep(self, boxes: list[list[float]], scores: list[float], count: int | None) -> list[list[float]]:
-        if len(boxes) != len(scores):
-            raise fault(f"{len(boxes)} boxes with {len(scores)} scores", "one score for each box", "write them together")
-        if any(score != score for score in scores):
-            raise fault("a box score that is NaN", "finite scores", "look for the first NaN in the model's outputs")
+        _check_scores(boxes, scores)
         if self.select == "threshold":
             chosen = [(s, b) for s, b in zip(scores, boxes, strict=True) if s >= self.score_threshold]
             return [b for _, b in (sorted(chosen, reverse=True) if len(chosen) > 1 else chosen)]
@@ -161,15 +158,27 @@ class REC:
 
     def update(self, pred_boxes_xyxy: Any, pred_scores: Any, gt_box_xyxy: Any) -> bool:
         """Add one expression: boxes [n, 4], scores [n], the ground-truth box [4]; return whether it is right."""
-        boxes, scores = _plain(pred_boxes_xyxy), _plain(pred_scores)
-        right = False
-        if boxes:
-            best = max(zip(scores, boxes, strict=True))[1]
-            right = bool(
-                pair_iou(_checked(np.array([best], np.float64)), np.array([_plain(gt_box_xyxy)], np.float64))[0] >= self.iou_threshold
-            )
-        self._sums += [1, int(right)]
+        right = self.right(pred_boxes_xyxy, pred_scores, gt_box_xyxy)
+        self.update_right([right])
         return right
+
+    def right(self, pred_boxes_xyxy: Any, pred_scores: Any, gt_box_xyxy: Any) -> bool:
+        """Tell whether an expression is answered right, without adding it; among equal scores the box that sorts last is the answer.
+
+        Raises:
+            GrexError: NaN in scores or boxes, inverted boxes, or unequal numbers of boxes and scores.
+        """
+        boxes, scores = _plain(pred_boxes_xyxy), _plain(pred_scores)
+        _check_scores(boxes, scores)
+        if not boxes:
+            return False
+        best = _checked(np.array([max(zip(scores, boxes, strict=True))[1]], np.float64))
+        return bool(pair_iou(best, _checked(np.array([_plain(gt_box_xyxy)], np.float64)))[0] >= self.iou_threshold)
+
+    def update_right(self, right: Any) -> None:
+        """Add expressions by whether they are right, bool [E]; answers that are missing or unreadable are False."""
+        flags = np.asarray(right, bool)
+        self._sums = self._sums + [flags.size, int(flags.sum())]
 
     def merge(self, other: REC) -> Self:
         """Add the sums of another object."""
@@ -251,6 +260,13 @@ def _pair_parts(a: np.ndarray, b: np.ndarray) -> tuple[np.ndarray, np.ndarray, n
     outer_width = np.maximum(np.maximum(a[2], b[2]) - np.minimum(a[0], b[0]), zero)
     outer_height = np.maximum(np.maximum(a[3], b[3]) - np.minimum(a[1], b[1]), zero)
     return inter, union, outer_width * outer_height
+
+
+def _check_scores(boxes: list[Any], scores: list[float]) -> None:
+    if len(boxes) != len(scores):
+        raise fault(f"{len(boxes)} boxes with {len(scores)} scores", "one score for each box", "write them together")
+    if any(score != score for score in scores):
+        raise fault("a box score that is NaN", "finite scores", "look for the first NaN in the model's outputs")
 
 
 def _checked(boxes: np.ndarray) -> np.ndarray:

@@ -41,7 +41,7 @@ def plan_tasks(protocol: Protocol, index: PredictionFiles, notes: list[str]) -> 
         GrexError: some lines answer a task and others do not.
     """
     tasks: list[tuple[str, str]] = []
-    needs = {"gres": "mask_rle", "res": "mask_rle", "grec": "boxes_xyxy", "count": "count", "rvos": "mask_rle"}
+    needs = {"gres": "mask_rle", "res": "mask_rle", "grec": "boxes_xyxy", "rec": "boxes_xyxy", "count": "count", "rvos": "mask_rle"}
     for task in protocol.tasks:
         if task not in needs or not len(index):
             continue
@@ -155,7 +155,7 @@ def _row(truth: TruthFolder, record: ExpressionRecord, line: dict[str, Any] | No
         _fill_masks(truth, record, answer, row, plan, tally)
     if plan.has("strict", "rvos"):
         row.frame = (record.ref_id, *_frame_scores(truth, record, answer, plan.protocol.tasks["rvos"].tolerance))
-    if plan.has("strict", "grec") and not row.wrong:
+    if any(plan.has("strict", task) for task in ("grec", "rec")) and not row.wrong:
         wanted = [instance.box_xyxy for instance in truth.instances(record.image_id, record.targets)]
         row.boxes = (*prediction_boxes(answer), wanted, row.no_target, answer.get("count"))
     if plan.has("strict", "count") and not row.wrong:

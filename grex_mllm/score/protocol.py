@@ -40,16 +40,27 @@ class GrecRules:
 
 
 @dataclass(frozen=True)
+class RecRules:
+    """iou_threshold: of the best-scored box with the one target; expressions with no or several targets are left out."""
+
+    iou_threshold: float = 0.5
+
+
+@dataclass(frozen=True)
 class CountRules:
     """Accuracy over {0..5, >5}: nothing to choose."""
 
 
 @dataclass(frozen=True)
 class GregRules:
-    """group_by: references pooled by "target_set" or "ref_id". tokenizer: "ptb" (needs Java) or "whitespace" (not comparable)."""
+    """group_by: references pooled by "target_set" or "ref_id". tokenizer: "ptb" (needs Java) or "whitespace" (not comparable).
+
+    spice: also SPICE, which needs Java and two CoreNLP 3.6.0 jars.
+    """
 
     group_by: str = "target_set"
     tokenizer: str = "ptb"
+    spice: bool = False
 
 
 @dataclass(frozen=True)
@@ -59,12 +70,21 @@ class RvosRules:
     tolerance: float = 0.008
 
 
-RULES: dict[str, type] = {"gres": GresRules, "res": ResRules, "grec": GrecRules, "count": CountRules, "greg": GregRules, "rvos": RvosRules}
+RULES: dict[str, type] = {
+    "gres": GresRules,
+    "res": ResRules,
+    "grec": GrecRules,
+    "rec": RecRules,
+    "count": CountRules,
+    "greg": GregRules,
+    "rvos": RvosRules,
+}
 CHOICES = {
     "select": ("threshold", "count", "all"),
     "official_select": ("threshold", "count", "all"),
     "group_by": ("target_set", "ref_id"),
     "tokenizer": ("ptb", "whitespace"),
+    "spice": (False, True),
 }
 
 

@@ -14,6 +14,7 @@ COLUMNS = (
     ("cIoU", "gres", "cIoU"),
     ("mIoU", "res", "mIoU"),
     ("Pr@F1", "grec", "Pr@F1"),
+    ("REC Pr@0.5", "rec", "Pr@0.5"),
     ("mean F1", "grec", "mean_F1"),
     ("N-acc", None, "N_acc"),
     ("T-acc", None, "T_acc"),
@@ -24,7 +25,7 @@ COLUMNS = (
     ("count acc", "count", "accuracy"),
     ("count MAE", "count", "mae"),
 )
-ORDER = ("gres", "grec", "res", "count", "rvos")
+ORDER = ("gres", "grec", "res", "rec", "count", "rvos")
 TEXT_COLUMNS = (
     "num_samples",
     "METEOR",

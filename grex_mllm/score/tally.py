@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from grex_mllm.metrics import GREC, GRES, RES, RVOS, Count
+from grex_mllm.metrics import GREC, GRES, REC, RES, RVOS, Count
 from grex_mllm.score.protocol import Protocol
 
 BUFFER = 4096
@@ -33,6 +33,8 @@ class Plan:
     def metric(self, protocol: str, task: str) -> Any:
         """Return an empty metric with the rules of the protocol file."""
         rules = self.protocol.tasks[task]
+        if task == "rec":
+            return REC(rules.iou_threshold)
         if task == "gres":
             return GRES(protocol, rules.thresholds, rules.min_mask_pixels)
         if task == "res":
@@ -104,6 +106,8 @@ class Tally:
                 self._flush_masks(rows, members, protocol, task, none, wrong)
             elif task == "grec":
                 self._flush_boxes(rows, members, protocol, none, wrong, num)
+            elif task == "rec":
+                self._flush_best_boxes(rows, members, protocol, num)
             elif task == "rvos":
                 for name, at in members.items():
                     frames = [f for k in at if (f := rows[k].frame) is not None]
@@ -183,6 +187,23 @@ class Tally:
                 found = {"tp": int(tp[k]), "kept": int(kept[k]), "f1": f1, "correct": f1 >= matcher.f1_threshold}
                 found["box_no_target"] = (not row.no_target) if row.wrong else bool(kept[k] == 0)
                 row.detail.setdefault(protocol, {}).update(found)
+
+    def _flush_best_boxes(self, rows: list[Row], members: dict[str, np.ndarray], protocol: str, num: Any) -> None:
+        """Classic REC: expressions with one target, the others are left out."""
+        judge = self.plan.metric(protocol, "rec")
+        right = np.array(
+            [num[k] == 1 and r.boxes is not None and judge.right(r.boxes[0], r.boxes[1], r.boxes[2][0]) for k, r in enumerate(rows)]
+        )
+        for name, at in members.items():
+            at = at[num[at] == 1]
+            if len(at):
+                self.metric(name, protocol, "rec").update_right(right[at])
+        single = num[num == 1]
+        self.metric("baseline|always_empty", protocol, "rec").update_right(single != 1)
+        self.metric("baseline|oracle", protocol, "rec").update_right(single == 1)
+        if self.rows_out is not None:
+            for k in np.flatnonzero(num == 1):
+                rows[k].detail.setdefault(protocol, {})["rec_correct"] = bool(right[k])
 
 
 def _mask_detail(row: Row, counts: list[int], official: bool, smallest: int) -> dict[str, Any]:
