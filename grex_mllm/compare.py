@@ -24,7 +24,7 @@ COLUMNS = {
     "rec": ("Pr@0.5",),
     "count": ("accuracy", "mae"),
     "rvos": ("J&F", "J", "F"),
-    "greg": ("METEOR", "CIDEr", "BLEU-4", "ROUGE-L", "round_trip_gIoU", "round_trip_Pr@F1", "correct"),
+    "greg": ("METEOR", "CIDEr", "BLEU-4", "ROUGE-L", "SPICE", "round_trip_gIoU", "round_trip_Pr@F1", "correct"),
 }
 SAMPLED = {
     "gres": ("gIoU", "cIoU", "N_acc", "T_acc"),

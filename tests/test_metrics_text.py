@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import json
+import os
+import sys
+import urllib.request
 from pathlib import Path
 
 import pytest
 
 from grex_mllm.errors import GrexError
-from grex_mllm.metrics import GREG, language
+from grex_mllm.metrics import GREG, language, spice
 
 STRANGE = ["", "\n", "a \"quoted\" 'one'", "the man\non the left", "a ||| b", "|||", "😀", "the 😀 man", "x" * 10_000, "the " * 2500]
 STRANGE += ["\ud83d bad", "\u2028 line \x85 break \x00", "-", "(left) man", "don't", "человек слева", "a\tb\r\nc"]
@@ -58,6 +61,58 @@ def test_without_java_nothing_is_invented(monkeypatch: pytest.MonkeyPatch) -> No
     assert result["single"]["BLEU-1"] == pytest.approx(1.0)
     assert (result["multi"]["ROUGE-L"], result["all"]["METEOR"]) == (0.0, None)
     assert set(result["all"]["not_computed"]) == {"METEOR"}
+
+
+def test_spice_without_its_jars_says_what_to_do(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """No download, whatever is missing: first Java, then the jars."""
+    monkeypatch.setattr(urllib.request, "urlretrieve", lambda *_: pytest.fail("a download"))
+    metric = GREG("whitespace", spice=True)
+    metric.update("the left man", ["the left man"])
+    monkeypatch.setattr(language, "java_missing", lambda: language.NEEDS_JAVA)
+    result = metric.compute()["all"]
+    assert (result["SPICE"], result["not_computed"]["SPICE"]) == (None, language.NEEDS_JAVA)
+    monkeypatch.setattr(language, "java_missing", lambda: "")
+    monkeypatch.setattr(language, "meteor_scores", lambda *_: {"all": 0.5})
+    (tmp_path / "spice-1.0.jar").touch()
+    monkeypatch.setattr(spice, "_folder", lambda: tmp_path)
+    result = metric.compute()["all"]
+    assert result["SPICE"] is None and result["METEOR"] == 0.5
+    assert "stanford-corenlp-3.6.0-models.jar" in result["not_computed"]["SPICE"]
+    assert "SPICE" not in GREG("whitespace").load_state(metric.state()).compute()["all"]
+    with pytest.raises(GrexError, match="spice"):
+        metric.merge(GREG("whitespace"))
+
+
+FAKE_SPICE = """#!{python}
+import json, sys
+source, out = sys.argv[4], sys.argv[sys.argv.index("-out") + 1]
+rows = json.load(open(source))
+assert sys.argv[1:4] == ["-Xmx8G", "-jar", "{jar}"] and all(row["test"] and all(row["refs"]) for row in rows)
+scores = [{{"All": {{"f": float(row["test"] in row["refs"]) if row["test"] != "of" else None}}}} for row in rows]
+if any(row["test"] == "boom" for row in rows): sys.exit("out of memory")
+json.dump([{{"image_id": row["image_id"], "scores": s}} for row, s in zip(rows, scores)][::-1], open(out, "w"))
+"""
+
+
+def test_spice_asks_once_and_averages_each_subset(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """A stand-in for Java with the jar's files and arguments: the parts around it, not the metric itself, are what is tested."""
+    (tmp_path / "lib").mkdir()
+    for name in ("spice-1.0.jar", *(f"lib/{jar}" for jar in spice.JARS)):
+        (tmp_path / name).touch()
+    java = tmp_path / "java"
+    java.write_text(FAKE_SPICE.format(python=sys.executable, jar=tmp_path / "spice-1.0.jar"))
+    java.chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=os.pathsep)
+    monkeypatch.setattr(spice, "_folder", lambda: tmp_path)
+    assert spice.spice_missing() == ""
+    said = ["left man", "left man", "dog", "", "of", "cat"]
+    wanted = [["left man", ""], ["left man"], ["cat"], ["x"], ["of"], [""]]
+    scores = spice.spice_scores(said, wanted, {"single": [0, 2], "all": list(range(6))})
+    assert scores == {"single": 0.5, "all": pytest.approx(2 / 6)}
+    monkeypatch.setattr(language, "java_missing", lambda: "")
+    monkeypatch.setattr(language, "meteor_scores", lambda *_: {"all": 0.5})
+    broken = language.score_texts(["boom"], [["x"]], {"all": [0]}, "whitespace", True)["all"]
+    assert broken["SPICE"] is None and "out of memory" in broken["not_computed"]["SPICE"] and broken["METEOR"] == 0.5
 
 
 def test_order_and_merging_do_not_matter(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -178,7 +178,7 @@ class REC:
     def update_right(self, right: Any) -> None:
         """Add expressions by whether they are right, bool [E]; answers that are missing or unreadable are False."""
         flags = np.asarray(right, bool)
-        self._sums = self._sums + [flags.size, int(flags.sum())]
+        self._sums = self._sums + np.array([flags.size, int(flags.sum())], np.int64)
 
     def merge(self, other: REC) -> Self:
         """Add the sums of another object."""

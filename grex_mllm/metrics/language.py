@@ -32,12 +32,13 @@ class GREG:
     """Accumulate (generated expression, references) pairs; the scores come at the end, as corpora cannot be summed.
 
     tokenizer: "ptb" (the papers' and pycocoevalcap's; needs Java) or "whitespace" (lower case, no punctuation removed; not comparable).
+    spice: also SPICE, where its jars are present (`metrics/spice.py`).
     """
 
-    def __init__(self, tokenizer: str = "ptb") -> None:
+    def __init__(self, tokenizer: str = "ptb", spice: bool = False) -> None:
         if tokenizer not in TOKENIZERS:
             raise fault(f'tokenizer "{tokenizer}"', " or ".join(TOKENIZERS), "choose one of them")
-        self.tokenizer = tokenizer
+        self.tokenizer, self.spice = tokenizer, spice
         self._pairs: list[tuple[str, tuple[str, ...], int]] = []
 
     def update(self, expression: str, references: Sequence[str], num_targets: int = 1) -> None:
@@ -51,9 +52,10 @@ class GREG:
         self._pairs.append((expression, tuple(references), num_targets))
 
     def merge(self, other: GREG) -> Self:
-        """Add the pairs of another object with the same tokenizer."""
-        if self.tokenizer != other.tokenizer:
-            raise fault(f'merging tokenizer "{other.tokenizer}"', f'"{self.tokenizer}"', "use one tokenizer for all shards")
+        """Add the pairs of another object with the same settings."""
+        if (self.tokenizer, self.spice) != (other.tokenizer, other.spice):
+            given, own = (f'tokenizer "{m.tokenizer}", spice {m.spice}' for m in (other, self))
+            raise fault(f"merging {given}", own, "use one setting for all shards")
         self._pairs += other._pairs
         return self
 
@@ -78,16 +80,21 @@ class GREG:
             ALL: list(range(len(pairs))),
         }
         subsets = {name: members for name, members in subsets.items() if members}
-        return score_texts([p[0] for p in pairs], [p[1] for p in pairs], subsets, self.tokenizer)
+        return score_texts([p[0] for p in pairs], [p[1] for p in pairs], subsets, self.tokenizer, self.spice)
 
 
 def score_texts(
-    expressions: Sequence[str], references: Sequence[Sequence[str]], subsets: dict[str, list[int]], tokenizer: str = "ptb"
+    expressions: Sequence[str],
+    references: Sequence[Sequence[str]],
+    subsets: dict[str, list[int]],
+    tokenizer: str = "ptb",
+    spice: bool = False,
 ) -> dict[str, dict[str, Any]]:
     """Return the metrics of each subset (positions into the two lists), each scored as a corpus of its own."""
     java = java_missing()
     if java and tokenizer == "ptb":
-        nothing = dict.fromkeys(NAMES) | {"not_computed": {name: f"PTB tokenizer: {java}" for name in NAMES}}
+        names = (*NAMES, "SPICE") if spice else NAMES
+        nothing = dict.fromkeys(names) | {"not_computed": {name: f"PTB tokenizer: {java}" for name in names}}
         return {name: {"num_samples": len(members)} | nothing for name, members in subsets.items()}
     texts = list(dict.fromkeys([*expressions, *(r for group in references for r in group)]))
     tokens = dict(zip(texts, ptb_tokens(texts) if tokenizer == "ptb" else [_one_line(t).lower() for t in texts], strict=True))
@@ -101,7 +108,28 @@ def score_texts(
         result["METEOR"] = scores.get(name)
         if java:
             result["not_computed"] = {"METEOR": java}
+    if spice:
+        _add_spice(results, hypotheses, wanted, subsets, java)
     return results
+
+
+def _add_spice(
+    results: dict[str, dict[str, Any]], hypotheses: list[str], references: list[list[str]], subsets: dict[str, list[int]], java: str
+) -> None:
+    """Add SPICE to every subset, or the reason why it is not there: it is optional, and must not cost the other numbers."""
+    from grex_mllm.metrics.spice import spice_missing, spice_scores
+
+    scores: dict[str, float] = {}
+    reason = java or spice_missing()
+    if not reason:
+        try:
+            scores = spice_scores(hypotheses, references, subsets)
+        except GrexError as error:
+            reason = str(error)
+    for name, result in results.items():
+        result["SPICE"] = scores.get(name)
+        if reason:
+            result["not_computed"] = result.get("not_computed", {}) | {"SPICE": reason}
 
 
 def java_missing() -> str:

@@ -59,7 +59,7 @@ def score_generation(
             _take(listener, good.get("listener") or {}, key)
     items = list(sets.values())
     kinds = [greedy, listener] if has_listener else [greedy]
-    texts = _texts(items, kinds, rules.tokenizer)
+    texts = _texts(items, kinds, rules)
     block = _assemble(truth, items, greedy, texts[0], boxes)
     if has_listener:
         block["listener"] = _assemble(truth, items, listener, texts[1], boxes)
@@ -147,7 +147,7 @@ def _subsets(items: list[ReferenceSet]) -> dict[str, list[int]]:
     return {name: members for name, members in chosen.items() if members}
 
 
-def _texts(items: list[ReferenceSet], kinds: list[Answers], tokenizer: str) -> list[dict[str, dict[str, Any]]]:
+def _texts(items: list[ReferenceSet], kinds: list[Answers], rules: GregRules) -> list[dict[str, dict[str, Any]]]:
     """Score the texts of all kinds of answers in one run of the Java parts."""
     expressions = [text for kind in kinds for text in kind.expressions]
     references = [item.references for item in items] * len(kinds)
@@ -156,7 +156,7 @@ def _texts(items: list[ReferenceSet], kinds: list[Answers], tokenizer: str) -> l
         for number in range(len(kinds))
         for name, members in _subsets(items).items()
     }
-    scores = score_texts(expressions, references, subsets, tokenizer)
+    scores = score_texts(expressions, references, subsets, rules.tokenizer, rules.spice)
     return [
         {name.partition(":")[2]: result for name, result in scores.items() if name.startswith(f"{number}:")} for number in range(len(kinds))
     ]

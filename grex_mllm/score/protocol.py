@@ -79,7 +79,7 @@ RULES: dict[str, type] = {
     "greg": GregRules,
     "rvos": RvosRules,
 }
-CHOICES = {
+CHOICES: dict[str, tuple[Any, ...]] = {
     "select": ("threshold", "count", "all"),
     "official_select": ("threshold", "count", "all"),
     "group_by": ("target_set", "ref_id"),
@@ -129,7 +129,7 @@ def load_protocol(path: str | Path) -> Protocol:
         _known(given, [f.name for f in fields(RULES[task])], path, f"tasks.{task}.")
         for key, value in given.items():
             if key in CHOICES and value not in CHOICES[key]:
-                raise fault(f"{path}: tasks.{task}.{key} is {value!r}", f"one of {', '.join(CHOICES[key])}", "mend the file")
+                raise fault(f"{path}: tasks.{task}.{key} is {value!r}", f"one of {', '.join(map(str, CHOICES[key]))}", "mend the file")
         tasks[task] = RULES[task](**{k: tuple(v) if isinstance(v, list) else v for k, v in given.items()})
     words = {key: str(raw[key]).strip() for key in ("thresholds_chosen", "description") if key in raw}
     return Protocol(str(raw["name"]), raw["version"], tasks, sha256=hashlib.sha256(text).hexdigest(), **words)

@@ -33,6 +33,7 @@ TEXT_COLUMNS = (
     "BLEU-1",
     "BLEU-4",
     "ROUGE-L",
+    "SPICE",
     "round_trip_gIoU",
     "round_trip_Pr@F1",
     "correct",
