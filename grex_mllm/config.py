@@ -136,6 +136,8 @@ class GeneratorConfig:
     distractor_dropout: float = 0.0  # share of training sets that hide them: in use, the other objects may be unknown
     shape_side: int = 8  # the mask inside its box as a shape_side x shape_side picture; 0 = none
     context_layers: int = 0  # self-attention among the tokens of an object set before the LM
+    num_concepts: int = 32  # learned properties whose pairs tell what the targets share and the others lack
+    attribute_classes: dict[str, int] = field(default_factory=dict)  # scene metadata for the objects: name -> number of classes; {} = none used
     box_share: float = 0.0  # share of training images whose objects are given as boxes instead of masks
     # text
     prompt: str = ""  # instruction around the region tokens, for example "{regions} Name exactly these objects: "; empty = none
@@ -183,6 +185,7 @@ class DataConfig:
     image_root: str | None = None  # where the images lie, when not where dataset.json says
     expressions_per_image: int = 8
     num_workers: int = 0
+    num_spoken: int = 8  # expressions of an image that the generator learns from in one grounding batch (train.joint_batches)
     easy_share: float = 0.0  # synthetic: first part of the training in which the easy kinds come more often
     synthetic: SyntheticConfig = field(default_factory=SyntheticConfig)
 
@@ -226,6 +229,7 @@ class LossConfig:
 
     instances: InstanceLossConfig = field(default_factory=InstanceLossConfig)  # rela_instances has terms of its own
     lm: float = 1.0  # the generator's language-model loss
+    object_attribute: float = 0.3  # each scene attribute of the generator's objects, where it has heads for them
 
 
 @dataclass
@@ -278,6 +282,7 @@ class TrainConfig:
     batch_images: int = 8
     accumulation: int = 1
     ground_ratio: float = 0.7
+    joint_batches: bool = False  # grounding batches teach the generator, too: the image is encoded once for both
     precision: str = "fp32"  # fp32 | bf16 | fp16 (not on CPU)
     log_every: int = 20
     save_every: int = 500

@@ -106,7 +106,8 @@ class Batch:
     target_index: E tensors int64 [n_e], positions of the targets among the image's instances.
     instance_masks: B tensors bool [N_b, H, W].  instance_boxes_norm: B tensors float32 [N_b, 4].
     instance_attributes: name -> B tensors int64 [N_b], -100 = unknown; None when the data carries no scene metadata.
-    lm_ids, lm_mask: int64 [E, L] tokens of the generator's tokenizer with BOS and EOS, right-padded; set for generation batches only.
+    lm_ids, lm_mask: int64 [G, L] tokens of the generator's tokenizer with BOS and EOS, right-padded; set where the generator learns, too.
+    lm_index: int64 [G], which of the E expressions these are; all of them have a target.
     geometries: B.  expression_ids: E.  image_ids: B.
     """
 
@@ -127,6 +128,7 @@ class Batch:
     instance_attributes: dict[str, list[Tensor]] | None = None
     lm_ids: Tensor | None = None
     lm_mask: Tensor | None = None
+    lm_index: Tensor | None = None
 
 
 @dataclass

@@ -27,11 +27,13 @@ def collate(
     image_size: int,
     resize: str = "squash",
     task: str = "ground",
+    num_spoken: int | None = None,
 ) -> Batch:
     """Return the batch of B samples with all their E expressions, at S x S = image_size.
 
     The text encoder gets `raw` (as the released ReLA does), the generator's tokenizer `expression`. task "generate": only expressions
-    with a target are kept, images left without any are dropped, and lm_ids, lm_mask are set. gt_masks is None where a target has no mask
+    with a target are kept and images left without any are dropped. With encode_lm, lm_ids, lm_mask and lm_index
+    are set for the expressions with a target, at most num_spoken of an image. gt_masks is None where a target has no mask
     (box-only data).
 
     Raises:
@@ -73,8 +75,23 @@ def collate(
     if task == "generate":
         if encode_lm is None:
             raise fault("task generate without encode_lm", "the generator's tokenizer", "pass encode_lm")
-        batch.lm_ids, batch.lm_mask = encode_lm([expression.expression for expression in expressions])
+    if encode_lm is not None:
+        spoken = _spoken(expressions, owners, num_spoken)
+        if spoken:
+            batch.lm_ids, batch.lm_mask = encode_lm([expressions[e].expression for e in spoken])
+            batch.lm_index = torch.tensor(spoken, dtype=torch.int64)
     return batch
+
+
+def _spoken(expressions: list[ExpressionRecord], owners: list[int], most: int | None) -> list[int]:
+    """Return the expressions that the generator learns from: those with a target, at most so many of an image."""
+    chosen: list[int] = []
+    taken: dict[int, int] = {}
+    for e, (expression, owner) in enumerate(zip(expressions, owners, strict=True)):
+        if expression.targets and (most is None or taken.get(owner, 0) < most):
+            taken[owner] = taken.get(owner, 0) + 1
+            chosen.append(e)
+    return chosen
 
 
 def batch_to(batch: Batch, device: torch.device | str) -> Batch:

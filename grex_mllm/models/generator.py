@@ -29,11 +29,12 @@ PLACE = "{regions}"
 @dataclass
 class GeneratorOutput:
     """loss: float [], mean negative log-likelihood of a token.  log_likelihood: float [E], sum over the tokens of each expression with its
-    EOS.  num_tokens: int64 [E]."""
+    EOS.  num_tokens: int64 [E].  attribute_logits: name -> float [B, N, classes] of all objects of the images."""
 
     loss: Tensor
     log_likelihood: Tensor
     num_tokens: Tensor
+    attribute_logits: dict[str, Tensor]
 
 
 class Generator(nn.Module):
@@ -57,6 +58,8 @@ class Generator(nn.Module):
             max_distractors=cfg.max_distractors if cfg.distractors else 0,
             shape_side=cfg.shape_side,
             context_layers=cfg.context_layers,
+            num_concepts=cfg.num_concepts,
+            attribute_classes=cfg.attribute_classes,
             distractor_dropout=cfg.distractor_dropout,
             token_scale=embedding_scale(self.lm),
         )
@@ -86,7 +89,7 @@ class Generator(nn.Module):
             ones = mask.new_ones
             mask = torch.cat([ones(len(mask), before.shape[1]), mask, ones(len(mask), after.shape[1])], 1)
             embeds = torch.cat([before, embeds, after], 1)
-        return Prefix(embeds, mask, summary)
+        return Prefix(embeds, mask, summary, objects)
 
     def forward(
         self,
@@ -126,7 +129,8 @@ class Generator(nn.Module):
         real = lm_mask[:, 1:].bool()
         nll = F.cross_entropy(logits.flatten(0, 1), lm_ids[:, 1:].flatten(), reduction="none").view(real.shape) * real
         num_tokens = real.sum(1)
-        return GeneratorOutput(nll.sum() / num_tokens.sum().clamp(min=1), -nll.sum(1), num_tokens)
+        attributes = self.region_tokens.concepts.attribute_logits(prefix.objects.tokens)
+        return GeneratorOutput(nll.sum() / num_tokens.sum().clamp(min=1), -nll.sum(1), num_tokens, attributes)
 
     @torch.no_grad()
     def generate(

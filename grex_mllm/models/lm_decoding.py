@@ -19,12 +19,13 @@ from torch import Tensor
 class Prefix:
     """Embeddings before the expression. embeds: float [E, P, D].  mask: bool [E, P]; padding only behind the first token of a row.
 
-    summary: float [E, D], added to the embedding of BOS.
+    summary: float [E, D], added to the embedding of BOS.  objects: all objects of the images that the sets belong to.
     """
 
     embeds: Tensor
     mask: Tensor
     summary: Tensor
+    objects: Any = None
 
     def open(self, lm: Any, bos_id: int) -> tuple[Tensor, Tensor]:
         """Return (embeds [E, P + 1, D], mask [E, P + 1]) with BOS."""

@@ -57,6 +57,8 @@ class RegionTokens(nn.Module):
         max_distractors: int = 16,
         shape_side: int = 8,
         context_layers: int = 0,
+        num_concepts: int = 32,
+        attribute_classes: dict[str, int] | None = None,
         distractor_dropout: float = 0.0,
         token_scale: float = 1.0,
     ) -> None:
@@ -65,9 +67,12 @@ class RegionTokens(nn.Module):
         self.distractor_dropout = distractor_dropout
         self.norms = nn.ModuleList(nn.LayerNorm(c) for c in channels)
         inputs = sum(channels) + GEOMETRY_WIDTH + shape_side**2
-        self.project = nn.Sequential(nn.Linear(inputs, hidden), nn.GELU(), nn.Linear(hidden, hidden))
+        self.project = nn.Sequential(nn.Linear(inputs, hidden), nn.GELU(), nn.Linear(hidden, hidden), nn.LayerNorm(hidden))
         self.kind = nn.Embedding(3, hidden)
         self.count = nn.Embedding(MOST_COUNTED + 1, hidden)
+        for table in (self.kind, self.count):  # else they would drown what is seen of the objects
+            nn.init.normal_(table.weight, std=0.3)
+        self.concepts = SetConcepts(hidden, num_concepts, attribute_classes or {})
         heads = next(h for h in (8, 4, 2, 1) if hidden % h == 0)
         self.context = nn.ModuleList(
             nn.TransformerEncoderLayer(hidden, heads, 2 * hidden, 0.0, "gelu", batch_first=True, norm_first=True)
@@ -142,7 +147,8 @@ class RegionTokens(nn.Module):
         selected = (kind == TARGET).to(tokens.dtype)[..., None]
         number = selected.sum(1)
         mean = (tokens[:, image.shape[1] :] * selected).sum(1) / number.clamp(min=1)
-        summary = self.summary_to_lm(mean + self.count(number[:, 0].long().clamp(max=MOST_COUNTED)))
+        shared = self.concepts(objects, image_index, member, other.new_zeros(other.shape).scatter(1, order, other))
+        summary = self.summary_to_lm(mean + self.count(number[:, 0].long().clamp(max=MOST_COUNTED)) + shared)
         return self.to_lm(tokens) * mask[..., None], mask, summary
 
     @torch.no_grad()
@@ -194,6 +200,40 @@ class RegionTokens(nn.Module):
         geometry = geometry_code(boxes, torch.full_like(boxes[..., 0], 1 / grid**2))
         shape = boxes.new_ones(num_images, grid**2, self.shape_side**2)
         return self.project(torch.cat([*pooled, geometry.to(weight), shape.to(weight)], -1))
+
+
+class SetConcepts(nn.Module):
+    """What the selected objects share and the others lack, for every pair of learned concepts.
+
+    A good expression names properties whose conjunction holds for all targets and for no distractor. With a concept vector in [0, 1] for each
+    object, that is a table over pairs of concepts: the share of targets that have both, and (a soft) whether no distractor has both.
+    """
+
+    def __init__(self, hidden: int, num_concepts: int, classes: dict[str, int]) -> None:
+        super().__init__()
+        self.classes = dict(classes)
+        width = num_concepts + sum(classes.values())
+        self.concept = nn.Linear(hidden, width)
+        # few entries of the table are far from zero: without the first norm they would drown in the biases
+        self.read = nn.Sequential(
+            nn.LayerNorm(2 * width**2), nn.Linear(2 * width**2, hidden), nn.GELU(), nn.Linear(hidden, hidden), nn.LayerNorm(hidden)
+        )
+
+    def attribute_logits(self, tokens: Tensor) -> dict[str, Tensor]:
+        """Return name -> logits [..., classes] of the concepts that stand for scene attributes (supervised where such metadata exists)."""
+        logits = self.concept(tokens)
+        parts = logits[..., : sum(self.classes.values())].split(list(self.classes.values()), -1) if self.classes else ()
+        return dict(zip(self.classes, parts, strict=True))
+
+    def forward(self, objects: ObjectTokens, image_index: Tensor, member: Tensor, other: Tensor) -> Tensor:
+        """Return [E, hidden]. member, other: bool [E, N], the targets and the distractors of each set among its image's objects."""
+        known = [logits.softmax(-1) for logits in self.attribute_logits(objects.tokens).values()]
+        free = (self.concept(objects.tokens)[..., sum(self.classes.values()) :] * 2.0).sigmoid()
+        has = torch.cat([*known, free], -1).to(objects.tokens.dtype)
+        both = (has[..., :, None] * has[..., None, :]).flatten(-2).index_select(0, image_index)  # [E, N, concepts squared]
+        target = (member.to(both.dtype)[:, None] @ both)[:, 0] / member.sum(1, keepdim=True).clamp(min=1)
+        distractors = (other.to(both.dtype)[:, None] @ both)[:, 0]
+        return self.read(torch.cat([target, target**4 * torch.exp(-3.0 * distractors)], -1))
 
 
 def geometry_code(boxes_xyxy_norm: Tensor, area: Tensor) -> Tensor:

@@ -7,9 +7,11 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
-from grex_mllm.config import Config
+from grex_mllm.config import Config, DataConfig
 from grex_mllm.data.collate import collate
 from grex_mllm.data.dataset import FolderDataset, SampleSource
 from grex_mllm.errors import fault
@@ -19,10 +21,10 @@ from grex_mllm.models.text import TextTokenizer, load_text_tokenizer, train_text
 from grex_mllm.training import checkpoint
 from grex_mllm.training.batches import GENERATE, GROUND, TaskMixture, seed_all
 from grex_mllm.training.engine import is_main_process, wait_for
-from grex_mllm.training.instance_losses import InstanceLoss
+from grex_mllm.training.instance_losses import IGNORED, InstanceLoss
 from grex_mllm.training.loop import TrainResult, train
 from grex_mllm.training.losses import ReLALoss
-from grex_mllm.training.start import describe_new, start_from
+from grex_mllm.training.start import adopt_start, describe_new, start_from
 from grex_mllm.types import Batch
 
 TOKENIZERS = "tokenizers"
@@ -35,23 +37,43 @@ class JointLossTerms:
     def __init__(self, config: Config) -> None:
         instances = config.model.decoder.name == "rela_instances"
         self.grounding: Callable[[Any, Batch], dict[str, Tensor]] = InstanceLoss(config.loss) if instances else ReLALoss(config.loss)
-        self.lm_weight = config.loss.lm
+        self.lm_weight, self.attribute_weight = config.loss.lm, config.loss.object_attribute
 
     def __call__(self, model: nn.Module, batch: Batch, task: str, progress: float) -> dict[str, Tensor]:
         """Return the named terms and "total". progress is unread here: no term changes its weight."""
         assert isinstance(model, GrexModel)
         sizes = [(g.input_height, g.input_width) for g in batch.geometries]
-        if task == GROUND:
-            features = model.grounding.encode_image(batch.image, sizes)
-            output = model.grounding.ground(features, batch.image_index, batch.text_ids, batch.text_mask)
-            return self.grounding(output, batch)
-        maps = model.generator_maps(batch.image, sizes)
-        valid = batch.image.new_tensor(sizes, dtype=batch.image_index.dtype)
-        assert batch.lm_ids is not None and batch.lm_mask is not None
+        if task != GROUND:
+            return self._generation(model, model.generator_maps(batch.image, sizes), batch, sizes)
+        features = model.grounding.encode_image(batch.image, sizes)
+        terms = self.grounding(model.grounding.ground(features, batch.image_index, batch.text_ids, batch.text_mask), batch)
+        if batch.lm_ids is None:
+            return terms
+        spoken = self._generation(model, model.generator_features(features), batch, sizes)
+        return terms | spoken | {"total": terms["total"] + spoken["total"]}
+
+    def _generation(self, model: GrexModel, maps: list[Tensor], batch: Batch, sizes: list[tuple[int, int]]) -> dict[str, Tensor]:
+        assert batch.lm_ids is not None and batch.lm_mask is not None and batch.lm_index is not None
         out = model.generator(
-            maps, batch.instance_masks, batch.image_index, batch.target_index, batch.lm_ids, batch.lm_mask, valid, batch.instance_boxes_norm
+            maps,
+            batch.instance_masks,
+            batch.image_index.index_select(0, batch.lm_index),
+            [batch.target_index[e] for e in batch.lm_index.tolist()],
+            batch.lm_ids,
+            batch.lm_mask,
+            batch.image.new_tensor(sizes, dtype=batch.image_index.dtype),
+            batch.instance_boxes_norm,
         )
-        return {"lm": out.loss, "total": out.loss * self.lm_weight}
+        terms: dict[str, Tensor] = {"lm": out.loss}
+        total = out.loss * self.lm_weight
+        for name, logits in out.attribute_logits.items():
+            if batch.instance_attributes is None:
+                break
+            labels = torch.nn.utils.rnn.pad_sequence(batch.instance_attributes[name], batch_first=True, padding_value=IGNORED)
+            if labels.shape[1] == logits.shape[1] and (labels != IGNORED).any():
+                terms[f"object_{name}"] = F.cross_entropy(logits.flatten(0, 1).float(), labels.flatten(), ignore_index=IGNORED)
+                total = total + terms[f"object_{name}"] * self.attribute_weight
+        return terms | {"total": total}
 
 
 def train_from_config(config: Config, on_step: Callable[[int, dict[str, float]], None] | None = None) -> TrainResult:
@@ -61,11 +83,12 @@ def train_from_config(config: Config, on_step: Callable[[int, dict[str, float]],
         GrexError: settings that do not fit the data, an output folder that holds another run, losses that are not finite.
     """
     seed_all(config.train.seed)
+    if config.train.start is not None:
+        adopt_start(config)
     sources = training_sources(config)
     text_tokenizer, lm_tokenizer = make_tokenizers(config)
-    config.model.text.vocab_size = (
-        max(config.model.text.vocab_size, text_tokenizer.vocab_size) if config.model.text.path else text_tokenizer.vocab_size
-    )
+    if config.model.text.path is None and config.train.start is None:
+        config.model.text.vocab_size = text_tokenizer.vocab_size
     seed_all(config.train.seed)  # the weights do not depend on what the tokenizers drew
     model = GrexModel(config, text_tokenizer, lm_tokenizer)
     if config.train.start is not None:
@@ -83,32 +106,34 @@ def batch_source(
     """Return the deterministic mixture of grounding and generation batches."""
     encode_text = partial(text_tokenizer.encode, max_tokens=config.model.text.max_tokens, pad=config.model.text.pad)
     encode_lm = partial(lm_tokenizer.encode, max_tokens=config.model.generator.max_expression_tokens) if lm_tokenizer is not None else None
+    speakers = {GENERATE, GROUND} if config.train.joint_batches else {GENERATE}
     make = {
-        task: partial(_make_batch, source, task, encode_text, encode_lm, config.data.image_size, config.data.resize)
+        task: partial(_make_batch, source, task, encode_text, encode_lm if task in speakers else None, config.data)
         for task, source in sources.items()
     }
     ratio = config.train.ground_ratio if GENERATE in sources else 1.0
     return TaskMixture(make, config.train.batch_images, ratio, config.train.seed)
 
 
-def _make_batch(
-    source: SampleSource, task: str, encode_text: Any, encode_lm: Any, image_size: int, resize: str, positions: list[int]
-) -> Batch:
+def _make_batch(source: SampleSource, task: str, encode_text: Any, encode_lm: Any, data: DataConfig, positions: list[int]) -> Batch:
     samples = [source[position] for position in positions]
-    return collate(samples, encode_text, encode_lm if task == GENERATE else None, image_size=image_size, resize=resize, task=task)
+    most = data.num_spoken if task == GROUND else None
+    return collate(samples, encode_text, encode_lm, image_size=data.image_size, resize=data.resize, task=task, num_spoken=most)
 
 
 def training_sources(config: Config) -> dict[str, SampleSource]:
     """Return task -> samples by position."""
     data, seed = config.data, config.train.seed
-    generates = config.model.generator.lm != "none"
+    speaks = config.model.generator.lm != "none"
+    generates = speaks and config.train.ground_ratio < 1
+    joint = speaks and config.train.joint_batches
     if data.train == "synthetic":
         from grex_mllm.data.synthetic.stream import training_stream
 
         steps = config.train.steps * config.train.batch_images * config.train.accumulation
-        sources: dict[str, SampleSource] = {GROUND: training_stream(data, data.train_split, steps, targeted_only=False)}
+        sources: dict[str, SampleSource] = {GROUND: training_stream(data, data.train_split, steps, False, joint)}
         if generates:
-            sources[GENERATE] = training_stream(data, data.train_split, steps, targeted_only=True)
+            sources[GENERATE] = training_stream(data, data.train_split, steps, True, True)
         return sources
     options: dict[str, Any] = {"training": True, "seed": seed, "image_root": data.image_root}
     sources = {GROUND: FolderDataset(data.train, data.train_split, data.expressions_per_image, **options)}

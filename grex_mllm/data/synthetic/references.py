@@ -45,6 +45,20 @@ def expression_for(scene: Scene | Sample | ImageRecord, targets: Iterable[int | 
     return found[0] if found else None
 
 
+def plain_expression(scene: Scene | Sample | ImageRecord, targets: Iterable[int | str]) -> str | None:
+    """Return the plainest expression that denotes exactly `targets`, always worded alike, or None where the grammar has no short one.
+
+    What a speaker who says no more than needed would say; a generator learns this habit faster than the whole variety of the grammar.
+    """
+    known, mask = resolve(scene, targets)
+    if not mask:
+        return None
+    for tree in itertools.islice(_trees(known, mask), _MAX_TREES):
+        if denoted(tree, known) == mask:
+            return word_expression(tree, random.Random(0))
+    return None
+
+
 def references_for(scene: Scene | Sample | ImageRecord, targets: Iterable[int | str], rng: random.Random, number: int) -> list[str]:
     """Return up to `number` different expressions that each denote exactly `targets`; simple ones are likelier.
 

@@ -1,8 +1,8 @@
 """Regions that are instances: the language-free half of `rela_instances`, once per image.
 
-Proposals are read off the finest level of the pixel decoder, cell by cell (a heat map of object centres and a box for each cell, as in
-CenterNet, Zhou et al. 2019). The best ones become region queries: each looks at its own box (sampled features), at the image, and at the other
-regions (the region-image attention of ReLA, GRES paper section 4.2), and refines its box, score and mask, layer by layer.
+Proposals are read off the mask features of the pixel decoder, cell by cell (a heat map of object centres and a box for each cell, as in
+CenterNet, Zhou et al. 2019). The best ones become region queries: each looks at its own box (sampled features), at the image, and at the
+other regions (the region-image attention of ReLA, GRES paper section 4.2), and refines its box, score and mask, layer by layer.
 """
 
 from __future__ import annotations
@@ -30,7 +30,8 @@ CENTRE_PRIOR = -3.0  # logit of a cell holding a centre, at first
 class Regions:
     """What the language-free part knows of B images. S cells of the heat map, K regions; lists run over the image layers, last = final.
 
-    heat_logits: float [B, S].  cell_boxes_norm: float [B, S, 4] cxcywh.  heat_size: (h, w), S = h * w.  kept: int64 [B, K], cells of the regions.
+    heat_logits: float [B, S].  cell_boxes_norm: float [B, S, 4] cxcywh.  heat_size: (h, w), S = h * w.
+    kept: int64 [B, K], cells of the regions.
     objectness: float [B, K].  boxes_norm: float [B, K, 4].  mask_embeddings: float [B, K, M].  mask_map: float [B, M, H, W].
     features: float [B, K, C].  geometry: float [B, K, K, G] of the final boxes.  attribute_logits: name -> float [B, K, classes].
     """
@@ -116,14 +117,18 @@ class ImageRegions(nn.Module):
         super().__init__()
         self.num_kept, self.roi_size, self.upsample = config.kept_regions, config.roi_size, config.mask_upsample
         channels = config.width
-        self.heat = nn.Sequential(nn.Conv2d(width, channels, 3, padding=1), nn.GELU())
-        self.centre, self.cell_box = nn.Conv2d(channels, 1, 1), nn.Conv2d(channels, 4, 1)
+        heat_width = config.heat_width
+        self.heat = nn.Sequential(nn.Conv2d(mask_width, heat_width, 3, padding=1), nn.GELU())
+        self.centre, self.cell_box = nn.Conv2d(heat_width, 1, 1), nn.Conv2d(heat_width, 4, 1)
+        self.region = nn.Linear(heat_width, channels)
         nn.init.constant_(self.centre.bias, CENTRE_PRIOR)  # type: ignore[arg-type]
         self.inputs = nn.ModuleList([nn.Linear(width, channels) for _ in range(config.num_levels)])
         self.level_embedding = nn.Parameter(torch.randn(config.num_levels, channels) * 0.02)
         self.position = mlp(BOX_CODE_WIDTH, channels, channels)
         sampled = 2 * config.roi_channels * self.roi_size**2 + channels
-        self.layers = nn.ModuleList([ImageLayer(channels, config.num_heads, config.feedforward, sampled) for _ in range(config.image_layers)])
+        self.layers = nn.ModuleList(
+            [ImageLayer(channels, config.num_heads, config.feedforward, sampled) for _ in range(config.image_layers)]
+        )
         self.roi_fine, self.roi_coarse = nn.Conv2d(mask_width, config.roi_channels, 1), nn.Conv2d(width, config.roi_channels, 1)
         self.norm = nn.LayerNorm(channels)
         mask_channels = mask_width if self.upsample == 1 else max(16, mask_width // 2)
@@ -137,17 +142,18 @@ class ImageRegions(nn.Module):
 
     def forward(self, pixels: PixelFeatures) -> Regions:
         """Find the regions of B images."""
-        finest = pixels.levels[-1]
+        finest = pixels.mask_features
         hidden = self.heat(finest)
         heat = precise(self.centre(hidden)).flatten(1)
-        cells = grid_boxes(*finest.shape[-2:], self.level_embedding)
+        size = (int(finest.shape[-2]), int(finest.shape[-1]))
+        cells = grid_boxes(size[0], size[1], self.level_embedding)
         cell_boxes = self._cell_boxes(precise(self.cell_box(hidden)).flatten(2).transpose(1, 2), cells)
-        kept = self._best(heat, finest.shape[-2:])
+        kept = self._best(heat, size)
         boxes = gather(cell_boxes, kept).detach()
-        x = gather(hidden.flatten(2).transpose(1, 2), kept)
+        x = self.region(gather(hidden.flatten(2).transpose(1, 2), kept))
         levels = pixels.levels[: len(self.inputs)]
         tokens = torch.cat([self._tokens(level, i) for i, level in enumerate(levels)], dim=1)
-        sources = [self.roi_fine(pixels.mask_features), self.roi_coarse(finest)]
+        sources = [self.roi_fine(finest), self.roi_coarse(pixels.levels[-1])]
         objectness, all_boxes, embeddings = [], [], []
         for layer in self.layers:
             sampled = torch.cat([self._sample(sources, boxes), self.position(box_code(boxes)).to(x.dtype)], dim=-1)
@@ -158,10 +164,9 @@ class ImageRegions(nn.Module):
             boxes = boxes.detach()
             objectness.append(precise(self.objectness(normed).squeeze(-1)))
             embeddings.append(self.mask_embedding(normed))
-        mask_map = self.mask_map(pixels.mask_features)
+        mask_map = self.mask_map(finest)
         mask_map = F.pixel_shuffle(mask_map, self.upsample) if self.upsample > 1 else mask_map
         attributes = {name: precise(head(normed)) for name, head in self.attributes.items()}
-        size = (int(finest.shape[-2]), int(finest.shape[-1]))
         return Regions(heat, cell_boxes, size, kept, objectness, all_boxes, embeddings, mask_map, normed, pair_geometry(boxes), attributes)
 
     def _best(self, heat: Tensor, size: tuple[int, int]) -> Tensor:
