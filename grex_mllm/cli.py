@@ -74,24 +74,32 @@ def predict(
 
 
 def score(
-    predictions: str,
+    predictions: list[str],
     data: str,
     split: str,
     protocol: str | None = None,
     out: str = "results.json",
     per_sample: bool = False,
     allow_missing: bool = False,
+    num_processes: int = 1,
+    round_trip: str | None = None,
+    image_root: str | None = None,
+    device: str = "auto",
 ) -> int:
     """Score predictions of any system and write results.json.
 
     Args:
-        predictions: predictions.jsonl, a COCO results JSON, or a folder of PNG masks.
+        predictions: predictions.jsonl, a COCO results JSON, a folder of PNG masks, or ReLA's .pth; several are read as one.
         data: the dataset folder.
         split: which split.
         protocol: a file of eval/protocols/ (default: all.yaml, every task).
         out: the results file.
         per_sample: also write one row per sample.
         allow_missing: count missing predictions as wrong instead of stopping.
+        num_processes: how many processes share the split; the results are the same.
+        round_trip: a model folder that grounds generated texts whose lines carry no round trip.
+        image_root: round_trip: where the images lie, when not where dataset.json says.
+        device: round_trip: auto, cpu, cuda.
     """
     from grex_mllm.config import PROTOCOL_FOLDER
     from grex_mllm.score import score as run
@@ -104,6 +112,10 @@ def score(
         out,
         per_sample=per_sample,
         allow_missing=allow_missing,
+        num_processes=num_processes,
+        round_trip=round_trip,
+        image_root=image_root,
+        device=device,
         show=True,
     )
     return 0
@@ -348,7 +360,7 @@ def _parser(verb: str) -> Any:
         required = parameter.default is inspect.Parameter.empty
         many = name in MANY or "list" in str(parameter.annotation)
         options: dict[str, Any] = {"help": texts.get(name, "")} | ({"nargs": "+"} if many else {})
-        if name in POSITIONAL:
+        if name in POSITIONAL and required:
             parser.add_argument(name, **options)
         else:
             options["required" if required else "default"] = True if required else None

@@ -18,7 +18,11 @@ from tiny import tiny_speaker
 from tiny_folder import expression, instance, rectangle_mask, tiny_folder, tiny_records, write_folder
 
 from grex_mllm.cli import VERBS, main
+from grex_mllm.config import PROTOCOL_FOLDER
+from grex_mllm.metrics import language
+from grex_mllm.models.grex import GrexModel
 from grex_mllm.ops.masks import encode_rle
+from grex_mllm.predict import grounding_line
 
 HEIGHT, WIDTH = 36, 60  # of the picture that most tests ask about
 Capture = pytest.CaptureFixture[str]
@@ -300,3 +304,91 @@ def test_scoring_a_mask_of_another_size(place: Path, capsys: Capture) -> None:
     ]
     (place / "p.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     refused(capsys, ["score", "p.jsonl", "--data", place / "d", "--split", "train", "--out", "r.json"], "e2", "40x30", "30x40")
+
+
+def scored(place: Path, name: str, lines: Lines, *options: str) -> dict[str, Any]:
+    """Score lines on the tiny folder through the command line; return results.json."""
+    (place / f"{name}.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    words = ["score", f"{name}.jsonl", "--data", "d", "--split", "train", "--out", f"{name}/results.json", *options]
+    assert main(words) == 0
+    return json.loads((place / name / "results.json").read_text())
+
+
+def grounded(*, box: bool) -> Lines:
+    """Answers to the three expressions of the tiny split: right ones, or empty ones."""
+    wanted = {"e1": [[2, 3, 12, 13]], "e2": [[2, 3, 12, 13], [20, 5, 30, 15]], "e3": []}
+    lines = []
+    for name, boxes in wanted.items():
+        mask = np.zeros((30, 40), bool)
+        for x1, y1, x2, y2 in boxes if box else []:
+            mask |= rectangle_mask(x1, y1, x2, y2, 30, 40)
+        lines.append({"expression_id": name, "mask_rle": encode_rle(mask), "boxes_xyxy": boxes if box else [], "no_target_prob": 0.5})
+    return lines
+
+
+def test_score_compare_and_errors(place: Path, capsys: Capture) -> None:
+    tiny_folder(place / "d")
+    options = ("--protocol", str(PROTOCOL_FOLDER / "all.yaml"), "--per-sample", "--num-processes")
+    for name, box in (("good", True), ("bad", False)):
+        lines = [line | {"count": len(line["boxes_xyxy"])} for line in grounded(box=box)]
+        one = scored(place, name, lines, *options, "1")
+        assert scored(place, name, lines, *options, "2") == one
+        assert one["results"]["strict"]["gres"]["gIoU"] == (1.0 if box else pytest.approx(1 / 3))
+    refused(capsys_clear(capsys), ["score", "good.jsonl", "--data", "d", "--split", "train", "--num-processes", "0"], "0 processes")
+    both = ["good/results.json", "bad/results.json"]
+    assert main(["compare", *both, "--format", "csv", "--no-published"]) == 0
+    table = capsys.readouterr().out
+    assert "system,N,f0,gIoU" in table and "bad - good" in table and "published" not in table
+    assert main(["compare", *both, "--out", "table.tex", "--format", "latex"]) == 0
+    assert "\\begin{tabular}" in (place / "table.tex").read_text() and "62.42" in (place / "table.tex").read_text()
+    older = json.loads((place / "bad" / "results.json").read_text())
+    older["provenance"]["protocol"]["version"] = 99
+    (place / "bad" / "results.json").write_text(json.dumps(older))
+    refused(capsys, ["compare", *both], "bad: all v99", "--any-protocol")
+    assert main(["compare", *both, "--any-protocol", "--no-published"]) == 0
+    capsys.readouterr()
+    assert main(["errors", "bad/results.json", "--out", "lost", "--data", "d", "--predictions", "bad.jsonl"]) == 0
+    assert "| target_rejected | 2 |" in capsys.readouterr().out
+    assert {path.name for path in (place / "lost").iterdir()} >= {"errors.json", "target_rejected.png", "calibration.svg"}
+
+
+def capsys_clear(capsys: Capture) -> Capture:
+    capsys.readouterr()
+    return capsys
+
+
+def test_round_trip_with_any_model(place: Path, model: Path, capsys: Capture, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Texts of any system: grounding them while scoring gives what lines with recorded round trips give."""
+    monkeypatch.setattr(language, "java_missing", lambda: language.NEEDS_JAVA)
+    tiny_folder(place / "d")
+    net = GrexModel.from_pretrained(model)
+    images, expressions = tiny_records()
+    images[0]["instances"][0]["segmentation"] = encode_rle(net.ground(place / "d" / "images" / "a.png", "the dog").mask)
+    write_folder(place / "d", images, expressions)  # the first target is what this model finds
+    lines, recorded = [], []
+    for targets, text in ((["11"], "the dog"), (["11", "12"], "the dog and the cat" + " x" * 600)):
+        line = {"image_id": "1", "targets": targets, "expression": text, "listener": {"expression": text[:9]}}
+        heard = [grounding_line(net.ground(place / "d" / "images" / "a.png", said[:1000])) for said in (text, text[:9])]
+        trips = [{key: trip[key] for key in ("mask_rle", "boxes_xyxy", "box_scores", "no_target")} for trip in heard]
+        lines.append(line)
+        recorded.append(line | {"round_trip": trips[0], "listener": {"expression": text[:9], "round_trip": trips[1]}})
+    greg = ("--protocol", str(PROTOCOL_FOLDER / "greg.yaml"))
+    live = scored(place, "live", lines, *greg, "--round-trip", str(model), "--device", "cpu")
+    block = live["results"]["strict"]["greg"]
+    assert block == scored(place, "recorded", recorded, *greg)["results"]["strict"]["greg"]
+    assert {"round_trip_gIoU", "round_trip_Pr@F1"} <= set(block["all"]) and block["single"]["round_trip_gIoU"] > 0.9 > block["all"][
+        "round_trip_gIoU"
+    ]
+    assert block["listener"]["all"]["round_trip_share"] == 1.0
+    told = live["provenance"]["round_trip"]
+    assert (told["model"], told["num_grounded"], len(told["sha256"])) == (model.name, 4, 64)
+    half = scored(place, "half", [lines[0], recorded[1]], *greg, "--round-trip", str(model), "--device", "cpu")
+    assert half["results"]["strict"]["greg"] == block and half["provenance"]["round_trip"]["num_grounded"] == 2
+    capsys.readouterr()
+    words = ["score", "live.jsonl", "--data", "d", "--split", "train", *greg, "--out", "r.json", "--device", "cpu", "--round-trip"]
+    refused(capsys, [*words, "nowhere/at/all"], "nowhere/at/all", "does not exist")
+    refused(capsys, [*words, str(model), "--image-root", "elsewhere"], "elsewhere", "--image-root")
+    gres = PROTOCOL_FOLDER / "gres.yaml"
+    refused(capsys, [*words, str(model), "--protocol", str(gres)], 'protocol "gres"', "greg.yaml")
+    (place / "d" / "images" / "a.png").unlink()
+    refused(capsys, [*words, str(model)], "round trip, image 1", "a.png")

@@ -16,6 +16,7 @@ from grex_mllm.score.grounding import Outcome, evaluate_in_processes, plan_tasks
 from grex_mllm.score.protocol import Protocol, load_protocol
 from grex_mllm.score.reading import PredictionFiles, index_predictions, match_ids
 from grex_mllm.score.results import assemble, describe_run, write_results
+from grex_mllm.score.round_trip import RoundTrip
 from grex_mllm.score.table import print_results
 from grex_mllm.score.tally import Tally
 from grex_mllm.score.truth import TruthFolder, open_truth
@@ -33,6 +34,9 @@ def score(
     allow_missing: bool = False,
     per_sample: bool = False,
     num_processes: int = 1,
+    round_trip: str | Path | None = None,
+    image_root: str | Path | None = None,
+    device: str = "auto",
     config: dict[str, Any] | None = None,
     show: bool = False,
     progress: Callable[[int], None] = lambda _: None,
@@ -42,6 +46,7 @@ def score(
     predictions_path: one or several of our files, COCO results, folders of PNG masks, ReLA's .pth (`score/formats.py`).
     allow_missing: expressions without a prediction count as wrong instead of being an error.
     per_sample: also write `<out>.samples.jsonl`, one line for each expression (compare and errors need it). config: kept in the provenance.
+    round_trip: a model folder that grounds generated texts without a `round_trip` of their own, on `device`; image_root: their images.
     show: print the table. progress: called with the number of expressions finished.
 
     Raises:
@@ -49,6 +54,8 @@ def score(
     """
     if per_sample and out is None:
         raise fault("per-sample rows without an output file", "a path for results.json", "give out")
+    if num_processes < 1:
+        raise fault(f"{num_processes} processes", "at least one", "mend --num-processes")
     protocol = load_protocol(protocol_path)
     given = [Path(p) for p in ([predictions_path] if isinstance(predictions_path, str | Path) else predictions_path)]
     truth = open_truth(data_folder, split)
@@ -57,7 +64,8 @@ def score(
         paths = [as_jsonl(path, truth, Path(folder), notes) for path in given]
         index = index_predictions(paths)
         rows_path = Path(folder, "rows.jsonl") if per_sample else None
-        results = _score_index(truth, index, protocol, notes, allow_missing, num_processes, rows_path, config, progress)
+        trip = _open_round_trip(round_trip, truth, image_root, device, protocol, index)
+        results = _score_index(truth, index, protocol, notes, allow_missing, num_processes, rows_path, config, progress, trip)
         if out is not None:
             Path(out).parent.mkdir(parents=True, exist_ok=True)
             if rows_path is not None and rows_path.is_file():
@@ -79,6 +87,7 @@ def _score_index(
     rows_path: Path | None,
     config: dict[str, Any] | None,
     progress: Callable[[int], None],
+    trip: RoundTrip | None,
 ) -> dict[str, Any]:
     plan = plan_tasks(protocol, index, notes)
     answers_text = "greg" in protocol.tasks and index.num_generation > 0
@@ -98,8 +107,32 @@ def _score_index(
         outcome = evaluate_in_processes(truth, index, plan, num_processes, rows_path, progress)
     _drop_maskless(outcome.tally, notes)
     boxes = protocol.tasks.get("grec")
-    greg = score_generation(truth, index, protocol.tasks["greg"], boxes, allow_missing, notes) if answers_text else None
-    return assemble(outcome, greg, describe_run(protocol, truth, index, num_missing, config, notes))
+    greg = score_generation(truth, index, protocol.tasks["greg"], boxes, allow_missing, notes, trip) if answers_text else None
+    provenance = describe_run(protocol, truth, index, num_missing, config, notes)
+    if trip is not None:
+        provenance["round_trip"] = trip.provenance()
+    return assemble(outcome, greg, provenance)
+
+
+def _open_round_trip(
+    model: str | Path | None,
+    truth: TruthFolder,
+    image_root: str | Path | None,
+    device: str,
+    protocol: Protocol,
+    index: PredictionFiles,
+) -> RoundTrip | None:
+    """Load the model before the long part, so that its faults come at once.
+
+    Raises:
+        GrexError: nothing to ground: the predictions hold no generated text, or the protocol does not ask for it.
+    """
+    if model is None:
+        return None
+    if "greg" not in protocol.tasks or not index.num_generation:
+        given = f'a round trip with {index.num_generation} generated texts under protocol "{protocol.name}"'
+        raise fault(given, "generation lines and a protocol with greg", "leave --round-trip out, or take eval/protocols/greg.yaml")
+    return RoundTrip(model, truth, image_root, device)
 
 
 def samples_path(out: Path) -> Path:

@@ -12,6 +12,7 @@ from grex_mllm.metrics.language import ALL, MULTI, SINGLE, score_texts
 from grex_mllm.ops.rle import check_rle, empty_rle, overlap_counts
 from grex_mllm.score.protocol import GrecRules, GregRules
 from grex_mllm.score.reading import EXAMPLES, PredictionFiles, prediction_boxes
+from grex_mllm.score.round_trip import RoundTrip
 from grex_mllm.score.truth import TruthFolder
 
 JUDGEMENTS = ("exact", "wrong", "ambiguous", "unparsable")
@@ -37,9 +38,17 @@ class Answers:
 
 
 def score_generation(
-    truth: TruthFolder, index: PredictionFiles, rules: GregRules, boxes: GrecRules | None, allow_missing: bool, notes: list[str]
+    truth: TruthFolder,
+    index: PredictionFiles,
+    rules: GregRules,
+    boxes: GrecRules | None,
+    allow_missing: bool,
+    notes: list[str],
+    round_trip: RoundTrip | None = None,
 ) -> dict[str, Any] | None:
     """Return the "greg" block of results, or None where the files have no generation line.
+
+    round_trip: grounds the texts whose line carries no `round_trip` of its own.
 
     Raises:
         GrexError: sets that the split does not have, repeated or (unless allowed) missing sets, with counts and the first five.
@@ -59,6 +68,8 @@ def score_generation(
             _take(listener, good.get("listener") or {}, key)
     items = list(sets.values())
     kinds = [greedy, listener] if has_listener else [greedy]
+    if round_trip is not None:
+        _ground(round_trip, items, kinds)
     texts = _texts(items, kinds, rules)
     block = _assemble(truth, items, greedy, texts[0], boxes)
     if has_listener:
@@ -136,6 +147,19 @@ def _take(answers: Answers, answer: dict[str, Any], key: SetKey) -> None:
     answers.expressions.append(text or "")
     answers.round_trips.append(answer.get("round_trip"))
     answers.judgements.append(judgement)
+
+
+def _ground(round_trip: RoundTrip, items: list[ReferenceSet], kinds: list[Answers]) -> None:
+    """Fill in the round trips that the lines do not carry, image by image."""
+    waiting: dict[str, list[tuple[Answers, int]]] = {}
+    for answers in kinds:
+        for k, item in enumerate(items):
+            if answers.expressions[k].strip() and not answers.round_trips[k]:
+                waiting.setdefault(item.image_id, []).append((answers, k))
+    for image_id, places in waiting.items():
+        found = round_trip.ground(image_id, [answers.expressions[k] for answers, k in places])
+        for (answers, k), trip in zip(places, found, strict=True):
+            answers.round_trips[k] = trip
 
 
 def _subsets(items: list[ReferenceSet]) -> dict[str, list[int]]:
