@@ -60,6 +60,30 @@ def test_edges(protocol: str) -> None:
         score(protocol, ([UNIT], [], [UNIT]))
 
 
+@pytest.mark.parametrize("protocol", ["strict", "official"])
+def test_all_empty_split_and_split_without_a_no_target_sample(protocol: str) -> None:
+    empty = score(protocol, ([], [], []), ([UNIT], [0.9], []), ([UNIT], [0.1], []))
+    assert (empty["Pr@F1"], empty["N_acc"], empty["T_acc"], empty["balanced_acc"]) == (2 / 3, 2 / 3, None, None)
+    full = score(protocol, ([UNIT], [0.9], [UNIT]), ([], [], [UNIT]))
+    assert (full["Pr@F1"], full["N_acc"], full["T_acc"], full["balanced_acc"]) == (0.5, None, 0.5, None)
+
+
+@pytest.mark.parametrize("protocol", ["strict", "official"])
+def test_ties_duplicates_and_zero_areas(protocol: str) -> None:
+    third = [50.0, 50.0, 60.0, 60.0]
+    for boxes in itertools.permutations([UNIT, FAR, third]):  # equal scores: the same choice in any order
+        chosen = score(protocol, (list(boxes), [0.5, 0.5, 0.5], [FAR, third], False, 2), select="count")
+        assert chosen["Pr@F1"] == 1.0
+    twice_wanted = ([UNIT, UNIT], [0.9, 0.9], [UNIT, UNIT])
+    assert score(protocol, twice_wanted)["Pr@F1"] == 1.0  # each box takes one target
+    assert score(protocol, ([UNIT], [0.9], [UNIT, UNIT]))["mean_F1"] == pytest.approx(2 / 3)
+    line = [0.0, 5.0, 10.0, 5.0]
+    assert score(protocol, ([line], [0.9], [UNIT]))["mean_F1"] == 0.0
+    assert score(protocol, ([UNIT, line], [0.9, 0.9], [UNIT]))["mean_F1"] == pytest.approx(2 / 3)
+    out = [-5.0, -5.0, 10.0, 10.0]
+    assert score("strict", ([out], [0.9], [UNIT]))["Pr@F1"] == 0.0  # boxes are not cut to the image: IoU 100 / 225
+
+
 def test_two_equal_points_match_under_official_only() -> None:
     """0 / 0 is NaN in the released code, and NaN is not below the threshold: reproduced, not repeated under strict."""
     point = [5.0, 5.0, 5.0, 5.0]

@@ -76,6 +76,65 @@ def test_union_zero_is_zero_with_a_warning() -> None:
     assert (result["cIoU"], result["gIoU"], result["T_acc"]) == (0.0, 1.0, None)
 
 
+def test_all_empty_split() -> None:
+    """Nothing to find anywhere: T_acc has no sample under either protocol (the released code divides by zero there)."""
+    for protocol in ("strict", "official"):
+        metric = GRES(protocol)
+        metric.update(np.stack([square(0, 0), square(0, 0), square(0, 2)]), np.zeros((3, 4, 4), bool), [True, True, False])
+        result = metric.compute()
+        assert (result["gIoU"], result["N_acc"], result["T_acc"]) == (2 / 3, 2 / 3, None), protocol
+        assert (result["no_target_share"], result["cIoU"], result["balanced_acc"], result["Pr@0.5"]) == (1.0, 0.0, None, None)
+
+
+def test_no_sample_at_all() -> None:
+    result = GRES("strict").compute()
+    assert result["num_samples"] == 0 and {v for k, v in result.items() if k != "num_samples"} == {None}
+
+
+def test_one_pixel_masks_count() -> None:
+    for protocol in ("strict", "official"):
+        metric = GRES(protocol)
+        for at in ((0, 0), (0, 0), (3, 3)):
+            pred, gt = np.zeros((2, 4, 4), bool)
+            pred[0, 0], gt[at] = True, True
+            metric.update(pred, gt, [False])
+        result = metric.compute()
+        assert (result["gIoU"], result["cIoU"], result["Pr@0.9"]) == (2 / 3, 2 / 4, 2 / 3)
+
+
+@pytest.mark.parametrize("protocol", ["strict", "official"])
+@pytest.mark.parametrize("verb", ["update", "update_logits"])
+def test_tensors_are_added_without_waiting_for_the_device(protocol: str, verb: str) -> None:
+    """Meta tensors have no values: .item(), .tolist(), bool(), .cpu(), nonzero() and numpy() all raise on them. So nothing here asks."""
+    metric = GRES(protocol, min_mask_pixels=1)
+    shape = (3, 2, 8, 9) if verb == "update_logits" else (3, 8, 9)
+    flags = torch.zeros(3, dtype=torch.bool, device="meta")
+    for _ in range(2):
+        getattr(metric, verb)(torch.zeros(shape, device="meta"), torch.zeros((3, 8, 9), dtype=torch.uint8, device="meta"), flags, flags)
+        metric.update_counts(*(torch.zeros(3, dtype=torch.int64, device="meta") for _ in range(3)), flags, flags, flags)
+    assert metric._device_sums.device.type == "meta"
+    with pytest.raises(NotImplementedError):  # compute() does ask
+        metric.compute()
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_no_host_sync_per_batch_on_a_gpu() -> None:
+    rng = torch.Generator("cuda").manual_seed(0)
+    logits = torch.randn((4, 2, 48, 64), device="cuda", generator=rng)
+    gt = torch.rand((4, 48, 64), device="cuda", generator=rng) > 0.5
+    head, none = torch.zeros(4, dtype=torch.bool, device="cuda"), torch.zeros(4, dtype=torch.bool, device="cuda")
+    metric, plain = GRES("official"), GRES("official")
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        metric.update_logits(logits, gt, head, none)
+        metric.update_logits(logits, gt, head, none)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    for _ in range(2):
+        plain.update_logits(logits.cpu().numpy(), gt.cpu().numpy(), head.cpu().numpy(), none.cpu().numpy())
+    assert metric.compute() == plain.compute()
+
+
 def test_zero_area_target_is_no_division_by_zero() -> None:
     for protocol in ("strict", "official"):
         metric = GRES(protocol)
@@ -168,6 +227,18 @@ def test_order_sharding_kind_and_bounds(gt: np.ndarray, seed: int, protocol: str
     assert all(0 <= v <= 1 for v in shares)
     ious = [brute_iou(protocol, p, g, h) for p, g, h in zip(pred, gt, head, strict=True)]
     assert whole.compute()["gIoU"] == pytest.approx(sum(ious) / len(ious), abs=1e-15)
+
+
+@settings(max_examples=15, deadline=None)
+@given(masks, st.integers(0, 2**32 - 1))
+def test_prediction_and_truth_are_symmetric_where_both_have_pixels(first: np.ndarray, seed: int) -> None:
+    second = np.random.default_rng(seed).random(first.shape) < 0.5
+    first[:, 0, 0] = second[:, 1, 1] = True
+    for protocol in ("strict", "official"):
+        there, back = GRES(protocol), GRES(protocol)
+        there.update(first, second, [False] * len(first))
+        back.update(second, first, [False] * len(first))
+        assert there.compute() == back.compute()
 
 
 def brute_iou(protocol: str, pred: np.ndarray, gt: np.ndarray, head: bool) -> float:

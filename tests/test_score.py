@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -178,6 +179,33 @@ def test_truncated_nan_and_foreign_lines(data: Path, tmp_path: Path) -> None:
     assert not (tmp_path / "out").exists()
     with pytest.raises(GrexError, match="one of its splits: val"):
         score(path, data, "test", PROTOCOLS / "all.yaml")
+
+
+def test_splits_with_one_kind_of_expression_only(data: Path) -> None:
+    """All without a target, or none: null where there is nothing to be a share of, and a file that JSON readers accept."""
+    whole = read_lines(data / "expressions.jsonl")
+    for targeted, n_acc, t_acc in ((False, 1.0, None), (True, None, 1.0)):
+        kept = [record for record in whole if bool(record["targets"]) == targeted]
+        write_lines(data / "expressions.jsonl", kept)
+        names = {record["expression_id"] for record in kept}
+        with warnings.catch_warnings(record=not targeted):  # cIoU: no pixel anywhere
+            results = run(
+                data, [line for line in right_answers() if line["expression_id"] in names], out=data.parent / "r" / "results.json"
+            )
+        strict = results["results"]["strict"]
+        for task in ("gres", "grec"):
+            assert (strict[task]["N_acc"], strict[task]["T_acc"]) == (n_acc, t_acc)
+        assert strict["gres"]["gIoU"] == strict["grec"]["Pr@F1"] == results["results"]["official"]["gres"]["gIoU"] == 1.0
+        assert json.loads((data.parent / "r" / "results.json").read_text()) == results
+
+
+def test_calibration_and_curves_stand_in_the_results(data: Path) -> None:
+    found = run(data, right_answers())["calibration"]
+    assert (found["num_samples"], len(found["reliability"]), len(found["curve"])) == (20, 10, 21)
+    assert found["ECE"] == pytest.approx((5 * 0.1 + 15 * 0.2) / 20)  # 0.9 where there is none, 0.2 elsewhere
+    middle = next(point for point in found["curve"] if point["threshold"] == 0.5)
+    assert middle == {"threshold": 0.5, "N_acc": 1.0, "T_acc": 1.0, "coverage": 0.75, "risk": 0.0}
+    assert "calibration" not in run(data, [{k: v for k, v in line.items() if k != "no_target_prob"} for line in right_answers()])
 
 
 def test_unknown_fields_are_named(data: Path) -> None:

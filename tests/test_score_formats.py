@@ -38,6 +38,7 @@ def test_coco_results(data: Path, tmp_path: Path) -> None:
             {"image_id": key, "category_id": 1, "bbox": [b[0], b[1], 8.0, 8.0], "score": 0.9, "segmentation": encode_rle(object_mask(n))}
             for n, b in enumerate(line["boxes_xyxy"])
         ] or [{"image_id": key, "score": 0.0}]
+    rows[1]["segmentation"] = {"size": [HEIGHT, WIDTH], "counts": _runs(object_mask(0))}  # uncompressed
     path = tmp_path / "results_of_a_peer.json"
     path.write_text(json.dumps(rows))
     for protocol, task in (("gres", "gres"), ("grec", "grec")):
@@ -68,6 +69,20 @@ def test_folder_of_png_masks(data: Path, tmp_path: Path) -> None:
     (folder / "notes.txt").write_text("x")
     with pytest.raises(GrexError, match="1 files that are no PNG"):
         run(folder, data, "gres")
+
+
+def test_nested_frames_as_video_benchmarks_take_them(data: Path, tmp_path: Path) -> None:
+    """Submissions of the video benchmarks: <video>/<expression>/<frame>.png is the expression id, palette pictures included."""
+    expressions = read_lines(data / "expressions.jsonl")
+    folder = tmp_path / "submission"
+    for line, record in zip(right_answers(), expressions, strict=False):
+        record["expression_id"] = f"video{record['image_id']}/{record['ref_id']}/00000"
+        picture = Image.fromarray(decode_rle(line["mask_rle"]).astype(np.uint8), "L").convert("P")
+        (folder / record["expression_id"]).parent.mkdir(parents=True)
+        picture.save(folder / f"{record['expression_id']}.png")
+    write_lines(data / "expressions.jsonl", expressions)
+    found = run(folder, data, "rvos")["results"]["strict"]["rvos"]
+    assert (found["num_expressions"], found["J&F"]) == (20, 1.0)
 
 
 def test_relas_own_file_weights_only(data: Path, tmp_path: Path) -> None:
