@@ -6,7 +6,7 @@ import os
 import shutil
 import tempfile
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -49,13 +49,14 @@ class GrexModel(nn.Module, ModelHubMixin):
         super().__init__()
         self.config = config
         self.text_tokenizer = text_tokenizer
-        if config.model.text.path is None and text_tokenizer.vocab_size > config.model.text.vocab_size:
+        self.grounding = build_grounding(config.model)
+        config.model.text = replace(config.model.text, **self.grounding.text.sizes())  # known only now where `path` gives them
+        if text_tokenizer.vocab_size > config.model.text.vocab_size:
             raise fault(
                 f"a text tokenizer of {text_tokenizer.vocab_size} entries",
                 f"at most model.text.vocab_size = {config.model.text.vocab_size}",
                 "raise model.text.vocab_size, or give the tokenizer that belongs to the model",
             )
-        self.grounding = build_grounding(config.model)
         stride = max(self.grounding.vision.strides)  # type: ignore[arg-type, type-var]
         if config.model.decoder.boxes and config.data.image_size % stride:
             raise fault(
@@ -236,7 +237,7 @@ class GrexModel(nn.Module, ModelHubMixin):
                     "train a model into it, or give another folder",
                 )
         config = load_config(folder / CONFIG)
-        config.model.vision.weights = None  # the checkpoint holds them
+        config.model.vision.weights = config.model.text.path = None  # the checkpoint holds them
         lm_tokenizer = None
         if config.model.generator.lm != "none":
             from grex_mllm.models.lm_tokenizer import LMTokenizer

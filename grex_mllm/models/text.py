@@ -55,6 +55,18 @@ class TextEncoder(nn.Module):
         """Channels of a token."""
         return int(self.bert.config.hidden_size)
 
+    def sizes(self) -> dict[str, int]:
+        """Return the sizes under the names of `TextConfig`, so that a model folder can be built again without `path`."""
+        bert = self.bert.config
+        return {
+            "vocab_size": int(bert.vocab_size),
+            "hidden_size": int(bert.hidden_size),
+            "num_layers": int(bert.num_hidden_layers),
+            "num_heads": int(bert.num_attention_heads),
+            "intermediate_size": int(bert.intermediate_size),
+            "max_positions": int(bert.max_position_embeddings),
+        }
+
     def forward(self, text_ids: Tensor, text_mask: Tensor) -> TextFeatures:
         """Return the last hidden state, padding rows included (the released ReLA reads them).
 

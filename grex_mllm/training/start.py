@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from grex_mllm.config import Config, load_config
 from grex_mllm.errors import GrexError, fault
 
 if TYPE_CHECKING:
@@ -12,8 +13,32 @@ if TYPE_CHECKING:
 
 # parts that a model may have beyond the one it starts from; everything else must be there, in its shape
 NEW_PARTS = ("grounding.decoder.heads.box.", "grounding.decoder.heads.box_score.", "grounding.decoder.heads.count.", "generator.")
-WEIGHTS = "model.safetensors"
+WEIGHTS, CONFIG, TOKENIZER = "model.safetensors", "config.yaml", "text_tokenizer"
+TEXT_SIZES = ("vocab_size", "hidden_size", "num_layers", "num_heads", "intermediate_size", "max_positions")
 SEVERAL = 4
+
+
+def adopt_start(config: Config) -> None:
+    """Let `train.start` stand for what it holds: `model.vision.weights` and `model.text.path` need not be at hand.
+
+    The text encoder has the sizes and the tokenizer of that folder, because its embeddings belong to them. A folder that was converted
+    without a vocabulary leaves the tokenizer to `model.text.tokenizer`, or to the folder under `model.text.path`.
+
+    Raises:
+        GrexError: no model folder.
+    """
+    folder = Path(str(config.train.start))
+    for name in (CONFIG, WEIGHTS):
+        if not (folder / name).is_file():
+            raise fault(f"train.start {folder} has no {name}", "a model folder", "convert or train one, or mend train.start")
+    text, theirs = config.model.text, load_config(folder / CONFIG).model.text
+    if any((folder / TOKENIZER / name).is_file() for name in ("tokenizer.json", "vocab.txt")):
+        text.tokenizer = str(folder / TOKENIZER)
+    elif text.tokenizer is None:
+        text.tokenizer = text.path
+    for name in TEXT_SIZES:
+        setattr(text, name, getattr(theirs, name))
+    config.model.vision.weights = text.path = None
 
 
 def start_from(model: GrexModel, folder: str | Path) -> list[str]:
