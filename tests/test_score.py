@@ -248,7 +248,9 @@ def test_box_only_data_has_no_gres(data: Path) -> None:
 
 
 def test_res_and_rvos_protocols(data: Path) -> None:
-    res = run(data, right_answers(), "res")["results"]["strict"]["res"]
+    classic = run(data, right_answers(), "res")
+    assert classic["provenance"]["notes"] == ["res: 5 of 20 expressions have no target and are left out"]
+    res = classic["results"]["strict"]["res"]
     assert (res["num_samples"], res["mIoU"], res["Pr@0.9"]) == (15, 1.0, 1.0)
     rvos = run(data, right_answers(), "rvos")["results"]["strict"]["rvos"]
     assert (rvos["num_expressions"], rvos["J"], rvos["F"], rvos["J&F"]) == (20, 1.0, 1.0, 1.0)
@@ -268,6 +270,7 @@ def test_rec_protocol_scores_the_best_box_of_single_targets(data: Path, tmp_path
     assert [results["baselines"][name]["rec"]["Pr@0.5"] for name in ("always_empty", "oracle")] == [0.0, 1.0]
     rows = read_lines(out.parent / "results.samples.jsonl")
     assert [row["strict"]["rec_correct"] for row in rows if "strict" in row] == [False, False, True, False, True]
+    assert results["provenance"]["notes"] == ["rec: 15 of 20 expressions have no or several targets and are left out"]
     assert dict(table_rows(results))["strict"]["REC Pr@0.5"] == "40.00"
     text = compare([out, out], published=False, num_draws=50)
     assert "made val: rec, strict" in text and "| 40.00 [" in text

@@ -18,7 +18,7 @@ from grex_mllm.score.reading import PredictionFiles, index_predictions, match_id
 from grex_mllm.score.results import assemble, describe_run, write_results
 from grex_mllm.score.round_trip import RoundTrip
 from grex_mllm.score.table import print_results
-from grex_mllm.score.tally import Tally
+from grex_mllm.score.tally import ALL, Plan, Tally
 from grex_mllm.score.truth import TruthFolder, open_truth
 
 __all__ = ["Protocol", "load_protocol", "print_results", "score"]
@@ -105,6 +105,7 @@ def _score_index(
     outcome = Outcome(Tally(plan), Calibration())
     if plan.tasks:
         outcome = evaluate_in_processes(truth, index, plan, num_processes, rows_path, progress)
+    _tell_left_out(outcome.tally, plan, len(truth), notes)
     _drop_maskless(outcome.tally, notes)
     boxes = protocol.tasks.get("grec")
     greg = score_generation(truth, index, protocol.tasks["greg"], boxes, allow_missing, notes, trip) if answers_text else None
@@ -140,6 +141,16 @@ def samples_path(out: Path) -> Path:
     return out.with_name(f"{out.stem}.samples.jsonl")
 
 
+def _tell_left_out(tally: Tally, plan: Plan, num_expressions: int, notes: list[str]) -> None:
+    """Say how many expressions the classic tasks, which know no empty and no plural target, leave out."""
+    for task, words in (("res", "have no target"), ("rec", "have no or several targets")):
+        if plan.has("strict", task):
+            metric = tally.metrics.get((ALL, "strict", task))
+            left_out = num_expressions - (metric.compute()["num_samples"] if metric is not None else 0)
+            if left_out:
+                notes.append(f"{task}: {left_out} of {num_expressions} expressions {words} and are left out")
+
+
 def _drop_maskless(tally: Tally, notes: list[str]) -> None:
     """Take the mask tasks out of box-only data.
 
@@ -152,6 +163,6 @@ def _drop_maskless(tally: Tally, notes: list[str]) -> None:
     if tally.num_masks_found:
         given = f"{absent} of {absent + tally.num_masks_found} targeted expressions whose targets have no segmentation"
         raise fault(given, "masks for all or for none", "mend the data")
-    notes.append("gres: the dataset has no segmentations; not scored")
+    notes.append("masks: the dataset has no segmentations; not scored")
     for key in [k for k in tally.metrics if k[2] in ("gres", "res")]:
         del tally.metrics[key]
