@@ -24,7 +24,7 @@ def spice_missing() -> str:
     if not absent:
         return ""
     return (
-        f"SPICE: {' and '.join(absent)} missing in {folder / 'lib'}: put them there from Stanford CoreNLP 3.6.0 "
+        f"SPICE: {' and '.join(absent)} missing in pycocoevalcap's spice/lib: put them there from Stanford CoreNLP 3.6.0 "
         "(stanford-corenlp-full-2015-12-09.zip), or set spice: false in the protocol"
     )
 
