@@ -199,10 +199,10 @@ def convert(
     config: str | None = None,
     vocab: str | None = None,
 ) -> int:
-    """Convert released checkpoints: grex convert rela FILE --out DIR | swin FILE --out FILE | check MODEL RECORDED.
+    """Convert released checkpoints: rela FILE --out DIR | swin FILE --out FILE | resnet FILE --out FILE | check MODEL RECORDED.
 
     Args:
-        kind: rela, swin or check.
+        kind: rela, swin, resnet or check.
         source: the checkpoint; for check: a converted model and a folder of recorded tensors.
         out: where the result goes.
         config: sizes of a model that is none of the released three.

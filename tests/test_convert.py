@@ -172,6 +172,8 @@ def spoil(state: dict[str, torch.Tensor], how: str) -> dict[str, Any]:
         state["sem_seg_head.predictor.surprise.weight"] = torch.zeros(2)
     elif how == "shape":
         state[key] = torch.zeros(255)
+    elif how == "nan":
+        state[key] = torch.full((256,), float("nan"))
     elif how == "architecture":
         return {"model": {name: value for name, value in state.items() if name.startswith("backbone")}}
     elif how == "sizes":
@@ -187,6 +189,7 @@ def spoil(state: dict[str, torch.Tensor], how: str) -> dict[str, Any]:
         ("missing", ["1 missing", "decoder.norm.weight"]),
         ("extra", ["1 unknown", "surprise.weight"]),
         ("shape", ["decoder.norm.weight (255,) for (256,)"]),
+        ("nan", ["NaN", "1 tensors", "decoder.norm.weight"]),
         ("architecture", ["no RIA layers"]),
         ("sizes", ["other sizes", "--config"]),
         ("entry", ["surprise", "'model'"]),

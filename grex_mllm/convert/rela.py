@@ -124,12 +124,16 @@ def convert_rela(path: str | Path, out: str | Path, config: str | Path | None = 
     vocab: BERT's vocab.txt; without it, one in the local cache of the hub is taken, else the folder needs one later.
 
     Raises:
-        GrexError: unreadable or unsafe file, foreign architecture, missing, unknown or misshapen keys, or an output folder that is in use.
+        GrexError: unreadable or unsafe file, foreign architecture, missing, unknown or misshapen keys, numbers that
+            are not finite, or an output folder that is in use.
     """
     state, beside = read_checkpoint(path)
     kind, settings = recognise(state, str(path)) if config is None else ("given sizes", released_sizes(config))
     mapped, ignored = map_keys(state, str(path))
     fill(mapped, expected_shapes(settings.model), str(path))
+    broken = [name for name, tensor in mapped.items() if not bool(tensor.isfinite().all())]
+    if broken:
+        raise fault(f"{path} has NaN or infinity in {len(broken)} tensors: {_some(broken)}", "finite weights", "take an earlier checkpoint")
     for entry in beside:
         ignored[f"training state: {entry}"] = 1
     tensors = {f"grounding.{name}": tensor for name, tensor in mapped.items()}
