@@ -137,7 +137,7 @@ class GeneratorConfig:
     shape_side: int = 8  # the mask inside its box as a shape_side x shape_side picture; 0 = none
     context_layers: int = 0  # self-attention among the tokens of an object set before the LM
     num_concepts: int = 32  # learned properties whose pairs tell what the targets share and the others lack
-    attribute_classes: dict[str, int] = field(default_factory=dict)  # scene metadata for the objects: name -> number of classes; {} = none used
+    attribute_classes: dict[str, int] = field(default_factory=dict)  # scene metadata of the objects: name -> classes; {} = none used
     box_share: float = 0.0  # share of training images whose objects are given as boxes instead of masks
     # text
     prompt: str = ""  # instruction around the region tokens, for example "{regions} Name exactly these objects: "; empty = none

@@ -41,16 +41,10 @@ def collate(
     """
     if task not in TASKS:
         raise fault(f'task "{task}"', " or ".join(TASKS), "mend the call")
-    pairs = [(sample, [e for e in sample.expressions if e.targets or task == "ground"]) for sample in samples]
-    pairs = [(sample, expressions) for sample, expressions in pairs if expressions]
+    if task == "generate" and encode_lm is None:
+        raise fault("task generate without encode_lm", "the generator's tokenizer", "pass encode_lm")
+    pairs = _kept(samples, task)
     expressions = [expression for _, kept in pairs for expression in kept]
-    if not expressions:
-        raise fault(
-            f"a batch for task {task} without any expression", "at least one", "read the data with targeted_only=True, or larger batches"
-        )
-    for expression in expressions:
-        if not expression.raw.strip():
-            raise fault(f"expression {expression.expression_id} is empty", "text", "mend field raw in expressions.jsonl")
     prepared = [prepare(sample, image_size, resize) for sample, _ in pairs]
     targets = [_target_index(expression, ready) for ready, (_, kept) in zip(prepared, pairs, strict=True) for expression in kept]
     owners = [index for index, (_, kept) in enumerate(pairs) for _ in kept]
@@ -72,15 +66,25 @@ def collate(
         image_ids=[sample.record.image_id for sample, _ in pairs],
         instance_attributes=_attributes([ready.instances for ready in prepared]),
     )
-    if task == "generate":
-        if encode_lm is None:
-            raise fault("task generate without encode_lm", "the generator's tokenizer", "pass encode_lm")
-    if encode_lm is not None:
-        spoken = _spoken(expressions, owners, num_spoken)
-        if spoken:
-            batch.lm_ids, batch.lm_mask = encode_lm([expressions[e].expression for e in spoken])
-            batch.lm_index = torch.tensor(spoken, dtype=torch.int64)
+    spoken = _spoken(expressions, owners, num_spoken) if encode_lm is not None else []
+    if encode_lm is not None and spoken:
+        batch.lm_ids, batch.lm_mask = encode_lm([expressions[e].expression for e in spoken])
+        batch.lm_index = torch.tensor(spoken, dtype=torch.int64)
     return batch
+
+
+def _kept(samples: Sequence[Sample], task: str) -> list[tuple[Sample, list[ExpressionRecord]]]:
+    """Return each sample with the expressions that the task reads; samples without any are left out."""
+    pairs = [(sample, [e for e in sample.expressions if e.targets or task == "ground"]) for sample in samples]
+    pairs = [(sample, expressions) for sample, expressions in pairs if expressions]
+    if not pairs:
+        raise fault(
+            f"a batch for task {task} without any expression", "at least one", "read the data with targeted_only=True, or larger batches"
+        )
+    for expression in (expression for _, kept in pairs for expression in kept):
+        if not expression.raw.strip():
+            raise fault(f"expression {expression.expression_id} is empty", "text", "mend field raw in expressions.jsonl")
+    return pairs
 
 
 def _spoken(expressions: list[ExpressionRecord], owners: list[int], most: int | None) -> list[int]:

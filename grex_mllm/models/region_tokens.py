@@ -205,8 +205,8 @@ class RegionTokens(nn.Module):
 class SetConcepts(nn.Module):
     """What the selected objects share and the others lack, for every pair of learned concepts.
 
-    A good expression names properties whose conjunction holds for all targets and for no distractor. With a concept vector in [0, 1] for each
-    object, that is a table over pairs of concepts: the share of targets that have both, and (a soft) whether no distractor has both.
+    A good expression names properties whose conjunction holds for all targets and for no distractor. With a concept vector in [0, 1] for
+    each object, that is a table over pairs of concepts: the share of targets that have both, and (softly) whether no distractor has both.
     """
 
     def __init__(self, hidden: int, num_concepts: int, classes: dict[str, int]) -> None:
