@@ -162,7 +162,8 @@ def test_a_batch_by_hand(tmp_path: Path) -> None:
     assert torch.equal(batch.gt_masks[0], dog) and torch.equal(batch.gt_masks[1], both) and not batch.gt_masks[2].any()
     assert torch.allclose(batch.gt_boxes_norm[1], torch.tensor([[7, 8, 10, 10], [25, 10, 10, 10]]) / 40)
     assert batch.gt_boxes_norm[2].shape == (0, 4) and batch.gt_boxes_norm[2].dtype == torch.float32
-    assert batch.lm_ids is None and batch.instance_attributes is None
+    assert batch.instance_attributes is None
+    assert batch.lm_index is not None and batch.lm_index.tolist() == [0, 1, 3]  # the generator learns from expressions with a target
     assert (batch.geometries[1].height, batch.geometries[1].width) == (40, 30)
 
 
