@@ -157,7 +157,8 @@ class ResNet(nn.Module):
         Returns float [B, C_i, H / stride_i, W / stride_i], fine to coarse.
         """
         x = append_coordinates(image) if self.coordinates else image
-        # channels last is a fifth faster on CPU for the large nets; but torch 2.13's backward pass corrupts memory in it (small channel counts, two threads)
+        # Channels last is a fifth faster on CPU for the large nets. But the backward pass of torch 2.13 corrupts memory in that layout
+        # (double free; small channel counts, float32, two threads).
         x = self.stem(x if torch.is_grad_enabled() else x.contiguous(memory_format=torch.channels_last))
         maps = []
         for stage in self.stages:
