@@ -244,3 +244,11 @@ def test_count() -> None:
     for bad in (-1, 1.5, float("nan")):
         with pytest.raises(GrexError, match="whole numbers"):
             metric.update([bad], [1])
+
+
+def test_a_box_that_is_no_number_is_an_error_without_a_target_too() -> None:
+    from grex_mllm.errors import GrexError
+    from grex_mllm.metrics import GREC
+
+    with pytest.raises(GrexError, match="box"):
+        GREC().update(np.array([[0, 0, np.nan, 5.0]]), np.array([0.9]), np.zeros((0, 4)))

@@ -67,6 +67,8 @@ class GREC:
             GrexError: NaN in scores or boxes, inverted boxes, or unequal numbers of boxes and scores.
         """
         kept = [self._keep(_plain(s[0]), _plain(s[1]), s[4]) for s in samples]
+        if boxes := [box for k in kept for box in k]:
+            _checked(np.array(boxes, np.float64))  # those of no-target samples, too, which meet no other box below
         wanted = [[] if s[3] else _plain(s[2]) for s in samples]
         overlaps = self._overlaps(kept, wanted)
         find = greedy_matches if self.protocol == "official" else most_matches
