@@ -136,8 +136,9 @@ class GeneratorConfig:
     distractor_dropout: float = 0.0  # share of training sets that hide them: in use, the other objects may be unknown
     shape_side: int = 8  # the mask inside its box as a shape_side x shape_side picture; 0 = none
     context_layers: int = 0  # self-attention among the tokens of an object set before the LM
-    num_concepts: int = 32  # learned properties whose pairs tell what the targets share and the others lack
-    attribute_classes: dict[str, int] = field(default_factory=dict)  # scene metadata of the objects: name -> classes; {} = none used
+    attribute_classes: dict[str, int] = field(
+        default_factory=dict
+    )  # heads and words for attributes of the objects: name -> classes; {} = none
     box_share: float = 0.0  # share of training images whose objects are given as boxes instead of masks
     # text
     prompt: str = ""  # instruction around the region tokens, for example "{regions} Name exactly these objects: "; empty = none
@@ -256,11 +257,16 @@ class OptimConfig:
 
 @dataclass
 class TextTrainConfig:
-    """Training of the tiny language model on text alone, before the joint training freezes it. steps 0 = none."""
+    """Training of the tiny language model without images, before the joint training freezes it: on lines of text, then on told scenes.
 
-    steps: int = 0
-    batch: int = 64
+    A told scene is a list of objects as words and places, with an expression for some of them; it needs data with attributes of the objects
+    and model.generator.attribute_classes.
+    """
+
+    steps: int = 0  # batches of lines; 0 = none
+    batch: int = 64  # lines
     lr: float = 2e-3
+    scenes: int = 0  # batches of train.batch_images told scenes; 0 = none
 
 
 @dataclass

@@ -92,9 +92,7 @@ def test_distractors_then_targets_left_to_right_then_padding() -> None:
     expected = [objects.tokens[0, 3] + module.kind.weight[1]]  # the larger one of the two that are not selected
     expected += [objects.tokens[0, 2] + module.kind.weight[2], objects.tokens[0, 0] + module.kind.weight[2]]
     mean = (expected[1] + expected[2]) / 2
-    other = torch.tensor([[False, False, False, True], [False, False, False, False]])  # the distractors that were left in
-    shared = module.concepts(objects, torch.tensor([0, 1]), member, other)
-    torch.testing.assert_close(summary[0], module.summary_to_lm(mean + module.count.weight[2] + shared[0]))
+    torch.testing.assert_close(summary[0], module.summary_to_lm(mean + module.count.weight[2]))
     torch.testing.assert_close(tokens[0], module.to_lm(torch.stack(expected)))
     assert not tokens[1, 1:].any()
 
@@ -133,24 +131,3 @@ def test_faulty_selections(masks: list | None, boxes: list | None, message: str)
 def test_selection_of_masks_and_boxes() -> None:
     assert selection_masks(4, 6, [MASK, MASK.astype(np.uint8) * 255]).all()
     assert mask_boxes(selection_masks(4, 6, boxes_xyxy=[[1, 2, 5, 4]])).tolist() == [[1, 2, 5, 4]]
-
-
-def test_concepts_tell_what_only_the_targets_have() -> None:
-    from grex_mllm.models.region_tokens import ObjectTokens, SetConcepts
-
-    module = SetConcepts(4, 0, {"colour": 2, "shape": 2})
-    with torch.no_grad():
-        module.concept.weight.copy_(torch.eye(4) * 20)
-        module.concept.bias.zero_()
-    red_circle, red_square, blue_circle = ([1.0, 0.0, 1.0, 0.0], [1.0, 0.0, 0.0, 1.0], [0.0, 1.0, 1.0, 0.0])
-    tokens = torch.tensor([[red_circle, red_circle, red_square, blue_circle]])
-    objects = ObjectTokens(tokens, torch.ones(1, 4, dtype=torch.bool), torch.arange(4)[None], torch.ones(1, 4), torch.zeros(1, 0, 4))
-    member = torch.tensor([[True, True, False, False]])
-    tables: list[torch.Tensor] = []
-    module.read.register_forward_pre_hook(lambda _, given: tables.append(given[0]))
-    module(objects, torch.zeros(1, dtype=torch.int64), member, ~member)
-    shared, only = tables[0].view(2, 4, 4)
-    assert shared[0, 0] > 0.99 and shared[2, 2] > 0.99 and shared[0, 2] > 0.99 and shared[1, 1] < 0.01
-    assert only[0, 2] > 0.99  # "red circle" is said of the targets alone
-    assert only[0, 0] < 0.06 and only[2, 2] < 0.06  # "red" and "circle" each fit one more
-    assert set(module.attribute_logits(tokens)) == {"colour", "shape"}

@@ -20,7 +20,7 @@ from grex_mllm.errors import fault
 from grex_mllm.models.language_model import base_parameters, build_language_model, embedding_scale, is_base_key
 from grex_mllm.models.lm_decoding import Prefix, beam_search, decode, position_ids, stratified_uniforms
 from grex_mllm.models.lm_tokenizer import LMTokenizer
-from grex_mllm.models.region_tokens import RegionTokens, boxes_to_masks, mask_boxes
+from grex_mllm.models.region_tokens import ObjectTokens, RegionTokens, boxes_to_masks, mask_boxes
 
 MODES = ("greedy", "beam", "sample")
 PLACE = "{regions}"
@@ -58,7 +58,6 @@ class Generator(nn.Module):
             max_distractors=cfg.max_distractors if cfg.distractors else 0,
             shape_side=cfg.shape_side,
             context_layers=cfg.context_layers,
-            num_concepts=cfg.num_concepts,
             attribute_classes=cfg.attribute_classes,
             distractor_dropout=cfg.distractor_dropout,
             token_scale=embedding_scale(self.lm),
@@ -80,7 +79,10 @@ class Generator(nn.Module):
         """Return what stands before the expression of E object sets; arguments as in `forward`."""
         masks = self._some_as_boxes(instance_masks) if self.training and self.cfg.box_share > 0 else instance_masks
         objects = self.region_tokens(features, masks, valid_sizes, instance_boxes_norm)
-        member = _membership(image_index, target_index, objects.present, [len(m) for m in masks])
+        return self._arrange(objects, [len(m) for m in masks], image_index, target_index)
+
+    def _arrange(self, objects: ObjectTokens, num_objects: list[int], image_index: Tensor, target_index: list[Tensor]) -> Prefix:
+        member = _membership(image_index, target_index, objects.present, num_objects)
         tokens, mask, summary = self.region_tokens.select(objects, image_index, member)
         weight = self.lm.get_input_embeddings().weight
         embeds, summary = tokens.to(weight.dtype), summary.to(weight.dtype)
@@ -113,6 +115,22 @@ class Generator(nn.Module):
             GrexError: an empty object set, a target that does not exist or has no pixel, masks that do not fit the feature maps.
         """
         prefix = self.prefix(features, instance_masks, image_index, target_index, valid_sizes, instance_boxes_norm)
+        return self._likelihood(prefix, lm_ids, lm_mask)
+
+    def told(
+        self,
+        instance_masks: list[Tensor],
+        attributes: dict[str, list[Tensor]],
+        image_index: Tensor,
+        target_index: list[Tensor],
+        lm_ids: Tensor,
+        lm_mask: Tensor,
+    ) -> GeneratorOutput:
+        """Do as `forward` for scenes that are told in words and places: attributes as in `RegionTokens.told` instead of feature maps."""
+        objects = self.region_tokens.told(instance_masks, attributes)
+        return self._likelihood(self._arrange(objects, [len(m) for m in instance_masks], image_index, target_index), lm_ids, lm_mask)
+
+    def _likelihood(self, prefix: Prefix, lm_ids: Tensor, lm_mask: Tensor) -> GeneratorOutput:
         text = self.lm.get_input_embeddings()(lm_ids[:, 1:]).to(prefix.embeds.dtype)
         embeds, mask = prefix.open(self.lm, self.tokenizer.bos_id)
         embeds, mask = torch.cat([embeds, text], 1), torch.cat([mask, lm_mask[:, 1:].bool()], 1)
@@ -129,8 +147,8 @@ class Generator(nn.Module):
         real = lm_mask[:, 1:].bool()
         nll = F.cross_entropy(logits.flatten(0, 1), lm_ids[:, 1:].flatten(), reduction="none").view(real.shape) * real
         num_tokens = real.sum(1)
-        attributes = self.region_tokens.concepts.attribute_logits(prefix.objects.tokens)
-        return GeneratorOutput(nll.sum() / num_tokens.sum().clamp(min=1), -nll.sum(1), num_tokens, attributes)
+        loss = nll.sum() / num_tokens.sum().clamp(min=1)
+        return GeneratorOutput(loss, -nll.sum(1), num_tokens, prefix.objects.attribute_logits)
 
     @torch.no_grad()
     def generate(
@@ -179,7 +197,14 @@ class Generator(nn.Module):
 
     @contextmanager
     def text_only(self) -> Iterator[Any]:
-        """Yield the bare LM with its base weights trainable and the adapters off, for training on text; freeze it again afterwards."""
+        """Yield the bare LM as `base_training` does, for training on text; afterwards the region tokens get the size of its embeddings."""
+        with self.base_training() as lm:
+            yield lm
+        self.region_tokens.set_token_scale(embedding_scale(self.lm))
+
+    @contextmanager
+    def base_training(self) -> Iterator[Any]:
+        """Yield the bare LM with its base weights trainable and the adapters off; freeze it again afterwards."""
         if self.cfg.lm != "tiny":
             raise fault(
                 f"language-model training of {self.cfg.lm}", "lm: tiny, whose weights start at random", "leave out the text training"
@@ -200,7 +225,6 @@ class Generator(nn.Module):
                     p.grad = None
         for p in learning:
             p.requires_grad_(True)
-        self.region_tokens.set_token_scale(embedding_scale(self.lm))
 
     def _write(self, prefix: Prefix, mode: str, num_candidates: int, num_beams: int, temperature: float, steps: int, seed: int) -> Tensor:
         tok = self.tokenizer

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 import torch
@@ -31,7 +31,8 @@ class ObjectTokens:
     """All objects of B images, ready for any number of object sets. N is the largest number of objects of an image.
 
     tokens: float [B, N, D].  present: bool [B, N] (False: padding, or an object without a pixel).  order: int64 [B, N], positions from
-    left to right, absent ones last.  area: float [B, N], share of the image.  image: float [B, G, D].
+    left to right, absent ones last.  area: float [B, N], share of the image.  image: float [B, G, D].  attribute_logits: name -> float
+    [B, N, classes], for the heads that there are.
     """
 
     tokens: Tensor
@@ -39,13 +40,14 @@ class ObjectTokens:
     order: Tensor
     area: Tensor
     image: Tensor
+    attribute_logits: dict[str, Tensor] = field(default_factory=dict)
 
 
 class RegionTokens(nn.Module):
     """Pool objects from multi-scale feature maps and arrange them as a prefix for a language model.
 
     channels: of each feature map.  width: D of the language model.  token_scale: standard deviation of the LM's own token embeddings,
-    which the tokens start with.
+    which the tokens start with.  attribute_classes: heads and words for attributes of the objects, name -> classes.
     """
 
     def __init__(
@@ -57,7 +59,6 @@ class RegionTokens(nn.Module):
         max_distractors: int = 16,
         shape_side: int = 8,
         context_layers: int = 0,
-        num_concepts: int = 32,
         attribute_classes: dict[str, int] | None = None,
         distractor_dropout: float = 0.0,
         token_scale: float = 1.0,
@@ -68,11 +69,19 @@ class RegionTokens(nn.Module):
         self.norms = nn.ModuleList(nn.LayerNorm(c) for c in channels)
         inputs = sum(channels) + GEOMETRY_WIDTH + shape_side**2
         self.project = nn.Sequential(nn.Linear(inputs, hidden), nn.GELU(), nn.Linear(hidden, hidden), nn.LayerNorm(hidden))
+        self.classes = dict(attribute_classes or {})
+        self.place = nn.Sequential(nn.Linear(GEOMETRY_WIDTH, hidden), nn.GELU(), nn.Linear(hidden, hidden))
+        self.look = nn.Linear(hidden, hidden)
+        if self.classes:
+            self.attribute_head = nn.Linear(hidden, sum(self.classes.values()))
+            self.words = nn.Linear(sum(self.classes.values()), hidden, bias=False)
+            nn.init.zeros_(self.look.weight)  # the words say most; what they leave out is learned on top
+            nn.init.zeros_(self.look.bias)
+        self.norm = nn.LayerNorm(hidden)
         self.kind = nn.Embedding(3, hidden)
         self.count = nn.Embedding(MOST_COUNTED + 1, hidden)
         for table in (self.kind, self.count):  # else they would drown what is seen of the objects
             nn.init.normal_(table.weight, std=0.3)
-        self.concepts = SetConcepts(hidden, num_concepts, attribute_classes or {})
         heads = next(h for h in (8, 4, 2, 1) if hidden % h == 0)
         self.context = nn.ModuleList(
             nn.TransformerEncoderLayer(hidden, heads, 2 * hidden, 0.0, "gelu", batch_first=True, norm_first=True)
@@ -116,10 +125,44 @@ class RegionTokens(nn.Module):
             pooled.append(norm(values.to(weight)))
         limits = valid_sizes.to(dtype).flip(-1).repeat(1, 2)[:, None]  # [B, 1, 4] width, height, width, height
         geometry = geometry_code(boxes / limits, area / limits[..., :2].prod(-1))
-        tokens = self.project(torch.cat([*pooled, geometry.to(weight), shape.to(weight)], -1))
+        seen = self.project(torch.cat([*pooled, geometry.to(weight), shape.to(weight)], -1))
+        token, attribute_logits = self.place(geometry.to(weight)) + self.look(seen), {}
+        if self.classes:
+            sizes = list(self.classes.values())
+            attribute_logits = dict(zip(self.classes, self.attribute_head(seen).split(sizes, -1), strict=True))
+            token = token + self.words(torch.cat([logits.softmax(-1) for logits in attribute_logits.values()], -1))
         order = _left_to_right(boxes, area, present)
         image = self._image_tokens(features, valid_sizes.to(dtype), (height, width))
-        return ObjectTokens(tokens, present, order, area / limits[..., :2].prod(-1), image)
+        return ObjectTokens(self.norm(token), present, order, area / limits[..., :2].prod(-1), image, attribute_logits)
+
+    def told(self, instance_masks: list[Tensor], attributes: dict[str, list[Tensor]]) -> ObjectTokens:
+        """Make the tokens of scenes that are told and not seen: places and attributes instead of feature maps, no image tokens.
+
+        instance_masks: B x bool [N_b, H, W] of one size.  attributes: name -> B x int64 [N_b], a negative value is unknown.
+
+        Raises:
+            GrexError: attributes other than those that the model has words for.
+        """
+        if not self.classes or set(self.classes) - attributes.keys():
+            raise fault(
+                f"objects with attributes {sorted(attributes) or '(none)'}",
+                f"the attributes {sorted(self.classes) or '(none)'} of model.generator.attribute_classes",
+                "set attribute_classes to what the data has, or train.text.scenes to 0",
+            )
+        masks = [m.bool() for m in instance_masks]
+        weight, device = self.kind.weight.dtype, self.kind.weight.device
+        dtype = torch.promote_types(weight, torch.float32)
+        boxes, area, present, _ = self._describe_masks(masks, max(1, max(len(m) for m in masks)), dtype, device)
+        height, width = masks[0].shape[1:]
+        area_norm = area / (height * width)
+        geometry = geometry_code(boxes / boxes.new_tensor([width, height, width, height]), area_norm)
+        known = []
+        for name, classes in self.classes.items():
+            value = torch.nn.utils.rnn.pad_sequence(attributes[name], batch_first=True, padding_value=-1).to(device)
+            known.append(F.one_hot(value.clamp(min=0), classes) * (value >= 0)[..., None])
+        token = self.place(geometry.to(weight)) + self.words(torch.cat(known, -1).to(weight))
+        image = token.new_zeros(len(masks), 0, token.shape[-1])
+        return ObjectTokens(self.norm(token), present, _left_to_right(boxes, area, present), area_norm, image)
 
     def select(self, objects: ObjectTokens, image_index: Tensor, member: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Return the prefix of E object sets: tokens [E, G + P, D], their mask (bool), and the sets' summaries [E, D].
@@ -147,8 +190,7 @@ class RegionTokens(nn.Module):
         selected = (kind == TARGET).to(tokens.dtype)[..., None]
         number = selected.sum(1)
         mean = (tokens[:, image.shape[1] :] * selected).sum(1) / number.clamp(min=1)
-        shared = self.concepts(objects, image_index, member, other.new_zeros(other.shape).scatter(1, order, other))
-        summary = self.summary_to_lm(mean + self.count(number[:, 0].long().clamp(max=MOST_COUNTED)) + shared)
+        summary = self.summary_to_lm(mean + self.count(number[:, 0].long().clamp(max=MOST_COUNTED)))
         return self.to_lm(tokens) * mask[..., None], mask, summary
 
     @torch.no_grad()
@@ -200,40 +242,6 @@ class RegionTokens(nn.Module):
         geometry = geometry_code(boxes, torch.full_like(boxes[..., 0], 1 / grid**2))
         shape = boxes.new_ones(num_images, grid**2, self.shape_side**2)
         return self.project(torch.cat([*pooled, geometry.to(weight), shape.to(weight)], -1))
-
-
-class SetConcepts(nn.Module):
-    """What the selected objects share and the others lack, for every pair of learned concepts.
-
-    A good expression names properties whose conjunction holds for all targets and for no distractor. With a concept vector in [0, 1] for
-    each object, that is a table over pairs of concepts: the share of targets that have both, and (softly) whether no distractor has both.
-    """
-
-    def __init__(self, hidden: int, num_concepts: int, classes: dict[str, int]) -> None:
-        super().__init__()
-        self.classes = dict(classes)
-        width = num_concepts + sum(classes.values())
-        self.concept = nn.Linear(hidden, width)
-        # few entries of the table are far from zero: without the first norm they would drown in the biases
-        self.read = nn.Sequential(
-            nn.LayerNorm(2 * width**2), nn.Linear(2 * width**2, hidden), nn.GELU(), nn.Linear(hidden, hidden), nn.LayerNorm(hidden)
-        )
-
-    def attribute_logits(self, tokens: Tensor) -> dict[str, Tensor]:
-        """Return name -> logits [..., classes] of the concepts that stand for scene attributes (supervised where such metadata exists)."""
-        logits = self.concept(tokens)
-        parts = logits[..., : sum(self.classes.values())].split(list(self.classes.values()), -1) if self.classes else ()
-        return dict(zip(self.classes, parts, strict=True))
-
-    def forward(self, objects: ObjectTokens, image_index: Tensor, member: Tensor, other: Tensor) -> Tensor:
-        """Return [E, hidden]. member, other: bool [E, N], the targets and the distractors of each set among its image's objects."""
-        known = [logits.softmax(-1) for logits in self.attribute_logits(objects.tokens).values()]
-        free = (self.concept(objects.tokens)[..., sum(self.classes.values()) :] * 2.0).sigmoid()
-        has = torch.cat([*known, free], -1).to(objects.tokens.dtype)
-        both = (has[..., :, None] * has[..., None, :]).flatten(-2).index_select(0, image_index)  # [E, N, concepts squared]
-        target = (member.to(both.dtype)[:, None] @ both)[:, 0] / member.sum(1, keepdim=True).clamp(min=1)
-        distractors = (other.to(both.dtype)[:, None] @ both)[:, 0]
-        return self.read(torch.cat([target, target**4 * torch.exp(-3.0 * distractors)], -1))
 
 
 def geometry_code(boxes_xyxy_norm: Tensor, area: Tensor) -> Tensor:

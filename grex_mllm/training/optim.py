@@ -14,11 +14,12 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.optim import AdamW, Muon, Optimizer
+from torch.optim import AdamW, Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
 from grex_mllm.config import OptimConfig
 from grex_mllm.errors import fault
+from grex_mllm.training.muon import BatchedMuon
 
 RELEASED_TEXT_LAYERS = range(10)
 NORMS = (nn.LayerNorm, nn.GroupNorm, nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm, nn.InstanceNorm1d, nn.InstanceNorm2d)
@@ -87,7 +88,7 @@ def build_optimizer(model: nn.Module, config: OptimConfig) -> Optimizer:
     if not hidden:
         return optimizer
     matrices = _groups({name: decays[name] for name in decays if name in hidden}, parameters, config.muon_lr)
-    muon = Muon(matrices, lr=config.muon_lr, momentum=config.muon_momentum, adjust_lr_fn="match_rms_adamw")
+    muon = BatchedMuon(matrices, lr=config.muon_lr, momentum=config.muon_momentum)
     return JoinedOptimizer([muon, optimizer])
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -29,6 +30,7 @@ from grex_mllm.types import Batch
 
 TOKENIZERS = "tokenizers"
 CORPUS_LINES = 60_000
+SPOKEN_LINES = 30_000
 
 
 class JointLossTerms:
@@ -192,22 +194,58 @@ def _whole(folder: Path, write: Callable[[Path], Any]) -> None:
 
 
 def start_language_model(model: GrexModel, config: Config) -> None:
-    """Train the tiny language model on text alone; it stands in for pre-trained weights and is frozen afterwards."""
+    """Train the tiny language model without images; it stands in for pre-trained weights and is frozen afterwards."""
     from grex_mllm.progress import progress_bar
     from grex_mllm.training.lm import train_language_model
+    from grex_mllm.training.told import train_on_told_scenes
 
-    settings = config.train.text
-    if settings.steps == 0:
-        return
-    with model.generator.text_only() as lm, progress_bar("language model on text") as progress:
-        train_language_model(
-            lm,
-            model.generator.tokenizer,
-            training_text(config),
-            steps=settings.steps,
-            batch=settings.batch,
-            lr=settings.lr,
-            seed=config.train.seed,
-            bf16=config.train.precision == "bf16",
-            progress=progress,
-        )
+    settings, bf16 = config.train.text, config.train.precision == "bf16"
+    if settings.steps:
+        with model.generator.text_only() as lm, progress_bar("language model on text") as progress:
+            train_language_model(
+                lm,
+                model.generator.tokenizer,
+                spoken_text(config),
+                steps=settings.steps,
+                batch=settings.batch,
+                lr=settings.lr,
+                seed=config.train.seed,
+                bf16=bf16,
+                progress=progress,
+            )
+    if settings.scenes:
+        with progress_bar("language model on told scenes") as progress:
+            train_on_told_scenes(
+                model.generator,
+                told_scenes(config),
+                settings.scenes,
+                config.train.batch_images,
+                replace(config.train.optim, lr=settings.lr, schedule="cosine", weight_decay=0.0),
+                image_size=config.data.image_size,
+                max_tokens=config.model.generator.max_expression_tokens,
+                bf16=bf16,
+                progress=progress,
+            )
+
+
+def told_scenes(config: Config) -> SampleSource:
+    """Return the samples that the language model hears of: other scenes than the joint training sees, where data is drawn."""
+    data = config.data
+    if data.train == "synthetic":
+        from grex_mllm.data.synthetic.stream import told_stream
+
+        return told_stream(data, data.train_split)
+    return FolderDataset(
+        data.train, data.train_split, data.num_spoken, targeted_only=True, training=True, seed=config.train.seed, image_root=data.image_root
+    )
+
+
+def spoken_text(config: Config) -> list[str]:
+    """Return the lines that the tiny language model reads: as the generator shall speak, or the training expressions."""
+    if config.data.train != "synthetic":
+        return training_text(config)
+    stream = told_scenes(config)
+    lines: list[str] = []
+    while len(lines) < SPOKEN_LINES:
+        lines += [record.expression for record in stream[len(lines)].expressions]
+    return lines

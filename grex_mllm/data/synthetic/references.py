@@ -34,8 +34,8 @@ from grex_mllm.data.synthetic.scenes import Scene, bits
 from grex_mllm.data.synthetic.shapes import COLOUR, SHAPE, SIZE, TEXTURE
 from grex_mllm.types import ImageRecord, Sample
 
-_ATTRIBUTES = (SHAPE, COLOUR, SIZE, TEXTURE)
-_MAX_PARTS = 3
+ATTRIBUTES = (SHAPE, COLOUR, SIZE, TEXTURE)
+MAX_PARTS = 3
 _MAX_TREES = 400
 
 
@@ -43,20 +43,6 @@ def expression_for(scene: Scene | Sample | ImageRecord, targets: Iterable[int | 
     """Return one expression that denotes exactly `targets` (positions or annotation ids), or None where the grammar has no short one."""
     found = references_for(scene, targets, rng, 1)
     return found[0] if found else None
-
-
-def plain_expression(scene: Scene | Sample | ImageRecord, targets: Iterable[int | str]) -> str | None:
-    """Return the plainest expression that denotes exactly `targets`, always worded alike, or None where the grammar has no short one.
-
-    What a speaker who says no more than needed would say; a generator learns this habit faster than the whole variety of the grammar.
-    """
-    known, mask = resolve(scene, targets)
-    if not mask:
-        return None
-    for tree in itertools.islice(_trees(known, mask), _MAX_TREES):
-        if denoted(tree, known) == mask:
-            return word_expression(tree, random.Random(0))
-    return None
 
 
 def references_for(scene: Scene | Sample | ImageRecord, targets: Iterable[int | str], rng: random.Random, number: int) -> list[str]:
@@ -78,6 +64,11 @@ def references_for(scene: Scene | Sample | ImageRecord, targets: Iterable[int | 
     return texts
 
 
+def short_trees(scene: Scene, targets: int) -> Iterator[Expression]:
+    """Yield short trees that may denote the targets (a bit mask), at most 400, simple ones first."""
+    return itertools.islice(_trees(scene, targets), _MAX_TREES)
+
+
 def _trees(scene: Scene, targets: int) -> Iterator[Expression]:
     descriptions = _descriptions(scene, targets)
     yield from _parts(scene, targets, descriptions, closed=False)
@@ -95,7 +86,7 @@ def _descriptions(scene: Scene, targets: int) -> list[Description]:
     """Return what the targets share, from one stated value to all of them; the bare "shape" last."""
     items = bits(targets)
     first = scene.objects[items[0]].values
-    common = [k for k in _ATTRIBUTES if all(scene.objects[item].values[k] == first[k] for item in items)]
+    common = [k for k in ATTRIBUTES if all(scene.objects[item].values[k] == first[k] for item in items)]
     subsets = [list(subset) for size in range(1, len(common) + 1) for subset in itertools.combinations(common, size)]
     subsets.sort(key=lambda subset: (len(subset) + (SHAPE not in subset), subset))
     return [Description(keep(scene, items[0], subset)) for subset in [*subsets, []]]
@@ -129,7 +120,7 @@ def _parts(scene: Scene, targets: int, descriptions: list[Description], closed: 
 
 
 def _conditions(scene: Scene, targets: int, description: Description, rest: int) -> Iterator[Expression]:
-    free = [k for k in _ATTRIBUTES if description.values[k] is None]
+    free = [k for k in ATTRIBUTES if description.values[k] is None]
     quantifier = _quantifiers(targets.bit_count())[0]
     terms = [(k, value) for k in free for value in scene.present[k]]
     outside = [term for term in terms if scene.masks[term[0]][term[1]] & rest and not scene.masks[term[0]][term[1]] & targets]
@@ -174,14 +165,14 @@ def _shared(scene: Scene, targets: int) -> Iterator[Expression]:
 
 def _unions(scene: Scene, targets: int) -> Iterator[Expression]:
     """Split the targets into two or three groups that each have a description of their own, by an attribute or one by one."""
-    splits: list[list[int]] = [[scene.masks[k][value] & targets for value in scene.present[k]] for k in _ATTRIBUTES]
+    splits: list[list[int]] = [[scene.masks[k][value] & targets for value in scene.present[k]] for k in ATTRIBUTES]
     splits.append([1 << item for item in bits(targets)])
     if targets.bit_count() <= 6:
         lowest = targets & -targets
         splits.extend([group, targets ^ group] for group in _subsets(targets) if group & lowest)
     for split in splits:
         groups = [group for group in split if group]
-        if not 2 <= len(groups) <= _MAX_PARTS:
+        if not 2 <= len(groups) <= MAX_PARTS:
             continue
         options = []
         for group in groups:

@@ -9,11 +9,12 @@ from grex_mllm.config import DataConfig
 from grex_mllm.data.synthetic.dataset import SyntheticDataset
 from grex_mllm.data.synthetic.expressions import KINDS
 from grex_mllm.data.synthetic.meaning import scene_from_record
-from grex_mllm.data.synthetic.references import plain_expression
+from grex_mllm.data.synthetic.plain import plain_expression
 from grex_mllm.types import Sample
 
 ENDLESS = 1 << 40
 GENERATION_OFFSET = 1 << 36  # generation batches see other scenes than grounding batches
+TOLD_OFFSET = 1 << 37  # and scenes that are told are others again
 EASY = ("category", "attribute", "shared_attribute", "separate_attributes", "extreme", "negation")
 PLAIN_SHARE = 0.9  # of the expressions that the generator learns from
 EASY_WEIGHT = 3.0  # how much more often they come than the rest in the first part
@@ -56,3 +57,9 @@ def training_stream(data: DataConfig, split: str, num_positions: int, targeted_o
     full = SyntheticDataset(config, split, ENDLESS, data.expressions_per_image)
     offset = GENERATION_OFFSET if targeted_only else 0
     return TrainingStream(easy, full, round(data.easy_share * num_positions), offset, PLAIN_SHARE if spoken else 0.0)
+
+
+def told_stream(data: DataConfig, split: str) -> TrainingStream:
+    """Return the stream of scenes that the language model hears of: expressions with targets, of all kinds alike, mostly plain."""
+    full = SyntheticDataset(replace(data.synthetic, no_target_share=0.0), split, ENDLESS, data.num_spoken or data.expressions_per_image)
+    return TrainingStream(full, full, 0, TOLD_OFFSET, PLAIN_SHARE)

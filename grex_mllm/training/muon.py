@@ -1,0 +1,59 @@
+"""Muon with all matrices of one shape orthogonalised in one batch: the same rule as `torch.optim.Muon`, less time where matrices are small."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.optim import Muon
+
+
+class BatchedMuon(Muon):
+    """`torch.optim.Muon` (Jordan 2024) with its settings, state and learning-rate scaling by `match_rms_adamw` (Moonshot 2025).
+
+    Differs in speed, and in rounding: Newton-Schulz runs in bfloat16 on [n, rows, columns] instead of n times on [rows, columns].
+    """
+
+    def __init__(self, params: Any, lr: float, momentum: float = 0.95) -> None:
+        super().__init__(params, lr=lr, momentum=momentum, adjust_lr_fn="match_rms_adamw")
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:  # type: ignore[override]
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        for group in self.param_groups:
+            params: list[Tensor] = []
+            grads: list[Tensor] = []
+            buffers: list[Tensor] = []
+            self._init_group(group, params, grads, buffers)
+            if not params:
+                continue
+            torch._foreach_lerp_(buffers, grads, 1 - group["momentum"])
+            updates = torch._foreach_lerp(grads, buffers, group["momentum"]) if group["nesterov"] else buffers
+            torch._foreach_mul_(params, 1 - group["lr"] * group["weight_decay"])
+            by_shape: dict[tuple[int, int], list[int]] = {}
+            for i, param in enumerate(params):
+                by_shape.setdefault((min(param.shape), max(param.shape)), []).append(i)
+            for (_, longer), members in by_shape.items():
+                tall = [params[i].shape[0] > params[i].shape[1] for i in members]
+                wide = torch.stack([updates[i].bfloat16().T if t else updates[i].bfloat16() for i, t in zip(members, tall, strict=True)])
+                flat = orthogonalised(wide, group["ns_coefficients"], group["ns_steps"], group["eps"])
+                rate = group["lr"] * 0.2 * math.sqrt(longer)
+                for i, t, update in zip(members, tall, flat.unbind(0), strict=True):
+                    params[i].add_(update.T if t else update, alpha=-rate)
+        return loss
+
+
+def orthogonalised(wide: Tensor, coefficients: tuple[float, float, float], steps: int, eps: float) -> Tensor:
+    """Bring the singular values of bfloat16 matrices [n, r, c] near 1 by Newton-Schulz steps of the fifth order (r <= c is quickest)."""
+    a, b, c = coefficients
+    x = wide / wide.flatten(1).norm(dim=1).clamp(min=eps)[:, None, None]
+    for _ in range(steps):
+        gram = torch.bmm(x, x.transpose(1, 2))
+        x = torch.baddbmm(x, torch.baddbmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
+    return x
