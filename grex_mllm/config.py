@@ -257,16 +257,18 @@ class OptimConfig:
 
 @dataclass
 class TextTrainConfig:
-    """Training of the tiny language model without images, before the joint training freezes it: on lines of text, then on told scenes.
+    """Training without images, before the joint training: of the tiny language model on lines of text, then of all language parts on told
+    scenes. The joint training freezes the language model.
 
-    A told scene is a list of objects as words and places, with an expression for some of them; it needs data with attributes of the objects
-    and model.generator.attribute_classes.
+    A told scene is a list of objects as words and places, with expressions for some of them; it needs data with attributes of the objects
+    and attribute_classes in model.decoder or model.generator.
     """
 
     steps: int = 0  # batches of lines; 0 = none
     batch: int = 64  # lines
     lr: float = 2e-3
     scenes: int = 0  # batches of train.batch_images told scenes; 0 = none
+    num_spoken: int = 8  # expressions of a told scene that the generator learns from
 
 
 @dataclass

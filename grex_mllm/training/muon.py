@@ -1,4 +1,4 @@
-"""Muon with all matrices of one shape orthogonalised in one batch: the same rule as `torch.optim.Muon`, less time where matrices are small."""
+"""Muon with all matrices of one shape orthogonalised in one batch: the rule of `torch.optim.Muon`, less time for small matrices."""
 
 from __future__ import annotations
 

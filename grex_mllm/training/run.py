@@ -95,9 +95,8 @@ def train_from_config(config: Config, on_step: Callable[[int, dict[str, float]],
     model = GrexModel(config, text_tokenizer, lm_tokenizer)
     if config.train.start is not None:
         print(f"started from {config.train.start}; {describe_new(start_from(model, config.train.start))}")
-    tiny = model.generator is not None and config.model.generator.lm == "tiny"
-    if tiny and checkpoint.latest(config.train.out) is None and is_main_process():
-        start_language_model(model, config)  # the other processes get its weights when they meet
+    if checkpoint.latest(config.train.out) is None and is_main_process():
+        learn_from_text(model, config)  # the other processes get the weights when they meet
     batches = batch_source(config, sources, text_tokenizer, lm_tokenizer)
     return train(model, batches, JointLossTerms(config), config, save_model=model.save_pretrained, on_step=on_step)
 
@@ -193,14 +192,14 @@ def _whole(folder: Path, write: Callable[[Path], Any]) -> None:
     work.replace(folder)
 
 
-def start_language_model(model: GrexModel, config: Config) -> None:
-    """Train the tiny language model without images; it stands in for pre-trained weights and is frozen afterwards."""
+def learn_from_text(model: GrexModel, config: Config) -> None:
+    """Train what needs no image before the joint training: the tiny language model on lines, then every language part on told scenes."""
     from grex_mllm.progress import progress_bar
     from grex_mllm.training.lm import train_language_model
     from grex_mllm.training.told import train_on_told_scenes
 
     settings, bf16 = config.train.text, config.train.precision == "bf16"
-    if settings.steps:
+    if settings.steps and model.generator is not None and config.model.generator.lm == "tiny":
         with model.generator.text_only() as lm, progress_bar("language model on text") as progress:
             train_language_model(
                 lm,
@@ -214,37 +213,38 @@ def start_language_model(model: GrexModel, config: Config) -> None:
                 progress=progress,
             )
     if settings.scenes:
-        with progress_bar("language model on told scenes") as progress:
-            train_on_told_scenes(
-                model.generator,
-                told_scenes(config),
-                settings.scenes,
-                config.train.batch_images,
-                replace(config.train.optim, lr=settings.lr, schedule="cosine", weight_decay=0.0),
-                image_size=config.data.image_size,
-                max_tokens=config.model.generator.max_expression_tokens,
-                bf16=bf16,
-                progress=progress,
-            )
+        with progress_bar("language on told scenes") as progress:
+            train_on_told_scenes(model, told_batches(config, model), config, progress)
+
+
+def told_batches(config: Config, model: GrexModel) -> Callable[[int], Batch]:
+    """Return the told scenes as batches by number: other scenes than the joint training sees, where data is drawn."""
+    data, images = config.data, config.train.batch_images
+    lm_tokenizer = model.generator.tokenizer if model.generator is not None else None
+    encode_lm = partial(lm_tokenizer.encode, max_tokens=config.model.generator.max_expression_tokens) if lm_tokenizer is not None else None
+    spoken = replace(data, num_spoken=config.train.text.num_spoken)
+    make = partial(_make_batch, told_scenes(config), GROUND, model.encode_text, encode_lm, spoken)
+    return lambda index: make(list(range(index * images, (index + 1) * images)))
 
 
 def told_scenes(config: Config) -> SampleSource:
-    """Return the samples that the language model hears of: other scenes than the joint training sees, where data is drawn."""
+    """Return the samples whose images are not looked at."""
     data = config.data
     if data.train == "synthetic":
-        from grex_mllm.data.synthetic.stream import told_stream
+        from grex_mllm.data.synthetic.stream import TOLD_OFFSET, training_stream
 
-        return told_stream(data, data.train_split)
-    return FolderDataset(
-        data.train, data.train_split, data.num_spoken, targeted_only=True, training=True, seed=config.train.seed, image_root=data.image_root
-    )
+        return training_stream(data, data.train_split, config.train.text.scenes * config.train.batch_images, False, True, TOLD_OFFSET)
+    options: dict[str, Any] = {"training": True, "seed": config.train.seed, "image_root": data.image_root}
+    return FolderDataset(data.train, data.train_split, data.expressions_per_image, **options)
 
 
 def spoken_text(config: Config) -> list[str]:
     """Return the lines that the tiny language model reads: as the generator shall speak, or the training expressions."""
     if config.data.train != "synthetic":
         return training_text(config)
-    stream = told_scenes(config)
+    from grex_mllm.data.synthetic.stream import TOLD_OFFSET, training_stream
+
+    stream = training_stream(config.data, config.data.train_split, 0, True, True, TOLD_OFFSET)
     lines: list[str] = []
     while len(lines) < SPOKEN_LINES:
         lines += [record.expression for record in stream[len(lines)].expressions]

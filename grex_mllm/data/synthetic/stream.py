@@ -46,20 +46,17 @@ def _speak_plainly(sample: Sample, share: float, position: int) -> None:
                 record.expression = text  # the grounding text encoder reads `raw`
 
 
-def training_stream(data: DataConfig, split: str, num_positions: int, targeted_only: bool, spoken: bool) -> TrainingStream:
+def training_stream(
+    data: DataConfig, split: str, num_positions: int, targeted_only: bool, spoken: bool, offset: int | None = None
+) -> TrainingStream:
     """Return the stream of one task. num_positions: how many the whole training will read; targeted_only: no no-target expressions.
 
-    spoken: the generator learns from these batches.
+    spoken: the generator learns from these batches.  offset: of the scenes' indices; by default each task has its own scenes.
     """
     config = replace(data.synthetic, no_target_share=0.0) if targeted_only else data.synthetic
     weights = {kind: EASY_WEIGHT if kind in EASY else 1.0 for kind in KINDS}
     easy = SyntheticDataset(config, split, ENDLESS, data.expressions_per_image, weights)
     full = SyntheticDataset(config, split, ENDLESS, data.expressions_per_image)
-    offset = GENERATION_OFFSET if targeted_only else 0
+    if offset is None:
+        offset = GENERATION_OFFSET if targeted_only else 0
     return TrainingStream(easy, full, round(data.easy_share * num_positions), offset, PLAIN_SHARE if spoken else 0.0)
-
-
-def told_stream(data: DataConfig, split: str) -> TrainingStream:
-    """Return the stream of scenes that the language model hears of: expressions with targets, of all kinds alike, mostly plain."""
-    full = SyntheticDataset(replace(data.synthetic, no_target_share=0.0), split, ENDLESS, data.num_spoken or data.expressions_per_image)
-    return TrainingStream(full, full, 0, TOLD_OFFSET, PLAIN_SHARE)
