@@ -230,6 +230,7 @@ class LossConfig:
 
     instances: InstanceLossConfig = field(default_factory=InstanceLossConfig)  # rela_instances has terms of its own
     lm: float = 1.0  # the generator's language-model loss
+    lm_start: float = 0.0  # share of the training before the generator's loss begins; its attributes are learned from the start
     object_attribute: float = 0.3  # each scene attribute of the generator's objects, where it has heads for them
 
 
@@ -252,16 +253,16 @@ class OptimConfig:
     gamma: float = 0.1
     final_fraction: float = 0.0  # of the learning rate, left at the end of the cosine
     clip: float = 1.0  # global L2 norm of the gradients; 0 = not clipped
+    lr_scale: dict[str, float] = field(default_factory=dict)  # start of a parameter's name -> factor on its learning rate; longest wins
     average_decay: float = 0.0  # of the running average of weights that is evaluated and saved; 0 = none
 
 
 @dataclass
 class TextTrainConfig:
-    """Training without images, before the joint training: of the tiny language model on lines of text, then of all language parts on told
-    scenes. The joint training freezes the language model.
+    """Training of the tiny language model without images, on lines of text, then on told scenes. The joint training freezes it.
 
     A told scene is a list of objects as words and places, with expressions for some of them; it needs data with attributes of the objects
-    and attribute_classes in model.decoder or model.generator.
+    and model.generator.attribute_classes.
     """
 
     steps: int = 0  # batches of lines; 0 = none

@@ -149,6 +149,19 @@ def test_unknown_choices_are_named(change: dict[str, object], word: str) -> None
         build_schedule(build_optimizer(Small(), OptimConfig()), OptimConfig(schedule="x"), 3)
 
 
+def test_learning_rates_are_scaled_by_name() -> None:
+    model = Small()
+    config = OptimConfig(lr=0.1, muon=True, muon_lr=0.2, lr_scale={"hidden": 0.5, "hidden.bias": 0.0, "embedding": 0.1})
+    optimizer = build_optimizer(model, config)
+    rates = {id(p): group["lr"] for group in optimizer.param_groups for p in group["params"]}
+    found = {name: rates[id(p)] for name, p in model.named_parameters()}
+    assert found["hidden.weight"] == pytest.approx(0.1) and found["hidden.bias"] == 0.0  # Muon's rate halved; the longest start wins
+    assert found["embedding.weight"] == pytest.approx(0.01)
+    assert found["attention.in_proj_weight"] == 0.2 and found["norm.weight"] == 0.1
+    with pytest.raises(GrexError, match="hiden"):
+        build_optimizer(model, OptimConfig(lr_scale={"hiden": 0.5}))
+
+
 def test_clipping_covers_optimised_parameters_only() -> None:
     wanted, left_out = nn.Parameter(torch.zeros(3)), nn.Parameter(torch.zeros(3))
     wanted.grad, left_out.grad = torch.full((3,), 2.0), torch.full((3,), 100.0)

@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 import re
 from bisect import bisect_right
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -82,12 +82,13 @@ def build_optimizer(model: nn.Module, config: OptimConfig) -> Optimizer:
     decays = dict(released_decays(model, config) if released else default_decays(model, config))
     parameters = dict(model.named_parameters())
     hidden = hidden_matrices(model) & decays.keys() if config.muon else set()
-    adam = _groups({name: decay for name, decay in decays.items() if name not in hidden}, parameters, config.lr)
+    _check_scales(config.lr_scale, parameters)
+    adam = _groups({name: decay for name, decay in decays.items() if name not in hidden}, parameters, config.lr, config.lr_scale)
     betas = (config.betas[0], config.betas[1])
     optimizer: Optimizer = AdamW(adam, lr=config.lr, betas=betas, eps=config.eps)
     if not hidden:
         return optimizer
-    matrices = _groups({name: decays[name] for name in decays if name in hidden}, parameters, config.muon_lr)
+    matrices = _groups({name: decays[name] for name in decays if name in hidden}, parameters, config.muon_lr, config.lr_scale)
     muon = BatchedMuon(matrices, lr=config.muon_lr, momentum=config.muon_momentum)
     return JoinedOptimizer([muon, optimizer])
 
@@ -193,9 +194,18 @@ def _text_trained(name: str, config: OptimConfig) -> bool:
     return (int(layer.group(3)) in RELEASED_TEXT_LAYERS) == (config.text == "released")
 
 
-def _groups(decays: dict[str, float], parameters: dict[str, nn.Parameter], lr: float) -> list[dict[str, Any]]:
-    """Gather parameters of equal decay into one group each; the order of the groups and within them is the model's."""
-    groups: dict[float, list[nn.Parameter]] = {}
+def _groups(decays: dict[str, float], parameters: dict[str, nn.Parameter], lr: float, scales: dict[str, float]) -> list[dict[str, Any]]:
+    """Gather parameters of equal decay and learning rate into one group each; the order of the groups and within them is the model's."""
+    groups: dict[tuple[float, float], list[nn.Parameter]] = {}
     for name, decay in decays.items():
-        groups.setdefault(decay, []).append(parameters[name])
-    return [{"params": members, "lr": lr, "weight_decay": decay} for decay, members in groups.items()]
+        start = max((start for start in scales if name.startswith(start)), key=len, default=None)
+        groups.setdefault((decay, 1.0 if start is None else scales[start]), []).append(parameters[name])
+    return [{"params": members, "lr": lr * scale, "weight_decay": decay} for (decay, scale), members in groups.items()]
+
+
+def _check_scales(scales: dict[str, float], parameters: Mapping[str, nn.Parameter]) -> None:
+    for start, scale in scales.items():
+        if scale < 0 or not any(name.startswith(start) for name in parameters):
+            raise fault(
+                f'train.optim.lr_scale "{start}": {scale}', "the start of some parameter's name and a factor of at least 0", "mend it"
+            )

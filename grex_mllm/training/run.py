@@ -29,8 +29,8 @@ from grex_mllm.training.start import adopt_start, describe_new, start_from
 from grex_mllm.types import Batch
 
 TOKENIZERS = "tokenizers"
-CORPUS_LINES = 60_000
-SPOKEN_LINES = 30_000
+CORPUS_LINES = 20_000
+SPOKEN_LINES = 20_000
 
 
 class JointLossTerms:
@@ -39,36 +39,43 @@ class JointLossTerms:
     def __init__(self, config: Config) -> None:
         instances = config.model.decoder.name == "rela_instances"
         self.grounding: Callable[[Any, Batch], dict[str, Tensor]] = InstanceLoss(config.loss) if instances else ReLALoss(config.loss)
-        self.lm_weight, self.attribute_weight = config.loss.lm, config.loss.object_attribute
+        self.lm_weight, self.lm_start, self.attribute_weight = config.loss.lm, config.loss.lm_start, config.loss.object_attribute
 
     def __call__(self, model: nn.Module, batch: Batch, task: str, progress: float) -> dict[str, Tensor]:
-        """Return the named terms and "total". progress is unread here: no term changes its weight."""
+        """Return the named terms and "total". progress: share of the training that is done; see `loss.lm_start`."""
         assert isinstance(model, GrexModel)
         sizes = [(g.input_height, g.input_width) for g in batch.geometries]
         if task != GROUND:
-            return self._generation(model, model.generator_maps(batch.image, sizes), batch, sizes)
+            return self._generation(model, model.generator_maps(batch.image, sizes), batch, sizes, progress)
         features = model.grounding.encode_image(batch.image, sizes)
         terms = self.grounding(model.grounding.ground(features, batch.image_index, batch.text_ids, batch.text_mask), batch)
         if batch.lm_ids is None:
             return terms
-        spoken = self._generation(model, model.generator_features(features), batch, sizes)
+        spoken = self._generation(model, model.generator_features(features), batch, sizes, progress)
         return terms | spoken | {"total": terms["total"] + spoken["total"]}
 
-    def _generation(self, model: GrexModel, maps: list[Tensor], batch: Batch, sizes: list[tuple[int, int]]) -> dict[str, Tensor]:
+    def _generation(
+        self, model: GrexModel, maps: list[Tensor], batch: Batch, sizes: list[tuple[int, int]], progress: float
+    ) -> dict[str, Tensor]:
         assert batch.lm_ids is not None and batch.lm_mask is not None and batch.lm_index is not None
-        out = model.generator(
-            maps,
-            batch.instance_masks,
-            batch.image_index.index_select(0, batch.lm_index),
-            [batch.target_index[e] for e in batch.lm_index.tolist()],
-            batch.lm_ids,
-            batch.lm_mask,
-            batch.image.new_tensor(sizes, dtype=batch.image_index.dtype),
-            batch.instance_boxes_norm,
-        )
-        terms: dict[str, Tensor] = {"lm": out.loss}
-        total = out.loss * self.lm_weight
-        for name, logits in out.attribute_logits.items():
+        valid_sizes = batch.image.new_tensor(sizes, dtype=batch.image_index.dtype)
+        terms: dict[str, Tensor] = {}
+        if progress < self.lm_start:
+            seen = model.generator.region_tokens(maps, batch.instance_masks, valid_sizes, batch.instance_boxes_norm)
+            attribute_logits, total = seen.attribute_logits, seen.tokens.float().sum() * 0.0
+        else:
+            out = model.generator(
+                maps,
+                batch.instance_masks,
+                batch.image_index.index_select(0, batch.lm_index),
+                [batch.target_index[e] for e in batch.lm_index.tolist()],
+                batch.lm_ids,
+                batch.lm_mask,
+                valid_sizes,
+                batch.instance_boxes_norm,
+            )
+            attribute_logits, total, terms["lm"] = out.attribute_logits, out.loss * self.lm_weight, out.loss
+        for name, logits in attribute_logits.items():
             if batch.instance_attributes is None:
                 break
             labels = torch.nn.utils.rnn.pad_sequence(batch.instance_attributes[name], batch_first=True, padding_value=IGNORED)
@@ -105,8 +112,7 @@ def batch_source(
     config: Config, sources: dict[str, SampleSource], text_tokenizer: TextTokenizer, lm_tokenizer: LMTokenizer | None
 ) -> TaskMixture:
     """Return the deterministic mixture of grounding and generation batches."""
-    encode_text = partial(text_tokenizer.encode, max_tokens=config.model.text.max_tokens, pad=config.model.text.pad)
-    encode_lm = partial(lm_tokenizer.encode, max_tokens=config.model.generator.max_expression_tokens) if lm_tokenizer is not None else None
+    encode_text, encode_lm = _encoders(config, text_tokenizer, lm_tokenizer)
     speakers = {GENERATE, GROUND} if config.train.joint_batches else {GENERATE}
     make = {
         task: partial(_make_batch, source, task, encode_text, encode_lm if task in speakers else None, config.data)
@@ -114,6 +120,14 @@ def batch_source(
     }
     ratio = config.train.ground_ratio if GENERATE in sources else 1.0
     return TaskMixture(make, config.train.batch_images, ratio, config.train.seed)
+
+
+def _encoders(config: Config, text_tokenizer: TextTokenizer, lm_tokenizer: LMTokenizer | None) -> tuple[Any, Any]:
+    """Return the functions that turn expressions into ids for the text encoder and for the language model (None without one)."""
+    encode_text = partial(text_tokenizer.encode, max_tokens=config.model.text.max_tokens, pad=config.model.text.pad)
+    if lm_tokenizer is None:
+        return encode_text, None
+    return encode_text, partial(lm_tokenizer.encode, max_tokens=config.model.generator.max_expression_tokens)
 
 
 def _make_batch(source: SampleSource, task: str, encode_text: Any, encode_lm: Any, data: DataConfig, positions: list[int]) -> Batch:
@@ -193,7 +207,7 @@ def _whole(folder: Path, write: Callable[[Path], Any]) -> None:
 
 
 def learn_from_text(model: GrexModel, config: Config) -> None:
-    """Train what needs no image before the joint training: the tiny language model on lines, then every language part on told scenes."""
+    """Train the tiny language model without images, on lines of text and on told scenes; it stands in for pre-trained weights."""
     from grex_mllm.progress import progress_bar
     from grex_mllm.training.lm import train_language_model
     from grex_mllm.training.told import train_on_told_scenes
@@ -213,28 +227,25 @@ def learn_from_text(model: GrexModel, config: Config) -> None:
                 progress=progress,
             )
     if settings.scenes:
-        with progress_bar("language on told scenes") as progress:
+        with progress_bar("language model on told scenes") as progress:
             train_on_told_scenes(model, told_batches(config, model), config, progress)
 
 
-def told_batches(config: Config, model: GrexModel) -> Callable[[int], Batch]:
-    """Return the told scenes as batches by number: other scenes than the joint training sees, where data is drawn."""
-    data, images = config.data, config.train.batch_images
-    lm_tokenizer = model.generator.tokenizer if model.generator is not None else None
-    encode_lm = partial(lm_tokenizer.encode, max_tokens=config.model.generator.max_expression_tokens) if lm_tokenizer is not None else None
-    spoken = replace(data, num_spoken=config.train.text.num_spoken)
-    make = partial(_make_batch, told_scenes(config), GROUND, model.encode_text, encode_lm, spoken)
-    return lambda index: make(list(range(index * images, (index + 1) * images)))
+def told_batches(config: Config, model: GrexModel) -> TaskMixture:
+    """Return the batches of told scenes: other scenes than the joint training sees, where data is drawn."""
+    encoders = _encoders(config, model.text_tokenizer, model.generator.tokenizer if model.generator is not None else None)
+    make = partial(_make_batch, told_scenes(config), GENERATE, *encoders, config.data)
+    return TaskMixture({GENERATE: make}, config.train.batch_images, 0.0, config.train.seed)
 
 
 def told_scenes(config: Config) -> SampleSource:
     """Return the samples whose images are not looked at."""
-    data = config.data
+    data = replace(config.data, expressions_per_image=config.train.text.num_spoken)
     if data.train == "synthetic":
         from grex_mllm.data.synthetic.stream import TOLD_OFFSET, training_stream
 
-        return training_stream(data, data.train_split, config.train.text.scenes * config.train.batch_images, False, True, TOLD_OFFSET)
-    options: dict[str, Any] = {"training": True, "seed": config.train.seed, "image_root": data.image_root}
+        return training_stream(data, data.train_split, config.train.text.scenes * config.train.batch_images, True, True, TOLD_OFFSET)
+    options: dict[str, Any] = {"targeted_only": True, "training": True, "seed": config.train.seed, "image_root": data.image_root}
     return FolderDataset(data.train, data.train_split, data.expressions_per_image, **options)
 
 

@@ -1,14 +1,14 @@
-"""Train the language parts on scenes that are told, not seen: objects as words and places, and expressions for some of them.
+"""Train the tiny language model on scenes that are told, not seen: objects as words and places in, an expression for some of them out.
 
-It stands in for what pre-trained language models bring along: reading a list of things with their properties, and telling some of them
-from the others. The generator's tiny language model learns to speak, `rela_instances` to listen; no image takes part. Objects enter as they
-later do from an image, with the words of their true attributes in place of what is recognised.
+It stands in for what a pre-trained language model brings along: reading a list of things with their properties, and telling some of them
+from the others. No image takes part. Objects enter as they later do from an image, with the words of their true attributes in place of what
+is recognised.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
-from contextlib import nullcontext
 from dataclasses import replace
 
 import torch
@@ -16,10 +16,8 @@ from torch import Tensor
 
 from grex_mllm.config import Config
 from grex_mllm.errors import fault
-from grex_mllm.models.decoders.image_regions import told_regions
-from grex_mllm.models.decoders.rela_instances import RelaInstances
 from grex_mllm.models.grex import GrexModel
-from grex_mllm.training.instance_losses import selection_terms
+from grex_mllm.training.batches import BatchSource, stream
 from grex_mllm.training.optim import build_optimizer, build_schedule, clip_gradients, optimized_parameters
 from grex_mllm.types import Batch
 
@@ -27,73 +25,53 @@ LOSS_MEMORY = 0.98  # of the running mean that is reported
 
 
 def train_on_told_scenes(
-    model: GrexModel, batches: Callable[[int], Batch], config: Config, progress: Callable[[float, float], None] | None = None
-) -> dict[str, float]:
-    """Train on `train.text.scenes` batches; return the running mean of each loss term.
+    model: GrexModel, source: BatchSource, config: Config, progress: Callable[[float, float], None] | None = None
+) -> float:
+    """Train the base of the language model, adapters off, and the region tokens on `train.text.scenes` batches; return the running mean of
+    the loss, nats per token.
 
-    The base of the language model learns, its adapters do not; AdamW's learning rate is `train.text.lr`, everything else is as in
-    `train.optim`.  batches: batch by number, with attributes of the instances.  progress: called after each step with the share done, in
-    [0, 1], and the running loss.
+    AdamW's learning rate is `train.text.lr`, everything else is as in `train.optim` but for `lr_scale`.  source: batches with attributes of
+    the instances.  progress: called after each step with the share done, in [0, 1], and the running loss.
 
     Raises:
-        GrexError: instances without attributes, no part of the model that knows attributes, a loss that is not finite.
+        GrexError: a generator that knows no attributes or whose language model is not tiny, instances without attributes, a loss that is
+            not finite.
     """
-    decoder = model.grounding.decoder
-    listens = isinstance(decoder, RelaInstances) and bool(decoder.config.attribute_classes)
-    speaks = model.generator is not None and bool(model.generator.region_tokens.classes) and config.model.generator.lm == "tiny"
-    if not listens and not speaks:
+    if model.generator is None or not model.generator.region_tokens.classes or config.model.generator.lm != "tiny":
         raise fault(
-            "train.text.scenes without a part that knows attributes",
-            "attribute_classes in model.decoder (rela_instances) or model.generator (lm: tiny)",
+            "train.text.scenes without a generator that knows attributes",
+            "model.generator with lm: tiny and attribute_classes",
             "set them, or train.text.scenes to 0",
         )
-    optim = replace(config.train.optim, lr=config.train.text.lr, schedule="cosine", weight_decay=0.0)
+    optim = replace(config.train.optim, lr=config.train.text.lr, lr_scale={}, schedule="cosine", weight_decay=0.0)
     steps, bf16 = config.train.text.scenes, config.train.precision == "bf16"
-    running: dict[str, float] = {}
-    was_training = model.training
+    running, was_training = float("nan"), model.training
     model.train()
-    with model.generator.base_training() if speaks else nullcontext():
-        optimizer = build_optimizer(model, optim)
+    with model.generator.base_training():
+        optimizer = build_optimizer(model.generator, optim)
         schedule = build_schedule(optimizer, optim, steps)
-        for step in range(steps):
-            terms = _terms(model, batches(step), config, listens, speaks, bf16)
-            total = torch.stack(list(terms.values())).sum()
-            if not torch.isfinite(total):
-                raise fault(f"loss {float(total)} at step {step} of the training on told scenes", "a finite number", "lower train.text.lr")
+        for step, (_, batch) in enumerate(stream(source, 0, steps, config.data.num_workers, config.train.seed)):
+            loss = _loss(model, batch, bf16)
+            value = float(loss.detach())
+            if not math.isfinite(value):
+                raise fault(f"loss {value} at step {step} of the training on told scenes", "a finite number", "lower train.text.lr")
             optimizer.zero_grad(set_to_none=True)
-            total.backward()
+            loss.backward()
             clip_gradients(optimized_parameters(optimizer), optim.clip)
             optimizer.step()
             schedule.step()
-            for name, value in terms.items():
-                now = float(value.detach())
-                running[name] = LOSS_MEMORY * running.get(name, now) + (1 - LOSS_MEMORY) * now
+            running = value if step == 0 else LOSS_MEMORY * running + (1 - LOSS_MEMORY) * value
             if progress is not None:
-                progress((step + 1) / steps, sum(running.values()))
+                progress((step + 1) / steps, running)
         optimizer.zero_grad(set_to_none=True)
     model.train(was_training)
     return running
 
 
-def _terms(model: GrexModel, batch: Batch, config: Config, listens: bool, speaks: bool, bf16: bool) -> dict[str, Tensor]:
-    """Return the weighted terms of a batch."""
-    attributes = batch.instance_attributes or {}
-    terms: dict[str, Tensor] = {}
+def _loss(model: GrexModel, batch: Batch, bf16: bool) -> Tensor:
+    if batch.lm_ids is None or batch.lm_mask is None or batch.lm_index is None:
+        raise fault("told scenes without any expression that has a target", "at least one in a batch", "raise train.batch_images")
+    index, targets = batch.image_index[batch.lm_index], [batch.target_index[e] for e in batch.lm_index.tolist()]
     with torch.autocast(model.device.type, dtype=torch.bfloat16, enabled=bf16):
-        if listens:
-            decoder = model.grounding.decoder
-            assert isinstance(decoder, RelaInstances)
-            regions = told_regions(batch.instance_boxes_norm, attributes, decoder.config.attribute_classes, decoder.config.width)
-            output = decoder(regions, batch.image_index, model.grounding.encode_text(batch.text_ids, batch.text_mask))
-            places = torch.arange(regions.kept.shape[1]).expand_as(regions.kept)
-            owner = torch.where(regions.objectness[-1] > 0, places, -1)
-            weights = config.loss.instances
-            for name, value in selection_terms(output, batch, owner).items():
-                terms[name] = value * getattr(weights, name)
-        if speaks and batch.lm_index is not None:
-            assert batch.lm_ids is not None and batch.lm_mask is not None
-            index = batch.image_index[batch.lm_index]
-            targets = [batch.target_index[e] for e in batch.lm_index.tolist()]
-            spoken = model.generator.told(batch.instance_masks, attributes, index, targets, batch.lm_ids, batch.lm_mask)
-            terms["lm"] = spoken.loss * config.loss.lm
-    return terms
+        attributes = batch.instance_attributes or {}
+        return model.generator.told(batch.instance_masks, attributes, index, targets, batch.lm_ids, batch.lm_mask).loss

@@ -15,7 +15,6 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from grex_mllm.config import DecoderConfig
-from grex_mllm.errors import fault
 from grex_mllm.ops.attention import attend
 from grex_mllm.types import PixelFeatures
 
@@ -24,7 +23,6 @@ BOX_MARGIN = 0.125  # a region's mask is cut off outside its box enlarged by thi
 ROI_MARGIN = 0.15  # the features of a region are sampled a little beyond its box
 BOX_CODE_WIDTH = 22
 PAIR_WIDTH = 10
-SURE_LOGIT = 20.0
 CENTRE_PRIOR = -3.0  # logit of a cell holding a centre, at first
 
 
@@ -53,36 +51,6 @@ class Regions:
     def masks(self) -> Tensor:
         """Return the final mask logits float32 [B, K, H, W]."""
         return region_masks(self.mask_embeddings[-1], self.boxes_norm[-1], self.mask_map)
-
-
-def told_regions(boxes_norm: list[Tensor], attributes: dict[str, list[Tensor]], classes: dict[str, int], channels: int) -> Regions:
-    """Return regions as if every object had been recognised and nothing else seen of it: the features are zero, there are no masks.
-
-    boxes_norm: B x float [N_b, 4] cxcywh.  attributes: name -> B x int64 [N_b], a negative value is unknown.  classes: name -> number of
-    them.  channels: of the features. K is the largest N_b; regions beyond an image's objects have no objectness.
-
-    Raises:
-        GrexError: an attribute of `classes` that is not given.
-    """
-    if missing := sorted(classes.keys() - attributes.keys()):
-        raise fault(
-            f"objects without {', '.join(missing)}",
-            "the attributes of model.decoder.attribute_classes",
-            "set attribute_classes to what the data has, or train.text.scenes to 0",
-        )
-    boxes = torch.nn.utils.rnn.pad_sequence(boxes_norm, batch_first=True)
-    present = boxes[..., 2] > 0
-    sure = torch.where(present, SURE_LOGIT, -SURE_LOGIT)
-    logits = {}
-    for name, number in classes.items():
-        value = torch.nn.utils.rnn.pad_sequence(attributes[name], batch_first=True, padding_value=-1)
-        logits[name] = F.one_hot(value.clamp(min=0), number) * (value >= 0)[..., None] * SURE_LOGIT
-    nothing = boxes.new_zeros(len(boxes), boxes.shape[1], channels)
-    empty = boxes.new_zeros(len(boxes), 0)
-    kept = torch.zeros_like(present, dtype=torch.int64)
-    return Regions(
-        empty, empty[..., None].expand(-1, -1, 4), (0, 0), kept, [sure], [boxes], [], empty, nothing, pair_geometry(boxes), logits
-    )
 
 
 def box_code(boxes_norm: Tensor) -> Tensor:

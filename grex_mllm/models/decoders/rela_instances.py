@@ -9,9 +9,6 @@ region-language relations, and a region-wise probability x_r selects what belong
 - Region-region attention sees the boxes' relative geometry, weighted by what a region has read in the expression; half of its heads are not
   normalised, so that they can count ("the second from the left").
 
-Where the model recognises attributes of objects, a region enters the region-language part as words (soft: their probabilities) and a place,
-with what else was seen on top. So that part can also learn from scenes that are told in words and places (`told_regions`).
-
 The answer is the union of the masks of the selected regions.
 """
 
@@ -80,11 +77,6 @@ class RelaInstances(nn.Module):
         self.image_regions = ImageRegions(config, width, mask_width)
         self.text_in = nn.Linear(text_width, channels)
         self.sentence = mlp(2 * text_width, channels, channels)
-        self.look = nn.Linear(channels, channels)
-        if config.attribute_classes:
-            self.words = nn.Linear(sum(config.attribute_classes.values()), channels, bias=False)
-            nn.init.zeros_(self.look.weight)  # the words say most; what they leave out is learned on top
-            nn.init.zeros_(self.look.bias)
         self.box_features, self.box_norm = mlp(BOX_CODE_WIDTH, channels, channels), nn.LayerNorm(channels)
         self.layers = nn.ModuleList([LanguageLayer(channels, config.num_heads, config.feedforward) for _ in range(config.language_layers)])
         self.norm = nn.LayerNorm(channels)
@@ -106,11 +98,7 @@ class RelaInstances(nn.Module):
         mean = (text.tokens * text.mask[..., None]).sum(dim=1) / text.mask.sum(dim=1, keepdim=True).clamp(min=1)
         sentence = self.sentence(torch.cat([text.tokens[:, 0], mean], dim=-1))
         tokens, token_mask = self.text_in(text.tokens), mask[:, None, None, :]
-        x = self.look(regions.features) + self.box_norm(self.box_features(box_code(regions.boxes_norm[-1].detach())))
-        if regions.attribute_logits:
-            known = torch.cat([logits.softmax(dim=-1) for logits in regions.attribute_logits.values()], dim=-1)
-            x = x + self.words((known * regions.objectness[-1].sigmoid()[..., None]).to(x.dtype))
-        x = x[image_index]
+        x = (regions.features + self.box_norm(self.box_features(box_code(regions.boxes_norm[-1].detach()))))[image_index]
         logits = []
         for layer in self.layers:
             x = layer(x, regions.geometry, image_index, tokens, token_mask, sentence)
