@@ -11,6 +11,7 @@ from grex_mllm.models.region_tokens import (
     GEOMETRY_WIDTH,
     RegionTokens,
     boxes_to_masks,
+    compare,
     geometry_code,
     interval_weights,
     mask_boxes,
@@ -95,6 +96,21 @@ def test_distractors_then_targets_left_to_right_then_padding() -> None:
     torch.testing.assert_close(summary[0], module.summary_to_lm(mean + module.count.weight[2]))
     torch.testing.assert_close(tokens[0], module.to_lm(torch.stack(expected)))
     assert not tokens[1, 1:].any()
+
+
+def test_targets_are_compared_with_the_other_objects() -> None:
+    """Two red circles are selected among a red circle, a red square and a blue circle."""
+    red_circle, red_square, blue_circle = [1.0, 0.0, 1.0, 0.0], [1.0, 0.0, 0.0, 1.0], [0.0, 1.0, 1.0, 0.0]
+    words = torch.tensor([[red_circle, red_circle, red_circle, red_square, blue_circle]])
+    member = torch.tensor([[True, True, False, False, False], [True, False, False, True, False]])
+    objects, sets = compare(words, [2, 2], torch.tensor([0, 0]), member, ~member)
+    torch.testing.assert_close(objects[0], torch.tensor([[0, 1, 1], [0, 1, 1], [1, 0, 0], [0, 0, 0], [0, 0, 0]]).float(), atol=1e-3, rtol=0)
+    torch.testing.assert_close(sets[0], torch.tensor([1.0, 1.0, 1.0]), atol=1e-3, rtol=0)
+    # a red circle and the red square share the colour alone, which two more objects have
+    torch.testing.assert_close(objects[1, :, 0], torch.tensor([0, 1, 1, 0, 0]).float(), atol=1e-3, rtol=0)
+    torch.testing.assert_close(sets[1], torch.tensor([1.0, 0.0, 2.0]), atol=1e-3, rtol=0)
+    hidden = compare(words, [2, 2], torch.tensor([0]), member[:1], torch.zeros(1, 5, dtype=torch.bool))
+    assert not hidden[0][:, :, :2].any() and hidden[1][0, 2] == 0
 
 
 def test_image_without_objects_beside_one_with_objects() -> None:

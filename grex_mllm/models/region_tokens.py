@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from grex_mllm.errors import fault
 
 IMAGE, DISTRACTOR, TARGET = 0, 1, 2  # also the order in the prefix
+MOST_COMPARED = 3.0  # objects; more count as this many
 MOST_COUNTED = 7  # targets; more count as this many
 NUM_FREQUENCIES = 6
 GEOMETRY_WIDTH = 7 + 2 * 4 * NUM_FREQUENCIES
@@ -32,7 +33,7 @@ class ObjectTokens:
 
     tokens: float [B, N, D].  present: bool [B, N] (False: padding, or an object without a pixel).  order: int64 [B, N], positions from
     left to right, absent ones last.  area: float [B, N], share of the image.  image: float [B, G, D].  attribute_logits: name -> float
-    [B, N, classes], for the heads that there are.
+    [B, N, classes], for the heads that there are.  words: float [B, N, sum of classes], the probabilities of those, None without heads.
     """
 
     tokens: Tensor
@@ -41,6 +42,7 @@ class ObjectTokens:
     area: Tensor
     image: Tensor
     attribute_logits: dict[str, Tensor] = field(default_factory=dict)
+    words: Tensor | None = None
 
 
 class RegionTokens(nn.Module):
@@ -75,6 +77,8 @@ class RegionTokens(nn.Module):
         if self.classes:
             self.attribute_head = nn.Linear(hidden, sum(self.classes.values()))
             self.words = nn.Linear(sum(self.classes.values()), hidden, bias=False)
+            self.rivals = nn.Linear(3, hidden, bias=False)
+            self.shared = nn.Linear(len(self.classes) + 1, hidden, bias=False)
             nn.init.zeros_(self.look.weight)  # the words say most; what they leave out is learned on top
             nn.init.zeros_(self.look.bias)
         self.norm = nn.LayerNorm(hidden)
@@ -126,14 +130,15 @@ class RegionTokens(nn.Module):
         limits = valid_sizes.to(dtype).flip(-1).repeat(1, 2)[:, None]  # [B, 1, 4] width, height, width, height
         geometry = geometry_code(boxes / limits, area / limits[..., :2].prod(-1))
         seen = self.project(torch.cat([*pooled, geometry.to(weight), shape.to(weight)], -1))
-        token, attribute_logits = self.place(geometry.to(weight)) + self.look(seen), {}
+        token, attribute_logits, words = self.place(geometry.to(weight)) + self.look(seen), {}, None
         if self.classes:
             sizes = list(self.classes.values())
             attribute_logits = dict(zip(self.classes, self.attribute_head(seen).split(sizes, -1), strict=True))
-            token = token + self.words(torch.cat([logits.softmax(-1) for logits in attribute_logits.values()], -1))
+            words = torch.cat([logits.softmax(-1) for logits in attribute_logits.values()], -1)
+            token = token + self.words(words)
         order = _left_to_right(boxes, area, present)
         image = self._image_tokens(features, valid_sizes.to(dtype), (height, width))
-        return ObjectTokens(self.norm(token), present, order, area / limits[..., :2].prod(-1), image, attribute_logits)
+        return ObjectTokens(self.norm(token), present, order, area / limits[..., :2].prod(-1), image, attribute_logits, words)
 
     def told(self, instance_masks: list[Tensor], attributes: dict[str, list[Tensor]]) -> ObjectTokens:
         """Make the tokens of scenes that are told and not seen: places and attributes instead of feature maps, no image tokens.
@@ -160,9 +165,10 @@ class RegionTokens(nn.Module):
         for name, classes in self.classes.items():
             value = torch.nn.utils.rnn.pad_sequence(attributes[name], batch_first=True, padding_value=-1).to(device)
             known.append(F.one_hot(value.clamp(min=0), classes) * (value >= 0)[..., None])
-        token = self.place(geometry.to(weight)) + self.words(torch.cat(known, -1).to(weight))
+        words = torch.cat(known, -1).to(weight)
+        token = self.place(geometry.to(weight)) + self.words(words)
         image = token.new_zeros(len(masks), 0, token.shape[-1])
-        return ObjectTokens(self.norm(token), present, _left_to_right(boxes, area, present), area_norm, image)
+        return ObjectTokens(self.norm(token), present, _left_to_right(boxes, area, present), area_norm, image, {}, words)
 
     def select(self, objects: ObjectTokens, image_index: Tensor, member: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Return the prefix of E object sets: tokens [E, G + P, D], their mask (bool), and the sets' summaries [E, D].
@@ -182,6 +188,11 @@ class RegionTokens(nn.Module):
         place = kind.argsort(dim=1, stable=True)[:, : int((kind <= TARGET).sum(1).max())]
         kind, source = kind.gather(1, place), order.gather(1, place)
         tokens = objects.tokens[image_index[:, None], source] + self.kind(kind.clamp(max=TARGET))
+        among_others: Tensor | float = 0.0
+        if objects.words is not None:
+            rivalry, sharing = compare(objects.words, list(self.classes.values()), image_index, member, other.scatter(1, order, other))
+            tokens = tokens + self.rivals(rivalry.to(tokens.dtype)).gather(1, source[..., None].expand_as(tokens))
+            among_others = self.shared(sharing.to(tokens.dtype))
         image = objects.image[image_index] + self.kind.weight[IMAGE]
         tokens = torch.cat([image.to(tokens.dtype), tokens], 1)
         mask = torch.cat([kind.new_ones(image.shape[:2], dtype=torch.bool), kind <= TARGET], 1)
@@ -190,7 +201,7 @@ class RegionTokens(nn.Module):
         selected = (kind == TARGET).to(tokens.dtype)[..., None]
         number = selected.sum(1)
         mean = (tokens[:, image.shape[1] :] * selected).sum(1) / number.clamp(min=1)
-        summary = self.summary_to_lm(mean + self.count(number[:, 0].long().clamp(max=MOST_COUNTED)))
+        summary = self.summary_to_lm(mean + self.count(number[:, 0].long().clamp(max=MOST_COUNTED)) + among_others)
         return self.to_lm(tokens) * mask[..., None], mask, summary
 
     @torch.no_grad()
@@ -242,6 +253,30 @@ class RegionTokens(nn.Module):
         geometry = geometry_code(boxes, torch.full_like(boxes[..., 0], 1 / grid**2))
         shape = boxes.new_ones(num_images, grid**2, self.shape_side**2)
         return self.project(torch.cat([*pooled, geometry.to(weight), shape.to(weight)], -1))
+
+
+def compare(words: Tensor, classes: Sequence[int], image_index: Tensor, member: Tensor, other: Tensor) -> tuple[Tensor, Tensor]:
+    """Compare the targets of E sets with the other objects: float32 [E, N, 3] for the objects and [E, K + 1] for the sets, K attributes.
+
+    Of an object: how well a distractor fits all that the targets share; how many distractors are like a target in every attribute; how many
+    other targets are. Of a set: whether its targets share a value of each attribute, and how many distractors fit all that they share.
+    Whether a description suffices is so in plain sight, before anything is learned.
+
+    words: float [B, N, sum of classes], probabilities.  member, other: bool [E, N], targets and distractors.
+    """
+    with torch.autocast(words.device.type, enabled=False):
+        words = words.float()
+        same = torch.stack([part @ part.transpose(1, 2) for part in words.split(list(classes), -1)]).prod(0)  # [B, N, N]
+        same = (same * (1.0 - torch.eye(same.shape[1], device=same.device))).index_select(0, image_index)
+        target, distractor = member.float()[..., None], other.float()[..., None]
+        rivals, kin = (same @ distractor) * target, (same @ target) * target
+        each = words.index_select(0, image_index)
+        common = (target * each.clamp(min=1e-4).log()).sum(1, keepdim=True).exp()  # [E, 1, C]: the probability that all targets have it
+        held = torch.cat([part.sum(-1, keepdim=True) for part in common.split(list(classes), -1)], -1)
+        fitting = torch.cat([part.sum(-1, keepdim=True) for part in (common * each).split(list(classes), -1)], -1)
+        fits = (1.0 - held + fitting).prod(-1, keepdim=True) * distractor
+        objects = torch.cat([fits, rivals, kin], -1).clamp(max=MOST_COMPARED)
+        return objects, torch.cat([held[:, 0], fits.sum(1).clamp(max=MOST_COMPARED)], -1)
 
 
 def geometry_code(boxes_xyxy_norm: Tensor, area: Tensor) -> Tensor:
