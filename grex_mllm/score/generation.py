@@ -203,7 +203,9 @@ def _assemble(
             block[name]["correct"] = judged.count("exact") / len(judged)
             block[name]["judgements"] = {j: judged.count(j) for j in JUDGEMENTS} | {"unjudged": judged.count(None)}
         if any(answers.round_trips):
-            block[name] |= _round_trip(truth, [items[k] for k in members], [answers.round_trips[k] for k in members], boxes or GrecRules())
+            trips = [answers.round_trips[k] for k in members]
+            rules = boxes or GrecRules(select="all")  # a protocol without rules for boxes takes the answer's own
+            block[name] |= _round_trip(truth, [items[k] for k in members], trips, rules)
     return block
 
 
