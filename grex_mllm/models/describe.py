@@ -21,12 +21,15 @@ from grex_mllm.data.transforms import mask_to_original
 from grex_mllm.errors import fault
 from grex_mllm.models.decoders.image_regions import Regions
 from grex_mllm.models.grex import EncodedImage, GrexModel
-from grex_mllm.models.region_tokens import selection_masks
+from grex_mllm.models.region_tokens import mask_boxes, selection_masks
+from grex_mllm.ops.boxes import box_iou
 from grex_mllm.ops.masks import resize_mask_nearest
 from grex_mllm.types import Geometry, GroundingOutput
 
 RERANKERS = (None, "listener")
 MAX_OVERLAP = 0.5
+SURE, UNSURE = 0.5, 0.2  # objectness of an object that is there anyway, and of one where a user says that there is one
+LEAST_FIT = 0.5  # IoU of a given box with the extent of the object in it
 LISTENER_TEMPERATURE = 0.7  # of the candidates to choose from; demo, validation: 0.6 to 0.8 alike, at 1.0 one point fewer exact sets
 RARITY = 0.15  # 0: agreement alone, 3 points fewer exact sets on the demo's validation scenes (0.25 and 0.35: no better)
 
@@ -59,7 +62,8 @@ def describe(
     """Write one expression for the selected objects; with `object_sets`, one for each set in one call.
 
     masks: sequence of bool [H0, W0], or boxes_xyxy: sequence of [x1, y1, x2, y2], at the image's size: without `object_sets` the selected
-    objects. object_sets: lists of positions in masks or boxes; the objects that a set leaves out are its distractors.
+    objects. A box stands for the object that the grounding model finds in it, see `masks_in_boxes`.
+    object_sets: lists of positions in masks or boxes; the objects that a set leaves out are its distractors.
     mode: greedy | beam | sample.  candidates, rerank: draw that many (`greedy` then samples, and adds the greedy answer) and let the model
     itself choose ("listener").  temperature: of the samples; None = 1, and 0.7 for candidates of the listener.
     details: return `Description` objects instead of strings.
@@ -78,6 +82,8 @@ def describe(
     selected = selection_masks(size[0], size[1], masks, boxes_xyxy).numpy()
     sets = [list(range(len(selected)))] if object_sets is None else [list(s) for s in object_sets]
     encoded = array if isinstance(array, EncodedImage) else model.encode(array)
+    if boxes_xyxy is not None:
+        selected = masks_in_boxes(encoded, selected)
     known = np.concatenate([selected, other_objects(encoded, selected)])
     results = describe_encoded(model, encoded, known, sets, mode, candidates, rerank, num_beams, temperature, seed)
     given: list[Any] = list(results) if details else [r.expression for r in results]
@@ -128,17 +134,38 @@ def other_objects(encoded: EncodedImage, selected: np.ndarray) -> np.ndarray:
 
     Only decoders that know instances find any. selected: bool [n, H0, W0].
     """
-    regions = encoded.features.regions
     found = np.zeros((0, *selected.shape[1:]), bool)
-    if not isinstance(regions, Regions):
-        return found
-    sure, order = regions.objectness[-1][0].sigmoid().sort(descending=True)
-    logits = regions.masks()[0]
-    for k in order[sure > 0.5].tolist():
-        mask = mask_to_original(logits[k], encoded.geometry, encoded.canvas).cpu().numpy()
-        if mask.any() and all(_overlap(mask, other) < MAX_OVERLAP for other in (*selected, *found)):
+    for mask in found_objects(encoded, SURE):
+        if all(_overlap(mask, other) < MAX_OVERLAP for other in (*selected, *found)):
             found = np.concatenate([found, mask[None]])
     return found
+
+
+@torch.inference_mode()
+def masks_in_boxes(encoded: EncodedImage, boxes: np.ndarray) -> np.ndarray:
+    """Return bool [n, H0, W0]: in each box the object that the grounding model finds there, the box itself where none fits it.
+
+    A full box is a square to the generator, which learned from masks. Only decoders that know instances find any. boxes: bool [n, H0, W0].
+    """
+    found = found_objects(encoded, UNSURE)
+    extents = mask_boxes(torch.from_numpy(np.stack(found))) if found else torch.zeros(0, 4, dtype=torch.int64)
+    fits = box_iou(mask_boxes(torch.from_numpy(boxes)).float(), extents.float()).numpy()
+    result = boxes.copy()
+    for i, row in enumerate(fits):
+        if len(row) and row.max() >= LEAST_FIT and (boxes[i] & found[int(row.argmax())]).any():
+            result[i] &= found[int(row.argmax())]
+    return result
+
+
+def found_objects(encoded: EncodedImage, least: float) -> list[np.ndarray]:
+    """Return masks bool [H0, W0] of the regions of at least this objectness, surest first; none where the decoder knows no instances."""
+    regions = encoded.features.regions
+    if not isinstance(regions, Regions):
+        return []
+    sure, order = regions.objectness[-1][0].sigmoid().sort(descending=True)
+    logits = regions.masks()[0]
+    masks = [mask_to_original(logits[k], encoded.geometry, encoded.canvas).cpu().numpy() for k in order[sure > least].tolist()]
+    return [mask for mask in masks if mask.any()]
 
 
 def _overlap(first: np.ndarray, second: np.ndarray) -> float:
