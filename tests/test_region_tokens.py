@@ -7,11 +7,11 @@ import pytest
 import torch
 
 from grex_mllm.errors import GrexError
+from grex_mllm.models.comparison import compare
 from grex_mllm.models.region_tokens import (
     GEOMETRY_WIDTH,
     RegionTokens,
     boxes_to_masks,
-    compare,
     geometry_code,
     interval_weights,
     mask_boxes,

@@ -19,9 +19,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from grex_mllm.errors import fault
+from grex_mllm.models.comparison import compare
 
 IMAGE, DISTRACTOR, TARGET = 0, 1, 2  # also the order in the prefix
-MOST_COMPARED = 3.0  # objects; more count as this many
 MOST_COUNTED = 7  # targets; more count as this many
 NUM_FREQUENCIES = 6
 GEOMETRY_WIDTH = 7 + 2 * 4 * NUM_FREQUENCIES
@@ -255,30 +255,6 @@ class RegionTokens(nn.Module):
         return self.project(torch.cat([*pooled, geometry.to(weight), shape.to(weight)], -1))
 
 
-def compare(words: Tensor, classes: Sequence[int], image_index: Tensor, member: Tensor, other: Tensor) -> tuple[Tensor, Tensor]:
-    """Compare the targets of E sets with the other objects: float32 [E, N, 3] for the objects and [E, K + 1] for the sets, K attributes.
-
-    Of an object: how well a distractor fits all that the targets share; how many distractors are like a target in every attribute; how many
-    other targets are. Of a set: whether its targets share a value of each attribute, and how many distractors fit all that they share.
-    Whether a description suffices is so in plain sight, before anything is learned.
-
-    words: float [B, N, sum of classes], probabilities.  member, other: bool [E, N], targets and distractors.
-    """
-    with torch.autocast(words.device.type, enabled=False):
-        words = words.float()
-        same = torch.stack([part @ part.transpose(1, 2) for part in words.split(list(classes), -1)]).prod(0)  # [B, N, N]
-        same = (same * (1.0 - torch.eye(same.shape[1], device=same.device))).index_select(0, image_index)
-        target, distractor = member.float()[..., None], other.float()[..., None]
-        rivals, kin = (same @ distractor) * target, (same @ target) * target
-        each = words.index_select(0, image_index)
-        common = (target * each.clamp(min=1e-4).log()).sum(1, keepdim=True).exp()  # [E, 1, C]: the probability that all targets have it
-        held = torch.cat([part.sum(-1, keepdim=True) for part in common.split(list(classes), -1)], -1)
-        fitting = torch.cat([part.sum(-1, keepdim=True) for part in (common * each).split(list(classes), -1)], -1)
-        fits = (1.0 - held + fitting).prod(-1, keepdim=True) * distractor
-        objects = torch.cat([fits, rivals, kin], -1).clamp(max=MOST_COMPARED)
-        return objects, torch.cat([held[:, 0], fits.sum(1).clamp(max=MOST_COMPARED)], -1)
-
-
 def geometry_code(boxes_xyxy_norm: Tensor, area: Tensor) -> Tensor:
     """Return [..., GEOMETRY_WIDTH]: cxcywh, area, log aspect ratio, share of the box that is filled, and sine/cosine of the corners.
 
@@ -297,8 +273,7 @@ def interval_weights(start: Tensor, stop: Tensor, parts: int, cells: int) -> Ten
     step = (stop - start)[:, None] / parts
     low = start[:, None] + step * torch.arange(parts, device=start.device, dtype=start.dtype)
     cell = torch.arange(cells, device=start.device, dtype=start.dtype)
-    overlap = torch.minimum((low + step)[..., None], cell + 1) - torch.maximum(low[..., None], cell)
-    overlap = overlap.clamp(min=0)
+    overlap = (torch.minimum((low + step)[..., None], cell + 1) - torch.maximum(low[..., None], cell)).clamp(min=0)
     return overlap / overlap.sum(-1, keepdim=True).clamp(min=1e-12)
 
 
@@ -315,8 +290,7 @@ def mask_boxes(masks: Tensor) -> Tensor:
 def boxes_to_masks(boxes_xyxy: Tensor, height: int, width: int) -> Tensor:
     """Return bool [n, H, W]: the pixels that xyxy boxes touch, at least one each."""
     boxes = boxes_xyxy.double()
-    x = torch.arange(width, device=boxes.device)
-    y = torch.arange(height, device=boxes.device)
+    x, y = torch.arange(width, device=boxes.device), torch.arange(height, device=boxes.device)
     left, top = boxes[:, 0].floor().clamp(0, width - 1), boxes[:, 1].floor().clamp(0, height - 1)
     right, bottom = torch.maximum(boxes[:, 2].ceil(), left + 1), torch.maximum(boxes[:, 3].ceil(), top + 1)
     columns = (x >= left[:, None]) & (x < right[:, None])
