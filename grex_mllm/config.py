@@ -292,7 +292,7 @@ class TrainConfig:
     accumulation: int = 1
     ground_ratio: float = 0.7
     joint_batches: bool = False  # grounding batches teach the generator, too: the image is encoded once for both
-    precision: str = "fp32"  # fp32 | bf16 | fp16 (not on CPU)
+    precision: str = "auto"  # auto (bf16 where the machine multiplies it natively, else fp32) | fp32 | bf16 | fp16 (not on CPU)
     log_every: int = 20
     save_every: int = 500
     keep: int = 2

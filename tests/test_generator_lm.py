@@ -96,7 +96,7 @@ def test_text_training_is_reproducible(tokenizer: LMTokenizer) -> None:
 
 def test_text_training_by_the_clock_and_in_bf16(tokenizer: LMTokenizer) -> None:
     with Generator(SMALL, CHANNELS, tokenizer).text_only() as lm:
-        done = train_language_model(lm, tokenizer, LINES, seconds=0.3, batch=4, bf16=True)
+        done = train_language_model(lm, tokenizer, LINES, seconds=0.3, batch=4, precision="bf16")
     assert done.steps >= 1 and done.seconds >= 0.3 and math.isfinite(done.perplexity)
 
 

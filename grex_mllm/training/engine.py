@@ -8,7 +8,7 @@ import socket
 import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -18,6 +18,7 @@ from torch.optim import Optimizer
 
 from grex_mllm.config import TrainConfig
 from grex_mllm.errors import fault
+from grex_mllm.precision import DTYPES, Resolved, autocast, resolve_precision
 from grex_mllm.training.optim import JoinedOptimizer
 from grex_mllm.types import Batch
 
@@ -25,7 +26,6 @@ if TYPE_CHECKING:
     from accelerate import Accelerator
 
 LossFunction = Callable[[Any, Batch, str, float], dict[str, Tensor]]
-AUTOCAST = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 class JointLoss(nn.Module):
@@ -39,12 +39,11 @@ class JointLoss(nn.Module):
         super().__init__()
         self.model = model
         self.loss_fn = loss_fn
-        self.dtype = AUTOCAST[precision]
+        self.precision = precision
         self.reaches_all = False
 
     def forward(self, batch: Batch, task: str, progress: float) -> dict[str, Tensor]:
-        cast = torch.autocast(batch.image.device.type, self.dtype) if self.dtype is not None else nullcontext()
-        with cast:
+        with autocast(self.precision, batch.image.device.type):
             terms = {name: value.float() for name, value in self.loss_fn(self.model, batch, task, progress).items()}
         if self.reaches_all:
             terms["total"] = _ReachAll.apply(terms["total"], *(p for p in self.model.parameters() if p.requires_grad))
@@ -103,12 +102,23 @@ def start_accelerator(config: TrainConfig, batch_images: int) -> Accelerator:
 
 def check_precision(precision: str, device: str, deepspeed: bool) -> None:
     """Raise GrexError for a precision that does not exist or cannot work there."""
-    if precision not in AUTOCAST:
-        raise fault(f'train.precision is "{precision}"', f"one of {', '.join(AUTOCAST)}", "choose one of them")
+    if precision not in ("auto", *DTYPES):
+        raise fault(f'train.precision is "{precision}"', f"one of auto, {', '.join(DTYPES)}", "choose one of them")
     if precision == "fp16" and device != "cuda":
         raise fault(f"train.precision is fp16 on {device}", "a CUDA GPU for fp16", 'set train.precision to "bf16" or "fp32"')
     if precision == "fp16" and deepspeed:
         raise fault("train.precision is fp16 with DeepSpeed", "bf16 or fp32 there", 'set train.precision to "bf16"')
+
+
+def agreed_precision(accelerator: Accelerator, config: TrainConfig) -> Resolved:
+    """Return the precision that all processes use: float32 where `auto` finds that for one of them."""
+    own = resolve_precision(config.precision, accelerator.device)
+    if config.precision != "auto" or accelerator.num_processes == 1:
+        return own
+    votes = accelerator.gather(torch.tensor([own.precision == "bf16"], device=accelerator.device, dtype=torch.int64))
+    if own.precision == "bf16" and not bool(votes.all()):
+        return Resolved("fp32", f"process {int(votes.argmin())} does not compute in bfloat16 natively")
+    return own
 
 
 def check_deepspeed(path: str) -> dict[str, Any]:

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from grex_mllm.errors import fault
 from grex_mllm.models.lm_tokenizer import LMTokenizer
+from grex_mllm.precision import autocast
 
 LOSS_MEMORY = 0.98  # of the running mean that is reported
 WARM_UP = 0.05
@@ -48,7 +49,7 @@ def train_language_model(
     lr: float = 2e-3,
     weight_decay: float = 0.01,
     seed: int = 0,
-    bf16: bool = False,
+    precision: str = "fp32",
     progress: Callable[[float, float], None] | None = None,
 ) -> LanguageModelTraining:
     """Train the parameters of `lm` that want gradients on lines, for `steps` or `seconds` (give one), with AdamW, warm-up and cosine.
@@ -77,7 +78,7 @@ def train_language_model(
         for group in optimizer.param_groups:
             group["lr"] = lr * min(1.0, (done + 1e-3) / WARM_UP) * (0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * done)))
         ids, mask = _draw_batch(rows, batch, tokenizer.pad_id, draw)
-        loss = _text_loss(lm, ids.to(device), mask.to(device), bf16)
+        loss = _text_loss(lm, ids.to(device), mask.to(device), precision)
         if not bool(torch.isfinite(loss)):
             raise fault(f"language-model loss {loss.item()} at step {step}", "a finite number", "lower the learning rate")
         optimizer.zero_grad(set_to_none=True)
@@ -105,7 +106,7 @@ def text_loss(lm: Any, tokenizer: LMTokenizer, lines: Sequence[str], batch: int 
     for start in range(0, len(rows), batch):
         ids, mask = _pad(rows[start : start + batch], tokenizer.pad_id)
         tokens = int(mask[:, 1:].sum())
-        total += float(_text_loss(lm, ids.to(device), mask.to(device), False)) * tokens
+        total += float(_text_loss(lm, ids.to(device), mask.to(device), "fp32")) * tokens
         count += tokens
     lm.train(was_training)
     return total / max(count, 1)
@@ -129,9 +130,9 @@ def _pad(rows: list[list[int]], pad_id: int) -> tuple[Tensor, Tensor]:
     return ids, mask
 
 
-def _text_loss(lm: Any, ids: Tensor, mask: Tensor, bf16: bool) -> Tensor:
+def _text_loss(lm: Any, ids: Tensor, mask: Tensor, precision: str) -> Tensor:
     """Mean over the real tokens after the first. Padding is on the right and causal attention never sees it, so no mask is needed."""
-    with torch.autocast(ids.device.type, dtype=torch.bfloat16, enabled=bf16):
+    with autocast(precision, ids.device.type):
         logits = lm(input_ids=ids, use_cache=False).logits[:, :-1]
     real = mask[:, 1:].bool()
     return F.cross_entropy(logits[real].float(), ids[:, 1:][real])

@@ -19,6 +19,7 @@ from grex_mllm.training.batches import MODEL_STREAM, BatchSource, map_tensors, s
 from grex_mllm.training.engine import (
     JointLoss,
     LossFunction,
+    agreed_precision,
     determinism,
     forget_gradients,
     is_deepspeed,
@@ -93,12 +94,13 @@ class _Run:
 
     def __init__(self, model: nn.Module, batches: BatchSource, loss_fn: LossFunction, config: Config, accelerator: Any) -> None:
         self.config, self.accelerator = config.train, accelerator
-        optimizer = build_optimizer(model, config.train.optim)
+        self.precision = agreed_precision(accelerator, config.train)
+        optimizer = build_optimizer(model, config.train.optim, self.precision.precision)
         chosen = {id(parameter) for parameter in optimized_parameters(optimizer)}
         for parameter in model.parameters():
             parameter.requires_grad_(id(parameter) in chosen)
         schedule = build_schedule(optimizer, config.train.optim, config.train.steps)
-        wrapped, prepared = prepare(accelerator, JointLoss(model, loss_fn, config.train.precision), optimizer)
+        wrapped, prepared = prepare(accelerator, JointLoss(model, loss_fn, self.precision.precision), optimizer)
         self.state = checkpoint.RunState(accelerator, model, wrapped, prepared, schedule, self._average(model), to_dict(config))
         self.trained = [] if is_deepspeed(accelerator) else optimized_parameters(optimizer)
         self.batches = batches.share(accelerator.process_index, accelerator.num_processes) if accelerator.num_processes > 1 else batches
@@ -125,6 +127,9 @@ class _Run:
         numbered = iter(stream(self.batches, self.first * micro, settings.steps * micro, self.num_workers, settings.seed, rank))
         self.state.wrapped.train()
         log, window = RunLog(settings.out, self.first, settings.steps, self.accelerator.is_main_process), Window()
+        log.say(f"precision: {self.precision.precision} on {self.accelerator.device.type} ({self.precision.reason})")
+        if self.precision.warning:
+            log.say(f"warning: {self.precision.warning}")
         if self.first:
             log.say(f"going on after step {self.first}")
         try:

@@ -19,7 +19,7 @@ from torch.optim.lr_scheduler import LambdaLR
 
 from grex_mllm.config import OptimConfig
 from grex_mllm.errors import fault
-from grex_mllm.training.muon import BatchedMuon
+from grex_mllm.training.muon import BatchedMuon, muon_dtype
 
 RELEASED_TEXT_LAYERS = range(10)
 NORMS = (nn.LayerNorm, nn.GroupNorm, nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm, nn.InstanceNorm1d, nn.InstanceNorm2d)
@@ -65,11 +65,11 @@ class JoinedOptimizer(Optimizer):
         return loss
 
 
-def build_optimizer(model: nn.Module, config: OptimConfig) -> Optimizer:
+def build_optimizer(model: nn.Module, config: OptimConfig, precision: str = "fp32") -> Optimizer:
     """Make AdamW over the parameter groups that the configuration asks for, or Muon for hidden matrices joined with AdamW for the rest.
 
     Muon (Jordan 2024) orthogonalises the momentum of a matrix; torch's `match_rms_adamw` scaling (Moonshot 2025) is on, so that its
-    learning rate has AdamW's scale.
+    learning rate has AdamW's scale.  precision: the resolved one of the training, which Muon's matrix products follow.
 
     Raises:
         GrexError: unknown `groups` or `text`, or Muon with the released groups (which are defined for AdamW).
@@ -89,7 +89,7 @@ def build_optimizer(model: nn.Module, config: OptimConfig) -> Optimizer:
     if not hidden:
         return optimizer
     matrices = _groups({name: decays[name] for name in decays if name in hidden}, parameters, config.muon_lr, config.lr_scale)
-    muon = BatchedMuon(matrices, lr=config.muon_lr, momentum=config.muon_momentum)
+    muon = BatchedMuon(matrices, lr=config.muon_lr, momentum=config.muon_momentum, dtype=muon_dtype(precision))
     return JoinedOptimizer([muon, optimizer])
 
 

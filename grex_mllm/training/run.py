@@ -19,6 +19,7 @@ from grex_mllm.errors import fault
 from grex_mllm.models.grex import GrexModel
 from grex_mllm.models.lm_tokenizer import LMTokenizer, train_sentencepiece
 from grex_mllm.models.text import TextTokenizer, load_text_tokenizer, train_text_tokenizer
+from grex_mllm.precision import resolve_precision
 from grex_mllm.training import checkpoint
 from grex_mllm.training.batches import GENERATE, GROUND, TaskMixture, seed_all
 from grex_mllm.training.engine import is_main_process, wait_for
@@ -212,7 +213,7 @@ def learn_from_text(model: GrexModel, config: Config) -> None:
     from grex_mllm.training.lm import train_language_model
     from grex_mllm.training.told import train_on_told_scenes
 
-    settings, bf16 = config.train.text, config.train.precision == "bf16"
+    settings, precision = config.train.text, resolve_precision(config.train.precision, model.device).precision
     if settings.steps and model.generator is not None and config.model.generator.lm == "tiny":
         with model.generator.text_only() as lm, progress_bar("language model on text") as progress:
             train_language_model(
@@ -223,7 +224,7 @@ def learn_from_text(model: GrexModel, config: Config) -> None:
                 batch=settings.batch,
                 lr=settings.lr,
                 seed=config.train.seed,
-                bf16=bf16,
+                precision=precision,
                 progress=progress,
             )
     if settings.scenes:

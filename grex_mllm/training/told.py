@@ -11,12 +11,12 @@ import math
 from collections.abc import Callable
 from dataclasses import replace
 
-import torch
 from torch import Tensor
 
 from grex_mllm.config import Config
 from grex_mllm.errors import fault
 from grex_mllm.models.grex import GrexModel
+from grex_mllm.precision import autocast, resolve_precision
 from grex_mllm.training.batches import BatchSource, stream
 from grex_mllm.training.optim import build_optimizer, build_schedule, clip_gradients, optimized_parameters
 from grex_mllm.types import Batch
@@ -44,14 +44,14 @@ def train_on_told_scenes(
             "set them, or train.text.scenes to 0",
         )
     optim = replace(config.train.optim, lr=config.train.text.lr, lr_scale={}, schedule="cosine", weight_decay=0.0)
-    steps, bf16 = config.train.text.scenes, config.train.precision == "bf16"
+    steps, precision = config.train.text.scenes, resolve_precision(config.train.precision, model.device).precision
     running, was_training = float("nan"), model.training
     model.train()
     with model.generator.base_training():
-        optimizer = build_optimizer(model.generator, optim)
+        optimizer = build_optimizer(model.generator, optim, precision)
         schedule = build_schedule(optimizer, optim, steps)
         for step, (_, batch) in enumerate(stream(source, 0, steps, config.data.num_workers, config.train.seed)):
-            loss = _loss(model, batch, bf16)
+            loss = _loss(model, batch, precision)
             value = float(loss.detach())
             if not math.isfinite(value):
                 raise fault(f"loss {value} at step {step} of the training on told scenes", "a finite number", "lower train.text.lr")
@@ -68,10 +68,10 @@ def train_on_told_scenes(
     return running
 
 
-def _loss(model: GrexModel, batch: Batch, bf16: bool) -> Tensor:
+def _loss(model: GrexModel, batch: Batch, precision: str) -> Tensor:
     if batch.lm_ids is None or batch.lm_mask is None or batch.lm_index is None:
         raise fault("told scenes without any expression that has a target", "at least one in a batch", "raise train.batch_images")
     index, targets = batch.image_index[batch.lm_index], [batch.target_index[e] for e in batch.lm_index.tolist()]
-    with torch.autocast(model.device.type, dtype=torch.bfloat16, enabled=bf16):
+    with autocast(precision, model.device.type):
         attributes = batch.instance_attributes or {}
         return model.generator.told(batch.instance_masks, attributes, index, targets, batch.lm_ids, batch.lm_mask).loss

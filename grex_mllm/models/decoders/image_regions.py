@@ -119,9 +119,9 @@ class ImageRegions(nn.Module):
         channels = config.width
         heat_width = config.heat_width
         self.heat = nn.Sequential(nn.Conv2d(mask_width, heat_width, 3, padding=1), nn.GELU())
-        self.centre, self.cell_box = nn.Conv2d(heat_width, 1, 1), nn.Conv2d(heat_width, 4, 1)
+        self.cell = nn.Linear(heat_width, 1 + 4)  # of every cell: heat, box
         self.region = nn.Linear(heat_width, channels)
-        nn.init.constant_(self.centre.bias, CENTRE_PRIOR)  # type: ignore[arg-type]
+        nn.init.constant_(self.cell.bias[0], CENTRE_PRIOR)
         self.inputs = nn.ModuleList([nn.Linear(width, channels) for _ in range(config.num_levels)])
         self.level_embedding = nn.Parameter(torch.randn(config.num_levels, channels) * 0.02)
         self.position = mlp(BOX_CODE_WIDTH, channels, channels)
@@ -143,14 +143,15 @@ class ImageRegions(nn.Module):
     def forward(self, pixels: PixelFeatures) -> Regions:
         """Find the regions of B images."""
         finest = pixels.mask_features
-        hidden = self.heat(finest)
-        heat = precise(self.centre(hidden)).flatten(1)
+        hidden = self.heat(finest).flatten(2)  # [B, C, S]
+        cell = precise(torch.matmul(self.cell.weight, hidden) + self.cell.bias[:, None])  # quicker than a convolution to five channels
+        heat = cell[:, 0]
         size = (int(finest.shape[-2]), int(finest.shape[-1]))
         cells = grid_boxes(size[0], size[1], self.level_embedding)
-        cell_boxes = self._cell_boxes(precise(self.cell_box(hidden)).flatten(2).transpose(1, 2), cells)
+        cell_boxes = self._cell_boxes(cell[:, 1:].transpose(1, 2), cells)
         kept = self._best(heat, size)
         boxes = gather(cell_boxes, kept).detach()
-        x = self.region(gather(hidden.flatten(2).transpose(1, 2), kept))
+        x = self.region(hidden.gather(2, kept[:, None].expand(-1, hidden.shape[1], -1)).transpose(1, 2))
         levels = pixels.levels[: len(self.inputs)]
         tokens = torch.cat([self._tokens(level, i) for i, level in enumerate(levels)], dim=1)
         sources = [self.roi_fine(finest), self.roi_coarse(pixels.levels[-1])]
