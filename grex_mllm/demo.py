@@ -5,16 +5,21 @@ from __future__ import annotations
 import time
 from functools import lru_cache
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from grex_mllm.config import CONFIG_FOLDER, PROTOCOL_FOLDER, load_config, to_dict
 from grex_mllm.errors import fault
 from grex_mllm.types import Sample
 
+if TYPE_CHECKING:
+    from grex_mllm.precision import Resolved
+    from grex_mllm.training.forecast import Forecast
+
 DEMO_CONFIG = CONFIG_FOLDER / "demo.yaml"
 PROTOCOL = PROTOCOL_FOLDER / "all.yaml"
 DATA, PREDICTIONS, RESULTS = "data", "predictions.jsonl", "results.json"
 TEST_SCENES, EXPRESSIONS_PER_SCENE, LISTENER_CANDIDATES = 250, 8, 16
+PREDICTION_STEPS, SCORING_S = 90, 15.0  # time of the prediction in joint training steps, and of scores and report; for the announcement
 
 
 def run_demo(out: Path, config_file: str | None, overrides: list[str]) -> dict[str, Any]:
@@ -29,7 +34,7 @@ def run_demo(out: Path, config_file: str | None, overrides: list[str]) -> dict[s
     from grex_mllm.score import score
     from grex_mllm.training.run import train_from_config
 
-    start = time.monotonic()
+    start, told = time.monotonic(), dict[str, float]()
     config = load_config(config_file or DEMO_CONFIG, [*overrides, f"--train.out={out}", "--train.resume=true"])
     _say(f"1/4 data: {TEST_SCENES} synthetic test scenes with {EXPRESSIONS_PER_SCENE} expressions each into {out / DATA}")
     if not (out / DATA).is_dir():
@@ -38,7 +43,7 @@ def run_demo(out: Path, config_file: str | None, overrides: list[str]) -> dict[s
         _say(f"2/4 training: {out / WEIGHTS} is there already (remove {out} to train anew)")
     else:
         _say("2/4 joint training of grounding (masks, boxes, counts) and generation (group expressions), on scenes drawn on the fly")
-        train_from_config(config)
+        train_from_config(config, on_forecast=lambda forecast, precision: announce(forecast, precision, start, told))
     trained = time.monotonic()
     _say("3/4 prediction of the test split: every expression, every object set, greedy and chosen by listening")
     if not (out / PREDICTIONS).exists():
@@ -52,10 +57,32 @@ def run_demo(out: Path, config_file: str | None, overrides: list[str]) -> dict[s
     done = time.monotonic()
     _say(
         f"report: {page}\n"
-        f"time: training {trained - start:.0f} s, prediction {predicted - trained:.0f} s, scores and report {done - predicted:.0f} s\n"
+        f"time: training {trained - start:.0f} s, prediction {predicted - trained:.0f} s, scores and report {done - predicted:.0f} s"
+        f"{_against(done - start, told)}\n"
         f'ask it: grex ground --model {out} --image {out / DATA}/images/test-0.png --expression "the red circles" --out {out}/answers'
     )
     return results
+
+
+def announce(forecast: Forecast, precision: Resolved, start: float, told: dict[str, float]) -> None:
+    """Say how long the demo will take on this machine, and in which precision it computes and why.
+
+    start: `time.monotonic()` of the beginning.  told: gets the expected seconds of the whole demo under "total_s".
+    """
+    prediction = PREDICTION_STEPS * forecast.step_s
+    told["total_s"] = time.monotonic() - start + forecast.total_s + prediction + SCORING_S
+    _say(f"precision: {precision.precision} ({precision.reason})")
+    if precision.warning:
+        _say(f"warning: {precision.warning}")
+    language = forecast.text_s + forecast.scenes_s
+    _say(
+        f"expected on this machine: {told['total_s'] / 60:.1f} minutes in all: language model {language / 60:.1f}, "
+        f"joint training {forecast.joint_s / 60:.1f}, prediction {prediction / 60:.1f} (measured; other programs make it longer)"
+    )
+
+
+def _against(spent_s: float, told: dict[str, float]) -> str:
+    return f"; {spent_s / 60:.1f} minutes in all, {told['total_s'] / 60:.1f} were announced" if told else ""
 
 
 def report_run(run: Path) -> Path:

@@ -108,7 +108,9 @@ def _on_cpu(name: str) -> Resolved:
     if name == "auto":
         return Resolved("bf16" if speedup >= NATIVE_SPEEDUP else "fp32", f"{told}, measured")
     slow = speedup * WARNED_SLOWDOWN < 1
-    return Resolved("bf16", "as configured", f"{told} (measured); expect steps that take many times longer: use precision auto" if slow else "")
+    return Resolved(
+        "bf16", "as configured", f"{told} (measured); expect steps that take many times longer: use precision auto" if slow else ""
+    )
 
 
 def _cuda_has_bf16() -> bool:

@@ -80,6 +80,7 @@ def toy_config(out: str | Path, **settings: Any) -> Config:
         "log_every": 1,
         "save_every": 4,
         "ground_ratio": 0.5,
+        "precision": "fp32",
         "optim.lr": 0.01,
         **settings,
     }

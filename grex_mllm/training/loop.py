@@ -67,7 +67,7 @@ def train(
         GrexError: settings that cannot work, a run in `train.out` already, a loss or gradient that is not finite.
     """
     check(config.train)
-    processes = _processes()
+    processes = num_processes()
     if config.train.batch_images % processes:
         raise fault(f"train.batch_images is {config.train.batch_images}", f"a multiple of the {processes} processes", "change one of them")
     accelerator = start_accelerator(config.train, config.train.batch_images // processes)
@@ -219,8 +219,8 @@ class _Run:
         self.accelerator.wait_for_everyone()
 
 
-def _processes() -> int:
-    """Number of processes that the launcher started."""
+def num_processes() -> int:
+    """Return the number of processes that the launcher started."""
     import os
 
     return int(os.environ.get("WORLD_SIZE", "1")) if "RANK" in os.environ else 1

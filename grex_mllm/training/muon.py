@@ -10,7 +10,6 @@ import torch
 from torch import Tensor
 from torch.optim import Muon
 
-
 LONG = 1.5  # columns over rows from which the products of rows pay
 
 

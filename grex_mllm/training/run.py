@@ -19,12 +19,13 @@ from grex_mllm.errors import fault
 from grex_mllm.models.grex import GrexModel
 from grex_mllm.models.lm_tokenizer import LMTokenizer, train_sentencepiece
 from grex_mllm.models.text import TextTokenizer, load_text_tokenizer, train_text_tokenizer
-from grex_mllm.precision import resolve_precision
+from grex_mllm.precision import Resolved, resolve_precision
 from grex_mllm.training import checkpoint
 from grex_mllm.training.batches import GENERATE, GROUND, TaskMixture, seed_all
 from grex_mllm.training.engine import is_main_process, wait_for
+from grex_mllm.training.forecast import Forecast, forecast_training
 from grex_mllm.training.instance_losses import IGNORED, InstanceLoss
-from grex_mllm.training.loop import TrainResult, train
+from grex_mllm.training.loop import TrainResult, num_processes, train
 from grex_mllm.training.losses import ReLALoss
 from grex_mllm.training.start import adopt_start, describe_new, start_from
 from grex_mllm.types import Batch
@@ -32,6 +33,7 @@ from grex_mllm.types import Batch
 TOKENIZERS = "tokenizers"
 CORPUS_LINES = 20_000
 SPOKEN_LINES = 20_000
+FORECAST_LINES = 1_000
 
 
 class JointLossTerms:
@@ -86,8 +88,15 @@ class JointLossTerms:
         return terms | {"total": total}
 
 
-def train_from_config(config: Config, on_step: Callable[[int, dict[str, float]], None] | None = None) -> TrainResult:
+def train_from_config(
+    config: Config,
+    on_step: Callable[[int, dict[str, float]], None] | None = None,
+    on_forecast: Callable[[Forecast, Resolved], None] | None = None,
+) -> TrainResult:
     """Train what the configuration says and write the model folder `train.out`.
+
+    on_forecast: called before a run that begins in one process, with the expected times and the precision that was chosen; measuring them
+    takes about fifteen steps.
 
     Raises:
         GrexError: settings that do not fit the data, an output folder that holds another run, losses that are not finite.
@@ -103,10 +112,25 @@ def train_from_config(config: Config, on_step: Callable[[int, dict[str, float]],
     model = GrexModel(config, text_tokenizer, lm_tokenizer)
     if config.train.start is not None:
         print(f"started from {config.train.start}; {describe_new(start_from(model, config.train.start))}")
+    batches, loss_terms = batch_source(config, sources, text_tokenizer, lm_tokenizer), JointLossTerms(config)
     if checkpoint.latest(config.train.out) is None and is_main_process():
+        if on_forecast is not None and num_processes() == 1:
+            on_forecast(_forecast(model, batches, loss_terms, config), resolve_precision(config.train.precision, model.device))
         learn_from_text(model, config)  # the other processes get the weights when they meet
-    batches = batch_source(config, sources, text_tokenizer, lm_tokenizer)
-    return train(model, batches, JointLossTerms(config), config, save_model=model.save_pretrained, on_step=on_step)
+    return train(model, batches, loss_terms, config, save_model=model.save_pretrained, on_step=on_step)
+
+
+def _forecast(model: GrexModel, batches: TaskMixture, loss_terms: JointLossTerms, config: Config) -> Forecast:
+    if config.train.num_threads:
+        torch.set_num_threads(config.train.num_threads)
+    text = config.train.text
+    scenes = told_batches(config, model) if text.scenes and model.generator is not None else None
+    lines = spoken_text(config, FORECAST_LINES)[:FORECAST_LINES] if text.steps and model.generator is not None else []
+    states = checkpoint.random_states()
+    try:
+        return forecast_training(model, batches, scenes, lines, loss_terms, config)
+    finally:
+        checkpoint.set_random_states(states)  # the run is the same with and without
 
 
 def batch_source(
@@ -250,14 +274,14 @@ def told_scenes(config: Config) -> SampleSource:
     return FolderDataset(data.train, data.train_split, data.expressions_per_image, **options)
 
 
-def spoken_text(config: Config) -> list[str]:
-    """Return the lines that the tiny language model reads: as the generator shall speak, or the training expressions."""
+def spoken_text(config: Config, least: int = SPOKEN_LINES) -> list[str]:
+    """Return the lines that the tiny language model reads: at least so many as the generator shall speak, or the training expressions."""
     if config.data.train != "synthetic":
         return training_text(config)
     from grex_mllm.data.synthetic.stream import TOLD_OFFSET, training_stream
 
     stream = training_stream(config.data, config.data.train_split, 0, True, True, TOLD_OFFSET)
     lines: list[str] = []
-    while len(lines) < SPOKEN_LINES:
+    while len(lines) < least:
         lines += [record.expression for record in stream[len(lines)].expressions]
     return lines

@@ -26,6 +26,7 @@ from grex_mllm.ops.attention import attend
 from grex_mllm.types import GroundingOutput, PixelFeatures, TextFeatures
 
 NUM_COUNT_CLASSES = 7
+LEAST_REAL = 1e-3
 
 
 class LanguageLayer(nn.Module):
@@ -41,25 +42,28 @@ class LanguageLayer(nn.Module):
         self.geometry = nn.Linear(width, num_heads * PAIR_WIDTH)
         self.ffn = mlp(width, feedforward, width)
 
-    def forward(self, x: Tensor, geometry: Tensor, image_index: Tensor, tokens: Tensor, token_mask: Tensor, sentence: Tensor) -> Tensor:
-        """Update x [E, K, C]; geometry [B, K, K, G]; tokens [E, L, C], token_mask bool [E, 1, 1, L]; sentence [E, C]."""
+    def forward(self, x: Tensor, geometry: Tensor, real: Tensor, tokens: Tensor, token_mask: Tensor, sentence: Tensor) -> Tensor:
+        """Update x [E, K, C]; geometry [E, K, K, G]; real [E, K]: how likely each region is an object; tokens [E, L, C], token_mask bool
+        [E, 1, 1, L]; sentence [E, C]."""
         key, value = (self._split(t) for t in self.text_key_value(tokens).chunk(2, dim=-1))
         read = attend(self._split(self.text_query(self.norm_text(x))), key, value, token_mask).transpose(1, 2).flatten(2)
         x = x + self.text_out(read)
         x = x + self.gate_out(self.norm_gate(x) * self.gate(read + sentence[:, None]))
-        x = x + self.self_out(self._relate(self.norm_self(x), geometry, image_index))
+        x = x + self.self_out(self._relate(self.norm_self(x), geometry, real))
         return x + self.ffn(self.norm_ffn(x))
 
     def _split(self, t: Tensor) -> Tensor:
         return t.unflatten(-1, (self.num_heads, -1)).transpose(1, 2)
 
-    def _relate(self, x: Tensor, geometry: Tensor, image_index: Tensor) -> Tensor:
+    def _relate(self, x: Tensor, geometry: Tensor, real: Tensor) -> Tensor:
         query, key, value = (self._split(t) for t in self.self_in(x).chunk(3, dim=-1))
         wanted = self.geometry(x).unflatten(-1, (self.num_heads, PAIR_WIDTH))  # which relation each region looks for, from what it has read
-        bias = torch.einsum("eihg,eijg->ehij", wanted, geometry[image_index].to(wanted.dtype))
+        bias = torch.einsum("eihg,eijg->ehij", wanted, geometry.to(wanted.dtype))
         logits = query @ key.transpose(-1, -2) / math.sqrt(query.shape[-1]) + bias
         half = self.num_heads // 2  # the first half selects (softmax), the second half sums up (sigmoid), which can count
-        weights = torch.cat([logits[:, :half].softmax(dim=-1), logits[:, half:].sigmoid() * 0.25], dim=1)
+        real = real[:, None, None].to(logits.dtype)  # what is no object takes no part
+        chosen = (logits[:, :half] + real.clamp(min=LEAST_REAL).log()).softmax(dim=-1)
+        weights = torch.cat([chosen, logits[:, half:].sigmoid() * real * 0.25], dim=1)
         return (weights.to(value.dtype) @ value).transpose(1, 2).flatten(2)
 
 
@@ -78,6 +82,7 @@ class RelaInstances(nn.Module):
         self.text_in = nn.Linear(text_width, channels)
         self.sentence = mlp(2 * text_width, channels, channels)
         self.box_features, self.box_norm = mlp(BOX_CODE_WIDTH, channels, channels), nn.LayerNorm(channels)
+        self.known = nn.Linear(1 + sum(config.attribute_classes.values()), channels, bias=False)
         self.layers = nn.ModuleList([LanguageLayer(channels, config.num_heads, config.feedforward) for _ in range(config.language_layers)])
         self.norm = nn.LayerNorm(channels)
         self.target, self.target_sentence = nn.Linear(channels, 1), nn.Linear(channels, channels)
@@ -98,10 +103,14 @@ class RelaInstances(nn.Module):
         mean = (text.tokens * text.mask[..., None]).sum(dim=1) / text.mask.sum(dim=1, keepdim=True).clamp(min=1)
         sentence = self.sentence(torch.cat([text.tokens[:, 0], mean], dim=-1))
         tokens, token_mask = self.text_in(text.tokens), mask[:, None, None, :]
-        x = (regions.features + self.box_norm(self.box_features(box_code(regions.boxes_norm[-1].detach()))))[image_index]
+        place = self.box_norm(self.box_features(box_code(regions.boxes_norm[-1].detach())))
+        real = regions.objectness[-1].detach().sigmoid()
+        known = [real[..., None], *(logits.softmax(dim=-1) for logits in regions.attribute_logits.values())]
+        x = (regions.features + place + self.known(torch.cat(known, dim=-1)))[image_index]
+        geometry, real = regions.geometry[image_index], real[image_index]
         logits = []
         for layer in self.layers:
-            x = layer(x, regions.geometry, image_index, tokens, token_mask, sentence)
+            x = layer(x, geometry, real, tokens, token_mask, sentence)
             normed = self.norm(x)
             bilinear = (normed * self.target_sentence(sentence)[:, None]).sum(dim=-1) / math.sqrt(normed.shape[-1])
             logits.append(precise(self.target(normed).squeeze(-1) + bilinear))
