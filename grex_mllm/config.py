@@ -290,7 +290,7 @@ class TrainConfig:
     steps: int = 10000
     batch_images: int = 8
     accumulation: int = 1
-    ground_ratio: float = 0.7
+    ground_ratio: float = 1.0  # 1 = no generation batches
     joint_batches: bool = False  # grounding batches teach the generator, too: the image is encoded once for both
     precision: str = "fp32"  # fp32 | bf16 | fp16 (not on CPU)
     log_every: int = 20

@@ -85,13 +85,12 @@ class GrexModel(nn.Module, ModelHubMixin):
         return self.text_tokenizer.encode(list(expressions), self.config.model.text.max_tokens, self.config.model.text.pad)
 
     def generator_features(self, features: ImageFeatures) -> list[Tensor]:
-        """Return the shared feature maps that the generator reads, fine to coarse.
+        """Return the feature maps of the encoded images that the generator reads, fine to coarse.
 
-        Raises:
-            GrexError: the image encoder fuses language, so that there are no maps before an expression is known.
+        An image encoder that fuses language makes them by a pass without language, as in training; they are kept in `features.pixels`.
         """
         if features.pixels is None:
-            raise fault("a generator on an image encoder that fuses language", "one without fusion", "set model.vision.fusion to none")
+            features.pixels = self.grounding.pixel_decoder(self.grounding.vision(features.image, None))
         return [features.pixels.mask_features, *reversed(features.pixels.levels)]
 
     def generator_maps(self, image: Tensor, valid_sizes: Sequence[tuple[int, int]]) -> list[Tensor]:

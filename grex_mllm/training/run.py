@@ -21,9 +21,10 @@ from grex_mllm.models.lm_tokenizer import LMTokenizer, train_sentencepiece
 from grex_mllm.models.text import TextTokenizer, load_text_tokenizer, train_text_tokenizer
 from grex_mllm.training import checkpoint
 from grex_mllm.training.batches import GENERATE, GROUND, TaskMixture, seed_all
+from grex_mllm.training.combinations import check_combinations
 from grex_mllm.training.engine import is_main_process, wait_for
 from grex_mllm.training.instance_losses import IGNORED, InstanceLoss
-from grex_mllm.training.loop import TrainResult, train
+from grex_mllm.training.loop import TrainResult, check, train
 from grex_mllm.training.losses import ReLALoss
 from grex_mllm.training.start import adopt_start, describe_new, start_from
 from grex_mllm.types import Batch
@@ -91,6 +92,8 @@ def train_from_config(config: Config, on_step: Callable[[int, dict[str, float]],
     Raises:
         GrexError: settings that do not fit the data, an output folder that holds another run, losses that are not finite.
     """
+    check_combinations(config)
+    check(config.train)
     seed_all(config.train.seed)
     if config.train.start is not None:
         adopt_start(config)
