@@ -140,7 +140,7 @@ def ground(model: str, image: str, expression: list[str], out: str = ".", device
 def describe(
     model: str,
     image: str,
-    boxes: list[list[float]] | None = None,
+    boxes: str | None = None,
     masks: list[str] | None = None,
     mode: str = "greedy",
     candidates: int = 1,
@@ -268,6 +268,7 @@ VERBS: dict[str, Callable[..., int]] = {
 }  # fmt: skip
 POSITIONAL = {"predictions", "action", "folders", "kind", "source", "results", "run"}
 MANY = {"expression", "masks", "folders", "source"}
+AS_WRITTEN = {"boxes"}  # read by the verb itself, not as YAML
 WITH_OVERRIDES = {"demo", "train", "predict"}
 
 
@@ -350,7 +351,7 @@ def _parser(verb: str) -> Any:
     parser = ArgumentParser(prog=f"grex {verb}", description=description, exit_on_error=False)
     parameters = inspect.signature(function).parameters
     switches = {name for name, parameter in parameters.items() if parameter.default is False}
-    special = ((POSITIONAL | MANY) & set(parameters)) | switches
+    special = ((POSITIONAL | MANY | AS_WRITTEN) & set(parameters)) | switches
     texts = _argument_texts(function)
     for name, parameter in parameters.items():
         if name in switches:
