@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import re
 from pathlib import Path
 from typing import Any
@@ -32,11 +33,13 @@ def pick_device(name: str) -> str:
     return name
 
 
-def ground_image(model: str, image: str, expressions: list[str], out: Path, device: str) -> list[dict[str, Any]]:
+def ground_image(model: str, image: str, expressions: list[str], out: Path, device: str, threshold: float | None) -> list[dict[str, Any]]:
     """Ground expressions, write an overlay and a mask PNG of the image's size for each, and return what is printed.
 
+    threshold: "no target" is said above this probability; None = as the model's configuration says.
+
     Raises:
-        GrexError: an unreadable image or model, or an expression that cannot be answered.
+        GrexError: an unreadable image or model, an expression that cannot be answered, or a threshold outside [0, 1].
     """
     from grex_mllm.data.images import load_image
     from grex_mllm.draw import overlay, save_mask_png, save_png
@@ -46,7 +49,7 @@ def ground_image(model: str, image: str, expressions: list[str], out: Path, devi
         check_expression(expression)
     pixels = load_image(image)
     net = GrexModel.from_pretrained(model, device=pick_device(device))
-    results = net.ground(pixels, expressions)
+    results = net.ground(pixels, expressions, threshold=threshold)
     out.mkdir(parents=True, exist_ok=True)
     stem = re.sub(r"[^\w.-]", "_", Path(image).stem)
     answers = []

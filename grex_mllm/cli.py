@@ -121,7 +121,7 @@ def score(
     return 0
 
 
-def ground(model: str, image: str, expression: list[str], out: str = ".", device: str = "auto") -> int:
+def ground(model: str, image: str, expression: list[str], out: str = ".", device: str = "auto", threshold: float | None = None) -> int:
     """Ground expressions in an image: prints JSON and writes an overlay PNG and a mask PNG for each.
 
     Args:
@@ -130,10 +130,11 @@ def ground(model: str, image: str, expression: list[str], out: str = ".", device
         expression: one or more expressions.
         out: folder for the pictures.
         device: auto, cpu, cuda.
+        threshold: "no target" is said above this probability, 0 to 1 (default: as the model's configuration says).
     """
     from grex_mllm.ask import ground_image
 
-    print(json.dumps(ground_image(model, image, expression, Path(out), device), indent=2, ensure_ascii=False))
+    print(json.dumps(ground_image(model, image, expression, Path(out), device, threshold), indent=2, ensure_ascii=False))
     return 0
 
 
