@@ -19,13 +19,21 @@ MAX_SHOWN = 80
 def pick_device(name: str) -> str:
     """Return the torch device of a name; "auto" takes a GPU where there is one.
 
+    Of several processes on one machine (`torchrun`), each takes a GPU of its own for "auto" and "cuda": that of its LOCAL_RANK, from the
+    first again where there are fewer GPUs than processes.
+
     Raises:
         GrexError: a device that this machine lacks.
     """
     import torch
 
     if name == "auto":
-        return "cuda" if torch.cuda.is_available() else "cpu"
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    if name == "cuda" and int(os.environ.get("WORLD_SIZE", 1)) > 1 and torch.cuda.device_count() > 0:
+        local_rank = int(os.environ.get("LOCAL_RANK", os.environ.get("RANK", 0)))
+        return f"cuda:{local_rank % torch.cuda.device_count()}"
+    if name == "cpu":
+        return name
     try:
         torch.zeros(1, device=name)
     except (RuntimeError, AssertionError) as error:

@@ -58,13 +58,13 @@ def predict(
 
     Args:
         model: a model folder or hub id.
-        data: a dataset folder, or "synthetic".
+        data: a dataset folder, or "synthetic": scenes are drawn into the folder x.data beside x.jsonl; give that to grex score --data.
         out: the predictions.jsonl to write; an interrupted run goes on from its .part file.
         split: which split.
         tasks: ground, generate or both with a comma.
         image_root: where the images lie, when not where dataset.json says.
         listener: candidates for the listener-chosen expression; 0 = greedy only.
-        limit: only the first images.
+        limit: only the first images; of synthetic data so many scenes (default: 250).
         device: auto, cpu, cuda, cuda:1, ...
     """
     from grex_mllm.predict import predict_split
@@ -90,7 +90,7 @@ def score(
 
     Args:
         predictions: predictions.jsonl, a COCO results JSON, a folder of PNG masks, or ReLA's .pth; several are read as one.
-        data: the dataset folder.
+        data: the dataset folder; for predictions x.jsonl of --data synthetic x.data beside them.
         split: which split.
         protocol: a file of eval/protocols/ (default: all.yaml, every task).
         out: the results file.

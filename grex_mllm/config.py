@@ -305,7 +305,7 @@ class TrainConfig:
 
 @dataclass
 class PredictConfig:
-    """From logits to answers. batch: expressions that are answered at once."""
+    """From logits to answers. batch: expressions that are answered at once.  precision: auto = what fits the machine."""
 
     batch: int = 64
     masks: bool = True  # false: the model answers with boxes alone (GREC only); masks are not read
@@ -314,6 +314,7 @@ class PredictConfig:
     no_target: str = "head"  # head | pixels (a mask under min_mask_pixels means no target: the papers' rule for methods without the head)
     no_target_threshold: float = 0.5  # "no target" is said above this probability of the head (`grex errors` draws the curve)
     min_mask_pixels: int = 50
+    precision: str = "auto"  # auto | fp32 | bf16
 
 
 @dataclass
