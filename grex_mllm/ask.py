@@ -2,17 +2,25 @@
 
 from __future__ import annotations
 
+import json
+import math
+import os
 import re
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from grex_mllm.errors import fault
+from grex_mllm.errors import GrexError, fault
+
+MAX_SHOWN = 80
 
 
 def pick_device(name: str) -> str:
     """Return the torch device of a name; "auto" takes a GPU where there is one.
+
+    Of several processes on one machine (`torchrun`), each takes a GPU of its own for "auto" and "cuda": that of its LOCAL_RANK, from the
+    first again where there are fewer GPUs than processes.
 
     Raises:
         GrexError: a device that this machine lacks.
@@ -20,7 +28,12 @@ def pick_device(name: str) -> str:
     import torch
 
     if name == "auto":
-        return "cuda" if torch.cuda.is_available() else "cpu"
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    if name == "cuda" and int(os.environ.get("WORLD_SIZE", 1)) > 1 and torch.cuda.device_count() > 0:
+        local_rank = int(os.environ.get("LOCAL_RANK", os.environ.get("RANK", 0)))
+        return f"cuda:{local_rank % torch.cuda.device_count()}"
+    if name == "cpu":
+        return name
     try:
         torch.zeros(1, device=name)
     except (RuntimeError, AssertionError) as error:
@@ -28,11 +41,13 @@ def pick_device(name: str) -> str:
     return name
 
 
-def ground_image(model: str, image: str, expressions: list[str], out: Path, device: str) -> list[dict[str, Any]]:
+def ground_image(model: str, image: str, expressions: list[str], out: Path, device: str, threshold: float | None) -> list[dict[str, Any]]:
     """Ground expressions, write an overlay and a mask PNG of the image's size for each, and return what is printed.
 
+    threshold: "no target" is said above this probability; None = as the model's configuration says.
+
     Raises:
-        GrexError: an unreadable image or model, or an expression that cannot be answered.
+        GrexError: an unreadable image or model, an expression that cannot be answered, or a threshold outside [0, 1].
     """
     from grex_mllm.data.images import load_image
     from grex_mllm.draw import overlay, save_mask_png, save_png
@@ -42,7 +57,7 @@ def ground_image(model: str, image: str, expressions: list[str], out: Path, devi
         check_expression(expression)
     pixels = load_image(image)
     net = GrexModel.from_pretrained(model, device=pick_device(device))
-    results = net.ground(pixels, expressions)
+    results = net.ground(pixels, expressions, threshold=threshold)
     out.mkdir(parents=True, exist_ok=True)
     stem = re.sub(r"[^\w.-]", "_", Path(image).stem)
     answers = []
@@ -73,7 +88,7 @@ def ground_image(model: str, image: str, expressions: list[str], out: Path, devi
 def describe_objects(
     model: str,
     image: str,
-    boxes: list[list[float]] | None,
+    boxes: str | None,
     masks: list[str] | None,
     mode: str,
     candidates: int,
@@ -84,21 +99,54 @@ def describe_objects(
     """Describe one set of objects given as boxes or mask files and return what is printed.
 
     Raises:
-        GrexError: neither or both given, files that are no masks, and all that `describe` raises.
+        GrexError: neither or both given, boxes in another form, files that are no masks, and all that `describe` raises.
     """
     from grex_mllm.data.images import load_image
     from grex_mllm.models.grex import GrexModel
 
+    corners = None if boxes is None else parse_boxes(boxes)
     pixels = load_image(image)
     chosen = None if masks is None else [_read_mask(file, pixels.shape[:2]) for file in masks]
     net = GrexModel.from_pretrained(model, device=pick_device(device))
-    result = net.describe(pixels, masks=chosen, boxes_xyxy=boxes, mode=mode, candidates=candidates, rerank=rerank, seed=seed, details=True)
+    result = net.describe(
+        pixels, masks=chosen, boxes_xyxy=corners, mode=mode, candidates=candidates, rerank=rerank, seed=seed, details=True
+    )
     told: dict[str, Any] = {"expression": result.expression}
     if result.score is not None:
         told["listener_score"] = round(result.score, 4)
     if result.candidates:
         told["candidates"] = [{"expression": t} | ({"listener_score": round(v, 4)} if v == v else {}) for t, v in result.candidates]
     return told
+
+
+def parse_boxes(text: str) -> list[list[float]]:
+    """Return the boxes of the text "[[x1,y1,x2,y2], ...]", in pixels.
+
+    Raises:
+        GrexError: other text, with the place where it differs.
+    """
+    shown = text if len(text) <= MAX_SHOWN else text[:MAX_SHOWN] + "..."
+
+    def wrong(what: str, remedy: str) -> GrexError:
+        return fault(f"--boxes {shown!r}: {what}", 'a list of boxes in pixels, "[[x1,y1,x2,y2], ...]" with x1 < x2 and y1 < y2', remedy)
+
+    try:
+        value = json.loads(text)
+    except (ValueError, RecursionError):
+        raise wrong("not a list of lists of numbers", "write numbers, commas and closed brackets alone, in quotes") from None
+    if not isinstance(value, list) or not value:
+        raise wrong("no box", "give at least one box")
+    if not any(isinstance(box, list) for box in value):
+        raise wrong("no brackets around each box", "put each box into brackets, also a single one: [[x1,y1,x2,y2]]")
+    for number, box in enumerate(value):
+        if not isinstance(box, list) or len(box) != 4:
+            given = f"box {number} has {len(box)} entries" if isinstance(box, list) else f"box {number} is no list"
+            raise wrong(given, "give four numbers for each box")
+        if any(isinstance(v, bool) or not isinstance(v, int | float) or not math.isfinite(v) for v in box):
+            raise wrong(f"box {number} has an entry that is no finite number", "give numbers without quotes")
+        if box[0] >= box[2] or box[1] >= box[3]:
+            raise wrong(f"box {number} has no area", "give the top left corner first, then the bottom right one, not width and height")
+    return [[float(v) for v in box] for box in value]
 
 
 def _read_mask(file: str, size: tuple[int, ...]) -> np.ndarray:

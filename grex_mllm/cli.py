@@ -58,13 +58,13 @@ def predict(
 
     Args:
         model: a model folder or hub id.
-        data: a dataset folder, or "synthetic".
+        data: a dataset folder, or "synthetic": scenes are drawn into the folder x.data beside x.jsonl; give that to grex score --data.
         out: the predictions.jsonl to write; an interrupted run goes on from its .part file.
         split: which split.
         tasks: ground, generate or both with a comma.
         image_root: where the images lie, when not where dataset.json says.
         listener: candidates for the listener-chosen expression; 0 = greedy only.
-        limit: only the first images.
+        limit: only the first images; of synthetic data so many scenes (default: 250).
         device: auto, cpu, cuda, cuda:1, ...
     """
     from grex_mllm.predict import predict_split
@@ -90,7 +90,7 @@ def score(
 
     Args:
         predictions: predictions.jsonl, a COCO results JSON, a folder of PNG masks, or ReLA's .pth; several are read as one.
-        data: the dataset folder.
+        data: the dataset folder; for predictions x.jsonl of --data synthetic x.data beside them.
         split: which split.
         protocol: a file of eval/protocols/ (default: all.yaml, every task).
         out: the results file.
@@ -121,7 +121,7 @@ def score(
     return 0
 
 
-def ground(model: str, image: str, expression: list[str], out: str = ".", device: str = "auto") -> int:
+def ground(model: str, image: str, expression: list[str], out: str = ".", device: str = "auto", threshold: float | None = None) -> int:
     """Ground expressions in an image: prints JSON and writes an overlay PNG and a mask PNG for each.
 
     Args:
@@ -130,17 +130,18 @@ def ground(model: str, image: str, expression: list[str], out: str = ".", device
         expression: one or more expressions.
         out: folder for the pictures.
         device: auto, cpu, cuda.
+        threshold: "no target" is said above this probability, 0 to 1 (default: as the model's configuration says).
     """
     from grex_mllm.ask import ground_image
 
-    print(json.dumps(ground_image(model, image, expression, Path(out), device), indent=2, ensure_ascii=False))
+    print(json.dumps(ground_image(model, image, expression, Path(out), device, threshold), indent=2, ensure_ascii=False))
     return 0
 
 
 def describe(
     model: str,
     image: str,
-    boxes: list[list[float]] | None = None,
+    boxes: str | None = None,
     masks: list[str] | None = None,
     mode: str = "greedy",
     candidates: int = 1,
@@ -268,6 +269,7 @@ VERBS: dict[str, Callable[..., int]] = {
 }  # fmt: skip
 POSITIONAL = {"predictions", "action", "folders", "kind", "source", "results", "run"}
 MANY = {"expression", "masks", "folders", "source"}
+AS_WRITTEN = {"boxes"}  # read by the verb itself, not as YAML
 WITH_OVERRIDES = {"demo", "train", "predict"}
 
 
@@ -350,7 +352,7 @@ def _parser(verb: str) -> Any:
     parser = ArgumentParser(prog=f"grex {verb}", description=description, exit_on_error=False)
     parameters = inspect.signature(function).parameters
     switches = {name for name, parameter in parameters.items() if parameter.default is False}
-    special = ((POSITIONAL | MANY) & set(parameters)) | switches
+    special = ((POSITIONAL | MANY | AS_WRITTEN) & set(parameters)) | switches
     texts = _argument_texts(function)
     for name, parameter in parameters.items():
         if name in switches:

@@ -290,7 +290,7 @@ class TrainConfig:
     steps: int = 10000
     batch_images: int = 8
     accumulation: int = 1
-    ground_ratio: float = 0.7
+    ground_ratio: float = 1.0  # 1 = no generation batches
     joint_batches: bool = False  # grounding batches teach the generator, too: the image is encoded once for both
     precision: str = "auto"  # auto (bf16 where the machine multiplies it natively, else fp32) | fp32 | bf16 | fp16 (not on CPU)
     log_every: int = 20
@@ -305,14 +305,16 @@ class TrainConfig:
 
 @dataclass
 class PredictConfig:
-    """From logits to answers. batch: expressions that are answered at once."""
+    """From logits to answers. batch: expressions that are answered at once.  precision: auto = what fits the machine."""
 
     batch: int = 64
     masks: bool = True  # false: the model answers with boxes alone (GREC only); masks are not read
     boxes: str = "count"  # count (the N_O best) | threshold | both (the N_O best above the threshold)
     box_threshold: float = 0.7
     no_target: str = "head"  # head | pixels (a mask under min_mask_pixels means no target: the papers' rule for methods without the head)
+    no_target_threshold: float = 0.5  # "no target" is said above this probability of the head (`grex errors` draws the curve)
     min_mask_pixels: int = 50
+    precision: str = "auto"  # auto | fp32 | bf16
 
 
 @dataclass

@@ -1,4 +1,7 @@
-"""Where the points are lost: every expression gets one outcome, which share the loss of gIoU and Pr@F1; with picture sheets."""
+"""Where the points are lost: every expression gets one outcome, which share the loss of gIoU and Pr@F1; with picture sheets.
+
+And what a no-target threshold, or answering only where the model is sure, would give: `selection`.
+"""
 
 from __future__ import annotations
 
@@ -9,7 +12,8 @@ from typing import Any
 
 from grex_mllm.compare import Run, read_run
 from grex_mllm.errors import fault
-from grex_mllm.score.calibration_plot import write_calibration_plot
+from grex_mllm.metrics.selective import no_target_at_thresholds, risk_coverage
+from grex_mllm.score.calibration_plot import write_calibration_plot, write_risk_coverage_plot
 
 POOR_MASK = 0.5
 GOOD_MASK = 0.9
@@ -25,6 +29,7 @@ OUTCOMES = {
     "right": "nothing lost, or next to nothing",
 }
 WRONG_PLACE = 0.1
+LIKELIER = 0.5  # probability above which one of two is the likelier
 
 
 def errors(
@@ -47,6 +52,10 @@ def errors(
         found["sheets"] = write_sheets(run, found, folder, Path(data), Path(predictions) if predictions is not None else None)
     if run.results.get("calibration"):
         found.setdefault("sheets", {})["calibration"] = str(write_calibration_plot(run.results["calibration"], folder / "calibration.svg"))
+    chances = selection(run)
+    if chances is not None:
+        found["selection"] = chances
+        found.setdefault("sheets", {})["risk_coverage"] = str(write_risk_coverage_plot(chances, folder / "risk_coverage.svg"))
     (folder / "errors.json").write_text(json.dumps(found, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
     return as_text(found)
 
@@ -96,6 +105,28 @@ def analyse(run: Run) -> dict[str, Any]:
     return {"num_samples": num, "outcomes": table}
 
 
+def selection(run: Run) -> dict[str, Any] | None:
+    """Return risk-coverage curves and the accuracies at no-target thresholds; None where no answer has a no-target probability.
+
+    The confidence is the probability of the likelier of "target" and "no target". `decision`: the loss is 1 where this decision is wrong;
+    `mask`: the loss is 1 - IoU under the strict protocol, no-target expressions included (as in gIoU). num_without: expressions left out
+    because they have no probability (missing and unreadable answers, systems without one).
+    """
+    rows = [row for row in run.rows.values() if row.get("no_target_prob") is not None]
+    if not rows:
+        return None
+    prob, none = [float(row["no_target_prob"]) for row in rows], [row["num_targets"] == 0 for row in rows]
+    sure = [max(p, 1 - p) for p in prob]
+    found: dict[str, Any] = {
+        "num_samples": len(rows),
+        "num_without": len(run.rows) - len(rows),
+        "decision": risk_coverage(sure, [float((p > LIKELIER) != n) for p, n in zip(prob, none, strict=True)]),
+    }
+    if all("iou" in row.get("strict", {}) for row in rows):
+        found["mask"] = risk_coverage(sure, [1 - row["strict"]["iou"] for row in rows])
+    return found | {"thresholds": no_target_at_thresholds(prob, none)}
+
+
 def as_text(found: dict[str, Any]) -> str:
     """Return the outcomes as a Markdown table, most points lost first."""
     names = [key for key in ("gIoU_lost", "Pr@F1_lost") if key in next(iter(found["outcomes"].values()))]
@@ -106,9 +137,24 @@ def as_text(found: dict[str, Any]) -> str:
     for name, entry in ranked:
         numbers = [str(entry["count"]), f"{100 * entry['share']:.2f}", *(f"{100 * entry[n]:.2f}" for n in names)]
         lines.append("| " + " | ".join([name, *numbers, entry["meaning"]]) + " |")
+    if "selection" in found:
+        lines += _selection_text(found["selection"])
     for name, path in found.get("sheets", {}).items():
         lines.append(f"\n{name}: {path}" if name == next(iter(found["sheets"])) else f"{name}: {path}")
     return "\n".join(lines)
+
+
+def _selection_text(chances: dict[str, Any]) -> list[str]:
+    lines = ["", f'"No target" said above a probability (predict.no_target_threshold), {chances["num_samples"]} expressions, percent', ""]
+    names = ("N_acc", "T_acc", "answered", "risk")
+    lines += ["| threshold | " + " | ".join(name.replace("_", "-") for name in names) + " |", "| ---: |" + " ---: |" * len(names)]
+    for entry in chances["thresholds"]:
+        numbers = ["-" if entry[name] is None else f"{100 * entry[name]:.2f}" for name in names]
+        lines.append(f"| {entry['threshold']:.2f} | " + " | ".join(numbers) + " |")
+    for name, words in (("decision", "wrong target/no-target decisions"), ("mask", "1 - IoU")):
+        if name in chances:
+            lines += ["", f"risk-coverage, {words}: area {100 * chances[name]['AURC']:.2f}, risk of all {100 * chances[name]['risk']:.2f}"]
+    return lines
 
 
 def write_sheets(run: Run, found: dict[str, Any], folder: Path, data: Path, predictions: Path | None) -> dict[str, str]:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import sys
 import time
 from collections.abc import Iterator
 from dataclasses import replace
@@ -16,21 +17,26 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 
 from grex_mllm.ask import pick_device
 from grex_mllm.config import Config, load_config, to_dict
 from grex_mllm.data.dataset import FolderDataset
 from grex_mllm.data.records import IMAGES
+from grex_mllm.data.synthetic.export import NUM_SCENES, export_once, is_synthetic
 from grex_mllm.data.transforms import instance_mask, selectable_instances
 from grex_mllm.errors import GrexError, fault
+from grex_mllm.models.answer import check_rules
 from grex_mllm.models.describe import Description, describe_encoded
 from grex_mllm.models.grex import CONFIG, EncodedImage, GrexModel
 from grex_mllm.ops.masks import encode_rle
-from grex_mllm.progress import progress_bar
+from grex_mllm.precision import autocast, resolve_precision
+from grex_mllm.progress import progress_bar, told_ids
 from grex_mllm.types import Geometry, Grounding, Sample
 
 TASKS = ("ground", "generate")
 BARRIER_S = 24 * 3600.0
+SYNTHETIC = "synthetic"
 
 
 def predict_split(
@@ -47,32 +53,78 @@ def predict_split(
 ) -> Path:
     """Predict a split of a dataset folder with a model folder and write `out`.
 
-    listener: candidates for the listener-chosen expressions, 0 = greedy only.  limit: only the first images.
+    data: the folder, or "synthetic": scenes as the model's configuration says, which are written to `synthetic_folder(out)`.
+    listener: candidates for the listener-chosen expressions, 0 = greedy only.  limit: only the first images; how many synthetic scenes.
 
     Raises:
-        GrexError: unknown task, model or split; a model without a generator for "generate"; a part file of another model or split.
+        GrexError: unknown task, model or split; a model without a generator for "generate"; a part file of another model or split; a
+            precision or rule of `predict` that does not exist.
     """
     for task in tasks:
         if task not in TASKS:
             raise fault(f'task "{task}"', f"{' or '.join(TASKS)}, or both with a comma", "mend --tasks")
-    net = GrexModel.from_pretrained(model, device=pick_device(device))
+    rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    if rank == 0 and Path(out).exists() and not any(part_file(Path(out), r, world).exists() for r in range(world)):
+        raise fault(f"{out} exists", "a new file", "remove it, or choose another --out")
+    if limit is not None and limit < 1:
+        raise fault(f"--limit {limit}", "at least 1 image", "give another number, or leave it out")
+    place = torch.device(pick_device(device))
+    if place.index is not None and place.type == "cuda":
+        torch.cuda.set_device(place)  # kernels start on the current GPU, wherever their tensors lie
+    net = GrexModel.from_pretrained(model, device=str(place))
     if overrides:
         changed = load_config(Path(model) / CONFIG if Path(model).is_dir() else None, overrides)
-        net.config = replace(net.config, predict=changed.predict, data=replace(net.config.data, num_workers=changed.data.num_workers))
+        data_config = replace(net.config.data, num_workers=changed.data.num_workers, synthetic=changed.data.synthetic)
+        net.config = replace(net.config, predict=changed.predict, data=data_config)
+    check_rules(net.config.predict)
+    chosen = resolve_precision(net.config.predict.precision, place)
     if "generate" in tasks and net.generator is None:
         tasks = [t for t in tasks if t != "generate"]
         if not tasks:
             raise fault(f"{model} has no generator", "a model with one for task generate", "use --tasks ground")
-    rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-    source = FolderDataset(data, split, 10**9, image_root=image_root)
-    writer = _Part(out, rank, world, _fingerprint(net, data, split, tasks, listener, limit))
-    num = len(source) if limit is None else min(limit, len(source))
-    mine = range(rank, num, world)
-    with writer, progress_bar(f"predict {split}") as told:
+    if data == SYNTHETIC:
+        data = _synthetic_scenes(net, out, split, image_root, limit, rank)
+    source = FolderDataset(data, split, 10**9, num_images=limit, image_root=image_root)
+    writer = _Part(out, rank, world, _fingerprint(net, data, split, tasks, listener, limit, chosen.precision))
+    mine = range(rank, len(source), world)
+    if rank == 0:
+        _tell(net, source, f"predict {split} in {chosen.precision} on {place} ({chosen.reason})")
+    with writer, progress_bar(f"predict {split}") as told, autocast(chosen.precision, place.type):
         for done, sample in enumerate(_samples(source, mine, net.config.data.num_workers)):
-            writer.write(_image_lines(net, sample, tasks, listener, writer.done))
+            writer.write(_image_lines(net, sample, tasks, listener, writer.done, is_synthetic(source.dataset.info)))
             told((done + 1) / len(mine), f"{sample.record.image_id}")
     return writer.finish()
+
+
+def synthetic_folder(out: Path) -> Path:
+    """Return where the scenes of predictions on synthetic data are written: runs/x.jsonl -> runs/x.data."""
+    return out.with_name(f"{out.stem}.data")
+
+
+def _synthetic_scenes(net: GrexModel, out: Path, split: str, image_root: str | None, limit: int | None, rank: int) -> str:
+    """Write the scenes to predict (process 0; the others wait for them) and return their folder."""
+    if image_root is not None:
+        raise fault(f"--image-root {image_root} with --data synthetic", "no image root: the scenes are drawn", "leave --image-root out")
+    folder = synthetic_folder(out)
+    start = time.monotonic()
+    while rank != 0 and not folder.exists():
+        if time.monotonic() - start > BARRIER_S:
+            raise fault(f"no {folder} within a day", "the scenes that process 0 writes there", "look at its output, then run again")
+        time.sleep(0.2)
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    export_once(net.config.data.synthetic, split, limit or NUM_SCENES, folder)
+    return str(folder)
+
+
+def _tell(net: GrexModel, source: FolderDataset, head: str) -> None:
+    """Print how the prediction is computed, and which expressions are longer than the model reads."""
+    print(head, file=sys.stderr, flush=True)
+    records = [record for group in source.groups for record in group]
+    most = net.config.model.text.max_tokens
+    cut = net.text_tokenizer.too_long([record.raw for record in records], most)
+    if cut:
+        what = f"expressions of more than model.text.max_tokens = {most} tokens are cut there"
+        print(told_ids(what, [records[i].expression_id for i in cut]), file=sys.stderr, flush=True)
 
 
 def _samples(source: FolderDataset, positions: range, num_workers: int) -> Iterator[Sample]:
@@ -113,8 +165,10 @@ def _same(item: Any) -> Any:
     return item
 
 
-def _image_lines(net: GrexModel, sample: Sample, tasks: list[str], listener: int, done: set[str]) -> Iterator[tuple[str, dict[str, Any]]]:
-    """Yield (key, line) of what is not done yet for one image.
+def _image_lines(
+    net: GrexModel, sample: Sample, tasks: list[str], listener: int, done: set[str], judged: bool
+) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Yield (key, line) of what is not done yet for one image. judged: the synthetic grammar judges the generated expressions.
 
     All expressions go through the same chunks, done or not, so that a resumed run gives the same numbers.
     """
@@ -136,6 +190,8 @@ def _image_lines(net: GrexModel, sample: Sample, tasks: list[str], listener: int
                     yield record.expression_id, {"expression_id": record.expression_id, **grounding_line(result, net.config.predict.masks)}
     if masks is not None:
         for targets, line in zip(sets, describe_lines(net, sample, encoded, masks, sets, listener), strict=True):
+            if judged:
+                _judge(line, sample, targets)
             yield _set_key(sample, targets), line
 
 
@@ -201,41 +257,50 @@ def describe_lines(
         line: dict[str, Any] = {
             "image_id": sample.record.image_id,
             "targets": list(targets),
-            **_spoken(net, sample, encoded, targets, first),
+            **_spoken(net, encoded, first),
         }
         if best is not None:
-            line["listener"] = {"score": round(best.score or 0.0, 5), **_spoken(net, sample, encoded, targets, best)}
+            line["listener"] = {"score": round(best.score or 0.0, 5), **_spoken(net, encoded, best)}
             line["candidates"] = [t for t, _ in best.candidates]
         lines.append(line)
     return lines
 
 
-def _spoken(net: GrexModel, sample: Sample, encoded: EncodedImage, targets: tuple[str, ...], description: Description) -> dict[str, Any]:
+def _spoken(net: GrexModel, encoded: EncodedImage, description: Description) -> dict[str, Any]:
     text = description.expression
     said: dict[str, Any] = {"expression": text, "status": "ok" if text.strip() else "unparsable"}
     if text.strip():
         result = net.ground(encoded, text[:1000])
         heard = grounding_line(result, net.config.predict.masks)
         said["round_trip"] = {k: v for k, v in heard.items() if k in ("mask_rle", "boxes_xyxy", "box_scores", "no_target")}
-    if sample.record.instances and sample.record.instances[0].attributes is not None:
-        from grex_mllm.data.synthetic import check_expression
-
-        said["judgement"] = check_expression(text, sample, list(targets))
     return said
+
+
+def _judge(line: dict[str, Any], sample: Sample, targets: tuple[str, ...]) -> None:
+    """Add what the synthetic grammar makes of the greedy expression and of the listener's choice."""
+    from grex_mllm.data.synthetic import check_expression
+
+    for said in (line, line["listener"]) if "listener" in line else (line,):
+        said["judgement"] = check_expression(said["expression"], sample, list(targets))
 
 
 def _set_key(sample: Sample, targets: tuple[str, ...]) -> str:
     return f"set:{sample.record.image_id}:{','.join(targets)}"
 
 
-def _fingerprint(net: GrexModel, data: str, split: str, tasks: list[str], listener: int, limit: int | None) -> str:
+def _fingerprint(net: GrexModel, data: str, split: str, tasks: list[str], listener: int, limit: int | None, precision: str) -> str:
     weights = hashlib.sha256()
     for name, value in net.saved_state().items():
         weights.update(name.encode())
         weights.update(value.flatten()[:64].float().numpy().tobytes())
     settings: Config = net.config
-    text = json.dumps([weights.hexdigest(), str(data), split, tasks, listener, limit, to_dict(settings.predict)], sort_keys=True)
+    text = json.dumps([weights.hexdigest(), str(data), split, tasks, listener, limit, precision, to_dict(settings.predict)], sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()
+
+
+def part_file(out: Path, rank: int, world: int) -> Path:
+    """Return where process `rank` of `world` writes its lines."""
+    return out.with_name(out.name + (".part" if world == 1 else f".part{rank}of{world}"))
 
 
 class _Part:
@@ -245,11 +310,9 @@ class _Part:
         self.out, self.rank, self.world, self.fingerprint = Path(out), rank, world, fingerprint
         self.path = self._name(rank)
         self.done: set[str] = set()
-        if rank == 0 and self.out.exists() and not any(self._name(r).exists() for r in range(world)):
-            raise fault(f"{self.out} exists", "a new file", "remove it, or choose another --out")
 
     def _name(self, rank: int) -> Path:
-        return self.out.with_name(self.out.name + (".part" if self.world == 1 else f".part{rank}of{self.world}"))
+        return part_file(self.out, rank, self.world)
 
     def __enter__(self) -> _Part:
         self.path.parent.mkdir(parents=True, exist_ok=True)

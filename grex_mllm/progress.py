@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 
 PLAIN_EVERY_S = 15.0
+NUM_SHOWN = 5
 
 
 @contextmanager
@@ -25,6 +26,13 @@ def progress_bar(title: str) -> Iterator[Callable[..., None]]:
     with Progress(*columns, console=console) as bar:
         task = bar.add_task(title, total=1.0, note="")
         yield lambda share, note="": bar.update(task, completed=share, note=_text(note))
+
+
+def told_ids(what: str, ids: Iterable[str]) -> str:
+    """Return one line: how many, what befell them, and the first ids."""
+    listed = list(ids)
+    more = ", ..." if len(listed) > NUM_SHOWN else ""
+    return f"{len(listed)} {what}: {', '.join(listed[:NUM_SHOWN])}{more}"
 
 
 def _plain(title: str) -> Iterator[Callable[..., None]]:

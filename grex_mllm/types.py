@@ -108,6 +108,7 @@ class Batch:
     instance_attributes: name -> B tensors int64 [N_b], -100 = unknown; None when the data carries no scene metadata.
     lm_ids, lm_mask: int64 [G, L] tokens of the generator's tokenizer with BOS and EOS, right-padded; set where the generator learns, too.
     lm_index: int64 [G], which of the E expressions these are; all of them have a target.
+    too_long: ids of expressions that the generator would have learned from, but for their length.
     geometries: B.  expression_ids: E.  image_ids: B.
     """
 
@@ -129,6 +130,7 @@ class Batch:
     lm_ids: Tensor | None = None
     lm_mask: Tensor | None = None
     lm_index: Tensor | None = None
+    too_long: list[str] = field(default_factory=list)
 
 
 @dataclass

@@ -125,6 +125,44 @@ def test_errors_name_every_loss_and_draw_it(folder: Path) -> None:
         errors(folder / "good" / "results.json", folder / "errors")
 
 
+def test_errors_tell_what_a_threshold_would_give(folder: Path) -> None:
+    text = errors(folder / "bad" / "results.json", folder / "errors")
+    found = json.loads((folder / "errors" / "errors.json").read_text())["selection"]
+    assert (found["num_samples"], found["num_without"]) == (19, 1)  # one answer was refused
+    # sure of "no target" with 0.9 or of a target with 0.8: of 5 answers without objects one is wrong (0-1), of the other 14 one (0-0)
+    decision = found["decision"]
+    assert decision["risk"] == pytest.approx(2 / 19)
+    risks = [1 / 5] * 5 + [(1 + (k - 5) / 14) / k for k in range(6, 20)]
+    assert decision["AURC"] == pytest.approx(sum(risks) / 19)
+    assert decision["curve"][-1] == {"coverage": 1.0, "risk": pytest.approx(2 / 19)}
+    rows = [json.loads(line) for line in (folder / "bad" / "results.samples.jsonl").read_text().splitlines()]
+    assert found["mask"]["risk"] == pytest.approx(np.mean([1 - row["strict"]["iou"] for row in rows if row["status"] == "ok"]))
+    at = {entry["threshold"]: entry for entry in found["thresholds"]}
+    assert (at[0.5]["N_acc"], at[0.5]["T_acc"]) == (4 / 5, 13 / 14)
+    assert (at[0.0]["N_acc"], at[0.0]["T_acc"], at[1.0]["N_acc"], at[1.0]["T_acc"]) == (1.0, 0.0, 0.0, 1.0)
+    assert "| 0.50 | 80.00 | 92.86 |" in text and "risk-coverage, wrong target/no-target decisions" in text
+    plot = ElementTree.parse(folder / "errors" / "risk_coverage.svg")
+    drawn = [element.text or "" for element in plot.iter("{http://www.w3.org/2000/svg}text")]
+    assert any(words.startswith("wrong no-target decisions (area") for words in drawn) and "coverage" in drawn and "risk" in drawn
+    before = (folder / "errors" / "errors.json").read_bytes(), (folder / "errors" / "risk_coverage.svg").read_bytes()
+    samples = folder / "bad" / "results.samples.jsonl"
+    samples.write_text("".join(line + "\n" for line in reversed(samples.read_text().splitlines())))
+    errors(folder / "bad" / "results.json", folder / "errors")
+    assert (
+        before[0] == (folder / "errors" / "errors.json").read_bytes()
+        and before[1] == (folder / "errors" / "risk_coverage.svg").read_bytes()
+    )
+
+
+def test_errors_without_probabilities_tell_nothing_of_thresholds(folder: Path) -> None:
+    lines = [{key: value for key, value in line.items() if key != "no_target_prob"} for line in right_answers()]
+    score(write_lines(folder / "plain.jsonl", lines), folder / "data", "val", PROTOCOLS / "all.yaml", folder / "plain" / "results.json",
+          per_sample=True)  # fmt: skip
+    assert "threshold" not in errors(folder / "plain" / "results.json", folder / "none")
+    assert "selection" not in json.loads((folder / "none" / "errors.json").read_text())
+    assert not (folder / "none" / "risk_coverage.svg").exists()
+
+
 def test_outcome_of_masks_alone() -> None:
     row = {"status": "ok", "num_targets": 1, "strict": {"no_target": False, "iou": 0.3}}
     assert outcome(row) == "poor_mask"

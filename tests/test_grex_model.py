@@ -12,7 +12,7 @@ from grex_mllm import GrexModel
 from grex_mllm.config import PredictConfig
 from grex_mllm.errors import GrexError
 from grex_mllm.models import describe
-from grex_mllm.models.answer import answers
+from grex_mllm.models.answer import above_threshold, answers
 from grex_mllm.types import Geometry, GroundingOutput
 
 
@@ -110,6 +110,34 @@ def test_no_target_by_pixels():
     assert not answers(output(mask, no_target=3.0), ["x"], [Geometry(20, 20, 20, 20)], (20, 20), config)[0].no_target
     with pytest.raises(GrexError, match=r"predict\.no_target"):
         answers(output(mask), ["x"], [Geometry(20, 20, 20, 20)], (20, 20), PredictConfig(no_target="guess"))
+
+
+def test_the_default_threshold_decides_as_the_larger_logit() -> None:
+    """Also where both are so near that their probabilities round to the same number, and in bfloat16."""
+    draw = torch.Generator().manual_seed(0)
+    logits = torch.randn(500, 2, generator=draw) * 8
+    ties = torch.tensor([[3.0, 3.0], [1.0, 1.0 + 2**-23], [1.0 + 2**-23, 1.0], [-40.0, 40.0], [40.0, -40.0], [1e-38, 2e-38]])
+    for dtype in (torch.float32, torch.bfloat16):
+        given = torch.cat([logits, ties]).to(dtype)
+        assert torch.equal(above_threshold(given, PredictConfig().no_target_threshold), given[:, 1] > given[:, 0])
+    assert not above_threshold(ties, 0.5)[0] and above_threshold(ties, 0.5)[1]
+
+
+def test_thresholds_of_no_target() -> None:
+    prob = torch.tensor([0.0, 0.001, 0.2, 0.5, 0.7, 0.999, 1.0])
+    logits = torch.stack([(1 - prob).log(), prob.log()], 1)
+    assert above_threshold(logits, 0.0).all() and not above_threshold(logits, 1.0).any()
+    said = [int(above_threshold(logits, t).sum()) for t in (0.0, 0.0005, 0.1, 0.3, 0.6, 0.9, 0.9995, 1.0)]
+    assert said == [7, 6, 5, 4, 3, 2, 1, 0]
+    full, geometry = np.ones((8, 8), bool), [Geometry(8, 8, 8, 8)]
+    for threshold, none in ((0.04, True), (0.05, False)):  # the head says 0.047
+        result = answers(output(full), ["x"], geometry, (8, 8), PredictConfig(no_target_threshold=threshold))[0]
+        assert (result.no_target, result.head_no_target, bool(result.mask.any())) == (none, none, not none)
+    for wrong in (1.01, -0.1, float("nan")):
+        with pytest.raises(GrexError, match=r"no_target_threshold.*from 0 to 1"):
+            answers(output(full), ["x"], geometry, (8, 8), PredictConfig(no_target_threshold=wrong))
+    with pytest.raises(GrexError, match="no_target: pixels"):
+        answers(output(full), ["x"], geometry, (8, 8), PredictConfig(no_target="pixels", no_target_threshold=0.4))
 
 
 def test_one_image_many_expressions():

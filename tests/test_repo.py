@@ -29,6 +29,7 @@ LAYERS = {
     "ops": 0,
     "draw": 0,
     "progress": 0,
+    "precision": 0,
     "data": 1,
     "metrics": 1,
     "models": 2,

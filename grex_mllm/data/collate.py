@@ -28,13 +28,15 @@ def collate(
     resize: str = "squash",
     task: str = "ground",
     num_spoken: int | None = None,
+    max_lm_tokens: int | None = None,
 ) -> Batch:
     """Return the batch of B samples with all their E expressions, at S x S = image_size.
 
     The text encoder gets `raw` (as the released ReLA does), the generator's tokenizer `expression`. task "generate": only expressions
     with a target are kept and images left without any are dropped. With encode_lm, lm_ids, lm_mask and lm_index
-    are set for the expressions with a target, at most num_spoken of an image. gt_masks is None where a target has no mask
-    (box-only data).
+    are set for the expressions with a target, at most num_spoken of an image. Those of more than max_lm_tokens tokens (with BOS and EOS)
+    are left out and named in too_long; where a batch for generation holds no other, the shortest stays, cut and without EOS, so that every
+    process trains the same weights in every step. gt_masks is None where a target has no mask (box-only data).
 
     Raises:
         GrexError: unknown task, no expression left, an empty expression, or a target that is no selectable instance of its image.
@@ -68,9 +70,24 @@ def collate(
     )
     spoken = _spoken(expressions, owners, num_spoken) if encode_lm is not None else []
     if encode_lm is not None and spoken:
-        batch.lm_ids, batch.lm_mask = encode_lm([expressions[e].expression for e in spoken])
-        batch.lm_index = torch.tensor(spoken, dtype=torch.int64)
+        _add_text(batch, torch.tensor(spoken), encode_lm([expressions[e].expression for e in spoken]), max_lm_tokens, task)
     return batch
+
+
+def _add_text(batch: Batch, index: Tensor, encoded: tuple[Tensor, Tensor], most: int | None, task: str) -> None:
+    """Set lm_ids, lm_mask and lm_index from the encoded expressions `index` of the batch, without those of more than `most` tokens."""
+    ids, mask = encoded
+    lengths = mask.sum(1)
+    if most is not None and (lengths > most).any():
+        kept = (lengths <= most).nonzero().flatten()
+        batch.too_long = [batch.expression_ids[e] for e in index[lengths > most].tolist()]
+        if not len(kept):
+            if task != "generate":
+                return
+            kept = lengths.argmin()[None]
+        longest = min(int(lengths[kept].max()), most)
+        ids, mask, index = ids[kept, :longest], mask[kept, :longest], index[kept]
+    batch.lm_ids, batch.lm_mask, batch.lm_index = ids, mask, index
 
 
 def _kept(samples: Sequence[Sample], task: str) -> list[tuple[Sample, list[ExpressionRecord]]]:

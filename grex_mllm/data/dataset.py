@@ -38,6 +38,7 @@ class FolderDataset:
     training: a stream in shuffled order, expressions of an image drawn anew in each epoch. Otherwise all expressions in file order; an
     image with more than `expressions_per_image` comes several times.
     targeted_only: leave no-target expressions out (for generation).  num_images: take only the first images, to overfit or to try.
+    groups: the expressions of each sample.
 
     Raises:
         GrexError: at construction for folder, split and records; at access for images that cannot be read or have another size than stated.
@@ -68,22 +69,22 @@ class FolderDataset:
         by_image: dict[str, list[ExpressionRecord]] = {}
         for record in self.expressions:
             by_image.setdefault(record.image_id, []).append(record)
-        self._groups = list(by_image.values())[:num_images]
+        self.groups = list(by_image.values())[:num_images]
         if not training:
             n = expressions_per_image
-            self._groups = [group[start : start + n] for group in self._groups for start in range(0, len(group), n)]
+            self.groups = [group[start : start + n] for group in self.groups for start in range(0, len(group), n)]
 
     def __len__(self) -> int:
-        return len(self._groups)
+        return len(self.groups)
 
     def __getitem__(self, position: int) -> Sample:
         if not self.training:
             if not 0 <= position < len(self):
                 raise IndexError(position)
-            return self._sample(self._groups[position])
+            return self._sample(self.groups[position])
         epoch, place = divmod(position, len(self))
         index = int(_permutation(len(self), self.seed, epoch)[place])
-        group, n = self._groups[index], self.expressions_per_image
+        group, n = self.groups[index], self.expressions_per_image
         if len(group) > n:
             chosen = np.random.default_rng([self.seed, epoch, index]).permutation(len(group))[:n]
             group = [group[i] for i in sorted(chosen)]

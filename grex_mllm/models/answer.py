@@ -1,24 +1,28 @@
 """From the logits of a decoder to the answer at the original image size.
 
-Mask: argmax of the two classes after bilinear upsampling (a tie is background). No target: argmax of the no-target head (a tie is "has a
-target"), as the released ReLA decides. Boxes: the papers select the N_O best boxes (GREx article, count head); the benchmark keeps boxes
-above a score.
+Mask: argmax of the two classes after bilinear upsampling (a tie is background). No target: a probability above a threshold; at 0.5, the
+default, that is the argmax of the no-target head (a tie is "has a target"), as the released ReLA decides. Boxes: the papers select the N_O
+best boxes (GREx article, count head); the benchmark keeps boxes above a score.
 """
 
 from __future__ import annotations
 
+import math
+
 import numpy as np
+import torch
 from torch import Tensor
 from torch.nn import functional as F
 
 from grex_mllm.config import PredictConfig
 from grex_mllm.data.transforms import boxes_to_original, mask_to_original
-from grex_mllm.errors import GrexError
+from grex_mllm.errors import GrexError, fault
 from grex_mllm.types import Geometry, Grounding, GroundingOutput
 
 MANY = 6  # the count class ">5"
 BOX_RULES = ("count", "threshold", "both")
 NO_TARGET_RULES = ("head", "pixels")
+DEFAULT_THRESHOLD = PredictConfig.no_target_threshold
 
 
 def answers(
@@ -28,9 +32,9 @@ def answers(
 
     geometries: of each expression's image.  canvas: (H, W) that the mask logits [E, 2, h, w] cover, padding included.
     """
-    check(config)
+    check_rules(config)
     no_target_prob = output.no_target_logits.float().softmax(dim=-1)[:, 1].cpu().numpy()
-    says_none = (output.no_target_logits[:, 1] > output.no_target_logits[:, 0]).cpu().numpy()
+    says_none = above_threshold(output.no_target_logits, config.no_target_threshold).cpu().numpy()
     results = []
     for e, (expression, geometry) in enumerate(zip(expressions, geometries, strict=True)):
         mask_input, mask = _no_masks(geometry)
@@ -50,8 +54,19 @@ def answers(
     return results
 
 
-def check(config: PredictConfig) -> None:
-    """Raise on a rule that does not exist, or that reads masks where there are none.
+def above_threshold(no_target_logits: Tensor, threshold: float) -> Tensor:
+    """Return bool [E]: is the probability of "no target" above the threshold? Logits float [E, 2].
+
+    The logits' difference is compared, not the rounded probability: 0.5 is exactly the argmax, 0 always says "no target", 1 never.
+    """
+    logits = no_target_logits.double()
+    if threshold in (0, 1):
+        return torch.full_like(logits[:, 0], threshold == 0, dtype=torch.bool)
+    return logits[:, 1] - logits[:, 0] > math.log(threshold) - math.log1p(-threshold)
+
+
+def check_rules(config: PredictConfig) -> None:
+    """Raise on a rule that does not exist, that reads masks where there are none, or a threshold that decides nothing.
 
     Raises:
         GrexError: names the field, the value and the rules that exist.
@@ -59,6 +74,19 @@ def check(config: PredictConfig) -> None:
     for name, value, known in (("predict.boxes", config.boxes, BOX_RULES), ("predict.no_target", config.no_target, NO_TARGET_RULES)):
         if value not in known:
             raise GrexError(f'{name} is "{value}"; expected one of {", ".join(known)}; mend the configuration')
+    threshold = config.no_target_threshold
+    if isinstance(threshold, bool) or not isinstance(threshold, int | float) or not 0 <= threshold <= 1:
+        raise fault(
+            f"a no-target threshold (predict.no_target_threshold) of {threshold}",
+            "a probability from 0 to 1 (0.5 = the likelier of the two)",
+            "give another one",
+        )
+    if config.no_target == "pixels" and threshold != DEFAULT_THRESHOLD:
+        raise fault(
+            f"a no-target threshold of {threshold} with predict.no_target: pixels",
+            "a model whose no-target head decides",
+            "set predict.no_target to head, or leave the threshold out",
+        )
     if config.no_target == "pixels" and not config.masks:
         raise GrexError(
             "predict.no_target is pixels and predict.masks is false; expected masks to count pixels of; set predict.no_target to head"

@@ -20,7 +20,7 @@ from grex_mllm.data.images import load_image
 from grex_mllm.data.transforms import resize_image
 from grex_mllm.errors import GrexError, fault
 from grex_mllm.models import build_grounding
-from grex_mllm.models.answer import answers
+from grex_mllm.models.answer import answers, check_rules
 from grex_mllm.models.grounding import ImageFeatures
 from grex_mllm.models.text import TextTokenizer, load_text_tokenizer
 from grex_mllm.types import Geometry, Grounding
@@ -85,13 +85,12 @@ class GrexModel(nn.Module, ModelHubMixin):
         return self.text_tokenizer.encode(list(expressions), self.config.model.text.max_tokens, self.config.model.text.pad)
 
     def generator_features(self, features: ImageFeatures) -> list[Tensor]:
-        """Return the shared feature maps that the generator reads, fine to coarse.
+        """Return the feature maps of the encoded images that the generator reads, fine to coarse.
 
-        Raises:
-            GrexError: the image encoder fuses language, so that there are no maps before an expression is known.
+        An image encoder that fuses language makes them by a pass without language, as in training; they are kept in `features.pixels`.
         """
         if features.pixels is None:
-            raise fault("a generator on an image encoder that fuses language", "one without fusion", "set model.vision.fusion to none")
+            features.pixels = self.grounding.pixel_decoder(self.grounding.vision(features.image, None))
         return [features.pixels.mask_features, *reversed(features.pixels.levels)]
 
     def generator_maps(self, image: Tensor, valid_sizes: Sequence[tuple[int, int]]) -> list[Tensor]:
@@ -110,13 +109,14 @@ class GrexModel(nn.Module, ModelHubMixin):
         return EncodedImage(features, geometry, features.padded_size)
 
     @torch.inference_mode()
-    def ground(self, image: Any, expressions: str | Sequence[str], chunk: int = 64) -> Any:
+    def ground(self, image: Any, expressions: str | Sequence[str], chunk: int = 64, threshold: float | None = None) -> Any:
         """Answer one expression (a `Grounding`) or many (a list of them). The image is encoded once where the model allows.
 
         image: path, PIL image, numpy uint8 [H, W, 3], tensor, or an `EncodedImage`.  Results are at the original image's size.
+        threshold: "no target" is said above this probability, in [0, 1]; None = `predict.no_target_threshold` of the configuration.
 
         Raises:
-            GrexError: an unreadable image; an empty expression or one over 1,000 characters.
+            GrexError: an unreadable image; an empty expression or one over 1,000 characters; a threshold outside [0, 1].
         """
         single = isinstance(expressions, str)
         texts = [expressions] if isinstance(expressions, str) else list(expressions)
@@ -124,6 +124,8 @@ class GrexModel(nn.Module, ModelHubMixin):
             check_expression(text)
         if self.training:
             raise RuntimeError("call .eval() before .ground(): the model is in training mode")
+        rules = self.config.predict if threshold is None else replace(self.config.predict, no_target_threshold=threshold)
+        check_rules(rules)
         encoded = image if isinstance(image, EncodedImage) else self.encode(image)
         results: list[Grounding] = []
         for start in range(0, len(texts), chunk):
@@ -131,7 +133,7 @@ class GrexModel(nn.Module, ModelHubMixin):
             ids, mask = self.encode_text(part)
             index = torch.zeros(len(part), dtype=torch.int64, device=self.device)
             output = self.grounding.ground(encoded.features, index, ids.to(self.device), mask.to(self.device))
-            results += answers(output, part, [encoded.geometry] * len(part), encoded.canvas, self.config.predict)
+            results += answers(output, part, [encoded.geometry] * len(part), encoded.canvas, rules)
         return results[0] if single else results
 
     def describe(self, image: Any, masks: Any = None, boxes_xyxy: Any = None, **options: Any) -> Any:

@@ -23,7 +23,8 @@ class ImageFeatures:
 
     image: float [B, 3, H', W'] normalised and padded.  input_size: (H, W) as given.
     maps: four float [B, C_i, h_i, w_i] fine to coarse without language; pixels, regions: of the pixel decoder and of `decoder.encode`.
-    The last three are None when the image encoder fuses language; `prefix` is then its work before the first fusion.
+    These three are None when the image encoder fuses language; `prefix` is then its work before the first fusion. `pixels` are filled in
+    without language where a generator asks for them (`GrexModel.generator_features`).
     """
 
     image: Tensor

@@ -72,13 +72,11 @@ class LMTokenizer:
         """Return the ids of one text without BOS and EOS."""
         return list(self.hf(" ".join(text.split()), add_special_tokens=False, split_special_tokens=True)["input_ids"])
 
-    def encode(self, texts: Sequence[str], max_tokens: int | None = None) -> tuple[Tensor, Tensor]:
+    def encode(self, texts: Sequence[str]) -> tuple[Tensor, Tensor]:
         """Return (ids, mask) int64 [E, L], each row BOS + text + EOS, right-padded; mask 1 = real token.
 
-        max_tokens counts BOS and EOS.
-
         Raises:
-            GrexError: an empty text, or one that needs more than max_tokens.
+            GrexError: an empty text.
         """
         import torch
 
@@ -87,12 +85,6 @@ class LMTokenizer:
             ids = self.text_ids(text)
             if not ids:
                 raise fault(f"expression {text!r} is empty", "a text with at least one character", "give one")
-            if max_tokens is not None and len(ids) + 2 > max_tokens:
-                raise fault(
-                    f"expression {text[:40]!r}... of {len(ids) + 2} tokens",
-                    f"at most {max_tokens}",
-                    "shorten it or raise model.generator.max_expression_tokens",
-                )
             rows.append([self.bos_id, *ids, self.eos_id])
         length = max((len(row) for row in rows), default=0)
         ids_out = torch.full((len(rows), length), self.pad_id, dtype=torch.int64)

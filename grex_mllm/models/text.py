@@ -18,6 +18,7 @@ from grex_mllm.errors import fault
 from grex_mllm.types import TextFeatures
 
 SPECIAL_TOKENS = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
+CHUNK = 10_000  # expressions that are tokenised at once to count their tokens
 
 
 class TextEncoder(nn.Module):
@@ -98,6 +99,14 @@ class TextTokenizer:
             ids[row, : len(tokens)] = torch.tensor(tokens, dtype=torch.int64)
             mask[row, : len(tokens)] = 1
         return ids, mask
+
+    def too_long(self, expressions: Sequence[str], max_tokens: int) -> list[int]:
+        """Return the positions of the expressions that `encode` cuts."""
+        found: list[int] = []
+        for start in range(0, len(expressions), CHUNK):
+            rows = self.tokenizer.encode_batch(list(expressions[start : start + CHUNK]))
+            found += [start + i for i, row in enumerate(rows) if len(row.ids) > max_tokens]
+        return found
 
     def save(self, folder: str | Path) -> None:
         """Write `tokenizer.json`."""

@@ -1,4 +1,4 @@
-"""Reliability, N-acc against T-acc, and risk against coverage of the no-target probability, as one SVG picture."""
+"""Pictures (SVG) of the no-target probability: calibration, and what answering only where the model is sure would give."""
 
 from __future__ import annotations
 
@@ -9,22 +9,40 @@ from typing import Any
 SIDE, MARGIN, GAP = 240, 46, 40
 INK, GRID, LINE, DIAGONAL = "#14161a", "#d9dce1", "#0072b2", "#9aa0a8"
 
+Panel = tuple[str, str, str, list[tuple[float | None, float | None]], bool]  # title, names of the axes, points, diagonal
+
 
 def write_calibration_plot(calibration: dict[str, Any], path: Path) -> Path:
     """Write the three plots of the `calibration` block of results.json; axes run from 0 to 1."""
     bins = [b for b in calibration["reliability"] if b["num_samples"]]
     curve = calibration["curve"]
-    panels = [
+    panels: list[Panel] = [
         ("reliability", "mean probability", "share without target", [(b["mean_probability"], b["no_target_share"]) for b in bins], True),
         ("threshold curve", "T-acc", "N-acc", [(c["T_acc"], c["N_acc"]) for c in curve], False),
         ("rejection", "coverage", "risk", [(c["coverage"], c["risk"]) for c in curve], False),
     ]
+    return _write(panels, f"no-target probability: {calibration['num_samples']} expressions, ECE {100 * calibration['ECE']:.2f} %", path)
+
+
+def write_risk_coverage_plot(chances: dict[str, Any], path: Path) -> Path:
+    """Write the curves of `error_analysis.selection`: risk against coverage, and N-acc against T-acc over the thresholds."""
+    names = {"decision": "wrong no-target decisions", "mask": "1 - IoU"}
+    panels: list[Panel] = [
+        (f"{words} (area {100 * chances[name]['AURC']:.1f} %)", "coverage", "risk",
+         [(c["coverage"], c["risk"]) for c in chances[name]["curve"]], False)
+        for name, words in names.items()
+        if name in chances
+    ]  # fmt: skip
+    panels.append(("no-target thresholds", "T-acc", "N-acc", [(c["T_acc"], c["N_acc"]) for c in chances["thresholds"]], False))
+    return _write(panels, f"the surest answers first: {chances['num_samples']} expressions", path)
+
+
+def _write(panels: list[Panel], words: str, path: Path) -> Path:
     width = len(panels) * (SIDE + MARGIN + GAP)
-    words = f"no-target probability: {calibration['num_samples']} expressions, ECE {100 * calibration['ECE']:.2f} %"
     style = f'font-family="sans-serif" font-size="12" fill="{INK}"'
     parts = [
         f'<svg xmlns="http://www.w3.org/2000/svg" width="{width}" height="{SIDE + 2 * MARGIN + 20}" {style}>',
-        f'<rect width="100%" height="100%" fill="#fff"/><text x="{MARGIN}" y="16">{words}</text>',
+        f'<rect width="100%" height="100%" fill="#fff"/><text x="{MARGIN}" y="16">{escape(words)}</text>',
     ]
     for number, panel in enumerate(panels):
         parts.append(_panel(MARGIN + number * (SIDE + MARGIN + GAP), *panel))

@@ -30,6 +30,7 @@ class Window:
     """Sums over the steps of one log line, on this process."""
 
     def __init__(self) -> None:
+        self.all_too_long: Counter[str] = Counter()  # over all lines and processes
         self.reset()
 
     def reset(self) -> None:
@@ -37,6 +38,7 @@ class Window:
         self.sums: dict[str, Tensor] = {}
         self.norms: list[Tensor | float] = []
         self.counts: Counter[str] = Counter()
+        self.too_long: Counter[str] = Counter()  # expression id -> times
         self.since = time.perf_counter()
 
     def add(self, task: str, losses: dict[str, Tensor], batch: Batch) -> None:
@@ -50,10 +52,12 @@ class Window:
         text = batch.text_mask if batch.lm_mask is None else batch.lm_mask
         self.counts["tokens"] += text.numel()
         self.counts[f"batches/{task}"] += 1
+        self.too_long.update(batch.too_long)
 
     def close(self, accelerator: Accelerator) -> dict[str, Any]:
         """Join the processes' sums into the fields of one line and start anew; all processes call it."""
         mine: dict[str, dict[str, Any]] = {"sums": {key: float(value) for key, value in self.sums.items()}, "counts": dict(self.counts)}
+        mine["too_long"] = dict(self.too_long)
         parts = [mine]
         if accelerator.num_processes > 1:
             from accelerate.utils import gather_object
@@ -61,8 +65,10 @@ class Window:
             parts = gather_object([mine])
         counts: Counter[str] = Counter()
         sums: dict[str, float] = defaultdict(float)
+        too_long: Counter[str] = Counter()
         for part in parts:
             counts.update(part["counts"])
+            too_long.update(part["too_long"])
             for key, value in part["sums"].items():
                 sums[key] += value
         tasks = sorted(key.removeprefix("batches/") for key in counts if key.startswith("batches/"))
@@ -73,6 +79,9 @@ class Window:
             line["grad_norm"] = float(torch.stack([torch.as_tensor(norm, dtype=torch.float32).cpu() for norm in self.norms]).mean())
         line |= {f"{name}_per_s": round(counts[name] / seconds, 3) for name in ("images", "expressions", "tokens")}
         line["peak_memory_bytes"] = peak_memory(accelerator.device)
+        if too_long:
+            line["too_long"] = sum(too_long.values())
+            self.all_too_long.update(too_long)
         self.reset()
         return line
 

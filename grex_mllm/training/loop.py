@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from grex_mllm.config import Config, TrainConfig, to_dict
 from grex_mllm.errors import GrexError, fault
+from grex_mllm.progress import told_ids
 from grex_mllm.training import checkpoint
 from grex_mllm.training.average import WeightAverage
 from grex_mllm.training.batches import MODEL_STREAM, BatchSource, map_tensors, seed_all, stream
@@ -37,7 +38,8 @@ from grex_mllm.types import Batch
 class TrainResult:
     """steps: finished steps.  resumed_from: finished steps when this call began.  lines: the log lines of this call.
 
-    is_main: this process is the one that writes files.
+    is_main: this process is the one that writes files.  too_long: expressions that the generator could not learn from because of their
+    length, id -> how often one came.
     """
 
     steps: int
@@ -45,6 +47,7 @@ class TrainResult:
     checkpoint: Path | None
     is_main: bool
     lines: list[dict[str, Any]] = field(default_factory=list)
+    too_long: dict[str, int] = field(default_factory=dict)
 
 
 def train(
@@ -104,7 +107,7 @@ class _Run:
         self.state = checkpoint.RunState(accelerator, model, wrapped, prepared, schedule, self._average(model), to_dict(config))
         self.trained = [] if is_deepspeed(accelerator) else optimized_parameters(optimizer)
         self.batches = batches.share(accelerator.process_index, accelerator.num_processes) if accelerator.num_processes > 1 else batches
-        self.num_workers = config.data.num_workers
+        self.num_workers, self.longest = config.data.num_workers, config.model.generator.max_expression_tokens
         found = checkpoint.latest(config.train.out)
         self.first = checkpoint.restore(self.state, found) if found is not None else 0
         self.result = TrainResult(self.first, self.first, found, accelerator.is_main_process)
@@ -145,6 +148,9 @@ class _Run:
                     log.sync()
                     self.result.checkpoint = checkpoint.save(self.state, settings.out, step, settings.keep)
                 self.result.steps = step
+                if step == settings.steps and window.all_too_long:
+                    self.result.too_long = dict(window.all_too_long)
+                    log.say(self._told_too_long())
                 if on_step is not None:
                     on_step(step, {name: float(value.detach()) for name, value in losses.items()})
         finally:
@@ -152,6 +158,11 @@ class _Run:
         if save_model is not None:
             self._publish(save_model)
         return self.result
+
+    def _told_too_long(self) -> str:
+        times, most = sum(self.result.too_long.values()), self.longest
+        what = f"expressions of more than model.generator.max_expression_tokens = {most} tokens were left out of generation ({times} times)"
+        return told_ids(what, sorted(self.result.too_long))
 
     def _step(self, step: int, numbered: Any, window: Window) -> dict[str, Tensor]:
         """Do one optimizer step over `accumulation` batches."""

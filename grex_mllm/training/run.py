@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from grex_mllm.config import Config, DataConfig
+from grex_mllm.config import Config
 from grex_mllm.data.collate import collate
 from grex_mllm.data.dataset import FolderDataset, SampleSource
 from grex_mllm.errors import fault
@@ -20,12 +20,14 @@ from grex_mllm.models.grex import GrexModel
 from grex_mllm.models.lm_tokenizer import LMTokenizer, train_sentencepiece
 from grex_mllm.models.text import TextTokenizer, load_text_tokenizer, train_text_tokenizer
 from grex_mllm.precision import Resolved, resolve_precision
+from grex_mllm.progress import told_ids
 from grex_mllm.training import checkpoint
 from grex_mllm.training.batches import GENERATE, GROUND, TaskMixture, seed_all
+from grex_mllm.training.combinations import check_combinations
 from grex_mllm.training.engine import is_main_process, wait_for
 from grex_mllm.training.forecast import Forecast, forecast_training
 from grex_mllm.training.instance_losses import IGNORED, InstanceLoss
-from grex_mllm.training.loop import TrainResult, num_processes, train
+from grex_mllm.training.loop import TrainResult, check, num_processes, train
 from grex_mllm.training.losses import ReLALoss
 from grex_mllm.training.start import adopt_start, describe_new, start_from
 from grex_mllm.types import Batch
@@ -101,6 +103,8 @@ def train_from_config(
     Raises:
         GrexError: settings that do not fit the data, an output folder that holds another run, losses that are not finite.
     """
+    check_combinations(config)
+    check(config.train)
     seed_all(config.train.seed)
     if config.train.start is not None:
         adopt_start(config)
@@ -117,6 +121,8 @@ def train_from_config(
         if on_forecast is not None and num_processes() == 1:
             on_forecast(_forecast(model, batches, loss_terms, config), resolve_precision(config.train.precision, model.device))
         learn_from_text(model, config)  # the other processes get the weights when they meet
+    if is_main_process():
+        _tell_cut(sources, text_tokenizer, config.model.text.max_tokens)
     return train(model, batches, loss_terms, config, save_model=model.save_pretrained, on_step=on_step)
 
 
@@ -133,6 +139,16 @@ def _forecast(model: GrexModel, batches: TaskMixture, loss_terms: JointLossTerms
         checkpoint.set_random_states(states)  # the run is the same with and without
 
 
+def _tell_cut(sources: dict[str, SampleSource], tokenizer: TextTokenizer, max_tokens: int) -> None:
+    """Print how many expressions of a dataset folder the text encoder reads only the first tokens of."""
+    source = sources[GROUND]
+    if isinstance(source, FolderDataset):
+        cut = tokenizer.too_long([record.raw for record in source.expressions], max_tokens)
+        if cut:
+            what = f"expressions of more than model.text.max_tokens = {max_tokens} tokens are cut there by the text encoder"
+            print(told_ids(what, [source.expressions[i].expression_id for i in cut]))
+
+
 def batch_source(
     config: Config, sources: dict[str, SampleSource], text_tokenizer: TextTokenizer, lm_tokenizer: LMTokenizer | None
 ) -> TaskMixture:
@@ -140,7 +156,7 @@ def batch_source(
     encode_text, encode_lm = _encoders(config, text_tokenizer, lm_tokenizer)
     speakers = {GENERATE, GROUND} if config.train.joint_batches else {GENERATE}
     make = {
-        task: partial(_make_batch, source, task, encode_text, encode_lm if task in speakers else None, config.data)
+        task: partial(_make_batch, source, task, encode_text, encode_lm if task in speakers else None, config)
         for task, source in sources.items()
     }
     ratio = config.train.ground_ratio if GENERATE in sources else 1.0
@@ -152,13 +168,22 @@ def _encoders(config: Config, text_tokenizer: TextTokenizer, lm_tokenizer: LMTok
     encode_text = partial(text_tokenizer.encode, max_tokens=config.model.text.max_tokens, pad=config.model.text.pad)
     if lm_tokenizer is None:
         return encode_text, None
-    return encode_text, partial(lm_tokenizer.encode, max_tokens=config.model.generator.max_expression_tokens)
+    return encode_text, lm_tokenizer.encode
 
 
-def _make_batch(source: SampleSource, task: str, encode_text: Any, encode_lm: Any, data: DataConfig, positions: list[int]) -> Batch:
-    samples = [source[position] for position in positions]
-    most = data.num_spoken if task == GROUND else None
-    return collate(samples, encode_text, encode_lm, image_size=data.image_size, resize=data.resize, task=task, num_spoken=most)
+def _make_batch(source: SampleSource, task: str, encode_text: Any, encode_lm: Any, config: Config, positions: list[int]) -> Batch:
+    samples, data = [source[position] for position in positions], config.data
+    most, longest = data.num_spoken if task == GROUND else None, config.model.generator.max_expression_tokens
+    return collate(
+        samples,
+        encode_text,
+        encode_lm,
+        image_size=data.image_size,
+        resize=data.resize,
+        task=task,
+        num_spoken=most,
+        max_lm_tokens=longest,
+    )
 
 
 def training_sources(config: Config) -> dict[str, SampleSource]:
@@ -259,7 +284,7 @@ def learn_from_text(model: GrexModel, config: Config) -> None:
 def told_batches(config: Config, model: GrexModel) -> TaskMixture:
     """Return the batches of told scenes: other scenes than the joint training sees, where data is drawn."""
     encoders = _encoders(config, model.text_tokenizer, model.generator.tokenizer if model.generator is not None else None)
-    make = partial(_make_batch, told_scenes(config), GENERATE, *encoders, config.data)
+    make = partial(_make_batch, told_scenes(config), GENERATE, *encoders, config)
     return TaskMixture({GENERATE: make}, config.train.batch_images, 0.0, config.train.seed)
 
 

@@ -9,13 +9,52 @@ from typing import Any
 from grex_mllm import __version__
 from grex_mllm.config import SyntheticConfig
 from grex_mllm.data.coco import count_records
+from grex_mllm.data.records import read_info
 from grex_mllm.data.synthetic.dataset import SyntheticDataset
 from grex_mllm.data.writing import DatasetWriter
+from grex_mllm.errors import fault
 from grex_mllm.types import ExpressionRecord
+
+TOOL = "grex_mllm.data.synthetic.export"  # in dataset.json: the expressions are of this grammar and can be judged by it
+NUM_SCENES, EXPRESSIONS_PER_SCENE = 250, 8  # of a test split
+
+
+def is_synthetic(info: dict[str, Any]) -> bool:
+    """Tell from dataset.json whether a folder holds scenes that were drawn here."""
+    return info.get("tool") == TOOL
+
+
+def settings_of(config: SyntheticConfig, split: str, length: int, expressions_per_image: int) -> dict[str, Any]:
+    """Return what dataset.json tells of the scenes; equal settings are equal scenes."""
+    return {"split": split, "scenes": length, "expressions_per_image": expressions_per_image, **asdict(config)}
+
+
+def export_once(config: SyntheticConfig, split: str, length: int, folder: str | Path) -> None:
+    """Write scenes into a folder, or find them there.
+
+    Raises:
+        GrexError: the folder holds anything else, or what `export` raises.
+    """
+    wanted = settings_of(config, split, length, EXPRESSIONS_PER_SCENE)
+    if not Path(folder).exists():
+        export(config, split, length, folder)
+        return
+    info = read_info(Path(folder))
+    if not is_synthetic(info) or info.get("generator") != wanted:
+        raise fault(
+            f"{folder} holds other data than {length} synthetic scenes of split {split} with the model's settings",
+            "these scenes, or no such folder",
+            "remove it, or choose another --out",
+        )
 
 
 def export(
-    config: SyntheticConfig, split: str, length: int, folder: str | Path, expressions_per_image: int = 8, overwrite: bool = False
+    config: SyntheticConfig,
+    split: str,
+    length: int,
+    folder: str | Path,
+    expressions_per_image: int = EXPRESSIONS_PER_SCENE,
+    overwrite: bool = False,
 ) -> dict[str, Any]:
     """Write `length` scenes of a split: images.jsonl, expressions.jsonl, dataset.json and images/*.png. Return what dataset.json holds.
 
@@ -46,7 +85,7 @@ def export(
             num_instances += len(sample.record.instances)
         info = {
             "name": f"synthetic-{split}",
-            "tool": "grex_mllm.data.synthetic.export",
+            "tool": TOOL,
             "tool_version": __version__,
             "sources": [],
             "licence": "MIT (drawn by grex-mllm)",
@@ -57,7 +96,7 @@ def export(
             "num_expressions": len(expressions),
             "counts": count_records(expressions),
             "skipped": {},
-            "generator": {"split": split, "scenes": length, "expressions_per_image": expressions_per_image, **asdict(config)},
+            "generator": settings_of(config, split, length, expressions_per_image),
         }
         writer.set_info(info)
     return info

@@ -1,0 +1,124 @@
+"""A generator beside an image encoder that fuses language: trained, it describes, is re-ranked and predicts; and what cannot be trained."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from tiny import tiny_config
+
+from grex_mllm import GrexModel
+from grex_mllm.config import Config, SyntheticConfig
+from grex_mllm.data.synthetic.export import export
+from grex_mllm.errors import GrexError
+from grex_mllm.predict import predict_split
+from grex_mllm.training.combinations import check_combinations
+from grex_mllm.training.run import train_from_config
+
+GENERATOR = {
+    "model__generator__lm": "tiny", "model__generator__vocab_size": 300, "model__generator__hidden_size": 16,
+    "model__generator__num_heads": 2, "model__generator__num_layers": 1, "model__generator__intermediate_size": 32,
+    "model__generator__projector_width": 16, "model__generator__max_new_tokens": 6, "train__ground_ratio": 0.5,
+}  # fmt: skip
+FUSED = {
+    "model__vision__name": "swin", "model__vision__embed_width": 8, "model__vision__swin_depths": "[1, 1, 1, 1]",
+    "model__vision__swin_heads": "[1, 1, 2, 2]", "model__vision__window": 4, "model__vision__fusion": "pwam",
+    "model__decoder__name": "rela", "model__decoder__num_layers": 2,
+}  # fmt: skip
+
+
+def fused(out: Path, data: Path, **changes: object) -> Config:
+    training: dict[str, object] = {"data__train": data, "data__train_split": "test", "data__expressions_per_image": 3, "train__out": out}
+    training |= {"train__steps": 3, "train__batch_images": 2, "train__precision": "fp32", "train__num_threads": 1}
+    return tiny_config(**{**GENERATOR, **FUSED, **training, **changes})
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"train__ground_ratio": 0.5},
+        {"train__ground_ratio": 1.0, "train__joint_batches": "true"},
+        {"train__ground_ratio": 1.0, "train__joint_batches": "true", "model__decoder__ria": "hard_split"},
+    ],
+    ids=["two kinds of batches", "joint batches", "hard split"],
+)
+def test_a_fused_encoder_trains_describes_and_predicts(tmp_path: Path, changes: dict[str, object]) -> None:
+    export(SyntheticConfig(image_size=64), "test", 3, tmp_path / "d", 4)
+    result = train_from_config(fused(tmp_path / "m", tmp_path / "d", **changes))
+    terms = {name for line in result.lines for name in line if name.startswith("loss/")}
+    assert any(name.endswith("/lm") for name in terms)
+    model = GrexModel.from_pretrained(tmp_path / "m")
+    assert model.grounding.fuses_language
+    image = np.random.default_rng(0).integers(0, 255, (50, 70, 3), dtype=np.uint8)
+    boxes = [[2, 2, 20, 20], [30, 20, 60, 45]]
+    assert isinstance(model.describe(image, boxes_xyxy=boxes), str)
+    told = model.describe(image, boxes_xyxy=boxes, candidates=3, rerank="listener", details=True)
+    assert told.score is None or 0 <= told.score <= 1
+    lines = [
+        json.loads(line)
+        for line in predict_split(
+            str(tmp_path / "m"), str(tmp_path / "d"), tmp_path / "p.jsonl", "test", ["ground", "generate"], None, 2, None, "cpu", []
+        ).read_text().splitlines()
+    ]  # fmt: skip
+    assert sum("expression_id" in line for line in lines) == 12
+    spoken = [line for line in lines if "targets" in line]
+    assert spoken and all({"expression", "listener", "candidates"} <= line.keys() for line in spoken)
+
+
+def test_the_generator_reads_the_maps_that_it_was_trained_on(tmp_path: Path) -> None:
+    export(SyntheticConfig(image_size=64), "test", 2, tmp_path / "d", 4)
+    train_from_config(fused(tmp_path / "m", tmp_path / "d", train__steps=1))
+    model = GrexModel.from_pretrained(tmp_path / "m")
+    image = np.random.default_rng(1).integers(0, 255, (64, 64, 3), dtype=np.uint8)
+    encoded = model.encode(image)
+    with torch.inference_mode():
+        trained_on = model.generator_maps(encoded_pixels(image), [(64, 64)])
+        model.ground(encoded, "the red circle")  # language in between leaves no trace
+        described_from = model.generator_features(encoded.features)
+    assert len(trained_on) == len(described_from) == 4
+    for first, second in zip(trained_on, described_from, strict=True):
+        torch.testing.assert_close(first, second)
+
+
+def encoded_pixels(image: np.ndarray) -> torch.Tensor:
+    return torch.from_numpy(image).permute(2, 0, 1)[None]
+
+
+IMPOSSIBLE: list[tuple[dict[str, object], list[str]]] = [
+    ({"train__ground_ratio": 0.7}, ["train.ground_ratio is 0.7", "generator.lm is none", "train.ground_ratio to 1"]),
+    ({"train__joint_batches": "true"}, ["train.joint_batches is true", "generator.lm is none", "train.joint_batches to false"]),
+    ({"train__text__steps": 3}, ["train.text.steps is 3", "generator.lm is none", "train.text.steps to 0"]),
+    ({"train__text__scenes": 3}, ["train.text.scenes is 3", "generator.lm is none", "train.text.scenes to 0"]),
+    (GENERATOR | {"train__ground_ratio": 1.0}, ["generator.lm is tiny", "learns from", "train.joint_batches to true"]),
+    (GENERATOR | {"train__ground_ratio": 1.5}, ["train.ground_ratio is 1.5", "between 0 and 1"]),
+    (GENERATOR | {"train__ground_ratio": 0, "train__joint_batches": "true"}, ["train.ground_ratio 0", "grounding batches"]),
+    (GENERATOR | {"train__joint_batches": "true", "data__num_spoken": 0}, ["data.num_spoken is 0", "at least 1"]),
+    (GENERATOR | {"train__text__scenes": 3}, ["train.text.scenes is 3", "attribute_classes"]),
+    (GENERATOR | {"model__generator__lm": "some/model", "train__text__steps": 3}, ["train.text.steps 3", "lm some/model", "to 0"]),
+    (GENERATOR | {"loss__lm_start": 1.0}, ["loss.lm_start is 1", "below 1"]),
+    ({"model__vision__fusion": "pwam"}, ["model.vision.fusion is pwam", "name resnet", "swin"]),
+    (FUSED | {"model__decoder__name": "rela_instances"}, ["fusion is pwam", "rela_instances", "once in an image", "name to rela"]),
+    ({"loss__deep_supervision": 0.5}, ["loss.deep_supervision is 0.5", "rela_instances", "model.decoder.deep_supervision"]),
+    ({"train__optim__muon": "true", "train__deepspeed": "deepspeed_configs/zero2.json"}, ["muon", "zero2.json", "false"]),
+    ({"train__steps": 0}, ["train.steps is 0", "from 1"]),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("changes", "parts"), IMPOSSIBLE, ids=lambda value: value[0] if isinstance(value, list) else "")
+def test_impossible_combinations_are_refused_before_anything_is_done(tmp_path: Path, changes: dict[str, object], parts: list[str]) -> None:
+    config = tiny_config(**{"train__out": tmp_path / "run", "data__train": tmp_path / "nowhere", **changes})
+    with pytest.raises(GrexError) as caught:
+        train_from_config(config)
+    assert [part for part in parts if part not in str(caught.value)] == [], str(caught.value)
+    assert str(caught.value).count("; ") >= 2 and not list(tmp_path.iterdir())
+
+
+def test_possible_combinations_pass() -> None:
+    check_combinations(Config())
+    check_combinations(tiny_config(**GENERATOR))
+    check_combinations(tiny_config(**GENERATOR, **FUSED, train__joint_batches="true"))
+    check_combinations(tiny_config(**{**GENERATOR, "train__ground_ratio": 1.0, "train__start": "runs/earlier"}))
+    check_combinations(tiny_config(model__decoder__name="rela", model__decoder__deep_supervision="true", loss__deep_supervision=0.5))
