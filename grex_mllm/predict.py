@@ -251,7 +251,8 @@ def describe_lines(
     greedy = describe_encoded(net, encoded, masks, positions, "greedy", 1, None)
     heard: list[Description | None] = [None] * len(sets)
     if listener:
-        heard = list(describe_encoded(net, encoded, masks, positions, "sample", listener, "listener"))
+        said = [answer.expression for answer in greedy]
+        heard = list(describe_encoded(net, encoded, masks, positions, "sample", listener, "listener", greedy=said))
     lines = []
     for targets, first, best in zip(sets, greedy, heard, strict=True):
         line: dict[str, Any] = {

@@ -102,8 +102,13 @@ def describe_encoded(
     num_beams: int = 4,
     temperature: float | None = None,
     seed: int = 0,
+    greedy: list[str] | None = None,
 ) -> list[Description]:
-    """Describe object sets of an encoded image. masks: bool [N, H0, W0], every object of the image that is known."""
+    """Describe object sets of an encoded image.
+
+    masks: bool [N, H0, W0], every object of the image that is known.  greedy: the sets' greedy answers, where the caller has them already;
+    they stand beside the sampled candidates.
+    """
     if temperature is None:
         temperature = 1.0 if rerank is None else LISTENER_TEMPERATURE
     at_input = input_masks(masks, encoded.geometry, encoded.features.input_size, model)
@@ -123,8 +128,8 @@ def describe_encoded(
         texts = model.generator.generate(**arguments, mode="beam", num_candidates=candidates, num_beams=max(num_beams, candidates))
     else:
         texts = model.generator.generate(**arguments, mode="sample", num_candidates=candidates, temperature=temperature, seed=seed)
-        greedy = model.generator.generate(**arguments, mode="greedy")
-        texts = [[*g, *drawn] for g, drawn in zip(greedy, texts, strict=True)]
+        first = [[g] for g in greedy] if greedy is not None else model.generator.generate(**arguments, mode="greedy")
+        texts = [[*g, *drawn] for g, drawn in zip(first, texts, strict=True)]
     return listen(model, encoded, at_input, sets, texts)
 
 
