@@ -24,6 +24,7 @@ BANNED_NAMES = {"utils", "util", "misc", "helpers", "helper", "manager", "legacy
 # One number per room: an import never goes to a higher number. Rooms of one number may meet, without a circle, except those APART.
 LAYERS = {
     "errors": 0,
+    "shipped": 0,
     "config": 0,
     "types": 0,
     "ops": 0,
