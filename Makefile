@@ -1,11 +1,12 @@
 # setup: .venv with everything, from nothing.  demo: train, predict, score and report on synthetic scenes.  test, lint: what .ci/run runs.
+# test-long: what takes longer than make test may (10 minutes on two cores): kills at every moment, load, long runs.
 PYTHON ?= python3
 # Installed first and pinned, so that no later request of pip brings another build of it.
 TORCH ?= torch==2.13.0
 BIN := .venv/bin
 STAMP := .venv/.installed
 
-.PHONY: setup demo test lint clean
+.PHONY: setup demo test test-long lint clean
 
 setup: $(STAMP)
 
@@ -25,10 +26,13 @@ demo: setup
 test: setup
 	$(BIN)/python -m pytest
 
+test-long: setup
+	$(BIN)/python -m pytest -m long
+
 lint: setup
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy grex_mllm
 
 clean:
-	rm -rf .venv .pytest_cache .mypy_cache .ruff_cache .hypothesis build *.egg-info
+	rm -rf .venv .pytest_cache .mypy_cache .ruff_cache .hypothesis build dist *.egg-info

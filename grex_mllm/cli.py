@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import sys
 from collections.abc import Callable
@@ -276,6 +277,7 @@ WITH_OVERRIDES = {"demo", "train", "predict"}
 def main(argv: list[str] | None = None) -> int:
     """Run a verb. Exit status: 0 done, 1 the check found faults, 2 the user's input is at fault."""
     arguments = list(sys.argv[1:] if argv is None else argv)
+    _speak_utf8()
     if not arguments or arguments[0] in ("-h", "--help"):
         print(_overview())
         return 0
@@ -291,6 +293,13 @@ def main(argv: list[str] | None = None) -> int:
         return 2
     except BrokenPipeError:
         return 0
+
+
+def _speak_utf8() -> None:
+    """Write UTF-8 where the system's own encoding (Windows, into a file or a program) has not every character of an expression."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper) and stream.encoding.lower() not in ("utf-8", "utf8"):
+            stream.reconfigure(encoding="utf-8")
 
 
 def _overview() -> str:

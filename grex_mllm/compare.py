@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 
 from grex_mllm.errors import GrexError, fault
+from grex_mllm.shipped import PUBLISHED_FOLDER
 
 COLUMNS = {
     "gres": ("gIoU", "cIoU", "N_acc", "T_acc", "Pr@0.7", "Pr@0.8", "Pr@0.9"),
@@ -36,7 +37,6 @@ PERCENT_EXCEPT = ("mae",)
 FORMATS = ("markdown", "latex", "csv")
 NUM_DRAWS = 2000
 CHUNK_CELLS = 4_000_000
-PUBLISHED = Path(__file__).resolve().parent.parent / "eval" / "published"
 
 
 @dataclass
@@ -162,7 +162,7 @@ class Bootstrap:
         return float(low), float(high)
 
 
-def published_tables(tasks: Iterable[str], folder: Path = PUBLISHED) -> list[Table]:
+def published_tables(tasks: Iterable[str], folder: Path = PUBLISHED_FOLDER) -> list[Table]:
     """Return the published rows of some tasks, one table each, with paper and table."""
     tables = []
     for file in sorted(folder.glob("*.json")):

@@ -11,9 +11,9 @@ from pathlib import Path
 from typing import Any
 
 from grex_mllm.errors import GrexError
-
-ROOT = Path(__file__).resolve().parent.parent  # configs/ and eval/ hold data and lie beside the package
-CONFIG_FOLDER, PROTOCOL_FOLDER, PUBLISHED_FOLDER = ROOT / "configs", ROOT / "eval" / "protocols", ROOT / "eval" / "published"
+from grex_mllm.shipped import CONFIG_FOLDER as CONFIG_FOLDER
+from grex_mllm.shipped import PROTOCOL_FOLDER as PROTOCOL_FOLDER
+from grex_mllm.shipped import find_file
 
 
 @dataclass
@@ -358,7 +358,7 @@ def load_config(path: str | Path | None = None, overrides: list[str] | None = No
     parser.add_class_arguments(Config, as_group=False)
     data: dict[str, Any] = {}
     if path is not None:
-        file = Path(path)
+        file = find_file(path)
         if not file.is_file():
             raise GrexError(f"config {file} does not exist; expected a YAML file; give one of configs/*.yaml")
         try:

@@ -235,6 +235,13 @@ def test_ground_takes_any_script_and_many_expressions(place: Path, model: Path, 
     assert all(Path(answer["overlay"]).is_file() and Path(answer["mask"]).is_file() for answer in answers)
 
 
+def test_answers_are_utf8_whatever_the_system_speaks(place: Path, model: Path) -> None:
+    command = [sys.executable, "-m", "grex_mllm", *map(str, ground(model, "photo.png", "赤い丸 🟥"))]
+    run = subprocess.run(command, env={**os.environ, "PYTHONIOENCODING": "cp1252"}, capture_output=True, check=False)
+    assert run.returncode == 0, run.stderr
+    assert json.loads(run.stdout.decode("utf-8"))[0]["expression"] == "赤い丸 🟥"
+
+
 def describe(model: Path, *options: str) -> list[str]:
     return ["describe", "--model", str(model), "--image", "photo.png", "--device", "cpu", *options]
 
@@ -334,7 +341,8 @@ def test_score_compare_and_errors(place: Path, capsys: Capture) -> None:
         one = scored(place, name, lines, *options, "1")
         assert scored(place, name, lines, *options, "2") == one
         assert one["results"]["strict"]["gres"]["gIoU"] == (1.0 if box else pytest.approx(1 / 3))
-    refused(capsys_clear(capsys), ["score", "good.jsonl", "--data", "d", "--split", "train", "--num-processes", "0"], "0 processes")
+    capsys.readouterr()
+    refused(capsys, ["score", "good.jsonl", "--data", "d", "--split", "train", "--num-processes", "0"], "0 processes")
     both = ["good/results.json", "bad/results.json"]
     assert main(["compare", *both, "--format", "csv", "--no-published"]) == 0
     table = capsys.readouterr().out
@@ -350,11 +358,6 @@ def test_score_compare_and_errors(place: Path, capsys: Capture) -> None:
     assert main(["errors", "bad/results.json", "--out", "lost", "--data", "d", "--predictions", "bad.jsonl"]) == 0
     assert "| target_rejected | 2 |" in capsys.readouterr().out
     assert {path.name for path in (place / "lost").iterdir()} >= {"errors.json", "target_rejected.png", "calibration.svg"}
-
-
-def capsys_clear(capsys: Capture) -> Capture:
-    capsys.readouterr()
-    return capsys
 
 
 def test_round_trip_with_any_model(place: Path, model: Path, capsys: Capture, monkeypatch: pytest.MonkeyPatch) -> None:

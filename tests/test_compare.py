@@ -11,10 +11,11 @@ import numpy as np
 import pytest
 from score_case import PROTOCOLS, answer, make_dataset, right_answers, write_lines
 
-from grex_mllm.compare import PUBLISHED, Bootstrap, compare, published_tables, read_run
+from grex_mllm.compare import Bootstrap, compare, published_tables, read_run
 from grex_mllm.error_analysis import errors, outcome
 from grex_mllm.errors import GrexError
 from grex_mllm.score import score
+from grex_mllm.shipped import PUBLISHED_FOLDER
 
 
 @pytest.fixture
@@ -92,7 +93,7 @@ def test_no_results(tmp_path: Path) -> None:
 
 def test_every_published_row_names_its_source() -> None:
     tasks = set()
-    for file in PUBLISHED.glob("*.json"):
+    for file in PUBLISHED_FOLDER.glob("*.json"):
         for table in json.loads(file.read_text())["tables"]:
             tasks.add(table["task"])
             assert table["source"]

@@ -75,7 +75,7 @@ def write_json(folder: Path, name: str, **zero: Any) -> str:
     return str(folder / name)
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_zero_equals_one_process_and_resumes_after_a_kill(tmp_path: Path) -> None:
     """Both tasks, so that every step leaves some weights unused; two batches a step where DeepSpeed offloads."""
     pytest.importorskip("deepspeed")

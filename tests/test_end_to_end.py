@@ -78,7 +78,7 @@ def test_two_runs_with_one_seed_are_equal_and_another_seed_is_not(tmp_path, few)
     assert (tmp_path / "a" / "model.safetensors").read_bytes() == (tmp_path / "b" / "model.safetensors").read_bytes()
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_resume_after_a_kill_equals_the_uninterrupted_run(tmp_path, few):
     train_from_config(small(train__steps=12, train__out=tmp_path / "whole"))
     config = tmp_path / "small.yaml"

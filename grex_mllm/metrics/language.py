@@ -158,7 +158,7 @@ def ptb_tokens(texts: Sequence[str]) -> list[str]:
         command = ["java", *JAVA_OPTIONS, "-cp", str(jar), "edu.stanford.nlp.process.PTBTokenizer"]
         command += ["-preserveLines", "-lowerCase", "-encoding", "UTF-8", str(source)]
         run = subprocess.run(command, capture_output=True, check=False)
-    found = run.stdout.decode("utf-8", errors="replace").split("\n")
+    found = run.stdout.decode("utf-8", errors="replace").replace("\r\n", "\n").split("\n")
     found = found[:-1] if found and not found[-1] else found
     if run.returncode or len(found) != len(filled):
         tail = run.stderr.decode("utf-8", errors="replace")[-300:].replace("\n", " ")

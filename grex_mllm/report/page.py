@@ -15,9 +15,9 @@ from grex_mllm.errors import fault
 from grex_mllm.report import cases, curves, pictures, tables
 from grex_mllm.report.html import Section, definition_list, escape, number_text
 from grex_mllm.report.run_files import RunFiles, flatten, is_number, read_run
+from grex_mllm.shipped import PUBLISHED_FOLDER
 
 HERE = Path(__file__).parent
-PUBLISHED = HERE.parent.parent / "eval" / "published"
 REPORT = "report.html"
 MAX_IMAGES = 2000
 MAX_VALUE_CHARACTERS = 90
@@ -30,7 +30,7 @@ def write_report(
     get_sample: cases.GetSample | None = None,
     image_ids: Iterable[str] | None = None,
     *,
-    published: Path | None = PUBLISHED,
+    published: Path | None = PUBLISHED_FOLDER,
     num_cases: int = 12,
     seed: int = 0,
 ) -> Path:

@@ -11,6 +11,7 @@ from typing import Any
 import yaml
 
 from grex_mllm.errors import fault
+from grex_mllm.shipped import find_file
 
 
 @dataclass(frozen=True)
@@ -111,7 +112,7 @@ def load_protocol(path: str | Path) -> Protocol:
     Raises:
         GrexError: file missing, no YAML mapping, an unknown key (with a suggestion) or a value outside its choices.
     """
-    path = Path(path)
+    path = find_file(path)
     if not path.is_file():
         raise fault(f"protocol file {path} does not exist", "a file of eval/protocols/", "give its path")
     text = path.read_bytes()

@@ -299,7 +299,7 @@ def _seal(state: RunState, building: Path, step: int) -> None:
         "frozen_bytes": frozen.stat().st_size if uses_frozen else 0,
         "config_hash": config_hash(state.config),
         "config": state.config,
-        "files": {str(file.relative_to(building)): file.stat().st_size for file in sorted(building.rglob("*")) if file.is_file()},
+        "files": {file.relative_to(building).as_posix(): file.stat().st_size for file in sorted(building.rglob("*")) if file.is_file()},
     }
     _flush(building)
     (building / MARKER).write_text(json.dumps(marker, indent=1), encoding="utf-8")
@@ -326,8 +326,10 @@ def _flush(path: Path) -> None:
         _flush_entry(item)
 
 
-def _flush_entry(path: Path) -> None:
-    handle = os.open(path, os.O_RDONLY)
+def _flush_entry(path: Path, windows: bool = os.name == "nt") -> None:
+    if windows and path.is_dir():
+        return  # Windows opens no folders
+    handle = os.open(path, os.O_RDWR if windows else os.O_RDONLY)  # and flushes only what may be written to
     try:
         os.fsync(handle)
     finally:

@@ -19,6 +19,7 @@ from torch.optim import Optimizer
 from grex_mllm.config import TrainConfig
 from grex_mllm.errors import fault
 from grex_mllm.precision import DTYPES, Resolved, autocast, resolve_precision
+from grex_mllm.shipped import find_file
 from grex_mllm.training.optim import JoinedOptimizer
 from grex_mllm.types import Batch
 
@@ -133,7 +134,7 @@ def check_deepspeed(path: str) -> dict[str, Any]:
         raise fault(
             f"train.deepspeed is {path}", "the package deepspeed to be installed", "pip install deepspeed, or leave train.deepspeed out"
         )
-    file = Path(path)
+    file = find_file(path)
     if not file.is_file():
         raise fault(f"train.deepspeed {path} does not exist", "a JSON file", "give one of deepspeed_configs/*.json")
     try:

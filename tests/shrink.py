@@ -1,0 +1,278 @@
+"""The one rule by which a documented command is run at tiny size.
+
+A command runs as it is written, in a folder (`stage`) where every file that our documents name exists under that name, but tiny: shrunken
+copies of all configurations and DeepSpeed files, tiny data, weights, checkpoints and models. A name that no stand-in has is a fault of
+the document. These things alone are replaced, by `shrunken` and `launched`:
+
+1. PLACEHOLDERS in capitals (FOLDER, SPLIT, ...) become the name of a stand-in; `$k` becomes 0.
+2. A number of training steps over 2 becomes 2 (STEPS).
+3. What the command is to write (--out, --train.out) is removed first if the stage has it; `grex ground --out` is a folder of many.
+4. `grex demo` without --config takes the stage's configs/demo.yaml and the few scenes of DEMO_SIZES.
+5. Launchers: their own parsers read their flags. Then two processes on CPU are started; commands for several machines run on one.
+6. `make TARGET` is `make -n TARGET`, without doing it; benchmarks get BENCHMARK_SIZES; what `pip` does is done in tests/test_wheel.py.
+
+What a shrunken copy hides is checked on the original: precision and number of processes (`check_original`).
+"""
+
+from __future__ import annotations
+
+import json
+import pickle
+import re
+import shlex
+import shutil
+import sys
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from conftest import ROOT
+from PIL import Image
+from test_convert_swin import spelled
+from test_data_prep import annotation, instances, ref
+from tiny import tiny_speaker
+from tiny_folder import tiny_folder
+
+from grex_mllm.config import Config, load_config, save_config
+from grex_mllm.ops.masks import encode_rle
+
+PROGRAMS = ("grex", "python", "torchrun", "deepspeed", "accelerate", "make", "pip")
+PLACEHOLDERS = {"FOLDER": "data/grefcoco", "SPLIT": "val", "MODEL_FOLDER": "runs/demo", "X.yaml": "gres.yaml"}
+PLACEHOLDERS |= {"PREDICTIONS": "runs/mine/predictions.jsonl", "GENERATED.jsonl": "runs/mine/predictions.jsonl", "$k": "0"}
+STEPS = re.compile(r"(--train\.(?:text\.)?(?:steps|scenes)=)(\d+)")
+DEMO_SIZES = {"demo.TEST_SCENES": 3, "demo.EXPRESSIONS_PER_SCENE": 2, "demo.LISTENER_CANDIDATES": 2, "training.run.CORPUS_LINES": 300}
+BENCHMARK_SIZES = {"rela_forward.py": ["--models", "r50", "--size", "64", "--repeats", "2"]}
+CHECKPOINTS = ("swin_base_patch4_window12_384_22k.pth", "swin_tiny_patch4_window7_224.pth", "resnet50.pth")
+
+
+def commands(file: Path) -> list[str]:
+    """Return the commands of a document, without comments and with continued lines joined.
+
+    YAML: the first line, every command in backticks of the head, and the first line with what stands behind "instead: ".
+    Markdown: lines of fenced or indented blocks that start with one of PROGRAMS, and commands with an option in backticks.
+    """
+    text = file.read_text(encoding="utf-8")
+    if file.suffix == ".yaml":
+        head = [line.removeprefix("#").strip() for line in text.splitlines() if line.startswith("#")]
+        added = [f"{head[0]} {hit}" for line in head for hit in re.findall(r"instead: (--\S+ [^\s,;)]+)", line)]
+        return list(dict.fromkeys([head[0], *added, *(hit for line in head for hit in re.findall(r"`(grex [^`]+)`", line))]))
+    text, lines = text.replace("\\\n", " "), []
+    for block in re.findall(r"```[a-z]*\n(.*?)```", text, flags=re.DOTALL):
+        lines += block.splitlines()
+    plain = re.sub(r"```.*?```", "", text, flags=re.DOTALL)
+    lines += [line for line in plain.splitlines() if line.startswith("    ")]
+    lines += [hit.replace("\n", " ") for hit in re.findall(r"(?<!`)`([^`]+ --?[^`]+)`", plain)]
+    lines = [part.strip() for line in lines for part in line.split("&&")]
+    lines = [re.split(r"\s+# ", line.strip().removeprefix("$ ").removeprefix(".venv/bin/"))[0] for line in lines]
+    return list(dict.fromkeys(line for line in lines if line.split(" ")[0] in PROGRAMS))
+
+
+def shrunken(command: str) -> list[str]:
+    """Return the words of a command after rules 1, 2 and 4."""
+    words = []
+    for word in shlex.split(command):
+        for placeholder, stand_in in PLACEHOLDERS.items():
+            word = re.sub(rf"(?<![\w.]){re.escape(placeholder)}(?!\w)", lambda _, stand_in=stand_in: stand_in, word)
+        words.append(STEPS.sub(lambda hit: f"{hit[1]}{min(int(hit[2]), 2)}", word))
+    if words[:2] == ["grex", "demo"] and "--config" not in words:
+        words += ["--config", "configs/demo.yaml"]
+    return words
+
+
+def clear_outputs(words: list[str], stage: Path) -> None:
+    """Remove what a command is to write (rule 3)."""
+    items = [part for word in words for part in (word.split("=", 1) if word.startswith("--") else [word])]
+    for flag, value in pairwise(items):
+        target = stage / value
+        if flag in ("--out", "--train.out") and "ground" not in words and target.exists():
+            shutil.rmtree(target) if target.is_dir() else target.unlink()
+
+
+def launched(words: list[str]) -> tuple[str, list[str], int]:
+    """Read a launcher's command by its own parser; return module or file, its words, and the number of all processes."""
+    if words[0] == "torchrun":
+        from torch.distributed.run import get_args_parser
+
+        given = get_args_parser().parse_args(words[1:])
+        assert given.module, "without -m"
+        return given.training_script, given.training_script_args, int(given.nproc_per_node) * int(given.nnodes.split(":")[-1])
+    if words[0] == "deepspeed":
+        from deepspeed.launcher.runner import parse_args
+
+        given = parse_args(words[1:])
+        assert given.module and given.no_local_rank, "without --module or --no_local_rank"
+        return given.user_script, given.user_args, given.num_gpus if given.num_gpus > 0 else 16
+    from accelerate.commands.launch import launch_command_parser
+
+    assert words[:2] == ["accelerate", "launch"], words
+    given = launch_command_parser().parse_args(words[2:])
+    assert given.module, "without -m or --module"
+    return given.training_script, given.training_script_args, int(given.num_processes)
+
+
+def check_original(words: list[str], num_processes: int) -> None:
+    """Check of a `train` command what its shrunken configuration hides: precision on a GPU, number of images, DeepSpeed with Muon."""
+    from grex_mllm.training.engine import check_precision
+
+    items = [part for word in words for part in (word.split("=", 1) if word.startswith("--") else [word])]
+    fields = {flag: value for flag, value in pairwise(items) if flag.startswith("--")}
+    overrides = [f"{flag}={value}" for flag, value in fields.items() if "." in flag]
+    settings = load_config(ROOT / fields["--config"], overrides).train
+    check_precision(settings.precision, "cuda", deepspeed=settings.deepspeed is not None)
+    assert settings.batch_images % num_processes == 0, f"{settings.batch_images} images over {num_processes} processes"
+    assert not (settings.deepspeed and settings.optim.muon), "DeepSpeed has no Muon"
+
+
+def shrink(config: Config) -> Config:
+    """Make every width tiny and leave every choice as it is."""
+    model = config.model
+    model.vision.weights = model.text.path = None
+    if model.vision.name == "swin":
+        model.vision.embed_width, model.vision.window = 8, 4
+        model.vision.swin_depths, model.vision.swin_heads = [1, 1, 1, 1], [1, 1, 2, 2]
+    else:
+        model.vision.stem_width, model.vision.depths = 8, [1, 1, 1, 1]
+        model.vision.widths, model.vision.bottleneck_widths = [8, 16, 16, 24], [8, 8, 8, 8]
+    model.text.vocab_size, model.text.hidden_size, model.text.num_layers = 200, 16, 12 if config.train.optim.text != "all" else 2
+    model.text.num_heads, model.text.intermediate_size, model.text.max_positions = 2, 16, 32
+    model.pixel_decoder.width = model.pixel_decoder.mask_width = model.decoder.width = 16
+    model.pixel_decoder.num_heads = model.decoder.num_heads = 2
+    model.pixel_decoder.num_layers = model.pixel_decoder.num_points = 1
+    model.pixel_decoder.feedforward = model.decoder.feedforward = 16
+    model.decoder.num_layers = min(model.decoder.num_layers, 3)
+    model.decoder.kept_regions, model.decoder.roi_channels = 6, 8
+    return config
+
+
+def shrink_run(config: Config) -> Config:
+    """Shrink a configuration with its training, for a process on CPU; the files that it names stay named."""
+    named = config.model.vision.weights, config.model.text.path
+    config = shrink(config)
+    config.model.vision.weights, config.model.text.path = named
+    if config.model.text.tokenizer == "train":
+        config.model.text.vocab_size, config.model.text.max_positions = 300, 64
+    generator, train = config.model.generator, config.train
+    generator.vocab_size, generator.hidden_size, generator.num_heads, generator.num_layers = 300, 16, 2, 1
+    generator.intermediate_size, generator.projector_width, generator.max_new_tokens = 32, 16, 6
+    generator.lora_rank = min(generator.lora_rank, 4)
+    config.data.image_size = config.data.synthetic.image_size = 64
+    config.data.expressions_per_image, config.data.num_workers = min(config.data.expressions_per_image, 3), 0
+    train.steps, train.batch_images, train.accumulation, train.precision, train.save_every = 1, 2, 1, "fp32", 1
+    train.text.steps, train.text.scenes, train.text.batch = min(train.text.steps, 1), min(train.text.scenes, 1), 8
+    return config
+
+
+def make_stage(stage: Path) -> Path:
+    """Write every stand-in that the documents name."""
+    for file in sorted((ROOT / "configs").glob("*.yaml")):
+        (stage / "configs").mkdir(parents=True, exist_ok=True)
+        save_config(shrink_run(load_config(file)), stage / "configs" / file.name)
+    (stage / "deepspeed_configs").mkdir()
+    on_cpu = json.loads((ROOT / "deepspeed_configs" / "zero2_cpu.json").read_text(encoding="utf-8"))
+    for file in (ROOT / "deepspeed_configs").glob("*.json"):
+        zero = {**on_cpu["zero_optimization"], "stage": json.loads(file.read_text(encoding="utf-8"))["zero_optimization"]["stage"]}
+        (stage / "deepspeed_configs" / file.name).write_text(json.dumps({**on_cpu, "zero_optimization": zero}), encoding="utf-8")
+    for name in ("data/grefcoco", "data/refcoco", "data/coco_templates", "data/mini", "datasets/grefcoco", "datasets/refcoco"):
+        tiny_folder(stage / name)
+    _raw_files(stage)
+    _weights(stage)
+    _models(stage)
+    pixels = np.random.default_rng(0).integers(0, 255, (96, 96, 3), dtype=np.uint8)
+    Image.fromarray(pixels).save(stage / "scene.png")
+    for number, name in enumerate(("first.png", "second.png")):
+        mask = np.zeros((96, 96), np.uint8)
+        mask[10 + 40 * number : 40 + 40 * number, 10:40] = 255
+        Image.fromarray(mask).save(stage / name)
+    (stage / "hosts").write_text("node0 slots=8\nnode1 slots=8\n", encoding="utf-8")
+    return stage
+
+
+def _raw_files(stage: Path) -> None:
+    """Write published annotation files of two images."""
+    refs = [ref(1, 1, 11, "The dog"), ref(2, 1, [11, 12], "Both dogs"), ref(3, 1, [-1], "The cat"), ref(6, 2, 21, "A dog", split="val")]
+    (stage / "grefs(unc).json").write_text(json.dumps(refs), encoding="utf-8")
+    single = [line for line in refs if isinstance(line["ann_id"], int) and line["ann_id"] > 0]
+    (stage / "refs(unc).p").write_bytes(pickle.dumps(single, protocol=2))
+    told = instances()
+    told["annotations"] = [annotation(11, 1), told["annotations"][1], annotation(21, 2)]
+    for name, folder in (("instances.json", "train2014"), ("instances_val2017.json", "val2017")):
+        (stage / name).write_text(json.dumps(told), encoding="utf-8")
+        (stage / folder).mkdir()
+        for image in told["images"]:
+            Image.new("RGB", (image["width"], image["height"]), (90, 120, 60)).save(stage / folder / image["file_name"])
+
+
+def _weights(stage: Path) -> None:
+    """Write tiny checkpoints under their authors' names, what `grex convert` makes of them, and a tiny BERT."""
+    from transformers import BertConfig, BertModel
+
+    from grex_mllm.convert.resnet import convert_resnet
+    from grex_mllm.convert.swin import convert_swin
+    from grex_mllm.models.vision import build_vision
+
+    nets: dict[str, Any] = {}
+    for name in ("gres_rela_swin_base", "gres_rela_r50"):
+        vision = shrink(load_config(ROOT / "configs" / f"{name}.yaml")).model.vision
+        vision.fusion = "none"
+        nets[name] = build_vision(vision, 16)
+    swin = {key: tensor for key, tensor in spelled(nets["gres_rela_swin_base"], "original").items() if "attn_mask" not in key}
+    for name, made in ((CHECKPOINTS[0], "swin_base_22k"), (CHECKPOINTS[1], "swin_tiny")):
+        torch.save({"model": swin}, stage / name)
+        convert_swin(stage / name, stage / "models" / f"{made}.safetensors")
+    torch.save(torchvision_names(nets["gres_rela_r50"].state_dict()), stage / CHECKPOINTS[2])
+    convert_resnet(stage / CHECKPOINTS[2], stage / "models" / "resnet50.safetensors")
+    words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "the", "dog", "cat", "and", *"abcdefghijklmnopqrstuvwxyz"]
+    sizes = {"hidden_size": 16, "num_hidden_layers": 12, "num_attention_heads": 2, "intermediate_size": 16, "max_position_embeddings": 32}
+    bert = BertConfig(vocab_size=200, **sizes)
+    BertModel(bert, add_pooling_layer=False).save_pretrained(stage / "models" / "bert-base-uncased")
+    (stage / "models" / "bert-base-uncased" / "vocab.txt").write_text("\n".join(words), encoding="utf-8")
+
+
+def torchvision_names(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Rename a ResNet's weights as torchvision does."""
+    renamed = {}
+    for key, tensor in state.items():
+        name = key.replace("stem.conv.", "conv1.").replace("stem.norm.", "bn1.")
+        name = re.sub(r"stages\.(\d)", lambda hit: f"layer{int(hit[1]) + 1}", name)
+        name = name.replace("shortcut.conv.", "downsample.0.").replace("shortcut.norm.", "downsample.1.")
+        renamed[re.sub(r"\.norm(\d)\.", r".bn\1.", name)] = tensor
+    return renamed
+
+
+def _models(stage: Path) -> None:
+    """Write model folders: a tiny one that can do everything, with predictions, and released ones of the shrunken sizes."""
+    from grex_mllm.models.grex import GrexModel
+    from grex_mllm.models.text import train_text_tokenizer
+
+    tiny_speaker(stage / "work").save_pretrained(stage / "runs" / "demo")
+    shutil.rmtree(stage / "work")
+    shutil.copytree(stage / "runs" / "demo", stage / "runs" / "mine")
+    nothing = encode_rle(np.zeros((40, 30), bool))
+    answers: list[dict[str, Any]] = [
+        {"expression_id": name, "mask_rle": nothing, "mask_rle_input": nothing, "boxes_xyxy": [], "box_scores": [], "count": 0}
+        for name in ("e4", "e5")
+    ]
+    texts: list[dict[str, Any]] = [{"image_id": "2", "targets": ["21"], "expression": "the cat"}]
+    lines = [json.dumps({**line, "status": "ok"}) + "\n" for line in [*answers, *texts]]
+    (stage / "runs" / "mine" / "predictions.jsonl").write_text("".join(lines), encoding="utf-8")
+    tokenizer = train_text_tokenizer(["two red circles", "the blue square"], 200)
+    for name in ("r50", "swin_tiny", "swin_base"):
+        config = shrink(load_config(ROOT / "configs" / f"gres_rela_{name}.yaml"))
+        GrexModel(config, tokenizer).save_pretrained(stage / "models" / f"rela-{name.replace('_', '-')}")
+
+
+def python_words(words: list[str]) -> list[str] | None:
+    """Return the arguments of a command that is the command line of grex, or None."""
+    if words[0] == "grex":
+        return words[1:]
+    if words[0] == "python" and words[1] == "-m" and words[2] in ("grex_mllm", "grex_mllm.cli"):
+        return words[3:]
+    return None
+
+
+def interpreter(words: list[str]) -> list[str]:
+    """Return the words of a program of the repository, as they are run."""
+    assert words[0] == "python" and (ROOT / words[1]).is_file(), f"{words[1]} is no program of the repository"
+    return [sys.executable, str(ROOT / words[1]), *words[2:], *BENCHMARK_SIZES.get(Path(words[1]).name, [])]

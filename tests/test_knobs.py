@@ -1,0 +1,117 @@
+"""Every field of the configuration is read by code: as an attribute of its own class, not as a word that occurs somewhere.
+
+A copy of the package gets every plain field of config.py renamed; mypy then reports each place that reads a field of a configuration
+object under its old name. Fields that are read by name, in a loop, are tried at run time instead.
+"""
+
+from __future__ import annotations
+
+import ast
+import re
+import shutil
+import subprocess
+import sys
+from dataclasses import fields, replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from conftest import ROOT
+from tiny import tiny_model
+
+from grex_mllm.config import Config, InstanceLossConfig, LossConfig, SyntheticConfig
+from grex_mllm.data.collate import collate
+from grex_mllm.data.synthetic import SyntheticDataset
+from grex_mllm.training.instance_losses import InstanceLoss
+from grex_mllm.training.losses import TERMS, ReLALoss
+
+RENAMED = "__renamed"
+MISSING = re.compile(r'^(?P<file>[^:]+):(?P<line>\d+):(?P<column>\d+): error: "(?P<kind>\w+)" has no attribute "(?P<field>\w+)"')
+BY_NAME = {("LossConfig", name) for name in TERMS} | {("InstanceLossConfig", f.name) for f in fields(InstanceLossConfig)}
+
+
+def plain_fields(config: Path) -> list[tuple[str, ast.AnnAssign]]:
+    """Return class and line of every field that is no section."""
+    found = []
+    for node in ast.parse(config.read_text(encoding="utf-8")).body:
+        if isinstance(node, ast.ClassDef) and any("dataclass" in ast.unparse(mark) for mark in node.decorator_list):
+            lines = [line for line in node.body if isinstance(line, ast.AnnAssign)]
+            found += [(node.name, line) for line in lines if not ast.unparse(line.annotation).endswith("Config")]
+    return found
+
+
+def field_name(line: ast.AnnAssign) -> str:
+    assert isinstance(line.target, ast.Name)
+    return line.target.id
+
+
+def is_read(file: Path, line: int, column: int, field: str) -> bool:
+    """Tell whether the attribute at a place (both counted from 1, as mypy does) is read, not set."""
+    for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Attribute) and (node.lineno, node.col_offset + 1, node.attr) == (line, column, field):
+            return isinstance(node.ctx, ast.Load)
+    return False
+
+
+def unread(package: Path) -> set[tuple[str, str]]:
+    """Return class and field of everything in package/config.py that no other module reads. Changes the package."""
+    config = package / "config.py"
+    known = {(kind, field_name(line)) for kind, line in plain_fields(config)}
+    lines = config.read_text(encoding="utf-8").splitlines()
+    for _, line in plain_fields(config):
+        lines[line.lineno - 1] = re.sub(r"^(\s+\w+):", rf"\1{RENAMED}:", lines[line.lineno - 1])
+    config.write_text("\n".join(lines) + "\n", encoding="utf-8")
+    options = ["--config-file=", "--check-untyped-defs", "--ignore-missing-imports", "--follow-imports=skip", "--show-column-numbers"]
+    command = [sys.executable, "-m", "mypy", *options, "--no-error-summary", "--cache-dir", str(package.parent / "cache"), package.name]
+    told = subprocess.run(command, cwd=package.parent, capture_output=True, text=True, check=False)
+    assert told.returncode == 1, told.stderr
+    hits = [hit for line in told.stdout.splitlines() if (hit := MISSING.match(line)) and not hit["file"].endswith("config.py")]
+    read = {
+        (hit["kind"], hit["field"])
+        for hit in hits
+        if is_read(package.parent / hit["file"], int(hit["line"]), int(hit["column"]), hit["field"])
+    }
+    return known - read
+
+
+@pytest.fixture
+def package(tmp_path: Path) -> Path:
+    return Path(shutil.copytree(ROOT / "grex_mllm", tmp_path / "grex_mllm", ignore=shutil.ignore_patterns("__pycache__")))
+
+
+def test_every_knob_is_read_and_an_unread_one_is_found(package: Path) -> None:
+    """Two planted fields are found, though their words occur: one as a string and on another class, one that is only set."""
+    assert len(plain_fields(package / "config.py")) > 100
+    config = package / "config.py"
+    planted = "class PredictConfig:\n    unread_knob: int = 0\n    only_set: int = 0\n"
+    config.write_text(config.read_text(encoding="utf-8").replace("class PredictConfig:\n", planted), encoding="utf-8")
+    code = "from grex_mllm.config import PredictConfig\n\n\nclass Other:\n    unread_knob = 1\n\n\n"
+    code += 'def use(config: PredictConfig) -> str:\n    config.only_set = Other().unread_knob\n    return "unread_knob only_set"\n'
+    (package / "planted.py").write_text(code, encoding="utf-8")
+    assert unread(package) - BY_NAME == {("PredictConfig", "unread_knob"), ("PredictConfig", "only_set")}
+
+
+def test_loss_weights_that_are_read_by_name_arrive() -> None:
+    def weights(section: Any, name: str) -> dict[str, float]:
+        config = Config().loss
+        setattr(config.instances if section is InstanceLossConfig else config, name, 123.0)
+        return (InstanceLoss if section is InstanceLossConfig else ReLALoss)(config).weights
+
+    for section, names in ((LossConfig, TERMS), (InstanceLossConfig, [f.name for f in fields(InstanceLossConfig)])):
+        for name in names:
+            assert [key for key, value in weights(section, name).items() if value == 123.0] == [name]
+
+
+def test_every_weight_of_the_instance_losses_moves_the_total() -> None:
+    torch.manual_seed(0)
+    model = tiny_model(model__decoder__attribute_classes="{shape: 7, colour: 6, size: 2, texture: 3, scale: 6}")
+    data = SyntheticDataset(SyntheticConfig(image_size=64), "train", 100, 4)
+    batch = collate([data[i] for i in range(3)], model.encode_text, image_size=64)
+    with torch.no_grad():
+        output = model.grounding.ground(model.grounding.encode_image(batch.image), batch.image_index, batch.text_ids, batch.text_mask)
+    config = LossConfig()
+    before = InstanceLoss(config)(output, batch)["total"]
+    for f in fields(InstanceLossConfig):
+        changed = replace(config.instances, **{f.name: getattr(config.instances, f.name) + 10.0})
+        assert InstanceLoss(replace(config, instances=changed))(output, batch)["total"] > before + 1e-3, f.name
