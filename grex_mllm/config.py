@@ -246,6 +246,7 @@ class OptimConfig:
     weight_decay: float = 0.05
     muon: bool = False  # Muon for hidden matrices, AdamW for the rest
     muon_lr: float = 1e-3
+    muon_convolutions: bool = False  # Muon for the kernels of hidden convolutions, too
     muon_momentum: float = 0.95
     schedule: str = "cosine"  # constant | multistep | cosine
     warmup_fraction: float = 0.0

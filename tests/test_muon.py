@@ -10,6 +10,7 @@ from torch import nn
 from torch.optim import Muon
 
 from grex_mllm.training.muon import BatchedMuon, orthogonalised
+from grex_mllm.training.optim import hidden_matrices
 
 COEFFICIENTS = (3.4445, -4.775, 2.0315)
 
@@ -60,3 +61,28 @@ def test_float32_equals_the_plain_iteration_in_float64(shape: tuple[int, int], s
     ours = orthogonalised(wide.float(), COEFFICIENTS, 5, 1e-7)
     assert (ours - x).norm() < 1e-3 * x.norm()
     assert torch.linalg.svdvals(ours)[:, 0].min() > 0.6
+
+
+def test_kernels_of_convolutions_move_as_matrices() -> None:
+    torch.manual_seed(0)
+    kernel = nn.Parameter(torch.randn(8, 3, 3, 3))
+    matrix = nn.Parameter(kernel.detach().flatten(1).clone())
+    optimizer = BatchedMuon([{"params": [kernel], "weight_decay": 0.1}], lr=0.05, dtype=torch.float32)
+    other = BatchedMuon([{"params": [matrix], "weight_decay": 0.1}], lr=0.05, dtype=torch.float32)
+    for _ in range(3):
+        kernel.grad = torch.randn_like(kernel)
+        matrix.grad = kernel.grad.flatten(1).clone()
+        optimizer.step()
+        other.step()
+    torch.testing.assert_close(kernel.detach().flatten(1), matrix.detach())
+
+
+def test_vectors_are_refused() -> None:
+    with pytest.raises(ValueError, match="give it to AdamW"):
+        BatchedMuon([nn.Parameter(torch.zeros(4))], lr=0.1)
+
+
+def test_which_convolutions_are_hidden() -> None:
+    model = nn.Sequential(nn.Conv2d(3, 32, 3), nn.Conv2d(32, 64, 3), nn.Conv2d(64, 4, 1), nn.Linear(32, 32))
+    assert hidden_matrices(model) == {"3.weight"}
+    assert hidden_matrices(model, convolutions=True) == {"1.weight", "3.weight"}

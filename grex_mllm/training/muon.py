@@ -1,4 +1,7 @@
-"""Muon with all matrices of one shape orthogonalised in one batch: the rule of `torch.optim.Muon`, less time for small matrices."""
+"""Muon with all matrices of one shape orthogonalised in one batch: the rule of `torch.optim.Muon`, less time for small matrices.
+
+Convolution kernels count as matrices of output channels by everything else, as in Jordan 2024.
+"""
 
 from __future__ import annotations
 
@@ -8,21 +11,26 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.optim import Muon
+from torch.optim import Optimizer
 
+COEFFICIENTS, NEWTON_SCHULZ_STEPS, EPS = (3.4445, -4.775, 2.0315), 5, 1e-7  # torch.optim.Muon's
 LONG = 1.5  # columns over rows from which the products of rows pay
 
 
-class BatchedMuon(Muon):
+class BatchedMuon(Optimizer):
     """`torch.optim.Muon` (Jordan 2024) with its settings, state and learning-rate scaling by `match_rms_adamw` (Moonshot 2025).
 
-    Differs in speed, and in rounding: Newton-Schulz runs on [n, rows, columns] instead of n times on [rows, columns], in `dtype`
-    (bfloat16 where the machine computes in it natively, else float32).
+    Differs in speed, in rounding, and in taking kernels of convolutions: Newton-Schulz runs on [n, rows, columns] instead of n times on
+    [rows, columns], in `dtype` (bfloat16 where the machine computes in it natively, else float32).
     """
 
     def __init__(self, params: Any, lr: float, momentum: float = 0.95, dtype: torch.dtype = torch.bfloat16) -> None:
         self.dtype = dtype
-        super().__init__(params, lr=lr, momentum=momentum, adjust_lr_fn="match_rms_adamw")
+        super().__init__(params, {"lr": lr, "weight_decay": 0.1, "momentum": momentum, "nesterov": True, "ns_steps": NEWTON_SCHULZ_STEPS})
+        for group in self.param_groups:
+            for param in group["params"]:
+                if param.ndim < 2:
+                    raise ValueError(f"a parameter of shape {tuple(param.shape)} for Muon; expected a matrix or a kernel; give it to AdamW")
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:  # type: ignore[override]
@@ -31,25 +39,28 @@ class BatchedMuon(Muon):
             with torch.enable_grad():
                 loss = closure()
         for group in self.param_groups:
-            params: list[Tensor] = []
-            grads: list[Tensor] = []
-            buffers: list[Tensor] = []
-            self._init_group(group, params, grads, buffers)
+            params: list[Tensor] = [param for param in group["params"] if param.grad is not None]
             if not params:
                 continue
+            grads: list[Tensor] = [param.grad for param in params if param.grad is not None]
+            for param, grad in zip(params, grads, strict=True):
+                if not self.state[param]:
+                    self.state[param]["momentum_buffer"] = torch.zeros_like(grad)
+            buffers: list[Tensor] = [self.state[param]["momentum_buffer"] for param in params]
             torch._foreach_lerp_(buffers, grads, 1 - group["momentum"])
             updates = torch._foreach_lerp(grads, buffers, group["momentum"]) if group["nesterov"] else buffers
             torch._foreach_mul_(params, 1 - group["lr"] * group["weight_decay"])
+            matrices = [update.flatten(1) for update in updates]
             by_shape: dict[tuple[int, int], list[int]] = {}
-            for i, param in enumerate(params):
-                by_shape.setdefault((min(param.shape), max(param.shape)), []).append(i)
+            for i, matrix in enumerate(matrices):
+                by_shape.setdefault((min(matrix.shape), max(matrix.shape)), []).append(i)
             for (_, longer), members in by_shape.items():
-                tall = [params[i].shape[0] > params[i].shape[1] for i in members]
-                wide = torch.stack([updates[i].T if t else updates[i] for i, t in zip(members, tall, strict=True)]).to(self.dtype)
-                flat = orthogonalised(wide, group["ns_coefficients"], group["ns_steps"], group["eps"])
+                tall = [matrices[i].shape[0] > matrices[i].shape[1] for i in members]
+                wide = torch.stack([matrices[i].T if t else matrices[i] for i, t in zip(members, tall, strict=True)]).to(self.dtype)
+                flat = orthogonalised(wide, COEFFICIENTS, group["ns_steps"], EPS)
                 rate = group["lr"] * 0.2 * math.sqrt(longer)
                 for i, t, update in zip(members, tall, flat.unbind(0), strict=True):
-                    params[i].add_(update.T if t else update, alpha=-rate)
+                    params[i].add_((update.T if t else update).reshape(params[i].shape), alpha=-rate)
         return loss
 
 

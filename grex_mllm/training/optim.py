@@ -81,7 +81,7 @@ def build_optimizer(model: nn.Module, config: OptimConfig, precision: str = "fp3
         raise fault("train.optim.muon is on with the released groups", "AdamW there", 'set groups to "default", or muon to false')
     decays = dict(released_decays(model, config) if released else default_decays(model, config))
     parameters = dict(model.named_parameters())
-    hidden = hidden_matrices(model) & decays.keys() if config.muon else set()
+    hidden = hidden_matrices(model, config.muon_convolutions) & decays.keys() if config.muon else set()
     _check_scales(config.lr_scale, parameters)
     adam = _groups({name: decay for name, decay in decays.items() if name not in hidden}, parameters, config.lr, config.lr_scale)
     betas = (config.betas[0], config.betas[1])
@@ -122,15 +122,19 @@ def default_decays(model: nn.Module, config: OptimConfig) -> Iterator[tuple[str,
         yield name, 0.0 if plain or "embed" in name.rsplit(".", 1)[-1] else config.weight_decay
 
 
-def hidden_matrices(model: nn.Module) -> set[str]:
-    """Name the 2-D weights of hidden linear layers and attention projections: no embedding, head, adapter or thin matrix."""
+def hidden_matrices(model: nn.Module, convolutions: bool = False) -> set[str]:
+    """Name the 2-D weights of hidden linear layers and attention projections: no embedding, head, adapter or thin matrix.
+
+    convolutions: the kernels of hidden convolutions, too; not those that read few channels, as the first of an image encoder.
+    """
     chosen = set()
     for prefix, module in model.named_modules():
         if isinstance(module, nn.Embedding) or NOT_HIDDEN.search(prefix):
             continue
         for local, parameter in module.named_parameters(recurse=False):
             matrix = local == "in_proj_weight" or (isinstance(module, nn.Linear) and local == "weight")
-            if matrix and min(parameter.shape) >= SMALLEST_MUON_SIDE:
+            matrix = matrix or (convolutions and isinstance(module, nn.Conv2d) and local == "weight")
+            if matrix and min(parameter.shape[:2]) >= SMALLEST_MUON_SIDE:
                 chosen.add(f"{prefix}.{local}" if prefix else local)
     return chosen
 
