@@ -87,12 +87,12 @@ def predict_split(
     source = FolderDataset(data, split, 10**9, num_images=limit, image_root=image_root)
     writer = _Part(out, rank, world, _fingerprint(net, data, split, tasks, listener, limit, chosen.precision))
     mine = range(rank, len(source), world)
-    if rank == 0:
-        _tell(net, source, f"predict {split} in {chosen.precision} on {place} ({chosen.reason})")
     with writer, progress_bar(f"predict {split}") as told, autocast(chosen.precision, place.type):
         for done, sample in enumerate(_samples(source, mine, net.config.data.num_workers)):
             writer.write(_image_lines(net, sample, tasks, listener, writer.done, is_synthetic(source.dataset.info)))
             told((done + 1) / len(mine), f"{sample.record.image_id}")
+    if rank == 0:
+        _tell(net, source, f"predicted {split} in {chosen.precision} on {place} ({chosen.reason})")
     return writer.finish()
 
 
@@ -117,13 +117,13 @@ def _synthetic_scenes(net: GrexModel, out: Path, split: str, image_root: str | N
 
 
 def _tell(net: GrexModel, source: FolderDataset, head: str) -> None:
-    """Print how the prediction is computed, and which expressions are longer than the model reads."""
+    """Print how the prediction was computed, and which expressions are longer than the model reads."""
     print(head, file=sys.stderr, flush=True)
     records = [record for group in source.groups for record in group]
     most = net.config.model.text.max_tokens
     cut = net.text_tokenizer.too_long([record.raw for record in records], most)
     if cut:
-        what = f"expressions of more than model.text.max_tokens = {most} tokens are cut there"
+        what = f"expressions of more than model.text.max_tokens = {most} tokens were cut there"
         print(told_ids(what, [records[i].expression_id for i in cut]), file=sys.stderr, flush=True)
 
 

@@ -92,7 +92,7 @@ def test_prediction_tells_what_it_cuts(tmp_path: Path, capsys: pytest.CaptureFix
     arguments = ("train", ["ground", "generate"], None, 0, None, "cpu", [])
     lines = predict_split(str(tmp_path / "m"), str(folder), tmp_path / "p.jsonl", *arguments).read_text().splitlines()
     assert {json.loads(line).get("expression_id") for line in lines} >= {"e1", "long", "e2", "e3"}
-    assert "1 expressions of more than model.text.max_tokens = 20 tokens are cut there: long\n" in capsys.readouterr().err
+    assert "1 expressions of more than model.text.max_tokens = 20 tokens were cut there: long\n" in capsys.readouterr().err
 
 
 def test_which_expressions_the_text_tokenizer_cuts() -> None:
