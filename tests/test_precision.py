@@ -18,6 +18,18 @@ from grex_mllm.precision import autocast, bf16_speedup, resolve_precision
 from grex_mllm.training.muon import BatchedMuon
 from grex_mllm.training.optim import build_optimizer
 
+AGREE = """
+import os
+from grex_mllm import precision
+from grex_mllm.config import TrainConfig
+from grex_mllm.training.engine import agreed_precision, leave, start_accelerator
+fast = os.environ["RANK"] == "0"
+precision.bf16_speedup = lambda: 4.0 if fast else 0.01
+config = TrainConfig(precision="auto")
+agreed = agreed_precision(start_accelerator(config, 1), config)
+print(f"rank {os.environ['RANK']}: {agreed.precision} ({agreed.reason})", flush=True)
+leave()
+"""
 PLAIN_AVX2 = {"ATEN_CPU_CAPABILITY": "avx2", "ONEDNN_MAX_CPU_ISA": "AVX2", "MKL_ENABLE_INSTRUCTIONS": "AVX2"}
 
 
@@ -96,3 +108,19 @@ def test_muon_follows_the_precision(name: str, dtype: torch.dtype) -> None:
 
 def test_auto_is_the_default() -> None:
     assert Config().train.precision == "auto"
+
+
+def test_processes_of_unlike_machines_agree(tmp_path: Path) -> None:
+    (tmp_path / "agree.py").write_text(AGREE, encoding="utf-8")
+    folder = str(Path(precision.__file__).parent.parent)
+    done = subprocess.run(
+        [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--master_port=29611", str(tmp_path / "agree.py")],
+        env={**os.environ, "PYTHONPATH": folder, "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"},
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert "rank 0: fp32 (process 1 does not compute in bfloat16 natively)" in done.stdout
+    assert "rank 1: fp32 (this CPU emulates bfloat16" in done.stdout

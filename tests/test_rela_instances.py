@@ -9,7 +9,8 @@ from tiny import tiny_config, tiny_model
 from grex_mllm.config import LossConfig, SyntheticConfig
 from grex_mllm.data.collate import collate
 from grex_mllm.data.synthetic import SyntheticDataset
-from grex_mllm.models.decoders.image_regions import OUTSIDE_LOGIT, box_area, pair_geometry, region_masks
+from grex_mllm.models.decoders.image_regions import OUTSIDE_LOGIT, PAIR_WIDTH, box_area, pair_geometry, region_masks
+from grex_mllm.models.decoders.rela_instances import LanguageLayer
 from grex_mllm.training.instance_losses import InstanceLoss, heat_terms, region_terms
 from grex_mllm.types import Batch
 
@@ -169,3 +170,30 @@ def test_heat_is_least_with_a_peak_on_every_centre():
 def test_configuration_without_attributes_has_no_attribute_heads():
     assert len(tiny_model().grounding.decoder.image_regions.attributes) == 0
     assert tiny_config(model__decoder__attribute_classes="{shape: 7}").model.decoder.attribute_classes == {"shape": 7}
+
+
+def test_a_region_that_is_no_object_takes_next_to_no_part_in_relations():
+    torch.manual_seed(0)
+    layer = LanguageLayer(16, 4, 32).eval()
+    x, geometry = torch.randn(2, 4, 16), torch.randn(2, 4, 4, PAIR_WIDTH)
+    text = torch.randn(2, 3, 16), torch.ones(2, 1, 1, 3, dtype=torch.bool), torch.randn(2, 16)
+    other = x.clone()
+    other[:, 3] = torch.randn(2, 16)
+
+    def moved(real: torch.Tensor) -> float:
+        with torch.no_grad():
+            return float((layer(x, geometry, real, *text) - layer(other, geometry, real, *text))[:, :3].abs().max())
+
+    object_there, nothing_there = torch.ones(2, 4), torch.tensor([1.0, 1.0, 1.0, 0.0]).expand(2, 4)
+    assert moved(object_there) > 0.01 and moved(nothing_there) < 0.02 * moved(object_there)
+
+
+def test_the_language_half_reads_what_the_attribute_heads_say():
+    model = tiny_model(model__decoder__attribute_classes='{"shape": 7, "colour": 6}')
+    assert model.grounding.decoder.known.weight.shape[1] == 1 + 7 + 6
+    batch = batch_of(model)
+    with torch.no_grad():
+        before = run(model, batch).box_logits
+        model.grounding.decoder.image_regions.attributes["colour"].bias.copy_(torch.tensor([9.0, 0, 0, 0, 0, 0]))
+        after = run(model, batch).box_logits
+    assert (before - after).abs().max() > 1e-3
