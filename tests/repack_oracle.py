@@ -1,14 +1,14 @@
 """Repack a part of the recorded run of the released ReLA into `tests/data/rela_parts.npz`, for tests that need nothing else.
 
-The recording (`oracle/rela_nano_swin`: a narrow model with random weights, run by its authors' code) has 25 MB. The part holds what sample 0
-needs to go through the first Swin stage with its pixel-word fusion, the first layer of the pixel decoder and the first layer of the region
-decoder, and both samples' last region features, answers and losses with the gradients of the no-target head.
+The recording (`oracle/rela_nano_swin`: a narrow model with random weights, run by the authors' code) has 25 MB. The part holds what
+sample 0 needs to go through the first Swin stage with its pixel-word fusion, the first layer of the pixel decoder and the first layer of
+the region decoder, and both samples' last region features, answers and losses with the gradients of the no-target head.
 
     python tests/repack_oracle.py ../shared/oracle/rela_nano_swin tests/data/rela_parts.npz
 
 Inputs and outputs are the recorded float32 numbers; of long outputs every n-th row. Weights keep the upper 24 of their 32 bits (a relative
-error of at most 2^-16), since they would exceed 1 MB otherwise: outputs of spread 1 move by less than 1e-4. Floats are stored as four planes
-of bytes [4, *shape], lowest byte first, because the planes compress. The same input gives the same bytes (with the same zlib).
+error of at most 2^-16), since they would exceed 1 MB otherwise: outputs of spread 1 move by less than 1e-4. Floats are stored as four
+planes of bytes [4, *shape], lowest byte first, because the planes compress. The same input gives the same bytes (with the same zlib).
 """
 
 from __future__ import annotations
@@ -130,7 +130,8 @@ def read(path: Path = FILE) -> tuple[dict[str, Tensor], dict[str, Tensor], Tenso
     with np.load(path, allow_pickle=False) as stored:
         arrays = {name: stored[name] for name in stored.files}
     weights, recorded = (
-        {name.removeprefix(kind): floats(value) for name, value in arrays.items() if name.startswith(kind)} for kind in ("weight/", "recorded/")
+        {name.removeprefix(kind): floats(value) for name, value in arrays.items() if name.startswith(kind)}
+        for kind in ("weight/", "recorded/")
     )
     masks = np.unpackbits(arrays["gt_masks"], axis=-1).astype(bool)
     return weights, recorded, torch.from_numpy(masks), torch.from_numpy(arrays["no_target"])

@@ -222,7 +222,9 @@ DRAWN = ["s0", "s1", "s2", "s3"]
 @pytest.mark.parametrize("mode", ["greedy", "sample"])
 def test_the_listener_hears_the_greedy_answer_and_as_many_samples_as_asked(ask: Any, mode: str, num: int, best: str) -> None:
     model, image, speech = ask(ANSWERS, DRAWN, "greedy")
-    result = describe(model, image, large(objects()), object_sets=[[0]], mode=mode, candidates=num, rerank="listener", seed=5, details=True)[0]
+    result = describe(
+        model, image, large(objects()), object_sets=[[0]], mode=mode, candidates=num, rerank="listener", seed=5, details=True
+    )[0]
     assert [(c["mode"], c["num"]) for c in speech.calls] == [("sample", num), ("greedy", 1)]
     assert speech.calls[0]["temperature"] == LISTENER_TEMPERATURE == 0.7 and speech.calls[0]["seed"] == 5
     assert sorted(t for t, _ in result.candidates) == sorted(["greedy", *DRAWN[:num]])
@@ -251,7 +253,13 @@ def test_predicted_lines_hold_the_greedy_answer_and_the_chosen_one(ask: Any) -> 
     """`grex predict --listener 3`: the annotation ids of a set become positions, and each set gets the candidate that it grounds best."""
     sample = SyntheticDataset(SyntheticConfig(image_size=64), "train", 3, 6)[0]
     masks = torch.from_numpy(object_masks(sample))
-    texts = {"greedy": torch.zeros(64, 64), "s0": masks[0].float(), "s1": masks[1].float(), "s2": masks[2].float(), "s3": masks.any(0).float()}
+    texts = {
+        "greedy": torch.zeros(64, 64),
+        "s0": masks[0].float(),
+        "s1": masks[1].float(),
+        "s2": masks[2].float(),
+        "s3": masks.any(0).float(),
+    }
     model, image, speech = ask({}, DRAWN, "greedy")
 
     def ground(features: Any, index: torch.Tensor, ids: torch.Tensor, mask: torch.Tensor) -> GroundingOutput:

@@ -27,7 +27,7 @@ from grex_mllm.training.losses import ReLALoss
 from grex_mllm.types import GroundingOutput, PixelFeatures, TextFeatures
 
 WIDTH, TEXT_WIDTH, NUM_REGIONS = 64, 768, 100
-# largest difference allowed: three to five times what float32 and the rounded weights give; a recorded tensor's spread is about 1, gates 0.1
+# largest difference allowed: three to five times what float32 and the rounded weights give; tensors have a spread of about 1, gates 0.1
 ALLOWED = {
     "swin.0.blocks_out": 4e-5, "swin.0.pwam_lang": 3e-4, "swin.0.pwam": 1e-4, "swin.0.res_gate": 5e-5, "swin.0.downsample": 4e-5,
     "backbone/res2": 2e-4, "pixel_encoder.0": 4e-4,
@@ -142,7 +142,12 @@ def test_region_decoder_layer(parts: Parts) -> None:
     model = Rela(config, WIDTH, WIDTH, WIDTH).eval()
     parts.fill(model, "decoder.", DECODER, ("heads.minimap", "language_projection"))
     found: dict[str, Tensor] = {}
-    layers = {"0.RIA": model.region_image, "RLA_lang_att": model.region_language, "0.RLA_vision": model.region_region, "0.ffn": model.feedforward}
+    layers = {
+        "0.RIA": model.region_image,
+        "RLA_lang_att": model.region_language,
+        "0.RLA_vision": model.region_region,
+        "0.ffn": model.feedforward,
+    }
     for name, layer in layers.items():
         heard(found, f"decoder.{name}", layer[0])
     blocked = []
