@@ -60,7 +60,10 @@ def one_step(generator: Generator, tokenizer: LMTokenizer) -> tuple[float, float
     optimizer = torch.optim.AdamW(generator.trainable_parameters(), lr=1e-2)
     before = generator(**inputs(), lm_ids=ids, lm_mask=mask).loss
     before.backward()
-    assert all(bool(p.grad.isfinite().all()) for p in generator.trainable_parameters() if p.grad is not None)
+    gradients = [p.grad for p in generator.trainable_parameters()]
+    assert all(g is not None and bool(g.isfinite().all()) for g in gradients)
+    # LoRA's A gets its first gradient in the second step, when B is no longer zero
+    assert sum(bool(g.any()) for g in gradients) >= len(gradients) - len([n for n, _ in generator.named_parameters() if "lora_A" in n])
     optimizer.step()
     return before.item(), generator(**inputs(), lm_ids=ids, lm_mask=mask).loss.item()
 

@@ -145,7 +145,9 @@ def test_against_the_released_evaluator(shared: Path) -> None:
 
 
 def test_matched_targets_of_real_predictions(shared: Path) -> None:
-    for sample in json.loads((shared / "data" / "grec_fixture" / "grec_89_predictions.json").read_text()):
+    samples = json.loads((shared / "data" / "grec_fixture" / "grec_89_predictions.json").read_text())
+    assert len(samples) == 89 and any(sample["matched_targets"] for sample in samples)
+    for sample in samples:
         pred = np.array(sample["predicted_boxes_xyxy"], np.float64).reshape(-1, 4)
         gt = np.array(sample["target_boxes_xyxy"], np.float64).reshape(-1, 4)
         assert greedy_matches(box_iou(pred, gt).tolist(), 0.5) == sample["matched_targets"], sample["sample_id"]

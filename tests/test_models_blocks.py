@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from grex_mllm.config import VisionConfig
 from grex_mllm.errors import GrexError
+from grex_mllm.models import windows
 from grex_mllm.models.pwam import normalise_positions
 from grex_mllm.models.resnet import FrozenBatchNorm, ResNet, append_coordinates
 from grex_mllm.models.swin import SwinTransformer, WindowAttention
@@ -119,10 +120,14 @@ def test_window_gathers_have_right_gradients() -> None:
 def test_cached_layout_made_in_inference_mode_serves_training() -> None:
     net = SwinTransformer(VisionConfig(name="swin", embed_width=8, swin_depths=[2, 1, 1, 1], swin_heads=[1, 1, 1, 1], window=3), 8)
     image = torch.rand(1, 3, 32, 32)
+    windows._LAYOUTS.clear()
     with torch.inference_mode():
         net(image)
-    sum(m.sum() for m in net(image)).backward()  # type: ignore[union-attr]
-    assert net.patch_embed.proj.weight.grad is not None
+    made = dict(windows._LAYOUTS)
+    sum(m.square().sum() for m in net(image)).backward()  # type: ignore[union-attr]
+    assert len(made) > 1 and windows._LAYOUTS.keys() == made.keys() and all(windows._LAYOUTS[k] is v for k, v in made.items())
+    gradient = net.patch_embed.proj.weight.grad
+    assert gradient is not None and gradient.abs().max() > 1e-6
 
 
 def test_pixel_word_fusion_ignores_padding_words_and_prefix_is_shared() -> None:

@@ -71,7 +71,7 @@ def test_variant_shapes_and_gradients(variant: str, vision: VisionConfig) -> Non
         model.decoder.config.minimap_side,
         model.decoder.config.minimap_side,
     )
-    total(out).backward()
+    total(out).backward()  # whether the gradients are zero: test_gradients.py
     without = {n for n, p in model.named_parameters() if p.grad is None}
     assert not without, sorted(without)
 

@@ -147,3 +147,13 @@ def test_faulty_selections(masks: list | None, boxes: list | None, message: str)
 def test_selection_of_masks_and_boxes() -> None:
     assert selection_masks(4, 6, [MASK, MASK.astype(np.uint8) * 255]).all()
     assert mask_boxes(selection_masks(4, 6, boxes_xyxy=[[1, 2, 5, 4]])).tolist() == [[1, 2, 5, 4]]
+
+
+def test_selection_of_stacked_masks_and_boxes() -> None:
+    """One array of several masks or boxes, as segmenters and detectors give them."""
+    masks = np.stack([MASK, MASK & (np.arange(6) < 2)])
+    for stacked in (masks, torch.from_numpy(masks)):
+        assert np.array_equal(selection_masks(4, 6, stacked).numpy(), masks)
+    boxes = np.array([[1.0, 2, 5, 4], [0, 0, 1, 1]])
+    for stacked in (boxes, torch.from_numpy(boxes)):
+        assert mask_boxes(selection_masks(4, 6, boxes_xyxy=stacked)).tolist() == boxes.tolist()

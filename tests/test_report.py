@@ -82,7 +82,9 @@ def test_pictures_have_words_and_decode(page_text: str) -> None:
     import base64
     import io
 
-    for attrs in Page(page_text).attributes("img"):
+    pictures = Page(page_text).attributes("img")
+    assert len(pictures) > 1
+    for attrs in pictures:
         assert attrs.get("alt") and attrs.get("width") and attrs.get("height")
         with Image.open(io.BytesIO(base64.b64decode(str(attrs["src"]).split(",", 1)[1]))) as picture:
             assert picture.size == (int(str(attrs["width"])), int(str(attrs["height"])))

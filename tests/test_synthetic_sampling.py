@@ -63,6 +63,7 @@ def test_kinds_and_no_target_shares_are_balanced(samples: list[Sample]) -> None:
 
 def test_every_expression_is_provably_right(samples: list[Sample]) -> None:
     """From the text and the record alone: parse, rebuild the scene, evaluate."""
+    assert sum(len(sample.expressions) for sample in samples[:600]) > 600
     for sample in samples[:600]:
         scene = scene_from_record(sample.record)
         for record in sample.expressions:
@@ -106,7 +107,8 @@ def test_every_kind_alone_ends(kind: str) -> None:
     """Scenes of two objects cannot host every kind: the sampler must go on with another, not hang."""
     dataset = SyntheticDataset(replace(CONFIG, max_objects=2, no_target_share=0.0), "train", 12, 4, {kind: 1.0})
     for index in range(12):
-        assert all(record.targets for record in dataset[index].expressions)
+        expressions = dataset[index].expressions
+        assert len(expressions) == 4 and all(record.targets for record in expressions)
 
 
 def test_no_target_share_is_a_setting() -> None:

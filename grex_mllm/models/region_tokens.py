@@ -319,7 +319,7 @@ def selection_masks(
             _check_box(i, [float(v) for v in box], height, width)
         return boxes_to_masks(torch.tensor([[float(v) for v in box] for box in boxes_xyxy], dtype=torch.float64), height, width)
     out = []
-    for i, given in enumerate(masks or []):
+    for i, given in enumerate([] if masks is None else masks):
         mask = torch.as_tensor(given)
         if tuple(mask.shape) != (height, width):
             size = "x".join(str(n) for n in mask.shape)

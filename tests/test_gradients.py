@@ -1,0 +1,111 @@
+"""Losses reach every weight with a gradient that is not zero, for every decoder; the exceptions are listed with their reasons."""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+import pytest
+import torch
+from test_models_rela import VARIANTS
+from tiny import WORDS, tiny_config
+from torch import nn
+
+from grex_mllm.config import LossConfig, SyntheticConfig
+from grex_mllm.data.collate import collate
+from grex_mllm.data.synthetic import SyntheticDataset
+from grex_mllm.models import DECODERS
+from grex_mllm.models.grex import GrexModel
+from grex_mllm.models.text import train_text_tokenizer
+from grex_mllm.training.instance_losses import InstanceLoss
+from grex_mllm.training.losses import ReLALoss
+
+# what no loss can reach, whatever the weights
+SHIFTED_SOFTMAX = (
+    r"text\.bert\.encoder\.layer\.\d+\.attention\.self\.key\.bias",  # adds the same number to all logits of a softmax
+    r"vision\.(net\.)?stages\.\d\.fusion\.key\.bias",
+)
+NORMALISED_AWAY = (r"vision\.(net\.)?stages\.\d\.fusion\.(query|value|output)\.bias",)  # a constant shift before an instance norm
+UNREACHABLE = SHIFTED_SOFTMAX + NORMALISED_AWAY
+# what the losses cannot reach at the first step, because the weight after it starts at zero
+STARTS_CLOSED = (
+    r"decoder\.heads\.box\.layers\.[01]\.(weight|bias)",  # boxes start in the middles of their cells
+    r"pixel_decoder\.level_embed",  # offsets and weights of deformable attention start as constants
+    r"vision\.(net\.)?stages\.\d\.gate\.[02]\.weight",  # as released: both layers start at zero with a ReLU between
+)
+LEAST = 1e-10  # of the largest gradient of the model; in float64 a true zero is below 1e-14
+
+DEFORMABLE = {
+    "model__pixel_decoder__name": "deformable", "model__pixel_decoder__width": 64, "model__pixel_decoder__num_layers": 1,
+    "model__pixel_decoder__num_heads": 4, "model__pixel_decoder__num_points": 2, "model__pixel_decoder__feedforward": 16,
+}  # fmt: skip
+SWIN = {
+    "model__vision__name": "swin", "model__vision__embed_width": 8, "model__vision__swin_depths": [1, 1, 1, 1],
+    "model__vision__swin_heads": [1, 1, 2, 2], "model__vision__window": 3, "model__vision__drop_path": 0.0,
+}  # fmt: skip
+RELA = {"model__decoder__name": "rela", "model__decoder__num_layers": 3, "model__decoder__minimap_side": 4}
+CASES = {
+    "instances_fpn": {},
+    "instances_deformable": DEFORMABLE,
+    "instances_swin": SWIN,
+    "instances_attributes": {"model__decoder__attribute_classes": "{shape: 7}"},
+    "rela_fpn": RELA,
+    "rela_deformable": RELA | DEFORMABLE | {"model__decoder__width": 64},
+    "rela_pwam": RELA | DEFORMABLE | SWIN | {"model__decoder__width": 64, "model__vision__fusion": "pwam"},
+    **{
+        f"rela_{name}": RELA | {f"model__decoder__{field}": value for field, value in changes.items()}
+        for name, changes in VARIANTS.items()
+        if changes and "minimap_side" not in changes
+    },
+}
+
+
+def built(case: str) -> Any:
+    """The tiny model of a case in float64; language matters though the released projection starts at zero."""
+    torch.manual_seed(0)
+    config = tiny_config(**CASES[case])
+    tokenizer = train_text_tokenizer(WORDS, config.model.text.vocab_size)
+    config.model.text.vocab_size = tokenizer.vocab_size
+    model: Any = GrexModel(config, tokenizer).double().train()
+    if config.model.decoder.name == "rela":
+        nn.init.normal_(model.grounding.decoder.language_projection.weight, std=0.2)
+    return model
+
+
+def gradients(model: Any) -> dict[str, float]:
+    """Largest gradient of every parameter of the grounding model, relative to the largest of all, for one synthetic batch."""
+    data = SyntheticDataset(SyntheticConfig(image_size=64), "train", 100, 4)
+    batch = collate([data[i] for i in range(3)], model.encode_text, image_size=64)
+    features = model.grounding.encode_image(batch.image)
+    output = model.grounding.ground(features, batch.image_index, batch.text_ids, batch.text_mask)
+    loss: Any = (ReLALoss if model.config.model.decoder.name == "rela" else InstanceLoss)(LossConfig())
+    loss(output, batch)["total"].backward()
+    found = {n: 0.0 if p.grad is None else p.grad.abs().max().item() for n, p in model.grounding.named_parameters()}
+    return {name: value / max(found.values()) for name, value in found.items()}
+
+
+def matching(names: Any, patterns: tuple[str, ...]) -> list[str]:
+    return sorted(n for n in names if any(re.fullmatch(pattern, n) for pattern in patterns))
+
+
+def test_every_decoder_has_a_case() -> None:
+    assert {tiny_config(**changes).model.decoder.name for changes in CASES.values()} == set(DECODERS)
+
+
+@pytest.mark.parametrize("case", list(CASES))
+def test_losses_reach_every_weight(case: str) -> None:
+    """Once no weight is exactly zero, a gradient arrives at each, and the exceptions are exactly the listed ones."""
+    model = built(case)
+    torch.manual_seed(1)
+    with torch.no_grad():
+        for parameter in model.grounding.parameters():
+            parameter += torch.randn_like(parameter) * 0.02
+    found = gradients(model)
+    assert len(found) > 100
+    assert sorted(n for n, value in found.items() if value < LEAST) == matching(found, UNREACHABLE)
+
+
+@pytest.mark.parametrize("case", ["rela_deformable", "rela_pwam", "instances_deformable", "instances_fpn"])
+def test_at_the_start_only_what_lies_before_a_closed_gate_gets_no_gradient(case: str) -> None:
+    found = gradients(built(case))
+    assert sorted(n for n, value in found.items() if value < LEAST) == matching(found, UNREACHABLE + STARTS_CLOSED)
