@@ -80,7 +80,9 @@ class DeformableLayer(nn.Module):
 
     def forward(self, x: Tensor, position: Tensor, centres: Tensor, shapes: Shapes) -> Tensor:
         x = self.norm1(x + self.attention(x + position, x, centres, shapes))
-        return self.norm2(x + self.linear2(F.relu_(self.linear1(x))))
+        # flat rows: ReLU in place on a view would copy the whole gradient in the backward pass
+        hidden = F.relu_(self.linear1(x.flatten(0, 1)))
+        return self.norm2(x + self.linear2(hidden).view_as(x))
 
 
 class DeformablePixelDecoder(nn.Module):

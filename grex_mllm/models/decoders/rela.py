@@ -99,7 +99,9 @@ class Feedforward(nn.Module):
         self.norm = nn.LayerNorm(width)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.norm(x + self.linear2(F.relu_(self.linear1(x))))
+        # flat rows: ReLU in place on a view would copy the whole gradient in the backward pass
+        hidden = F.relu_(self.linear1(x.flatten(0, 1)))
+        return self.norm(x + self.linear2(hidden).view_as(x))
 
 
 @dataclass
