@@ -161,7 +161,7 @@ def _locate(rows: Tensor, shapes: Shapes, points: Tensor, weights: Tensor) -> _L
 def _value_gradient(here: _Located, grad: Tensor, shapes: Shapes, table: torch.Size) -> Tensor:
     """Return the values' gradient [B, S, A, D]. grad: [N, D] of the output.  table: shape [B, S', A, D] of the bordered values."""
     batch, total, heads, depth = table
-    cells, order = here.corners[:, 0].flatten().sort()
+    cells, order = here.corners[:, 0].flatten().sort(stable=True)
     bag = order.div(here.x.shape[1], rounding_mode="floor").to(torch.int32)
     starts = torch.searchsorted(cells, torch.arange(batch * total * heads, dtype=torch.int32, device=cells.device), out_int32=True)
     corners = []
