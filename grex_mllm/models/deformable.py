@@ -14,6 +14,7 @@ from grex_mllm.errors import fault
 from grex_mllm.models.pixel_decoder import NUM_LEVELS, num_groups, upsample_to
 from grex_mllm.models.positions import sine_positions
 from grex_mllm.ops.deform_attn import Shapes, deformable_attention
+from grex_mllm.ops.feedforward import feedforward
 from grex_mllm.ops.softmax import softmax_of_few
 from grex_mllm.types import PixelFeatures
 
@@ -80,7 +81,7 @@ class DeformableLayer(nn.Module):
 
     def forward(self, x: Tensor, position: Tensor, centres: Tensor, shapes: Shapes) -> Tensor:
         x = self.norm1(x + self.attention(x + position, x, centres, shapes))
-        return self.norm2(x + self.linear2(F.relu_(self.linear1(x))))
+        return self.norm2(x + feedforward(x, self.linear1, self.linear2, "relu"))
 
 
 class DeformablePixelDecoder(nn.Module):
@@ -121,6 +122,9 @@ class DeformablePixelDecoder(nn.Module):
             return self._decode([m.to(self.level_embed.dtype) for m in maps])
 
     def _decode(self, maps: list[Tensor]) -> PixelFeatures:
+        if torch.is_grad_enabled():
+            # Swin's maps have channels last in memory; convolutions keep that layout, and their backward pass then takes twice as long
+            maps = [m.contiguous() for m in maps]
         sources = [project(m) for project, m in zip(self.inputs, reversed(maps[1:]), strict=True)]
         shapes = [(int(s.shape[-2]), int(s.shape[-1])) for s in sources]
         x = torch.cat([s.flatten(2).transpose(1, 2) for s in sources], dim=1)

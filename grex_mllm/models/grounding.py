@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any
 
 import torch
@@ -15,6 +15,9 @@ from grex_mllm.types import GroundingOutput, PixelFeatures, TextFeatures
 # ImageNet, RGB, 0 .. 255
 PIXEL_MEAN = (123.675, 116.28, 103.53)
 PIXEL_STD = (58.395, 57.12, 57.375)
+# Expressions that go together through an image encoder with language fusion, on CPU without gradients. Nothing is shared after the first
+# fusion, and the tensors of more expressions outgrow the caches and the memory that the allocator keeps.
+FUSED_AT_ONCE = 2
 
 
 @dataclass
@@ -99,6 +102,15 @@ class GroundingModel(nn.Module):
         text = self.encode_text(text_ids, text_mask)
         if not self.fuses_language:
             return self.decoder(features.regions, image_index, text)
+        if torch.is_grad_enabled() or image_index.device.type != "cpu" or len(image_index) <= FUSED_AT_ONCE:
+            return self._ground_fused(features, image_index, text)
+        parts = []
+        for start in range(0, len(image_index), FUSED_AT_ONCE):
+            some = slice(start, start + FUSED_AT_ONCE)
+            parts.append(self._ground_fused(features, image_index[some], TextFeatures(text.tokens[some], text.mask[some])))
+        return join_outputs(parts)
+
+    def _ground_fused(self, features: ImageFeatures, image_index: Tensor, text: TextFeatures) -> GroundingOutput:
         maps = self.vision.finish(features.prefix, image_index, text)
         regions = self.decoder.encode(self.pixel_decoder(maps))
         return self.decoder(regions, torch.arange(len(image_index), device=image_index.device), text)
@@ -113,6 +125,19 @@ class GroundingModel(nn.Module):
     ) -> GroundingOutput:
         """Encode the images and ground the expressions: `ground(encode_image(image), ...)`."""
         return self.ground(self.encode_image(image, valid_sizes), image_index, text_ids, text_mask)
+
+
+def join_outputs(parts: Sequence[GroundingOutput]) -> GroundingOutput:
+    """Join the answers for several runs of expressions into one, in their order; every tensor has the expressions first."""
+
+    def join(values: list[Any]) -> Any:
+        if isinstance(values[0], Tensor):
+            return torch.cat(values)
+        if isinstance(values[0], dict):
+            return {name: join([value[name] for value in values]) for name in values[0]}
+        return None
+
+    return GroundingOutput(**{f.name: join([getattr(part, f.name) for part in parts]) for f in fields(GroundingOutput)})
 
 
 def upsample_logits(logits: Tensor, size: tuple[int, int], crop: tuple[int, int] | None = None) -> Tensor:

@@ -18,6 +18,7 @@ from grex_mllm.config import VisionConfig
 from grex_mllm.errors import fault
 from grex_mllm.models.pwam import PixelWordAttention
 from grex_mllm.models.windows import from_windows, to_windows, window_layout
+from grex_mllm.ops.feedforward import feedforward
 from grex_mllm.types import TextFeatures
 
 PATCH = 4
@@ -82,7 +83,7 @@ class Mlp(nn.Module):
         self.fc2 = nn.Linear(MLP_RATIO * width, width)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.fc2(F.gelu(self.fc1(x)))
+        return feedforward(x, self.fc1, self.fc2, "gelu")
 
 
 class SwinBlock(nn.Module):
@@ -197,7 +198,9 @@ class SwinTransformer(nn.Module):
         """
         height, width = prefix.shape[-2:]
         x = prefix.flatten(2).transpose(1, 2)
-        if image_index is not None and (len(x) > 1 or len(image_index) > 1):
+        # one image needs no copies: the first fusion makes a map per expression of it
+        spread = len(x) == 1 and text is not None and self.fuses_language
+        if image_index is not None and not spread:
             x = x.index_select(0, image_index)
         maps = []
         stage: Any

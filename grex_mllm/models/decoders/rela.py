@@ -23,6 +23,7 @@ from grex_mllm.models.decoders.grouping import Grouping, group
 from grex_mllm.models.heads import RegionHeads
 from grex_mllm.models.pixel_decoder import NUM_LEVELS
 from grex_mllm.models.positions import sine_positions
+from grex_mllm.ops.feedforward import feedforward
 from grex_mllm.types import GroundingOutput, PixelFeatures, TextFeatures
 
 RIA = ("attention", "pooled", "hard_split")
@@ -99,7 +100,7 @@ class Feedforward(nn.Module):
         self.norm = nn.LayerNorm(width)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.norm(x + self.linear2(F.relu_(self.linear1(x))))
+        return self.norm(x + feedforward(x, self.linear1, self.linear2, "relu"))
 
 
 @dataclass
