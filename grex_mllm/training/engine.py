@@ -70,9 +70,10 @@ def start_accelerator(config: TrainConfig, batch_images: int) -> Accelerator:
     Raises:
         GrexError: unknown precision, fp16 where it cannot work, DeepSpeed missing or its JSON unusable.
     """
-    device = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
-    check_precision(config.precision, device.type if device else "cpu", config.deepspeed is not None)
-    plugin = _deepspeed_plugin(config, batch_images, on_cpu=device is None) if config.deepspeed else None
+    device = training_device()
+    on_cpu = device.type == "cpu"
+    check_precision(config.precision, device.type, config.deepspeed is not None)
+    plugin = _deepspeed_plugin(config, batch_images, on_cpu=on_cpu) if config.deepspeed else None
 
     from accelerate import Accelerator
     from accelerate.state import AcceleratorState, GradientState
@@ -85,10 +86,10 @@ def start_accelerator(config: TrainConfig, batch_images: int) -> Accelerator:
         torch.set_num_threads(config.num_threads)
     # A grounding batch leaves the generator without gradients and the other way round, hence find_unused_parameters.
     handlers: list[Any] = [DistributedDataParallelKwargs(find_unused_parameters=True)]
-    if device is None and "RANK" in os.environ:
+    if on_cpu and "RANK" in os.environ:
         handlers.append(InitProcessGroupKwargs(backend="gloo"))  # without it every rank of DeepSpeed on CPU believes that it is alone
     accelerator = Accelerator(
-        cpu=device is None and plugin is None,  # with cpu=True Accelerate would silently drop DeepSpeed
+        cpu=on_cpu and plugin is None,  # with cpu=True Accelerate would silently drop DeepSpeed
         mixed_precision="fp16" if config.precision == "fp16" else "no",  # only for its gradient scaler: JointLoss does the autocast
         gradient_accumulation_steps=config.accumulation,
         deepspeed_plugin=plugin,
@@ -99,6 +100,12 @@ def start_accelerator(config: TrainConfig, batch_images: int) -> Accelerator:
             "Accelerate has switched DeepSpeed off", "ACCELERATE_USE_CPU not to be set", "launch with torchrun or deepspeed, without --cpu"
         )
     return accelerator
+
+
+def training_device() -> torch.device:
+    """Return the kind of device that a training computes on: the machine's accelerator, or the CPU."""
+    device = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
+    return device if device is not None else torch.device("cpu")
 
 
 def check_precision(precision: str, device: str, deepspeed: bool) -> None:

@@ -9,11 +9,13 @@ from dataclasses import dataclass, replace
 from statistics import median
 from typing import Any
 
+import torch
 from torch import nn
 
 from grex_mllm.config import Config
 from grex_mllm.precision import autocast, resolve_precision
-from grex_mllm.training.batches import BatchSource
+from grex_mllm.training.batches import BatchSource, map_tensors
+from grex_mllm.training.engine import training_device
 from grex_mllm.training.lm import train_language_model
 from grex_mllm.training.optim import build_optimizer, clip_gradients, optimized_parameters
 from grex_mllm.training.told import train_on_told_scenes
@@ -63,6 +65,7 @@ def forecast_training(
         train_on_told_scenes(trial, scenes, short, times)
         scenes_s = times.step_s() * settings.scenes
     trial.train()
+    trial.to(training_device())  # the language model's stages come before the model moves there
     early_s, late_s = (_joint_step_s(trial, batches, loss_fn, config, progress) for progress in (0.0, 1.0))
     early = min(config.loss.lm_start, 1.0)
     return Forecast(text_s, scenes_s, config.train.steps * (early * early_s + (1 - early) * late_s), late_s)
@@ -84,7 +87,8 @@ class _Times:
 
 def _joint_step_s(model: nn.Module, batches: BatchSource, loss_fn: Callable[..., Any], config: Config, progress: float) -> float:
     """Return the median seconds of an optimizer step when `progress` of the training is done."""
-    precision = resolve_precision(config.train.precision, model.device).precision  # type: ignore[arg-type]
+    device: Any = model.device
+    precision = resolve_precision(config.train.precision, device).precision
     optimizer = build_optimizer(model, config.train.optim, precision)
     chosen = {id(parameter) for parameter in optimized_parameters(optimizer)}
     for parameter in model.parameters():
@@ -93,11 +97,14 @@ def _joint_step_s(model: nn.Module, batches: BatchSource, loss_fn: Callable[...,
     for step in range(WARM_UP + MEASURED):
         for micro in range(config.train.accumulation):
             task, batch = batches.at(step * config.train.accumulation + micro)
-            with autocast(precision, batch.image.device.type):
+            batch = map_tensors(batch, lambda tensor: tensor.to(device))
+            with autocast(precision, device.type):
                 loss = loss_fn(model, batch, task, progress)["total"]
             loss.backward()
         clip_gradients(optimized_parameters(optimizer), config.train.optim.clip)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
+        if device.type != "cpu":
+            torch.accelerator.synchronize()
         times(0.0)
     return times.step_s()

@@ -24,7 +24,7 @@ from grex_mllm.progress import told_ids
 from grex_mllm.training import checkpoint
 from grex_mllm.training.batches import GENERATE, GROUND, TaskMixture, seed_all
 from grex_mllm.training.combinations import check_combinations
-from grex_mllm.training.engine import is_main_process, wait_for
+from grex_mllm.training.engine import is_main_process, training_device, wait_for
 from grex_mllm.training.forecast import Forecast, forecast_training
 from grex_mllm.training.instance_losses import IGNORED, InstanceLoss
 from grex_mllm.training.loop import TrainResult, check, num_processes, train
@@ -119,7 +119,7 @@ def train_from_config(
     batches, loss_terms = batch_source(config, sources, text_tokenizer, lm_tokenizer), JointLossTerms(config)
     if checkpoint.latest(config.train.out) is None and is_main_process():
         if on_forecast is not None and num_processes() == 1:
-            on_forecast(_forecast(model, batches, loss_terms, config), resolve_precision(config.train.precision, model.device))
+            on_forecast(_forecast(model, batches, loss_terms, config), resolve_precision(config.train.precision, training_device()))
         learn_from_text(model, config)  # the other processes get the weights when they meet
     if is_main_process():
         _tell_cut(sources, text_tokenizer, config.model.text.max_tokens)
