@@ -52,7 +52,7 @@ class DeformableAttention(nn.Module):
             nn.init.zeros_(linear.bias)
 
     def forward(self, query: Tensor, source: Tensor, centres: Tensor, shapes: Shapes) -> Tensor:
-        """Attend from every query.
+        """Attend from every query: float [B * S, C].
 
         query, source: float [B, S, C].  centres: float [S, 2, L], x and y of every query in cells of each level.
         shapes: (h, w) of the levels.
@@ -65,7 +65,8 @@ class DeformableAttention(nn.Module):
         places = centres[:, :, None, :, None].expand(-1, -1, self.num_heads, -1, self.num_points).flatten(1)
         points = (offsets + places).view(batch, total, 2, *grid[2:])
         weights = softmax_of_few(self.attention_weights(query).view(batch, total, self.num_heads, -1)).view(grid)
-        return self.output_proj(deformable_attention(value, shapes, points, weights))
+        # flat rows are a tensor of their own, to which the caller may add in place
+        return self.output_proj(deformable_attention(value, shapes, points, weights).flatten(0, 1))
 
 
 class DeformableLayer(nn.Module):
@@ -80,7 +81,9 @@ class DeformableLayer(nn.Module):
         self.norm2 = nn.LayerNorm(width)
 
     def forward(self, x: Tensor, position: Tensor, centres: Tensor, shapes: Shapes) -> Tensor:
-        x = self.norm1(x + self.attention(x + position, x, centres, shapes))
+        read, rows = self.attention(x + position, x, centres, shapes), x.flatten(0, 1)
+        # autocast has made `read` smaller than x: then not in place
+        x = self.norm1((read.add_(rows) if read.dtype == rows.dtype else read + rows).view_as(x))
         return self.norm2(x + feedforward(x, self.linear1, self.linear2, "relu"))
 
 

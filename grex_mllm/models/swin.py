@@ -63,13 +63,15 @@ class WindowAttention(nn.Module):
         slots = to_windows(self.qkv(x.reshape(-1, channels)), layout, self.qkv.bias)
         slots = slots.view(-1, size, 3, self.num_heads, channels // self.num_heads)
         parts = []
-        for kind in layout.kinds:
-            query, key, value = slots[kind.first : kind.last].permute(2, 0, 3, 1, 4)
+        # split, not slices: the gradient of a slice is a tensor as large as all slots
+        for kind, windows in zip(layout.kinds, slots.split([kind.last - kind.first for kind in layout.kinds]), strict=True):
+            query, key, value = windows.permute(2, 0, 3, 1, 4)
+            asking = query if kind.real == size else query[:, :, : kind.real]
             scores = self.relative_position_bias_table[kind.pairs].view(kind.real, size, -1).permute(2, 0, 1)
             if kind.mask is not None:
                 scores = scores + kind.mask.to(scores.dtype)
             scores = scores.to(query.dtype).contiguous()[None]
-            attended = F.scaled_dot_product_attention(query[:, :, : kind.real], key, value, attn_mask=scores)
+            attended = F.scaled_dot_product_attention(asking, key, value, attn_mask=scores)
             parts.append(attended.transpose(1, 2).reshape(-1, channels))
         return self.proj(from_windows(torch.cat(parts) if len(parts) > 1 else parts[0], layout)).view(batch, -1, channels)
 
@@ -105,7 +107,7 @@ class SwinBlock(nn.Module):
         if not self.training or self.drop_path == 0:
             return x
         keep = 1 - self.drop_path
-        return x * (torch.rand(len(x), 1, 1, device=x.device) < keep).to(x.dtype) / keep
+        return x * ((torch.rand(len(x), 1, 1, device=x.device) < keep).to(x.dtype) / keep)
 
 
 class PatchMerging(nn.Module):

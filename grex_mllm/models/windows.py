@@ -131,17 +131,18 @@ def shift_masks(window: int, shift: int) -> list[Tensor | None]:
 
 
 class _ToSlots(torch.autograd.Function):
-    """Gather tokens [B * HW, C] into slots [T, C]; padding slots hold any token and give no gradient. The backward is a gather too."""
+    """Gather tokens [B * HW, C] into slots [T, C] and put `fill` [C] into the padding slots. The backward is a gather too."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, source: Tensor, slot: Tensor) -> Tensor:
-        ctx.save_for_backward(slot)
-        return x.index_select(0, source)
+    def forward(ctx: Any, x: Tensor, fill: Tensor, source: Tensor, slot: Tensor, padding: Tensor) -> Tensor:
+        ctx.save_for_backward(slot, padding)
+        slots = x.index_select(0, source)
+        return slots.index_copy_(0, padding, fill.expand(len(padding), -1)) if len(padding) else slots
 
     @staticmethod
     def backward(ctx: Any, *grads: Any) -> Any:
-        (slot,) = ctx.saved_tensors
-        return grads[0].index_select(0, slot), None, None
+        slot, padding = ctx.saved_tensors
+        return grads[0].index_select(0, slot), grads[0].index_select(0, padding).sum(dim=0), None, None, None
 
 
 class _Reorder(torch.autograd.Function):
@@ -160,10 +161,7 @@ class _Reorder(torch.autograd.Function):
 
 def to_windows(x: Tensor, layout: WindowLayout, fill: Tensor) -> Tensor:
     """Gather tokens [B * HW, C] into slots [T, C]; padding slots hold `fill` [C]."""
-    slots: Tensor = _ToSlots.apply(x, layout.source, layout.slot)
-    if len(layout.padding):
-        slots = slots.index_copy(0, layout.padding, fill.to(x.dtype).expand(len(layout.padding), -1))
-    return slots
+    return _ToSlots.apply(x, fill.to(x.dtype), layout.source, layout.slot, layout.padding)
 
 
 def from_windows(answers: Tensor, layout: WindowLayout) -> Tensor:

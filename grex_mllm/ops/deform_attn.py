@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import functools
+import threading
 import warnings
 from collections.abc import Sequence
 from typing import Any, NamedTuple
@@ -18,6 +19,7 @@ from torch.autograd.function import once_differentiable
 Shapes = Sequence[tuple[int, int]]
 
 MOST_POINTS = 2**19
+_KEPT = threading.local()  # of each thread: one buffer of up to 4 * MOST_POINTS numbers per dtype
 
 
 def deformable_attention(value: Tensor, shapes: Shapes, points: Tensor, weights: Tensor) -> Tensor:
@@ -153,9 +155,24 @@ def _locate(rows: Tensor, shapes: Shapes, points: Tensor, weights: Tensor) -> _L
     lower_right, upper_right = lower * x, upper * x
     grid = (batch * queries * heads, per_head)
     below = first + stride
-    corners = torch.stack([t.view(grid) for t in (first, first + heads, below, below + heads)], dim=1)
-    parts = torch.stack([t.view(grid) for t in (upper.sub_(upper_right), upper_right, lower.sub_(lower_right), lower_right)], dim=1)
+    corners = _stack([t.view(grid) for t in (first, first + heads, below, below + heads)])
+    parts = _stack([t.view(grid) for t in (upper.sub_(upper_right), upper_right, lower.sub_(lower_right), lower_right)])
     return _Located(corners, parts, x.view(grid), y.view(grid), share.reshape(grid), moves_x.view(grid), moves_y.view(grid))
+
+
+def _stack(tables: list[Tensor]) -> Tensor:
+    """Stack four tables [N, P] to [N, 4, P], in memory that the thread keeps: fresh memory would be mapped and cleared page by page.
+
+    Valid until the next call with the same dtype.
+    """
+    like, wanted = tables[0], 4 * tables[0].numel()
+    if torch.compiler.is_compiling() or like.device.type != "cpu" or wanted > 4 * MOST_POINTS:
+        return torch.stack(tables, dim=1)
+    kept = _KEPT.__dict__.setdefault("tables", {})
+    if like.dtype not in kept or kept[like.dtype].numel() < wanted:
+        with torch.inference_mode(False):  # what is kept must serve training too
+            kept[like.dtype] = torch.empty(wanted, dtype=like.dtype)
+    return torch.stack(tables, dim=1, out=kept[like.dtype][:wanted].view(len(like), 4, -1))
 
 
 def _value_gradient(here: _Located, grad: Tensor, shapes: Shapes, table: torch.Size) -> Tensor:
