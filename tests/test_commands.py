@@ -151,7 +151,9 @@ def on_two_cpus(words: list[str]) -> list[str]:
         return ["torchrun", "--nproc_per_node=2", f"--master_port={free_port()}", "-m", module, *own]
     if words[0] == "deepspeed":
         return ["deepspeed", "--num_gpus", "2", "--master_port", str(free_port()), "--no_local_rank", "--module", module, *own]
-    return ["accelerate", "launch", "--cpu", "--num_processes", "2", "--main_process_port", str(free_port()), "-m", module, *own]
+    # --cpu would start one process; --multi_gpu starts processes and leaves the device to the program
+    rest = ["--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", str(free_port())]
+    return ["accelerate", "launch", "--multi_gpu", "--num_processes", "2", *rest, "-m", module, *own]
 
 
 LAUNCHED = [command for name, command in ALL if command.split()[0] in LAUNCHERS and not name.endswith(".yaml")]

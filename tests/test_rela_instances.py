@@ -193,7 +193,7 @@ def test_a_region_that_is_no_object_takes_next_to_no_part_in_relations():
             return float((layer(x, geometry, real, *text) - layer(other, geometry, real, *text))[:, :3].abs().max())
 
     object_there, nothing_there = torch.ones(2, 4), torch.tensor([1.0, 1.0, 1.0, 0.0]).expand(2, 4)
-    assert moved(object_there) > 0.01 and moved(nothing_there) < 0.02 * moved(object_there)
+    assert moved(object_there) > 0.01 and moved(nothing_there) < 0.1 * moved(object_there)
 
 
 def test_the_language_half_reads_what_the_attribute_heads_say():

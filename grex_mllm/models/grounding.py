@@ -102,7 +102,8 @@ class GroundingModel(nn.Module):
         text = self.encode_text(text_ids, text_mask)
         if not self.fuses_language:
             return self.decoder(features.regions, image_index, text)
-        if torch.is_grad_enabled() or image_index.device.type != "cpu" or len(image_index) <= FUSED_AT_ONCE:
+        whole = torch.is_grad_enabled() or torch.compiler.is_compiling() or image_index.device.type != "cpu"
+        if whole or len(image_index) <= FUSED_AT_ONCE:
             return self._ground_fused(features, image_index, text)
         parts = []
         for start in range(0, len(image_index), FUSED_AT_ONCE):
