@@ -196,7 +196,7 @@ def recognise(state: Mapping[str, Tensor], source: str) -> tuple[str, Config]:
 def map_keys(state: Mapping[str, Tensor], source: str) -> tuple[dict[str, Tensor], dict[str, int]]:
     """Rename every key by RULES, or count it under the name of the rule that ignores it.
 
-    Convolutions of width 1 that are linear layers here lose that axis.
+    Convolutions of width 1 that are linear layers here lose that axis; a lone number becomes a vector of one.
 
     Raises:
         GrexError: lists the keys that no rule knows.
@@ -213,7 +213,7 @@ def map_keys(state: Mapping[str, Tensor], source: str) -> tuple[dict[str, Tensor
         if name is None:
             unknown.append(key)
         else:
-            mapped[name] = tensor.squeeze(-1) if tensor.ndim == 3 else tensor
+            mapped[name] = tensor.squeeze(-1) if tensor.ndim == 3 else tensor.reshape(1) if tensor.ndim == 0 else tensor
     if unknown:
         raise fault(
             f"{source} has {len(unknown)} unknown keys: {_some(unknown)}", "the keys of a released ReLA", "give the authors' checkpoint"

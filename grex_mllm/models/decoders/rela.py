@@ -142,7 +142,7 @@ class Rela(nn.Module):
         speaking = layers if config.language_every_layer else layers[:1]
         self.region_language = nn.ModuleList(AttentionLayer(width, config.num_heads) for _ in speaking if attended)
         self.language_projection = nn.Linear(text_width, width, bias=False)
-        self.language_weight = nn.Parameter(torch.tensor(0.0)) if attended else None
+        self.language_weight = nn.Parameter(torch.zeros(1)) if attended else None  # no axis at all is more than DeepSpeed can send
         if attended:  # released: language starts as nothing
             nn.init.zeros_(self.language_projection.weight)
         self.language_norms = nn.ModuleList(nn.LayerNorm(width) for _ in speaking if not attended)
