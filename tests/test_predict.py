@@ -152,7 +152,7 @@ def test_processes_share_the_work(place):
         subprocess.Popen([sys.executable, "-c", code], env={**os.environ, "RANK": str(rank), "WORLD_SIZE": "2", "OMP_NUM_THREADS": "1"})
         for rank in range(2)
     ]
-    assert [process.wait(timeout=120) for process in ranks] == [0, 0]
+    assert [process.wait(timeout=600) for process in ranks] == [0, 0]
     lines = [json.loads(line) for line in (place / "shared.jsonl").read_text().splitlines()]
     assert len(lines) == len(expected)
     same(lines, [expected[line["expression_id"]] for line in lines])
