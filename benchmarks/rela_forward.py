@@ -1,152 +1,252 @@
-"""Time the evaluation forward of the full-size ReLA models at 480 x 480, by part, against the plain grid_sample attention.
+"""Time and memory of the full-size ReLA models at 480 x 480 on CPU: one expression, eleven expressions of one image, a training step.
 
-    python benchmarks/rela_forward.py                       # three models, batch 1, two threads, one expression
-    python benchmarks/rela_forward.py --models r50 --expressions 11
+    python benchmarks/rela_forward.py                                    # this checkout alone
+    git worktree add --detach ../before b8d97eb
+    python benchmarks/rela_forward.py --baseline ../before               # in turn with this project at another commit
+    python benchmarks/rela_forward.py --authors ../ReLA                  # in turn with the authors' code
+    ATEN_CPU_CAPABILITY=avx2 ONEDNN_MAX_CPU_ISA=AVX2 MKL_ENABLE_INSTRUCTIONS=AVX2 python benchmarks/rela_forward.py   # as plain laptops
 
-Both are measured in turn in the same run. Weights are random (times do not depend on them). Prints medians and the spread (quartiles) in
-seconds. `authors` are the times of the released code on a machine of the same kind (wall clock, two threads).
+Every measurement is a process of its own, and the checkouts take turns (A B A B ...), so that a machine that others use as well burdens
+all alike: trust the ratios. A process runs once to warm up and then `--inner` times; the median over all processes is printed with the
+quartiles, and the highest resident memory (the whole process, imports and weights included). Weights, image and words are random: times
+do not depend on them. `--clock cpu` counts processor seconds of all threads; take it with `--threads 1` on a machine that is never quiet.
 
-Measured 2026-11 on two AVX-512 cores, median (quartiles) in seconds; authors' code; plain grid_sample attention in our model:
-    swin_base  1.22 (1.21 .. 1.24)   2.08   1.64    vision 0.75  pixel decoder 0.34 (deformable 0.05)  decoder 0.08  text 0.04
-    swin_tiny  0.72 (0.69 .. 0.72)   1.39   1.10    vision 0.26  pixel decoder 0.33 (deformable 0.05)  decoder 0.08  text 0.04
-    r50        0.63 (0.62 .. 0.65)   1.19   0.99    vision 0.17  pixel decoder 0.35 (deformable 0.06)  decoder 0.07  text 0.05
-Peak memory with Swin-B 1.6 GiB (authors 1.8 GB). Eleven expressions of one image, R50, in processor seconds: 1.76 together, 11.9 apart.
+A training step is forward pass, losses, backward pass, clipping and AdamW of the released configuration, in float32, on `--batch` images.
+
+`--authors CHECKOUT` needs the authors' repository (github.com/henghuiding/ReLA) with detectron2, detectron2's DeepLab project and their
+other requirements installed beside this package, and BERT's weights where their configuration looks for them. Their deformable attention
+runs through its pure PyTorch form where the compiled one is absent. This way was written from their public code and has not been run
+by us here, because detectron2 does not install beside the torch of this project; plain AdamW stands for their optimizer.
 """
 
 from __future__ import annotations
 
 import argparse
+import json
+import os
 import resource
 import statistics
+import subprocess
+import sys
 import time
-from collections import defaultdict
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
-import torch
-from torch import Tensor, nn
-
-from grex_mllm.config import DecoderConfig, ModelConfig, VisionConfig
-from grex_mllm.models import build_grounding, deformable
-from grex_mllm.models.grounding import GroundingModel, upsample_logits
-from grex_mllm.ops.deform_attn import deformable_attention, deformable_attention_reference
-
-MODELS = {
-    "swin_base": VisionConfig(name="swin", embed_width=128, swin_depths=[2, 2, 18, 2], swin_heads=[4, 8, 16, 32], window=12, fusion="pwam"),
-    "swin_tiny": VisionConfig(name="swin", embed_width=96, swin_depths=[2, 2, 6, 2], swin_heads=[3, 6, 12, 24], window=7, fusion="pwam"),
-    "r50": VisionConfig(),
-}
-AUTHORS = {"swin_base": 2.08, "swin_tiny": 1.39, "r50": 1.19}
-PARTS = ("vision", "pixel_decoder", "deformable_attention", "decoder", "text")
+HERE = Path(__file__).resolve().parent.parent
+MODELS = ("swin_base", "swin_tiny", "r50")
+AUTHORS_CONFIGS = {"swin_base": "referring_swin_base", "swin_tiny": "referring_swin_tiny", "r50": "referring_R50"}
+TASKS = {"one": "one expression", "many": "eleven expressions of one image", "step": "training step"}
+MANY = 11
 NUM_TOKENS = 20
 VOCABULARY = 30522
+OFFSETS_STD = 0.02  # spreads the sampling points, which start in a regular star
 CLOCKS: dict[str, Callable[[], float]] = {"wall": time.perf_counter, "cpu": time.process_time}
 
 
-def build(name: str) -> GroundingModel:
-    """Build a full-size model with random weights whose sampling points are spread."""
-    torch.manual_seed(0)
-    model = build_grounding(ModelConfig(vision=MODELS[name], decoder=DecoderConfig(boxes=False, count=False))).eval()
+def our_task(name: str, task: str, args: argparse.Namespace) -> Callable[[], object]:
+    """Build a model of the checkout on PYTHONPATH with random weights, and return what is to be timed."""
+    import torch
+    from torch import nn
+
+    from grex_mllm.config import load_config
+    from grex_mllm.models import build_grounding
+    from grex_mllm.models.grounding import upsample_logits
+    from grex_mllm.training.losses import ReLALoss
+    from grex_mllm.training.optim import build_optimizer, clip_gradients, optimized_parameters
+
+    config = load_config(str(Path(args.worker) / "configs" / f"gres_rela_{name}.yaml"))
+    config.model.vision.weights = config.model.text.path = None
+    model: Any = build_grounding(config.model)
     for layer in model.pixel_decoder.layers:
-        nn.init.normal_(layer.attention.sampling_offsets.weight, std=0.02)
-    return model
+        nn.init.normal_(layer.attention.sampling_offsets.weight, std=OFFSETS_STD)
+    image, ids, mask = made_inputs(task, args)
+    if task == "step":
+        model.train()
+        loss, optimizer = ReLALoss(config.loss), build_optimizer(model, config.train.optim)
+        trained, batch = optimized_parameters(optimizer), made_targets(args)
 
+        def step() -> None:
+            output = model(image, torch.arange(len(image)), ids, mask)
+            loss(output, batch)["total"].backward()  # type: ignore[arg-type]
+            clip_gradients(trained, config.train.optim.clip)
+            optimizer.step()
+            model.zero_grad()
 
-class Stopwatch:
-    """Add up the seconds spent in each part of a model, and in the model."""
+        return step
+    model.eval()
 
-    def __init__(self, model: GroundingModel, clock: Callable[[], float]) -> None:
-        self.spent: dict[str, float] = defaultdict(float)
-        self.clock = clock
-        for module, names in ((model.vision, ("forward", "encode_prefix", "finish")), (model.decoder, ("encode", "forward"))):
-            for name in names:
-                if hasattr(module, name):
-                    part = "vision" if module is model.vision else "decoder"
-                    setattr(module, name, self._timed(part, getattr(module, name)))
-        model.pixel_decoder.forward = self._timed("pixel_decoder", model.pixel_decoder.forward)
-        model.text.forward = self._timed("text", model.text.forward)
-
-    def _timed(self, part: str, call: Callable[..., Any]) -> Callable[..., Any]:
-        def timed(*args: Any, **kwargs: Any) -> Any:
-            start = self.clock()
-            result = call(*args, **kwargs)
-            self.spent[part] += self.clock() - start
-            return result
-
-        return timed
-
-    @contextmanager
-    def attention(self, kernel: Callable[..., Tensor]) -> Iterator[None]:
-        """Let the pixel decoder use this deformable attention, and time it."""
-        deformable.deformable_attention = self._timed("deformable_attention", kernel)
-        try:
-            yield
-        finally:
-            deformable.deformable_attention = deformable_attention
-
-
-@torch.inference_mode()
-def forward(model: GroundingModel, image: Tensor, ids: Tensor, mask: Tensor, together: bool) -> None:
-    """Ground all expressions in the image: with its work shared, or one call each."""
-    if together:
+    @torch.inference_mode()
+    def ground() -> None:
         features = model.encode_image(image)
         output = model.ground(features, torch.zeros(len(ids), dtype=torch.int64), ids, mask)
         upsample_logits(output.mask_logits, features.padded_size).sigmoid()
-        return
+
+    return ground
+
+
+def authors_task(name: str, task: str, args: argparse.Namespace) -> Callable[[], object]:
+    """Build the authors' model from their checkout, and return what is to be timed.
+
+    Raises:
+        GrexError: their checkout, detectron2 or another of their requirements is not there.
+    """
+    import torch
+
+    from grex_mllm.errors import fault
+
+    checkout = Path(args.worker)
+    file = checkout / "configs" / f"{AUTHORS_CONFIGS[name]}.yaml"
+    if not file.is_file() or not (checkout / "gres_model").is_dir():
+        raise fault(f"--authors {checkout}", "a checkout of the authors' ReLA (gres_model/, configs/)", "clone it, or leave --authors out")
+    sys.path.insert(0, str(checkout))
+    try:
+        from detectron2.config import get_cfg
+        from detectron2.modeling import build_model
+        from detectron2.projects.deeplab import add_deeplab_config
+        from detectron2.structures import Instances
+        from gres_model import add_maskformer2_config, add_refcoco_config
+    except ImportError as error:
+        raise fault(f"--authors without {error.name}", "detectron2 and the authors' requirements", "install them as well") from None
+    settings = get_cfg()
+    for add in (add_deeplab_config, add_maskformer2_config, add_refcoco_config):
+        add(settings)
+    settings.merge_from_file(str(file))
+    settings.MODEL.DEVICE, settings.MODEL.WEIGHTS = "cpu", ""
+    model: Any = build_model(settings).train(task == "step")
+    image, ids, mask = made_inputs(task, args)
+    samples = []
     for e in range(len(ids)):
-        forward(model, image, ids[e : e + 1], mask[e : e + 1], True)
+        picture = image[e if len(image) > 1 else 0]
+        instances = Instances((args.size, args.size))
+        instances.gt_classes = torch.zeros(1, dtype=torch.int64)
+        instances.gt_masks = made_targets(args).gt_masks[:1]
+        words = {"lang_tokens": ids[e : e + 1], "lang_mask": mask[e : e + 1]}
+        samples.append({"image": picture, "gt_mask_merged": instances.gt_masks.long(), "empty": False, "instances": instances, **words})
+    if task == "step":
+        trained = [p for p in model.parameters() if p.requires_grad]
+        optimizer = torch.optim.AdamW(trained, lr=1e-5, weight_decay=0.05)
+
+        def step() -> None:
+            sum(model(samples).values()).backward()
+            torch.nn.utils.clip_grad_norm_(trained, 0.01)
+            optimizer.step()
+            model.zero_grad()
+
+        return step
+
+    @torch.inference_mode()
+    def ground() -> None:
+        for sample in samples:  # their code answers one expression at a time
+            model([sample])
+
+    return ground
 
 
-def measure(name: str, args: argparse.Namespace) -> None:
-    """Print the table of one model: ours and the plain formulation, measured in turn."""
-    model = build(name)
-    watch = Stopwatch(model, CLOCKS[args.clock])
-    image = torch.randint(0, 256, (1, 3, args.size, args.size), dtype=torch.uint8)
-    ids = torch.randint(1, VOCABULARY, (args.expressions, NUM_TOKENS))
-    mask = torch.ones_like(ids)
-    ways: dict[str, tuple[Callable[..., Tensor], bool]] = {
-        "ours": (deformable_attention, True),
-        "plain": (deformable_attention_reference, True),
-    }
-    if args.expressions > 1:
-        ways["one call each"] = (deformable_attention, False)
-    times: dict[str, dict[str, list[float]]] = {way: defaultdict(list) for way in ways}
-    for repeat in range(args.repeats + 1):
-        for way, (kernel, together) in ways.items():
-            watch.spent.clear()
-            with watch.attention(kernel):
-                start = watch.clock()
-                forward(model, image, ids, mask, together)
-                watch.spent["total"] = watch.clock() - start
+def made_inputs(task: str, args: argparse.Namespace) -> tuple[Any, Any, Any]:
+    """Return uint8 images [B, 3, H, W] and int64 ids and mask [E, L] of a task."""
+    import torch
+
+    images = args.batch if task == "step" else 1
+    image = torch.randint(0, 256, (images, 3, args.size, args.size), dtype=torch.uint8)
+    ids = torch.randint(1, VOCABULARY, (MANY if task == "many" else images, NUM_TOKENS))
+    return image, ids, torch.ones_like(ids)
+
+
+def made_targets(args: argparse.Namespace) -> SimpleNamespace:
+    """Return what the losses read of a batch: one rectangle an image."""
+    import torch
+
+    masks = torch.zeros(args.batch, args.size, args.size, dtype=torch.bool)
+    masks[:, args.size // 4 : args.size // 2, args.size // 4 : args.size // 2] = True
+    return SimpleNamespace(gt_masks=masks, no_target=torch.zeros(args.batch, dtype=torch.bool))
+
+
+def work(args: argparse.Namespace) -> None:
+    """Measure one task of one model in this process and print {"seconds": [...], "peak_gib"} as the last line."""
+    import torch
+
+    from grex_mllm.errors import GrexError
+    from grex_mllm.training.engine import determinism
+
+    torch.set_num_threads(args.threads)
+    torch.manual_seed(0)
+    clock, seconds = CLOCKS[args.clock], []
+    try:
+        task = (authors_task if args.is_authors else our_task)(args.models[0], args.tasks[0], args)
+    except GrexError as error:
+        sys.exit(str(error))
+    with determinism(torch.device("cpu")):  # as training runs on CPU
+        for repeat in range(args.inner + 1):
+            start = clock()
+            task()
             if repeat:  # the first run warms up
-                for part, seconds in watch.spent.items():
-                    times[way][part].append(seconds)
-    print(f"\n{name}: {args.size} x {args.size}, {args.expressions} expression(s), {args.threads} threads, {args.clock} seconds")
-    for way, parts in times.items():
-        cells = [f"{part} {statistics.median(parts[part]):.3f}" for part in PARTS if parts[part]]
-        low, _, high = statistics.quantiles(parts["total"], n=4)
-        print(f"  {way:14s} total {statistics.median(parts['total']):.3f} ({low:.3f} .. {high:.3f})  " + "  ".join(cells))
-    ours = statistics.median(times["ours"]["total"])
-    if args.expressions == 1:
-        print(f"  authors        total {AUTHORS[name]:.3f}: {AUTHORS[name] / ours:.2f}x faster than the released code")
-    else:
-        print(f"  {statistics.median(times['one call each']['total']) / ours:.2f}x faster than one call each")
-    print(f"  peak memory of the process so far {resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20:.2f} GiB")
+                seconds.append(clock() - start)
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+    print(json.dumps({"seconds": seconds, "peak_gib": peak}))
+
+
+def one_process(checkout: Path, is_authors: bool, name: str, task: str, args: argparse.Namespace) -> dict[str, Any]:
+    """Run `work` in a process that imports the package from `checkout` (ours beside the authors' code) and return what it printed."""
+    options = [f"--{key}={getattr(args, key)}" for key in ("threads", "inner", "size", "batch", "clock")]
+    command = [sys.executable, str(Path(__file__).resolve()), "--worker", str(checkout), "--models", name, "--tasks", task, *options]
+    package = HERE if is_authors else checkout
+    environment = {**os.environ, "PYTHONPATH": str(package)}
+    done = subprocess.run(
+        [*command, *(["--is-authors"] if is_authors else [])], env=environment, capture_output=True, text=True, check=False
+    )
+    if done.returncode:
+        sys.exit(f"{checkout}, {name}, {task}: {done.stderr.strip()[-2000:]}")
+    result: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
+    return result
+
+
+def measure(name: str, task: str, ways: dict[str, tuple[Path, bool]], args: argparse.Namespace) -> None:
+    """Print one table: every way in turn, medians, quartiles, peak memory and how many times as long as ours it takes."""
+    seconds: dict[str, list[float]] = {way: [] for way in ways}
+    peaks = dict.fromkeys(ways, 0.0)
+    for _ in range(args.repeats):
+        for way, (checkout, is_authors) in ways.items():
+            result = one_process(checkout, is_authors, name, task, args)
+            seconds[way] += result["seconds"]
+            peaks[way] = max(peaks[way], result["peak_gib"])
+    images = f", {args.batch} image(s)" if task == "step" else ""
+    print(f"\n{name}, {TASKS[task]}{images}: {args.size} x {args.size}, {args.threads} thread(s), {args.clock} seconds")
+    ours = statistics.median(seconds["this checkout"])
+    for way, measured in seconds.items():
+        low, middle, high = statistics.quantiles(measured, n=4) if len(measured) > 1 else measured * 3
+        print(f"  {way:14s} {middle:7.2f} ({low:.2f} .. {high:.2f})  {middle / ours:5.2f}x ours  peak {peaks[way]:.2f} GiB", flush=True)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--models", nargs="+", choices=list(MODELS), default=list(MODELS))
+    parser.add_argument("--models", nargs="+", choices=MODELS, default=list(MODELS))
+    parser.add_argument("--tasks", nargs="+", choices=list(TASKS), default=list(TASKS))
+    parser.add_argument("--baseline", type=Path, help="checkout of this project at another commit")
+    parser.add_argument("--authors", type=Path, help="checkout of the authors' code; see above for what it needs")
     parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--repeats", type=int, default=5)
-    parser.add_argument("--expressions", type=int, default=1)
+    parser.add_argument("--repeats", type=int, default=3, help="processes of each checkout")
+    parser.add_argument("--inner", type=int, default=2, help="measured runs in each process")
+    parser.add_argument("--batch", type=int, default=2, help="images of a training step")
     parser.add_argument("--size", type=int, default=480)
     parser.add_argument("--clock", choices=list(CLOCKS), default="wall", help="cpu: seconds of all threads, for a busy machine")
+    parser.add_argument("--worker", help=argparse.SUPPRESS)
+    parser.add_argument("--is-authors", action="store_true", help=argparse.SUPPRESS)
     args = parser.parse_args()
-    torch.set_num_threads(args.threads)
+    if args.worker:
+        work(args)
+        return
+    ways = {"this checkout": (HERE, False)}
+    for way, folder, mark in (("baseline", args.baseline, "grex_mllm"), ("authors", args.authors, "gres_model")):
+        if folder is None:
+            continue
+        if not (folder / mark).is_dir():
+            parser.error(f"--{way} {folder} has no folder {mark}; expected a checkout of that code; give its top folder")
+        ways[way] = (folder.resolve(), way == "authors")
     for name in args.models:
-        measure(name, args)
+        for task in args.tasks:
+            measure(name, task, ways, args)
 
 
 if __name__ == "__main__":

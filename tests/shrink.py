@@ -43,7 +43,7 @@ PLACEHOLDERS = {"FOLDER": "data/grefcoco", "SPLIT": "val", "MODEL_FOLDER": "runs
 PLACEHOLDERS |= {"PREDICTIONS": "runs/mine/predictions.jsonl", "GENERATED.jsonl": "runs/mine/predictions.jsonl", "$k": "0"}
 STEPS = re.compile(r"(--train\.(?:text\.)?(?:steps|scenes)=)(\d+)")
 DEMO_SIZES = {"demo.TEST_SCENES": 3, "demo.EXPRESSIONS_PER_SCENE": 2, "demo.LISTENER_CANDIDATES": 2, "training.run.CORPUS_LINES": 300}
-BENCHMARK_SIZES = {"rela_forward.py": ["--models", "r50", "--size", "64", "--repeats", "2"]}
+BENCHMARK_SIZES = {"rela_forward.py": ["--models", "r50", "--size", "64", "--repeats", "1", "--inner", "1", "--baseline", str(ROOT)]}
 CHECKPOINTS = ("swin_base_patch4_window12_384_22k.pth", "swin_tiny_patch4_window7_224.pth", "resnet50.pth")
 
 
