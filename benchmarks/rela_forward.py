@@ -215,7 +215,7 @@ def measure(name: str, task: str, ways: dict[str, tuple[Path, bool]], args: argp
     print(f"\n{name}, {TASKS[task]}{images}: {args.size} x {args.size}, {args.threads} thread(s), {args.clock} seconds")
     ours = statistics.median(seconds["this checkout"])
     for way, measured in seconds.items():
-        low, middle, high = statistics.quantiles(measured, n=4) if len(measured) > 1 else measured * 3
+        low, middle, high = statistics.quantiles(measured, n=4, method="inclusive") if len(measured) > 1 else measured * 3
         print(f"  {way:14s} {middle:7.2f} ({low:.2f} .. {high:.2f})  {middle / ours:5.2f}x ours  peak {peaks[way]:.2f} GiB", flush=True)
 
 
