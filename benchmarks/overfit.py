@@ -49,8 +49,8 @@ def main() -> int:
     results = score(predictions, given.out / "data", given.split, PROTOCOL_FOLDER / "all.yaml", given.out / "results.json", show=True)
     strict = results["results"]["strict"]
     repeated, sets = repeats(given.out / "data", given.split, predictions)
-    told = {"gIoU": strict["gres"]["gIoU"], "Pr@F1": strict["grec"]["Pr@F1"], "N_acc": strict["gres"]["N_acc"], "repeated": repeated / sets}
-    print(json.dumps({"training_s": round(trained), "object_sets": sets} | {name: round(value, 3) for name, value in told.items()}))
+    row = {"gIoU": strict["gres"]["gIoU"], "Pr@F1": strict["grec"]["Pr@F1"], "N_acc": strict["gres"]["N_acc"], "repeated": repeated / sets}
+    print(json.dumps({"training_s": round(trained), "object_sets": sets} | {name: round(value, 3) for name, value in row.items()}))
     return 0
 
 
@@ -60,8 +60,8 @@ def repeats(data: Path, split: str, predictions: Path) -> tuple[int, int]:
     for record in load_dataset(data).expressions_of(split):
         references.setdefault((record.image_id, tuple(sorted(record.targets))), set()).add(" ".join(record.expression.split()))
     lines = [json.loads(line) for line in predictions.read_text(encoding="utf-8").splitlines()]
-    spoken = [line for line in lines if "targets" in line]
-    return sum(line["expression"] in references[line["image_id"], tuple(line["targets"])] for line in spoken), len(spoken)
+    generated = [line for line in lines if "targets" in line]
+    return sum(line["expression"] in references[line["image_id"], tuple(line["targets"])] for line in generated), len(generated)
 
 
 if __name__ == "__main__":

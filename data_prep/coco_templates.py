@@ -60,7 +60,7 @@ def convert(options: argparse.Namespace) -> dict[str, Any]:
     splits = parse_splits(options.splits)
     if not 0 <= options.no_target_share < 1 or options.expressions_per_image < 1:
         given = f"--no-target-share {options.no_target_share} --expressions-per-image {options.expressions_per_image}"
-        raise fault(given, "a share in [0, 1) and at least one expression", "mend the options")
+        raise fault(given, "a share in [0, 1) and at least one expression", "fix the options")
     skipped: Counter[str] = Counter()
     with DatasetWriter(options.out, options.overwrite) as writer:
         with CONSOLE.status(f"reading {options.instances.name}"):
@@ -79,9 +79,9 @@ def convert(options: argparse.Namespace) -> dict[str, Any]:
                 text, tags = statement.expression, [statement.kind]
                 targets = list(statement.targets)
                 expressions.append(ExpressionRecord(name, name, record.image_id, text, text, targets, split, options.name, tags))
-        spoken_of = {record.image_id for record in expressions}
-        skipped["image that allows no expression"] += len(images) - len(spoken_of)
-        images = [record for record in images if record.image_id in spoken_of]
+        described = {record.image_id for record in expressions}
+        skipped["image that allows no expression"] += len(images) - len(described)
+        images = [record for record in images if record.image_id in described]
         check_image_files(images, options.images)
         writer.add_images(images)
         writer.add_expressions(expressions)
@@ -129,7 +129,7 @@ def parse_splits(text: str) -> list[tuple[str, float]]:
     except ValueError:
         pairs = []
     if not pairs or any(share < 0 or not name for name, share in pairs) or abs(sum(share for _, share in pairs) - 1) > 1e-6:
-        raise fault(f"--splits {text}", "like train=0.8,val=0.1,test=0.1, with a sum of 1", "mend the option")
+        raise fault(f"--splits {text}", "like train=0.8,val=0.1,test=0.1, with a sum of 1", "fix the option")
     return pairs
 
 

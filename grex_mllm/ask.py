@@ -111,12 +111,12 @@ def describe_objects(
     result = net.describe(
         pixels, masks=chosen, boxes_xyxy=corners, mode=mode, candidates=candidates, rerank=rerank, seed=seed, details=True
     )
-    told: dict[str, Any] = {"expression": result.expression}
+    printed: dict[str, Any] = {"expression": result.expression}
     if result.score is not None:
-        told["listener_score"] = round(result.score, 4)
+        printed["listener_score"] = round(result.score, 4)
     if result.candidates:
-        told["candidates"] = [{"expression": t} | ({"listener_score": round(v, 4)} if v == v else {}) for t, v in result.candidates]
-    return told
+        printed["candidates"] = [{"expression": t} | ({"listener_score": round(v, 4)} if v == v else {}) for t, v in result.candidates]
+    return printed
 
 
 def parse_boxes(text: str) -> list[list[float]]:

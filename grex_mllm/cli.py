@@ -277,7 +277,7 @@ WITH_OVERRIDES = {"demo", "train", "predict"}
 def main(argv: list[str] | None = None) -> int:
     """Run a verb. Exit status: 0 done, 1 the check found faults, 2 the user's input is at fault."""
     arguments = list(sys.argv[1:] if argv is None else argv)
-    _speak_utf8()
+    _write_utf8()
     if not arguments or arguments[0] in ("-h", "--help"):
         print(_overview())
         return 0
@@ -295,7 +295,7 @@ def main(argv: list[str] | None = None) -> int:
         return 0
 
 
-def _speak_utf8() -> None:
+def _write_utf8() -> None:
     """Write UTF-8 where the system's own encoding (Windows, into a file or a program) has not every character of an expression."""
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper) and stream.encoding.lower() not in ("utf-8", "utf8"):

@@ -192,17 +192,17 @@ def _columns(rows: list[dict[str, Any]]) -> dict[tuple[str, str, str], tuple[np.
     for protocol in ("strict", "official"):
         blocks = [row.get(protocol, {}) for row in rows]
         if all("iou" in b for b in blocks):
-            said = np.array([b["no_target"] for b in blocks])
+            rejected = np.array([b["no_target"] for b in blocks])
             found["gres", protocol, "gIoU"] = (np.array([b["iou"] for b in blocks]), ones)
             found["gres", protocol, "cIoU"] = tuple(np.array([b[k] for b in blocks], np.float64) for k in ("intersection", "union"))  # type: ignore[assignment]
-            found["gres", protocol, "N_acc"] = ((none & said).astype(float), none.astype(float))
-            found["gres", protocol, "T_acc"] = ((~none & ~said).astype(float), (~none).astype(float))
+            found["gres", protocol, "N_acc"] = ((none & rejected).astype(float), none.astype(float))
+            found["gres", protocol, "T_acc"] = ((~none & ~rejected).astype(float), (~none).astype(float))
         if all("f1" in b for b in blocks):
-            said = np.array([b["box_no_target"] for b in blocks])
+            rejected = np.array([b["box_no_target"] for b in blocks])
             found["grec", protocol, "Pr@F1"] = (np.array([float(b["correct"]) for b in blocks]), ones)
             found["grec", protocol, "mean_F1"] = (np.array([b["f1"] for b in blocks]), ones)
-            found["grec", protocol, "N_acc"] = ((none & said).astype(float), none.astype(float))
-            found["grec", protocol, "T_acc"] = ((~none & ~said).astype(float), (~none).astype(float))
+            found["grec", protocol, "N_acc"] = ((none & rejected).astype(float), none.astype(float))
+            found["grec", protocol, "T_acc"] = ((~none & ~rejected).astype(float), (~none).astype(float))
         if any("rec_correct" in b for b in blocks):
             single = np.array([row["num_targets"] == 1 for row in rows], float)
             found["rec", protocol, "Pr@0.5"] = (np.array([float(b.get("rec_correct", False)) for b in blocks]), single)

@@ -94,7 +94,7 @@ class DecoderConfig:
     mask_language_padding: bool = False  # the released code attends to padding tokens
     language_scale: float = 0.1
     deep_supervision: bool = False  # give the loss every layer's answer
-    # rela_instances only
+    # instance_selection only
     image_layers: int = 2
     language_layers: int = 3
     kept_regions: int = 20
@@ -138,7 +138,7 @@ class GeneratorConfig:
     context_layers: int = 0  # self-attention among the tokens of an object set before the LM
     attribute_classes: dict[str, int] = field(
         default_factory=dict
-    )  # heads and words for attributes of the objects: name -> classes; {} = none
+    )  # heads and embeddings for attributes of the objects: name -> classes; {} = none
     box_share: float = 0.0  # share of training images whose objects are given as boxes instead of masks
     # text
     prompt: str = ""  # instruction around the region tokens, for example "{regions} Name exactly these objects: "; empty = none
@@ -186,14 +186,14 @@ class DataConfig:
     image_root: str | None = None  # where the images lie, when not where dataset.json says
     expressions_per_image: int = 8
     num_workers: int = 0
-    num_spoken: int = 8  # expressions of an image that the generator learns from in one grounding batch (train.joint_batches)
+    num_generation_targets: int = 8  # expressions of an image that the generator learns from in one grounding batch (train.joint_batches)
     easy_share: float = 0.0  # synthetic: first part of the training in which the easy kinds come more often
     synthetic: SyntheticConfig = field(default_factory=SyntheticConfig)
 
 
 @dataclass
 class InstanceLossConfig:
-    """Weights of the terms of rela_instances: regions against all objects, then the choice of targets."""
+    """Weights of the terms of instance_selection: regions against all objects, then the choice of targets."""
 
     heat: float = 1.0
     cell_box_l1: float = 5.0
@@ -228,7 +228,7 @@ class LossConfig:
     match_l1: float = 5.0
     match_giou: float = 2.0
 
-    instances: InstanceLossConfig = field(default_factory=InstanceLossConfig)  # rela_instances has terms of its own
+    instances: InstanceLossConfig = field(default_factory=InstanceLossConfig)  # instance_selection has terms of its own
     lm: float = 1.0  # the generator's language-model loss
     lm_start: float = 0.0  # share of the training before the generator's loss begins; its attributes are learned from the start
     object_attribute: float = 0.3  # each scene attribute of the generator's objects, where it has heads for them
@@ -260,17 +260,17 @@ class OptimConfig:
 
 @dataclass
 class TextTrainConfig:
-    """Training of the tiny language model without images, on lines of text, then on told scenes. The joint training freezes it.
+    """Training of the tiny language model without images, on lines of text, then on attributes of objects. The joint training freezes it.
 
-    A told scene is a list of objects as words and places, with expressions for some of them; it needs data with attributes of the objects
-    and model.generator.attribute_classes.
+    The attribute pre-training reads attributes and places of objects, no pixels; it needs data with attributes and
+    model.generator.attribute_classes.
     """
 
     steps: int = 0  # batches of lines; 0 = none
     batch: int = 64  # lines
     lr: float = 2e-3
-    scenes: int = 0  # batches of train.batch_images told scenes; 0 = none
-    num_spoken: int = 8  # expressions of a told scene that the generator learns from
+    scenes: int = 0  # batches of train.batch_images scenes of the attribute pre-training; 0 = none
+    num_generation_targets: int = 8  # expressions of such a scene that the generator learns from
 
 
 @dataclass
@@ -365,7 +365,7 @@ def load_config(path: str | Path | None = None, overrides: list[str] | None = No
         try:
             data = yaml.safe_load(file.read_text(encoding="utf-8")) or {}
         except yaml.YAMLError as error:
-            raise GrexError(f"config {file} is not valid YAML ({error}); expected key: value lines; mend the file") from None
+            raise GrexError(f"config {file} is not valid YAML ({error}); expected key: value lines; fix the file") from None
         if not isinstance(data, dict):
             raise GrexError(f"config {file} holds a {type(data).__name__}; expected a mapping of sections; see configs/")
         check_keys(data, Config, "", str(file))
@@ -378,7 +378,7 @@ def load_config(path: str | Path | None = None, overrides: list[str] | None = No
             parsed = parser.parse_args([item if item.startswith("--") else f"--{item}" for item in overrides], namespace=parsed)
         config = parser.instantiate_classes(parsed)
     except ArgumentError as error:
-        raise GrexError(f"{path or 'command line'}: {error}; expected a value of the field's type; mend the value") from None
+        raise GrexError(f"{path or 'command line'}: {error}; expected a value of the field's type; fix the value") from None
     return Config(**{f.name: config[f.name] for f in fields(Config)})
 
 

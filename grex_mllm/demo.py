@@ -34,55 +34,55 @@ def run_demo(out: Path, config_file: str | None, overrides: list[str]) -> dict[s
     from grex_mllm.score import score
     from grex_mllm.training.run import train_from_config
 
-    start, told = time.monotonic(), dict[str, float]()
+    start, announced = time.monotonic(), dict[str, float]()
     config = load_config(config_file or DEMO_CONFIG, [*overrides, f"--train.out={out}", "--train.resume=true"])
-    _say(f"1/4 data: {TEST_SCENES} synthetic test scenes with {EXPRESSIONS_PER_SCENE} expressions each into {out / DATA}")
+    _print(f"1/4 data: {TEST_SCENES} synthetic test scenes with {EXPRESSIONS_PER_SCENE} expressions each into {out / DATA}")
     if not (out / DATA).is_dir():
         export(config.data.synthetic, "test", TEST_SCENES, out / DATA, EXPRESSIONS_PER_SCENE)
     if (out / WEIGHTS).exists():
-        _say(f"2/4 training: {out / WEIGHTS} is there already (remove {out} to train anew)")
+        _print(f"2/4 training: {out / WEIGHTS} is there already (remove {out} to train anew)")
     else:
-        _say("2/4 joint training of grounding (masks, boxes, counts) and generation (group expressions), on scenes drawn on the fly")
-        train_from_config(config, on_forecast=lambda forecast, precision: announce(forecast, precision, start, told))
+        _print("2/4 joint training of grounding (masks, boxes, counts) and generation (group expressions), on scenes drawn on the fly")
+        train_from_config(config, on_forecast=lambda forecast, precision: announce(forecast, precision, start, announced))
     trained = time.monotonic()
-    _say("3/4 prediction of the test split: every expression, every object set, greedy and chosen by listening")
+    _print("3/4 prediction of the test split: every expression, every object set, greedy and re-ranked by grounding")
     if not (out / PREDICTIONS).exists():
         predict_split(
             str(out), str(out / DATA), out / PREDICTIONS, "test", ["ground", "generate"], None, LISTENER_CANDIDATES, None, "auto", []
         )
     predicted = time.monotonic()
-    _say("4/4 scores and report")
+    _print("4/4 scores and report")
     results = score(out / PREDICTIONS, out / DATA, "test", PROTOCOL, out / RESULTS, per_sample=True, config=to_dict(config), show=True)
     page = report_run(out)
     done = time.monotonic()
-    _say(
+    _print(
         f"report: {page}\n"
         f"time: training {trained - start:.0f} s, prediction {predicted - trained:.0f} s, scores and report {done - predicted:.0f} s"
-        f"{_against(done - start, told)}\n"
+        f"{_against(done - start, announced)}\n"
         f'ask it: grex ground --model {out} --image {out / DATA}/images/test-0.png --expression "the red circles" --out {out}/answers'
     )
     return results
 
 
-def announce(forecast: Forecast, precision: Resolved, start: float, told: dict[str, float]) -> None:
+def announce(forecast: Forecast, precision: Resolved, start: float, announced: dict[str, float]) -> None:
     """Say how long the demo will take on this machine, and in which precision it computes and why.
 
-    start: `time.monotonic()` of the beginning.  told: gets the expected seconds of the whole demo under "total_s".
+    start: `time.monotonic()` of the beginning.  announced: gets the expected seconds of the whole demo under "total_s".
     """
     prediction = PREDICTION_STEPS * forecast.step_s
-    told["total_s"] = time.monotonic() - start + forecast.total_s + prediction + SCORING_S
-    _say(f"precision: {precision.precision} ({precision.reason})")
+    announced["total_s"] = time.monotonic() - start + forecast.total_s + prediction + SCORING_S
+    _print(f"precision: {precision.precision} ({precision.reason})")
     if precision.warning:
-        _say(f"warning: {precision.warning}")
+        _print(f"warning: {precision.warning}")
     language = forecast.text_s + forecast.scenes_s
-    _say(
-        f"expected on this machine: {told['total_s'] / 60:.1f} minutes in all: language model {language / 60:.1f}, "
+    _print(
+        f"expected on this machine: {announced['total_s'] / 60:.1f} minutes in all: language model {language / 60:.1f}, "
         f"joint training {forecast.joint_s / 60:.1f}, prediction {prediction / 60:.1f} (measured; other programs make it longer)"
     )
 
 
-def _against(spent_s: float, told: dict[str, float]) -> str:
-    return f"; {spent_s / 60:.1f} minutes in all, {told['total_s'] / 60:.1f} were announced" if told else ""
+def _against(spent_s: float, announced: dict[str, float]) -> str:
+    return f"; {spent_s / 60:.1f} minutes in all, {announced['total_s'] / 60:.1f} were announced" if announced else ""
 
 
 def report_run(run: Path) -> Path:
@@ -106,5 +106,5 @@ def report_run(run: Path) -> Path:
     return write_report(run, get_sample, list(position))
 
 
-def _say(text: str) -> None:
+def _print(text: str) -> None:
     print(text, flush=True)

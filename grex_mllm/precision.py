@@ -49,10 +49,10 @@ def resolve_precision(name: str, device: torch.device | str) -> Resolved:
     if device.type == "cpu":
         return _on_cpu(name)
     native = _cuda_has_bf16() if device.type == "cuda" else _bf16_works(device)
-    told = f"{device.type} {'computes' if native else 'does not compute'} in bfloat16"
+    finding = f"{device.type} {'computes' if native else 'does not compute'} in bfloat16"
     if name == "auto":
-        return Resolved("bf16" if native else "fp32", told)
-    return Resolved("bf16", "as configured", "" if native else f"{told}; it may be slow or fail: use precision auto or fp32")
+        return Resolved("bf16" if native else "fp32", finding)
+    return Resolved("bf16", "as configured", "" if native else f"{finding}; it may be slow or fail: use precision auto or fp32")
 
 
 def autocast(precision: str, device_type: str) -> AbstractContextManager[object]:
@@ -102,14 +102,14 @@ def _product_s(matrix: Tensor) -> float:
 def _on_cpu(name: str) -> Resolved:
     speedup = bf16_speedup()
     if speedup >= 1:
-        told = f"this CPU multiplies bfloat16 {speedup:.1f} times as fast as float32"
+        finding = f"this CPU multiplies bfloat16 {speedup:.1f} times as fast as float32"
     else:
-        told = f"this CPU emulates bfloat16: {1 / max(speedup, 1e-9):.0f} times slower than float32"
+        finding = f"this CPU emulates bfloat16: {1 / max(speedup, 1e-9):.0f} times slower than float32"
     if name == "auto":
-        return Resolved("bf16" if speedup >= NATIVE_SPEEDUP else "fp32", f"{told}, measured")
+        return Resolved("bf16" if speedup >= NATIVE_SPEEDUP else "fp32", f"{finding}, measured")
     slow = speedup * WARNED_SLOWDOWN < 1
     return Resolved(
-        "bf16", "as configured", f"{told} (measured); expect steps that take many times longer: use precision auto" if slow else ""
+        "bf16", "as configured", f"{finding} (measured); expect steps that take many times longer: use precision auto" if slow else ""
     )
 
 

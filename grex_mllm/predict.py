@@ -31,7 +31,7 @@ from grex_mllm.models.describe import Description, describe_encoded
 from grex_mllm.models.grex import CONFIG, EncodedImage, GrexModel
 from grex_mllm.ops.masks import encode_rle
 from grex_mllm.precision import autocast, resolve_precision
-from grex_mllm.progress import progress_bar, told_ids
+from grex_mllm.progress import list_ids, progress_bar
 from grex_mllm.types import Geometry, Grounding, Sample
 
 TASKS = ("ground", "generate")
@@ -62,7 +62,7 @@ def predict_split(
     """
     for task in tasks:
         if task not in TASKS:
-            raise fault(f'task "{task}"', f"{' or '.join(TASKS)}, or both with a comma", "mend --tasks")
+            raise fault(f'task "{task}"', f"{' or '.join(TASKS)}, or both with a comma", "fix --tasks")
     rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     if rank == 0 and Path(out).exists() and not any(part_file(Path(out), r, world).exists() for r in range(world)):
         raise fault(f"{out} exists", "a new file", "remove it, or choose another --out")
@@ -87,10 +87,10 @@ def predict_split(
     source = FolderDataset(data, split, 10**9, num_images=limit, image_root=image_root)
     writer = _Part(out, rank, world, _fingerprint(net, data, split, tasks, listener, limit, chosen.precision))
     mine = range(rank, len(source), world)
-    with writer, progress_bar(f"predict {split}") as told, autocast(chosen.precision, place.type):
+    with writer, progress_bar(f"predict {split}") as advance, autocast(chosen.precision, place.type):
         for done, sample in enumerate(_samples(source, mine, net.config.data.num_workers)):
             writer.write(_image_lines(net, sample, tasks, listener, writer.done, is_synthetic(source.dataset.info)))
-            told((done + 1) / len(mine), f"{sample.record.image_id}")
+            advance((done + 1) / len(mine), f"{sample.record.image_id}")
     if rank == 0:
         _tell(net, source, f"predicted {split} in {chosen.precision} on {place} ({chosen.reason})")
     return writer.finish()
@@ -124,7 +124,7 @@ def _tell(net: GrexModel, source: FolderDataset, head: str) -> None:
     cut = net.text_tokenizer.too_long([record.raw for record in records], most)
     if cut:
         what = f"expressions of more than model.text.max_tokens = {most} tokens were cut there"
-        print(told_ids(what, [records[i].expression_id for i in cut]), file=sys.stderr, flush=True)
+        print(list_ids(what, [records[i].expression_id for i in cut]), file=sys.stderr, flush=True)
 
 
 def _samples(source: FolderDataset, positions: range, num_workers: int) -> Iterator[Sample]:
@@ -241,7 +241,7 @@ def object_masks(sample: Sample) -> np.ndarray:
 def describe_lines(
     net: GrexModel, sample: Sample, encoded: EncodedImage, masks: np.ndarray, sets: list[tuple[str, ...]], listener: int
 ) -> list[dict[str, Any]]:
-    """Describe object sets greedily and, with `listener` > 0, also by choosing among that many candidates; ground what was said.
+    """Describe object sets greedily and, with `listener` > 0, also by choosing among that many candidates; ground what was written.
 
     masks: bool [N, H0, W0], as `object_masks` returns them.
     """
@@ -249,40 +249,40 @@ def describe_lines(
     place = {instance.annotation_id: n for n, instance in enumerate(instances)}
     positions = [[place[t] for t in targets] for targets in sets]
     greedy = describe_encoded(net, encoded, masks, positions, "greedy", 1, None)
-    heard: list[Description | None] = [None] * len(sets)
+    reranked: list[Description | None] = [None] * len(sets)
     if listener:
-        said = [answer.expression for answer in greedy]
-        heard = list(describe_encoded(net, encoded, masks, positions, "sample", listener, "listener", greedy=said))
+        texts = [answer.expression for answer in greedy]
+        reranked = list(describe_encoded(net, encoded, masks, positions, "sample", listener, "listener", greedy=texts))
     lines = []
-    for targets, first, best in zip(sets, greedy, heard, strict=True):
+    for targets, first, best in zip(sets, greedy, reranked, strict=True):
         line: dict[str, Any] = {
             "image_id": sample.record.image_id,
             "targets": list(targets),
-            **_spoken(net, encoded, first),
+            **_with_round_trip(net, encoded, first),
         }
         if best is not None:
-            line["listener"] = {"score": round(best.score or 0.0, 5), **_spoken(net, encoded, best)}
+            line["listener"] = {"score": round(best.score or 0.0, 5), **_with_round_trip(net, encoded, best)}
             line["candidates"] = [t for t, _ in best.candidates]
         lines.append(line)
     return lines
 
 
-def _spoken(net: GrexModel, encoded: EncodedImage, description: Description) -> dict[str, Any]:
+def _with_round_trip(net: GrexModel, encoded: EncodedImage, description: Description) -> dict[str, Any]:
     text = description.expression
-    said: dict[str, Any] = {"expression": text, "status": "ok" if text.strip() else "unparsable"}
+    line: dict[str, Any] = {"expression": text, "status": "ok" if text.strip() else "unparsable"}
     if text.strip():
         result = net.ground(encoded, text[:1000])
-        heard = grounding_line(result, net.config.predict.masks)
-        said["round_trip"] = {k: v for k, v in heard.items() if k in ("mask_rle", "boxes_xyxy", "box_scores", "no_target")}
-    return said
+        found = grounding_line(result, net.config.predict.masks)
+        line["round_trip"] = {k: v for k, v in found.items() if k in ("mask_rle", "boxes_xyxy", "box_scores", "no_target")}
+    return line
 
 
 def _judge(line: dict[str, Any], sample: Sample, targets: tuple[str, ...]) -> None:
     """Add what the synthetic grammar makes of the greedy expression and of the listener's choice."""
     from grex_mllm.data.synthetic import check_expression
 
-    for said in (line, line["listener"]) if "listener" in line else (line,):
-        said["judgement"] = check_expression(said["expression"], sample, list(targets))
+    for answer in (line, line["listener"]) if "listener" in line else (line,):
+        answer["judgement"] = check_expression(answer["expression"], sample, list(targets))
 
 
 def _set_key(sample: Sample, targets: tuple[str, ...]) -> str:

@@ -13,7 +13,7 @@ NUM_SHOWN = 5
 
 @contextmanager
 def progress_bar(title: str) -> Iterator[Callable[..., None]]:
-    """Yield `told(share, note)`: share done in [0, 1], and a number or text to show beside it."""
+    """Yield `advance(share, note)`: share done in [0, 1], and a number or text to show beside it."""
     from rich.console import Console
     from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
@@ -28,7 +28,7 @@ def progress_bar(title: str) -> Iterator[Callable[..., None]]:
         yield lambda share, note="": bar.update(task, completed=share, note=_text(note))
 
 
-def told_ids(what: str, ids: Iterable[str]) -> str:
+def list_ids(what: str, ids: Iterable[str]) -> str:
     """Return one line: how many, what befell them, and the first ids."""
     listed = list(ids)
     more = ", ..." if len(listed) > NUM_SHOWN else ""
@@ -38,7 +38,7 @@ def told_ids(what: str, ids: Iterable[str]) -> str:
 def _plain(title: str) -> Iterator[Callable[..., None]]:
     start = last = time.monotonic()
 
-    def told(share: float, note: object = "") -> None:
+    def advance(share: float, note: object = "") -> None:
         nonlocal last
         now = time.monotonic()
         if now - last >= PLAIN_EVERY_S:
@@ -46,7 +46,7 @@ def _plain(title: str) -> Iterator[Callable[..., None]]:
             left = (now - start) / share * (1.0 - share) if share > 0 else float("nan")
             print(f"{title}: {share:4.0%}, {now - start:.0f} s, {left:.0f} s left {_text(note)}", file=sys.stderr, flush=True)
 
-    yield told
+    yield advance
     print(f"{title}: done in {time.monotonic() - start:.0f} s", file=sys.stderr, flush=True)
 
 

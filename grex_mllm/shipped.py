@@ -18,7 +18,7 @@ CONFIG_FOLDER, PROTOCOL_FOLDER, PUBLISHED_FOLDER = ROOT / "configs", ROOT / "eva
 def find_file(given: str | Path) -> Path:
     """Return `given`; where no such file exists and its name starts like that of a shipped one ("configs/..."), return the shipped file.
 
-    The choice of a shipped file is told on stderr, by one process of a launch.
+    The choice of a shipped file is printed on stderr, by one process of a launch.
     """
     file = Path(given)
     parts = file.parts

@@ -166,7 +166,7 @@ def write_results(folder: Path) -> None:
 def make_run(folder: Path, num_images: int = 12, num_lines: int = 40, skill: float = 0.8) -> Path:
     """Write a complete run folder; also of use to look at the page by eye."""
     folder.mkdir(parents=True, exist_ok=True)
-    model = "model:\n  vision: {name: resnet, depths: [1, 1, 1, 1]}\n  decoder: {name: rela_instances, width: 128}\n"
+    model = "model:\n  vision: {name: resnet, depths: [1, 1, 1, 1]}\n  decoder: {name: instance_selection, width: 128}\n"
     (folder / "config.yaml").write_text(model + "train: {steps: 800, seed: 0}\n", encoding="utf-8")
     write_log(folder, num_lines)
     write_results(folder)

@@ -195,12 +195,12 @@ def _raw_files(stage: Path) -> None:
     (stage / "grefs(unc).json").write_text(json.dumps(refs), encoding="utf-8")
     single = [line for line in refs if isinstance(line["ann_id"], int) and line["ann_id"] > 0]
     (stage / "refs(unc).p").write_bytes(pickle.dumps(single, protocol=2))
-    told = instances()
-    told["annotations"] = [annotation(11, 1), told["annotations"][1], annotation(21, 2)]
+    shown = instances()
+    shown["annotations"] = [annotation(11, 1), shown["annotations"][1], annotation(21, 2)]
     for name, folder in (("instances.json", "train2014"), ("instances_val2017.json", "val2017")):
-        (stage / name).write_text(json.dumps(told), encoding="utf-8")
+        (stage / name).write_text(json.dumps(shown), encoding="utf-8")
         (stage / folder).mkdir()
-        for image in told["images"]:
+        for image in shown["images"]:
             Image.new("RGB", (image["width"], image["height"]), (90, 120, 60)).save(stage / folder / image["file_name"])
 
 

@@ -158,7 +158,7 @@ def wrong_size(images: Lines, expressions: Lines) -> None:
 
 
 FAULTS: list[tuple[Callable[[Lines, Lines], None], list[str]]] = [
-    (unknown_target, ['target "99"', "expression e1", "images.jsonl line 1", "mend expressions.jsonl"]),
+    (unknown_target, ['target "99"', "expression e1", "images.jsonl line 1", "fix expressions.jsonl"]),
     (wrong_rle, ["images.jsonl", "annotation 12", "segmentation", "40x30", "30x40"]),
     (empty_text, ["expressions.jsonl line 2", "field raw", '""', "1 to 1,000 characters"]),
     (wrong_size, ["images.jsonl line 1", "40x30", "30x40", "order"]),
@@ -371,8 +371,8 @@ def test_round_trip_with_any_model(place: Path, model: Path, capsys: Capture, mo
     lines, recorded = [], []
     for targets, text in ((["11"], "the dog"), (["11", "12"], "the dog and the cat" + " x" * 600)):
         line = {"image_id": "1", "targets": targets, "expression": text, "listener": {"expression": text[:9]}}
-        heard = [grounding_line(net.ground(place / "d" / "images" / "a.png", said[:1000])) for said in (text, text[:9])]
-        trips = [{key: trip[key] for key in ("mask_rle", "boxes_xyxy", "box_scores", "no_target")} for trip in heard]
+        answered = [grounding_line(net.ground(place / "d" / "images" / "a.png", said[:1000])) for said in (text, text[:9])]
+        trips = [{key: trip[key] for key in ("mask_rle", "boxes_xyxy", "box_scores", "no_target")} for trip in answered]
         lines.append(line)
         recorded.append(line | {"round_trip": trips[0], "listener": {"expression": text[:9], "round_trip": trips[1]}})
     greg = ("--protocol", str(PROTOCOL_FOLDER / "greg.yaml"))
@@ -383,8 +383,8 @@ def test_round_trip_with_any_model(place: Path, model: Path, capsys: Capture, mo
         "round_trip_gIoU"
     ]
     assert block["listener"]["all"]["round_trip_share"] == 1.0
-    told = live["provenance"]["round_trip"]
-    assert (told["model"], told["num_grounded"], len(told["sha256"])) == (model.name, 4, 64)
+    shown = live["provenance"]["round_trip"]
+    assert (shown["model"], shown["num_grounded"], len(shown["sha256"])) == (model.name, 4, 64)
     half = scored(place, "half", [lines[0], recorded[1]], *greg, "--round-trip", str(model), "--device", "cpu")
     assert half["results"]["strict"]["greg"] == block and half["provenance"]["round_trip"]["num_grounded"] == 2
     capsys.readouterr()

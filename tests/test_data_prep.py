@@ -33,7 +33,7 @@ def annotation(name: int, image: int, **changes: Any) -> dict[str, Any]:
 
 
 def ref(name: int, image: int, targets: Any, *sentences: Any, split: str = "train") -> dict[str, Any]:
-    spoken = [
+    generated = [
         {"sent": text.lower(), "raw": text, "sent_id": 10 * name + n, "tokens": []} if isinstance(text, str) else text
         for n, text in enumerate(sentences)
     ]
@@ -44,7 +44,7 @@ def ref(name: int, image: int, targets: Any, *sentences: Any, split: str = "trai
         "category_id": 18,
         "split": split,
         "file_name": f"COCO_train2014_{image:012d}_{name}.jpg",
-        "sentences": spoken,
+        "sentences": generated,
     }
 
 
@@ -103,8 +103,8 @@ def program(name: str, arguments: list[str]) -> subprocess.CompletedProcess[str]
 def test_the_traps_of_grefcoco(tmp_path: Path) -> None:
     assert convert(sources(tmp_path, good_refs())) == 0
     dataset = load_dataset(tmp_path / "out")
-    spoken = [(e.expression_id, e.ref_id, e.raw, e.targets) for e in dataset.expressions]
-    assert spoken == [
+    generated = [(e.expression_id, e.ref_id, e.raw, e.targets) for e in dataset.expressions]
+    assert generated == [
         ("grefcoco:10", "1", "The Dog!", ["11"]),
         ("grefcoco:11", "1", "A dog", ["11"]),
         ("grefcoco:20", "2", "Both dogs", ["11", "12"]),
@@ -238,19 +238,19 @@ def test_against_the_released_reader(shared: Path, tmp_path: Path) -> None:
         samples.sort(key=lambda sample: by_order[sample.expressions[0].expression_id])
         assert len(samples) == len(expected[split]) == 36
         for index, (sample, entry) in enumerate(zip(samples, expected[split], strict=True)):
-            (spoken,) = sample.expressions
-            assert (spoken.raw, spoken.image_id, spoken.ref_id) == (
+            (generated,) = sample.expressions
+            assert (generated.raw, generated.image_id, generated.ref_id) == (
                 entry["sentence"]["raw"],
                 str(entry["image_id"]),
                 str(entry["sentence"]["ref_id"]),
             )
-            assert (not spoken.targets) == entry["empty"] and sample.record.file == entry["file_name"]
+            assert (not generated.targets) == entry["empty"] and sample.record.file == entry["file_name"]
             assert (sample.record.height, sample.record.width) == (entry["height"], entry["width"])
-            tokens = tokenizer.encode(spoken.raw, add_special_tokens=True)[:20]
+            tokens = tokenizer.encode(generated.raw, add_special_tokens=True)[:20]
             assert tokens + [0] * (20 - len(tokens)) == entry["lang_tokens"][0]
             assert [1] * len(tokens) + [0] * (20 - len(tokens)) == entry["lang_mask"][0]
             ready = prepare(sample, 480, "squash")
-            wanted = [instance.annotation_id in spoken.targets for instance in ready.instances]
+            wanted = [instance.annotation_id in generated.targets for instance in ready.instances]
             truth = np.unpackbits(recorded[f"{split}_{index:02d}_mask"])[: 480 * 480].reshape(480, 480).astype(bool)
             assert np.array_equal(ready.instance_masks[wanted].any(axis=0), truth)
             if index < 6:

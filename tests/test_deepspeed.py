@@ -42,8 +42,8 @@ def launch(folder: Path, *runs: dict[str, Any], limit_s: float = 300) -> tuple[i
         f"--master_port={port}",
         str(ROOT / "tests/toy_training.py"),
     ]
-    told = folder / f"told_{port}.txt"
-    with told.open("w") as file:
+    shown = folder / f"shown_{port}.txt"
+    with shown.open("w") as file:
         process = subprocess.Popen([*command, *map(json.dumps, runs)], env=environment, stdout=file, stderr=file)
         try:
             status = process.wait(limit_s)
@@ -51,8 +51,8 @@ def launch(folder: Path, *runs: dict[str, Any], limit_s: float = 300) -> tuple[i
             for child in psutil.Process(process.pid).children():
                 child.send_signal(signal.SIGABRT)  # it writes where it stands
             status = process.wait(60)
-            pytest.fail(f"not finished after {limit_s} s:\n{told.read_text()[-6000:]}")
-    return status, told.read_text()
+            pytest.fail(f"not finished after {limit_s} s:\n{shown.read_text()[-6000:]}")
+    return status, shown.read_text()
 
 
 def single(folder: Path, **settings: Any) -> list[dict[str, Any]]:
@@ -82,17 +82,17 @@ def test_zero_equals_one_process_and_resumes_after_a_kill(tmp_path: Path) -> Non
     zero3, offload = write_json(tmp_path, "3.json", stage=3), write_json(tmp_path, "o.json", offload_optimizer={"device": "cpu"})
     run2 = {"deepspeed": ZERO2, "optim.average_decay": 0.9}
     run3 = {"deepspeed": zero3, "out": str(tmp_path / "zero3")}
-    status, told = launch(
+    status, shown = launch(
         tmp_path,
         {"deepspeed": offload, "out": str(tmp_path / "offload"), "accumulation": 2},
         {**run3, "stop_after": 6},
         {**run2, "out": str(tmp_path / "zero2")},
         {**run2, "out": str(tmp_path / "killed"), "kill_after": 6},
     )
-    assert status != 0 and told.count("finished 12 resumed 0") == 2, told[-6000:]
+    assert status != 0 and shown.count("finished 12 resumed 0") == 2, shown[-6000:]
     assert len(losses(tmp_path / "killed")) == 6
-    status, told = launch(tmp_path, {**run3, "resume": True}, {**run2, "out": str(tmp_path / "killed"), "resume": True})
-    assert status == 0 and told.count("finished 12 resumed 4") == 2, told[-6000:]
+    status, shown = launch(tmp_path, {**run3, "resume": True}, {**run2, "out": str(tmp_path / "killed"), "resume": True})
+    assert status == 0 and shown.count("finished 12 resumed 4") == 2, shown[-6000:]
 
     plain = single(tmp_path / "single", **{"optim.average_decay": 0.9})
     assert_close(losses(tmp_path / "zero2"), plain)
@@ -110,8 +110,8 @@ def test_zero_equals_one_process_and_resumes_after_a_kill(tmp_path: Path) -> Non
 @pytest.mark.slow
 def test_plain_processes_equal_one_and_write_once(tmp_path: Path) -> None:
     settings = {"accumulation": 2, "num_workers": 1}
-    status, told = launch(tmp_path, {"out": str(tmp_path / "two"), **settings})
-    assert status == 0 and told.count("finished") == 1, told[-6000:]
+    status, shown = launch(tmp_path, {"out": str(tmp_path / "two"), **settings})
+    assert status == 0 and shown.count("finished") == 1, shown[-6000:]
     assert_close(losses(tmp_path / "two"), single(tmp_path / "one", **settings))
     assert [path.name for path in sorted((tmp_path / "two" / "checkpoints" / "step_00000012").iterdir())] == [
         "checkpoint.json",
@@ -127,8 +127,8 @@ def test_plain_processes_equal_one_and_write_once(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_a_bad_value_on_one_process_ends_all(tmp_path: Path) -> None:
-    status, told = launch(tmp_path, {"out": str(tmp_path), "poison": "i3"})
-    assert status != 0 and "total nan" in told and "i3" in told, told[-6000:]
+    status, shown = launch(tmp_path, {"out": str(tmp_path), "poison": "i3"})
+    assert status != 0 and "total nan" in shown and "i3" in shown, shown[-6000:]
     assert not (tmp_path / "toy.pt").exists()
 
 

@@ -14,7 +14,7 @@ from tiny import tiny_speaker
 
 from grex_mllm.config import SyntheticConfig
 from grex_mllm.data.synthetic import SyntheticDataset
-from grex_mllm.models.describe import LISTENER_TEMPERATURE, agreements, describe, describe_encoded, listen
+from grex_mllm.models.describe import LISTENER_TEMPERATURE, agreements, describe, describe_encoded, rerank_by_grounding
 from grex_mllm.models.grex import EncodedImage, GrexModel
 from grex_mllm.predict import describe_lines, object_masks, object_sets
 from grex_mllm.types import Geometry, GroundingOutput
@@ -42,7 +42,7 @@ def by_hand(probs: Sequence[float], chosen: Sequence[int], targeted: float = TAR
     return float((exact * overlap / (total + union - overlap) * targeted) ** (1 / 3))
 
 
-def heard(answers: Sequence[Sequence[float]], targeted: float = TARGETED) -> GroundingOutput:
+def answer_of(answers: Sequence[Sequence[float]], targeted: float = TARGETED) -> GroundingOutput:
     """A grounding answer for each row: the given probability on every object's pixels, none elsewhere."""
     margin = torch.full((len(answers), SIDE, SIDE), -40.0)
     for e, probs in enumerate(answers):
@@ -73,35 +73,37 @@ class Listener:
 
     def ground(self, features: Any, index: torch.Tensor, ids: torch.Tensor, mask: torch.Tensor) -> GroundingOutput:
         assert len(index) == len(ids) == len(mask) and not index.any()
-        return heard([self.answers[self.texts[int(row)]] for row in ids[:, 0]])
+        return answer_of([self.answers[self.texts[int(row)]] for row in ids[:, 0]])
 
 
 def chosen(answers: dict[str, Sequence[float]], sets: list[list[int]], texts: list[list[str]]) -> list[Any]:
     model: Any = Listener(answers)
-    return listen(model, encoded(), objects(), sets, texts)
+    return rerank_by_grounding(model, encoded(), objects(), sets, texts)
 
 
 def test_agreement_by_hand() -> None:
     """Objects of unlike size with unlike probabilities: selected, other and no-target each have their own place in the score."""
     answers, sets = [(0.8, 0.3, 0.1), (0.2, 0.6, 0.95)], [[0], [1], [2], [0, 1], [1, 2], [0, 1, 2]]
-    got = agreements(heard(answers), objects(), sets, encoded())
+    got = agreements(answer_of(answers), objects(), sets, encoded())
     assert got.shape == (2, 6)
     np.testing.assert_allclose(got, [[by_hand(probs, s) for s in sets] for probs in answers], rtol=1e-4)
     assert got[0].argmax() == 0 and got[1].argmax() == 4
-    doubtful = agreements(heard(answers, targeted=0.2), objects(), sets, encoded())
+    doubtful = agreements(answer_of(answers, targeted=0.2), objects(), sets, encoded())
     np.testing.assert_allclose(doubtful / got, (0.2 / 0.9) ** (1 / 3), rtol=1e-4)
 
 
 def test_sure_answers_are_bounded_and_ranked() -> None:
     """Probability one on the set alone scores highest; one object too many or too few scores nearly nothing, but not nothing."""
-    right, more, fewer = agreements(heard([(1.0, 1.0, 0.0), (1.0, 1.0, 1.0), (1.0, 0.0, 0.0)], 1.0), objects(), [[0, 1]], encoded())[:, 0]
+    right, more, fewer = agreements(answer_of([(1.0, 1.0, 0.0), (1.0, 1.0, 1.0), (1.0, 0.0, 0.0)], 1.0), objects(), [[0, 1]], encoded())[
+        :, 0
+    ]
     assert right == pytest.approx((1 - 1e-3) ** (3 / 3), rel=1e-3) and right > 0.99
     assert 0 < more < 0.12 and 0 < fewer < 0.12
     assert more == pytest.approx((1e-3 * 20 / 56) ** (1 / 3), rel=0.01) and fewer == pytest.approx((1e-3 * 4 / 20) ** (1 / 3), rel=0.01)
 
 
 def test_what_lies_in_the_padding_is_not_heard() -> None:
-    answer, wide = heard([(0.8, 0.3, 0.1)]), heard([(0.8, 0.3, 0.1)])
+    answer, wide = answer_of([(0.8, 0.3, 0.1)]), answer_of([(0.8, 0.3, 0.1)])
     padding = torch.tensor([-20.0, 20.0]).view(1, 2, 1, 1).expand(1, 2, SIDE, 8)
     wide.mask_logits = torch.cat([wide.mask_logits, padding], dim=3)
     sets = [[0], [1, 2]]
@@ -111,7 +113,7 @@ def test_what_lies_in_the_padding_is_not_heard() -> None:
 
 
 def test_small_logits_are_brought_to_the_canvas() -> None:
-    answer = heard([(0.5,)])
+    answer = answer_of([(0.5,)])
     answer.mask_logits = torch.tensor([0.0, math.log(0.6 / 0.4)]).view(1, 2, 1, 1).expand(1, 2, 4, 4)
     overlap, total = 0.6 * 4, 0.6 * SIDE**2
     expected = (0.6 * 0.4 * 0.4 * overlap / (total + 4 - overlap) * TARGETED) ** (1 / 3)
@@ -161,7 +163,7 @@ def test_more_candidates_than_one_chunk_each_grounded_once() -> None:
     answers: dict[str, Sequence[float]] = {f"{n:03}": (0.5 + n / 400, 0.1, 0.1) for n in range(150)}
     texts = list(answers)
     model: Any = Listener(answers)
-    results = listen(model, encoded(), objects(), [[0], [0]], [texts, texts[:100]])
+    results = rerank_by_grounding(model, encoded(), objects(), [[0], [0]], [texts, texts[:100]])
     assert [r.expression for r in results] == ["149", "099"]
     assert [t for t, _ in results[0].candidates] == texts[::-1]
     assert sorted(model.asked) == texts
@@ -170,7 +172,7 @@ def test_more_candidates_than_one_chunk_each_grounded_once() -> None:
 
 def test_blank_candidates_are_never_chosen_but_count_as_drawn() -> None:
     model: Any = Listener({"a": (0.2, 0.8, 0.8)})
-    blank, some = listen(model, encoded(), objects(), [[0], [0]], [["", "  "], ["", "a", " "]])
+    blank, some = rerank_by_grounding(model, encoded(), objects(), [[0], [0]], [["", "  "], ["", "a", " "]])
     assert (blank.expression, blank.score, blank.candidates) == ("", 0.0, [])
     assert some.expression == "a" and [t for t, _ in some.candidates] == ["a"]
     assert some.score == pytest.approx(by_hand((0.2, 0.8, 0.8), [0]) * (1 / 3) ** RARITY, rel=1e-4)
@@ -196,7 +198,7 @@ class Speech:
 
 @pytest.fixture
 def ask(speaker: GrexModel, monkeypatch: pytest.MonkeyPatch) -> Any:
-    """Make the tiny model say what it is told and hear what `Listener` says; return its model, its image and the generator's stand-in."""
+    """Make the tiny model say what it is given and hear what `Listener` says; return its model, its image and the generator's stand-in."""
 
     def prepare(answers: dict[str, Sequence[float]], drawn: list[str], greedy: str) -> tuple[GrexModel, EncodedImage, Speech]:
         listener, speech = Listener(answers), Speech(drawn, greedy)

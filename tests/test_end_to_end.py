@@ -63,8 +63,8 @@ def test_demo_runs_from_data_to_report(tmp_path, few):
     model = GrexModel.from_pretrained(tmp_path / "run")
     image = tmp_path / "run" / "data" / "images" / "test-0.png"
     assert model.ground(image, "the red circle").mask.shape == (64, 64)
-    told = model.describe(image, boxes_xyxy=[[2, 2, 20, 20], [30, 30, 50, 50]], candidates=3, rerank="listener", details=True)
-    assert told.score is not None and 0 <= told.score <= 1 and told.candidates
+    shown = model.describe(image, boxes_xyxy=[[2, 2, 20, 20], [30, 30, 50, 50]], candidates=3, rerank="listener", details=True)
+    assert shown.score is not None and 0 <= shown.score <= 1 and shown.candidates
     sets = model.describe(image, boxes_xyxy=[[2, 2, 20, 20], [30, 30, 50, 50]], object_sets=[[0], [1], [0, 1]])
     assert len(sets) == 3 and all(isinstance(text, str) for text in sets)
     again = demo.run_demo(tmp_path / "run", str(config), [])  # nothing is done twice

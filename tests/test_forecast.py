@@ -19,11 +19,11 @@ SCENES = {"train__text__steps": 0, "train__text__scenes": 6, "model__generator__
 
 
 def forecast_of(out: Path, **changes: object) -> tuple[Forecast, Resolved, float]:
-    told: list[tuple[Forecast, Resolved, float]] = []
+    shown: list[tuple[Forecast, Resolved, float]] = []
     config = small(train__out=str(out), **changes)
-    train_from_config(config, on_forecast=lambda forecast, precision: told.append((forecast, precision, time.monotonic())))
-    assert len(told) == 1
-    return (*told[0][:2], time.monotonic() - told[0][2])
+    train_from_config(config, on_forecast=lambda forecast, precision: shown.append((forecast, precision, time.monotonic())))
+    assert len(shown) == 1
+    return (*shown[0][:2], time.monotonic() - shown[0][2])
 
 
 @pytest.mark.parametrize("stage", [TEXT, SCENES], ids=["text", "scenes"])
@@ -49,8 +49,8 @@ def test_weights_are_those_of_a_training_without_forecast(tmp_path: Path) -> Non
 
 
 def test_a_resumed_run_announces_nothing(tmp_path: Path) -> None:
-    told: list[Forecast] = []
+    shown: list[Forecast] = []
     train_from_config(small(train__out=str(tmp_path / "run"), train__steps=2))
     again = small(train__out=str(tmp_path / "run"), train__steps=2, train__resume="true")
-    train_from_config(again, on_forecast=lambda forecast, _: told.append(forecast))
-    assert told == []
+    train_from_config(again, on_forecast=lambda forecast, _: shown.append(forecast))
+    assert shown == []

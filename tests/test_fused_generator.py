@@ -55,8 +55,8 @@ def test_a_fused_encoder_trains_describes_and_predicts(tmp_path: Path, changes: 
     image = np.random.default_rng(0).integers(0, 255, (50, 70, 3), dtype=np.uint8)
     boxes = [[2, 2, 20, 20], [30, 20, 60, 45]]
     assert isinstance(model.describe(image, boxes_xyxy=boxes), str)
-    told = model.describe(image, boxes_xyxy=boxes, candidates=3, rerank="listener", details=True)
-    assert told.score is None or 0 <= told.score <= 1
+    shown = model.describe(image, boxes_xyxy=boxes, candidates=3, rerank="listener", details=True)
+    assert shown.score is None or 0 <= shown.score <= 1
     lines = [
         json.loads(line)
         for line in predict_split(
@@ -64,8 +64,8 @@ def test_a_fused_encoder_trains_describes_and_predicts(tmp_path: Path, changes: 
         ).read_text().splitlines()
     ]  # fmt: skip
     assert sum("expression_id" in line for line in lines) == 12
-    spoken = [line for line in lines if "targets" in line]
-    assert spoken and all({"expression", "listener", "candidates"} <= line.keys() for line in spoken)
+    generated = [line for line in lines if "targets" in line]
+    assert generated and all({"expression", "listener", "candidates"} <= line.keys() for line in generated)
 
 
 def test_the_generator_reads_the_maps_that_it_was_trained_on(tmp_path: Path) -> None:
@@ -95,13 +95,13 @@ IMPOSSIBLE: list[tuple[dict[str, object], list[str]]] = [
     (GENERATOR | {"train__ground_ratio": 1.0}, ["generator.lm is tiny", "learns from", "train.joint_batches to true"]),
     (GENERATOR | {"train__ground_ratio": 1.5}, ["train.ground_ratio is 1.5", "between 0 and 1"]),
     (GENERATOR | {"train__ground_ratio": 0, "train__joint_batches": "true"}, ["train.ground_ratio 0", "grounding batches"]),
-    (GENERATOR | {"train__joint_batches": "true", "data__num_spoken": 0}, ["data.num_spoken is 0", "at least 1"]),
+    (GENERATOR | {"train__joint_batches": "true", "data__num_generation_targets": 0}, ["data.num_generation_targets is 0", "at least 1"]),
     (GENERATOR | {"train__text__scenes": 3}, ["train.text.scenes is 3", "attribute_classes"]),
     (GENERATOR | {"model__generator__lm": "some/model", "train__text__steps": 3}, ["train.text.steps 3", "lm some/model", "to 0"]),
     (GENERATOR | {"loss__lm_start": 1.0}, ["loss.lm_start is 1", "below 1"]),
     ({"model__vision__fusion": "pwam"}, ["model.vision.fusion is pwam", "name resnet", "swin"]),
-    (FUSED | {"model__decoder__name": "rela_instances"}, ["fusion is pwam", "rela_instances", "once in an image", "name to rela"]),
-    ({"loss__deep_supervision": 0.5}, ["loss.deep_supervision is 0.5", "rela_instances", "model.decoder.deep_supervision"]),
+    (FUSED | {"model__decoder__name": "instance_selection"}, ["fusion is pwam", "instance_selection", "once in an image", "name to rela"]),
+    ({"loss__deep_supervision": 0.5}, ["loss.deep_supervision is 0.5", "instance_selection", "model.decoder.deep_supervision"]),
     ({"train__optim__muon": "true", "train__deepspeed": "deepspeed_configs/zero2.json"}, ["muon", "zero2.json", "false"]),
     ({"train__steps": 0}, ["train.steps is 0", "from 1"]),
 ]  # fmt: skip

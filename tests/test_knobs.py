@@ -64,9 +64,9 @@ def unread(package: Path) -> set[tuple[str, str]]:
     config.write_text("\n".join(lines) + "\n", encoding="utf-8")
     options = ["--config-file=", "--check-untyped-defs", "--ignore-missing-imports", "--follow-imports=skip", "--show-column-numbers"]
     command = [sys.executable, "-m", "mypy", *options, "--no-error-summary", "--cache-dir", str(package.parent / "cache"), package.name]
-    told = subprocess.run(command, cwd=package.parent, capture_output=True, text=True, check=False)
-    assert told.returncode == 1, told.stderr
-    hits = [hit for line in told.stdout.splitlines() if (hit := MISSING.match(line)) and not hit["file"].endswith("config.py")]
+    shown = subprocess.run(command, cwd=package.parent, capture_output=True, text=True, check=False)
+    assert shown.returncode == 1, shown.stderr
+    hits = [hit for line in shown.stdout.splitlines() if (hit := MISSING.match(line)) and not hit["file"].endswith("config.py")]
     read = {
         (hit["kind"], hit["field"])
         for hit in hits

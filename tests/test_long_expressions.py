@@ -16,7 +16,7 @@ from grex_mllm.data.collate import collate
 from grex_mllm.data.dataset import FolderDataset
 from grex_mllm.models.text import train_text_tokenizer
 from grex_mllm.predict import predict_split
-from grex_mllm.progress import told_ids
+from grex_mllm.progress import list_ids
 from grex_mllm.training.run import train_from_config
 from grex_mllm.types import Batch
 
@@ -71,8 +71,8 @@ def test_a_training_goes_on_to_its_end_and_tells(tmp_path: Path, capsys: pytest.
     result = train_from_config(tiny_config(**(GENERATOR | changes)))
     said = " ".join(capsys.readouterr().out.split())
     assert result.steps == 4 and set(result.too_long) == {"long"} and result.too_long["long"] >= 1
-    told = "1 expressions of more than model.generator.max_expression_tokens = 40 tokens were left out of generation"
-    assert said.count(told) == 1 and f"({result.too_long['long']} times): long" in said
+    shown = "1 expressions of more than model.generator.max_expression_tokens = 40 tokens were left out of generation"
+    assert said.count(shown) == 1 and f"({result.too_long['long']} times): long" in said
     assert said.count("1 expressions of more than model.text.max_tokens = 20 tokens are cut there by the text encoder: long") == 1
     logged = [json.loads(line) for line in (tmp_path / "run" / "log.jsonl").read_text().splitlines()]
     assert sum(line.get("too_long", 0) for line in logged) == result.too_long["long"]
@@ -103,8 +103,8 @@ def test_which_expressions_the_text_tokenizer_cuts() -> None:
     assert [
         i for i, (full, short) in enumerate(zip(_lengths(tokenizer, texts, 99), _lengths(tokenizer, texts, 6), strict=True)) if full > short
     ] == cut
-    assert told_ids("are cut", [f"e{i}" for i in range(7)]) == "7 are cut: e0, e1, e2, e3, e4, ..."
-    assert told_ids("are cut", ["e0"]) == "1 are cut: e0"
+    assert list_ids("are cut", [f"e{i}" for i in range(7)]) == "7 are cut: e0, e1, e2, e3, e4, ..."
+    assert list_ids("are cut", ["e0"]) == "1 are cut: e0"
 
 
 def _lengths(tokenizer, texts: list[str], most: int) -> list[int]:

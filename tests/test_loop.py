@@ -77,10 +77,10 @@ def test_workers_do_not_matter(num_workers: int) -> None:
 @pytest.mark.parametrize("num_workers", [0, 1])
 def test_an_error_in_the_data_keeps_its_words(num_workers: int) -> None:
     def broken(positions: list[int]) -> Any:
-        raise GrexError("a.png is cut short; expected a whole file; mend it")
+        raise GrexError("a.png is cut short; expected a whole file; fix it")
 
     source = TaskMixture({"ground": broken}, 2, 1.0, 0)
-    with pytest.raises(GrexError, match=r"^a\.png is cut short; expected a whole file; mend it$"):
+    with pytest.raises(GrexError, match=r"^a\.png is cut short; expected a whole file; fix it$"):
         list(stream(source, 0, 2, num_workers, seed=0))
 
 

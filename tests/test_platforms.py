@@ -93,8 +93,8 @@ def test_checkpoints_are_flushed_on_windows_too(tmp_path: Path, monkeypatch: pyt
 def test_peak_memory_without_the_module_resource(monkeypatch: pytest.MonkeyPatch) -> None:
     import psutil
 
-    told = SimpleNamespace(memory_info=lambda: SimpleNamespace(peak_wset=12345))
-    monkeypatch.setattr(psutil, "Process", lambda: told)
+    shown = SimpleNamespace(memory_info=lambda: SimpleNamespace(peak_wset=12345))
+    monkeypatch.setattr(psutil, "Process", lambda: shown)
     monkeypatch.setitem(sys.modules, "resource", None)
     monkeypatch.setattr(sys, "platform", "win32")
     assert peak_memory(torch.device("cpu")) == 12345

@@ -75,12 +75,12 @@ def predicted(model: Path, data: Path, out: Path, *overrides: str) -> list[dict[
 
 def test_bf16_predictions_agree_with_those_in_fp32(model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     export(SyntheticConfig(image_size=64), "test", 4, tmp_path / "d", 5)
-    told = []
+    shown = []
     found = []
     for precision in ("fp32", "bf16"):
         found.append(predicted(model, tmp_path / "d", tmp_path / f"{precision}.jsonl", f"--predict.precision={precision}"))
-        told.append(capsys.readouterr().err)
-    assert "in fp32 on cpu" in told[0] and "in bf16 on cpu" in told[1]
+        shown.append(capsys.readouterr().err)
+    assert "in fp32 on cpu" in shown[0] and "in bf16 on cpu" in shown[1]
     full, half = ({line["expression_id"]: line for line in lines if "expression_id" in line} for lines in found)
     assert full.keys() == half.keys() and len(full) == 20
     probabilities = np.array([[lines[key]["no_target_prob"] for key in full] for lines in (full, half)])
@@ -110,18 +110,18 @@ def test_attributes_alone_make_no_synthetic_scene(model: Path, tmp_path: Path) -
     out = predict_split(
         str(model), str(with_attributes(tmp_path / "d")), tmp_path / "p.jsonl", "train", ["ground", "generate"], None, 2, None, "cpu", []
     )
-    spoken = [line for line in lines_of(out) if "targets" in line]
-    assert len(spoken) == 2 and not any("judgement" in line or "judgement" in line["listener"] for line in spoken)
+    generated = [line for line in lines_of(out) if "targets" in line]
+    assert len(generated) == 2 and not any("judgement" in line or "judgement" in line["listener"] for line in generated)
 
 
 def test_the_judge_of_synthetic_scenes_reads_dataset_json(model: Path, tmp_path: Path) -> None:
     export(SyntheticConfig(image_size=64), "test", 2, tmp_path / "d", 3)
-    spoken = [line for line in predicted(model, tmp_path / "d", tmp_path / "a.jsonl") if "targets" in line]
-    assert spoken and all("judgement" in line and "judgement" in line["listener"] for line in spoken)
+    generated = [line for line in predicted(model, tmp_path / "d", tmp_path / "a.jsonl") if "targets" in line]
+    assert generated and all("judgement" in line and "judgement" in line["listener"] for line in generated)
     info = json.loads((tmp_path / "d" / "dataset.json").read_text())
     (tmp_path / "d" / "dataset.json").write_text(json.dumps(info | {"tool": "another program"}))
-    spoken = [line for line in predicted(model, tmp_path / "d", tmp_path / "b.jsonl") if "targets" in line]
-    assert spoken and not any("judgement" in line for line in spoken)
+    generated = [line for line in predicted(model, tmp_path / "d", tmp_path / "b.jsonl") if "targets" in line]
+    assert generated and not any("judgement" in line for line in generated)
 
 
 def test_synthetic_data_from_the_command_line(

@@ -65,7 +65,7 @@ def parts() -> Parts:
     return Parts(*repack_oracle.read())
 
 
-def heard(found: dict[str, Tensor], name: str, module: Any) -> None:
+def answered(found: dict[str, Tensor], name: str, module: Any) -> None:
     module.register_forward_hook(lambda _module, _inputs, output: found.__setitem__(name, output[0].detach()))
 
 
@@ -112,7 +112,7 @@ def test_swin_stage_with_pixel_word_fusion(parts: Parts, padding: int) -> None:
     model, found = swin(parts), {}
     stage: Any = model.stages[0]
     for name, module in (("pwam", stage.fusion), ("res_gate", stage.gate), ("downsample", stage.downsample)):
-        heard(found, f"swin.0.{name}", module)
+        answered(found, f"swin.0.{name}", module)
     words = parts.recorded["text_features"]
     tokens = torch.cat([words, torch.full((padding, TEXT_WIDTH), 3.0)])[None]
     text = TextFeatures(tokens, torch.tensor([[1] * len(words) + [0] * padding]))
@@ -149,7 +149,7 @@ def test_region_decoder_layer(parts: Parts) -> None:
         "0.ffn": model.feedforward,
     }
     for name, layer in layers.items():
-        heard(found, f"decoder.{name}", layer[0])
+        answered(found, f"decoder.{name}", layer[0])
     blocked = []
     model.region_image[0].register_forward_pre_hook(lambda _module, inputs: blocked.append(~inputs[-1][0, 0]))
     # the recorded words are projected already; the layer reads the coarsest level alone

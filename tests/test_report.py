@@ -96,9 +96,9 @@ def test_numbers_stand_in_the_page(page_text: str) -> None:
     assert "22.6" in text and "always empty" in text and "oracle" in text
     assert "exact set, greedy95.0" in text and "exact set, listener97.0" in text
     assert "no answer" not in text and "ok 1,500" in text
-    assert "rela_instances" in text and "0123abc" in text
+    assert "instance_selection" in text and "0123abc" in text
     assert "METEOR: no Java runtime found" in text and "a note of the scorer" in text, "a metric that was not computed must say why"
-    assert re.search(r"1 of \d+ lines are no JSON object", text), "the torn log line is told"
+    assert re.search(r"1 of \d+ lines are no JSON object", text), "the torn log line is reported"
 
 
 def test_curves_show_both_tasks_and_both_axes(page_text: str) -> None:

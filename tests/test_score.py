@@ -282,10 +282,10 @@ def test_generation_without_java(data: Path, monkeypatch: pytest.MonkeyPatch) ->
     sets = [(i, k) for i in range(NUM_IMAGES - 1) for k in (1, 2, 3)]
     lines = []
     for i, k in sets:
-        spoken = generation(i, k, f"the {k} squares", "exact" if k < 3 else "wrong")
+        generated = generation(i, k, f"the {k} squares", "exact" if k < 3 else "wrong")
         trip = {key: v for key, v in answer(i, k, [0]).items() if key in ("mask_rle", "boxes_xyxy", "box_scores", "no_target")}
-        heard = generation(i, k, f"the {k} squares", "exact")
-        lines.append(spoken | {"round_trip": trip, "listener": {k2: heard[k2] for k2 in ("expression", "judgement")} | {"score": 1.0}})
+        second = generation(i, k, f"the {k} squares", "exact")
+        lines.append(generated | {"round_trip": trip, "listener": {k2: second[k2] for k2 in ("expression", "judgement")} | {"score": 1.0}})
     results = run(data, lines)
     greg = results["results"]["strict"]["greg"]
     assert set(results["results"]["strict"]) == {"greg"}

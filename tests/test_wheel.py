@@ -64,8 +64,8 @@ def test_everything_runs_from_an_empty_folder(wheel: Path, tmp_path: Path) -> No
     (tmp_path / "empty").mkdir()
     check = tmp_path / "wheel_check.py"  # away from the repository
     check.write_bytes((ROOT / "tests" / "wheel_check.py").read_bytes())
-    told = call(sys.executable, check, cwd=tmp_path / "empty", PYTHONPATH=str(tmp_path / "installed"), OMP_NUM_THREADS="2")
-    assert f"package: {tmp_path / 'installed'}" in told and "a shrunken demo ran" in told and "protocols scored" in told
+    shown = call(sys.executable, check, cwd=tmp_path / "empty", PYTHONPATH=str(tmp_path / "installed"), OMP_NUM_THREADS="2")
+    assert f"package: {tmp_path / 'installed'}" in shown and "a shrunken demo ran" in shown and "protocols scored" in shown
 
 
 def test_shipped_files_are_found_from_any_folder(
@@ -75,8 +75,8 @@ def test_shipped_files_are_found_from_any_folder(
     assert load_config("configs/small.yaml") == load_config(shipped.CONFIG_FOLDER / "small.yaml")
     assert load_protocol("eval/protocols/greg.yaml").name == "greg"
     assert check_deepspeed("./deepspeed_configs/zero2.json")["zero_optimization"]["stage"] == 2
-    told = capsys.readouterr().err.splitlines()
-    assert [line.split(" is not in this folder; taking the one that comes with grex_mllm: ") for line in told] == [
+    shown = capsys.readouterr().err.splitlines()
+    assert [line.split(" is not in this folder; taking the one that comes with grex_mllm: ") for line in shown] == [
         [str(Path(name)), str(shipped.ROOT / name)]
         for name in ("configs/small.yaml", "eval/protocols/greg.yaml", "deepspeed_configs/zero2.json")
     ]

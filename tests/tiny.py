@@ -15,7 +15,7 @@ WORDS = ["the red circle on the left", "two blue squares and a star", "all shape
 
 
 def tiny_config(**changes: object) -> Config:
-    """A model of a few thousand parameters with the decoder `rela_instances`; changes: dotted fields with __ for the dots."""
+    """A model of a few thousand parameters with the decoder `instance_selection`; changes: dotted fields with __ for the dots."""
     fields = {
         "model.vision.name": "resnet", "model.vision.block": "basic", "model.vision.stem": "conv3", "model.vision.norm": "group",
         "model.vision.stem_width": 8, "model.vision.widths": [8, 16, 16, 16], "model.vision.depths": [1, 1, 1, 1],
@@ -23,7 +23,8 @@ def tiny_config(**changes: object) -> Config:
         "model.text.vocab_size": 300, "model.text.hidden_size": 16, "model.text.num_layers": 1, "model.text.num_heads": 2,
         "model.text.intermediate_size": 32, "model.text.max_positions": 64, "model.text.dropout": 0.0, "model.text.tokenizer": "train",
         "model.pixel_decoder.name": "fpn", "model.pixel_decoder.width": 16, "model.pixel_decoder.mask_width": 16,
-        "model.decoder.name": "rela_instances", "model.decoder.width": 16, "model.decoder.num_heads": 2, "model.decoder.feedforward": 32,
+        "model.decoder.name": "instance_selection", "model.decoder.width": 16, "model.decoder.num_heads": 2,
+        "model.decoder.feedforward": 32,
         "model.decoder.minimap_side": 6, "model.decoder.kept_regions": 8, "model.decoder.roi_channels": 8, "model.decoder.roi_size": 3,
         "data.image_size": 64,
     }  # fmt: skip

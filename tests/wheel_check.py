@@ -59,21 +59,21 @@ def main() -> None:
     assert run("-m", "grex_mllm", "--help") == run("-m", "grex_mllm")
     assert "usage: grex VERB" in run("-m", "grex_mllm")
     script = Path(sys.executable).parent / ("grex.exe" if sys.platform == "win32" else "grex")
-    told = subprocess.run([script, "--help"], capture_output=True, text=True, check=True).stdout if script.exists() else ""
-    print(f"grex --help: {'as python -m grex_mllm' if 'usage: grex VERB' in told else 'no script in this environment'}")
+    shown = subprocess.run([script, "--help"], capture_output=True, text=True, check=True).stdout if script.exists() else ""
+    print(f"grex --help: {'as python -m grex_mllm' if 'usage: grex VERB' in shown else 'no script in this environment'}")
     run("-m", "grex_mllm", "data", "export", "scenes", "--length", "2", "--split", "test")
     run("-m", "grex_mllm", "data", "check", "scenes")
     names = [f"configs/{file.name}" for file in CONFIG_FOLDER.glob("*.yaml")]
-    told = run("-c", "import sys; from grex_mllm.config import load_config; [load_config(name) for name in sys.argv[1:]]", *names)
-    assert len(names) > 20 and all(f"{name} is not in this folder; taking" in told for name in names), told
-    told = run("-c", SHRINK, "demo", "--out", "demo", *SHRUNKEN)
+    shown = run("-c", "import sys; from grex_mllm.config import load_config; [load_config(name) for name in sys.argv[1:]]", *names)
+    assert len(names) > 20 and all(f"{name} is not in this folder; taking" in shown for name in names), shown
+    shown = run("-c", SHRINK, "demo", "--out", "demo", *SHRUNKEN)
     page = Path("demo/report.html").read_text(encoding="utf-8")
-    assert "<style>" in page and "<script>" in page and "published" in page.lower(), told
+    assert "<style>" in page and "<script>" in page and "published" in page.lower(), shown
     print("a shrunken demo ran")
     protocols = sorted(PROTOCOL_FOLDER.glob("*.yaml"))
     assert len(protocols) >= 8
-    told = run("-c", SCORE, *(protocol.name for protocol in protocols))
-    assert told.count("taking the one that comes with grex_mllm") == len(protocols), told
+    shown = run("-c", SCORE, *(protocol.name for protocol in protocols))
+    assert shown.count("taking the one that comes with grex_mllm") == len(protocols), shown
     assert all(Path(f"{protocol.name}.json").stat().st_size > 100 for protocol in protocols)
     print(f"{len(protocols)} protocols scored")
 

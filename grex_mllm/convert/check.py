@@ -78,7 +78,7 @@ def load_grounding(folder: Path) -> GroundingModel:
 
     for name in (CONFIG, WEIGHTS):
         if not (folder / name).is_file():
-            raise fault(f"model folder {folder} has no {name}", "a folder that `grex convert rela` wrote", "mend the path")
+            raise fault(f"model folder {folder} has no {name}", "a folder that `grex convert rela` wrote", "fix the path")
     model = build_grounding(load_config(folder / CONFIG).model)
     try:
         state = load_file(str(folder / WEIGHTS))
@@ -99,7 +99,7 @@ def read_recording(folder: Path) -> tuple[dict[str, Any], dict[str, Any]]:
         meta = json.loads((folder / "meta.json").read_text(encoding="utf-8"))
         return recorded, _errors(meta["fp32_vs_fp64"])
     except (OSError, ValueError, KeyError, RuntimeError) as error:
-        raise fault(f"recording {folder} cannot be read ({str(error)[:120]})", "oracle.pt and meta.json", "mend the path") from None
+        raise fault(f"recording {folder} cannot be read ({str(error)[:120]})", "oracle.pt and meta.json", "fix the path") from None
 
 
 @torch.no_grad()

@@ -92,7 +92,7 @@ def _vocabulary(vocab: str | Path | None, limit: int) -> Path | None:
     if file.is_dir():
         file = file / VOCAB
     if not file.is_file():
-        raise fault(f"vocabulary {file} does not exist", "BERT's vocab.txt", "mend --vocab")
+        raise fault(f"vocabulary {file} does not exist", "BERT's vocab.txt", "fix --vocab")
     words = _num_words(file)
     if words > limit:
         raise fault(f"vocabulary {file} has {words} words", f"at most the {limit} that the model embeds", "give the model's own vocab.txt")

@@ -39,7 +39,7 @@ def read_checkpoint(path: str | Path) -> tuple[dict[str, Tensor], list[str]]:
     """
     file = Path(path)
     if not file.is_file():
-        raise fault(f"checkpoint {file} does not exist", "a .pth, .pkl or .safetensors file", "mend the path")
+        raise fault(f"checkpoint {file} does not exist", "a .pth, .pkl or .safetensors file", "fix the path")
     content = _load(file)
     if not isinstance(content, Mapping):
         raise fault(f"{file} holds a {type(content).__name__}", "a state dict, or a dict with one under 'model'", "give a checkpoint")

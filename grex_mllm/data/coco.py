@@ -163,7 +163,7 @@ def convert_refs(
             expression, raw, fault_found = _sentence(sentence)
             if fault_found:
                 if not skip_bad:
-                    raise GrexError(f"{place} sentence {number}: {fault_found}; mend the sentence, or leave such out with --skip-bad")
+                    raise GrexError(f"{place} sentence {number}: {fault_found}; fix the sentence, or leave such out with --skip-bad")
                 result.skipped["empty or over-long expression"] += 1
                 continue
             result.expressions.append(

@@ -27,22 +27,22 @@ def collate(
     image_size: int,
     resize: str = "squash",
     task: str = "ground",
-    num_spoken: int | None = None,
+    num_generation_targets: int | None = None,
     max_lm_tokens: int | None = None,
 ) -> Batch:
     """Return the batch of B samples with all their E expressions, at S x S = image_size.
 
     The text encoder gets `raw` (as the released ReLA does), the generator's tokenizer `expression`. task "generate": only expressions
-    with a target are kept and images left without any are dropped. With encode_lm, lm_ids, lm_mask and lm_index
-    are set for the expressions with a target, at most num_spoken of an image. Those of more than max_lm_tokens tokens (with BOS and EOS)
-    are left out and named in too_long; where a batch for generation holds no other, the shortest stays, cut and without EOS, so that every
+    with a target are kept and images left without any are dropped. With encode_lm, lm_ids, lm_mask and lm_index are set for the
+    expressions with a target, at most num_generation_targets of an image. Those of more than max_lm_tokens tokens (with BOS and EOS) are
+    left out and named in too_long; where a batch for generation holds no other, the shortest stays, cut and without EOS, so that every
     process trains the same weights in every step. gt_masks is None where a target has no mask (box-only data).
 
     Raises:
         GrexError: unknown task, no expression left, an empty expression, or a target that is no selectable instance of its image.
     """
     if task not in TASKS:
-        raise fault(f'task "{task}"', " or ".join(TASKS), "mend the call")
+        raise fault(f'task "{task}"', " or ".join(TASKS), "fix the call")
     if task == "generate" and encode_lm is None:
         raise fault("task generate without encode_lm", "the generator's tokenizer", "pass encode_lm")
     pairs = _kept(samples, task)
@@ -68,9 +68,9 @@ def collate(
         image_ids=[sample.record.image_id for sample, _ in pairs],
         instance_attributes=_attributes([ready.instances for ready in prepared]),
     )
-    spoken = _spoken(expressions, owners, num_spoken) if encode_lm is not None else []
-    if encode_lm is not None and spoken:
-        _add_text(batch, torch.tensor(spoken), encode_lm([expressions[e].expression for e in spoken]), max_lm_tokens, task)
+    chosen = _generation_targets(expressions, owners, num_generation_targets) if encode_lm is not None else []
+    if encode_lm is not None and chosen:
+        _add_text(batch, torch.tensor(chosen), encode_lm([expressions[e].expression for e in chosen]), max_lm_tokens, task)
     return batch
 
 
@@ -100,11 +100,11 @@ def _kept(samples: Sequence[Sample], task: str) -> list[tuple[Sample, list[Expre
         )
     for expression in (expression for _, kept in pairs for expression in kept):
         if not expression.raw.strip():
-            raise fault(f"expression {expression.expression_id} is empty", "text", "mend field raw in expressions.jsonl")
+            raise fault(f"expression {expression.expression_id} is empty", "text", "fix field raw in expressions.jsonl")
     return pairs
 
 
-def _spoken(expressions: list[ExpressionRecord], owners: list[int], most: int | None) -> list[int]:
+def _generation_targets(expressions: list[ExpressionRecord], owners: list[int], most: int | None) -> list[int]:
     """Return the expressions that the generator learns from: those with a target, at most so many of an image."""
     chosen: list[int] = []
     taken: dict[int, int] = {}
@@ -136,7 +136,7 @@ def _target_index(expression: ExpressionRecord, ready: Prepared) -> np.ndarray:
     if missing:
         raise GrexError(
             f"expression {expression.expression_id}: targets {missing} are no instances of image {expression.image_id}; expected "
-            "annotation ids of the image that are no crowd regions; mend field targets (`grex data check` lists every fault)"
+            "annotation ids of the image that are no crowd regions; fix field targets (`grex data check` lists every fault)"
         )
     return np.asarray([places[target] for target in expression.targets], np.int64)
 

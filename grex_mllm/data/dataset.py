@@ -57,7 +57,7 @@ class FolderDataset:
         image_root: str | Path | None = None,
     ) -> None:
         if expressions_per_image < 1:
-            raise fault(f"expressions_per_image {expressions_per_image}", "at least 1", "mend data.expressions_per_image")
+            raise fault(f"expressions_per_image {expressions_per_image}", "at least 1", "fix data.expressions_per_image")
         self.dataset = load_dataset(folder, image_root)
         self.split, self.training, self.seed = split, training, seed
         self.expressions_per_image = expressions_per_image
@@ -113,7 +113,7 @@ class FolderDataset:
                     problem = "is a crowd region" if target in known else f"is none of its image's annotations ({place})"
                     raise GrexError(
                         f'expression {expression.expression_id}: target "{target}" of field targets {problem}; expected the id of an '
-                        "instance of the image; mend expressions.jsonl"
+                        "instance of the image; fix expressions.jsonl"
                     )
         return Sample(image, record, expressions)
 
@@ -123,7 +123,7 @@ class Mixture:
 
     def __init__(self, sources: Sequence[SampleSource], weights: Sequence[float], seed: int = 0) -> None:
         if len(sources) == 0 or len(sources) != len(weights) or min(weights) <= 0:
-            raise fault(f"{len(sources)} datasets with weights {list(weights)}", "one weight above 0 for each dataset", "mend the mixture")
+            raise fault(f"{len(sources)} datasets with weights {list(weights)}", "one weight above 0 for each dataset", "fix the mixture")
         self.sources, self.seed = list(sources), seed
         self.shares = _apportion(weights, MIXTURE_BLOCK)
 

@@ -68,7 +68,7 @@ def resolve_image(root: str | Path, file: str) -> Path:
     parts = PurePosixPath(file).parts
     windows = PureWindowsPath(file)
     if not file or "\x00" in file or "\\" in file or PurePosixPath(file).is_absolute() or windows.drive or windows.root or ".." in parts:
-        raise fault(f"image file {file!r}", f"a path relative to the image root {root}, without '..'", "mend `file` in images.jsonl")
+        raise fault(f"image file {file!r}", f"a path relative to the image root {root}, without '..'", "fix `file` in images.jsonl")
     return Path(root) / file
 
 

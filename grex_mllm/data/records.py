@@ -277,7 +277,7 @@ def read_info(folder: Path) -> dict[str, Any]:
         raise fault(f"{path} is not JSON ({error})", "a JSON object", "make the folder again") from None
     for name in ("name", "image_root"):
         if not isinstance(info, dict) or not isinstance(info.get(name), str):
-            raise fault(f"{path} without a string for {name}", "name and image_root", "mend the file or make the folder again")
+            raise fault(f"{path} without a string for {name}", "name and image_root", "fix the file or make the folder again")
     return dict(info)
 
 
@@ -318,4 +318,4 @@ def _raise_first(path: Path, line: int, findings: Iterator[Finding]) -> None:
 
 
 def _raise(path: Path, line: int, name: str, found: str, expected: str) -> NoReturn:
-    raise GrexError(f"{Fault(str(path), line, name, found, expected)}; mend the line (`grex data check` lists every fault)")
+    raise GrexError(f"{Fault(str(path), line, name, found, expected)}; fix the line (`grex data check` lists every fault)")

@@ -1,6 +1,6 @@
 """Templated expressions over any image with instances: true or false by the annotations alone, with margins where a person would hesitate.
 
-What a category's crowd region hides is unknown, so a category with one is never spoken of in its image. The same holds for categories
+What a category's crowd region hides is unknown, so a category with one is never named in its image. The same holds for categories
 with an instance too small to see. Margins: MARGIN_POSITION of the image's side between the last that is meant and the first that is not,
 MARGIN_SIZE as a ratio of areas.
 """
@@ -80,7 +80,7 @@ class Thing:
 class Scene:
     """What may be said of an image.
 
-    groups: category -> all its instances, for the categories that can be spoken of.  present: all categories.  order: annotation ids.
+    groups: category -> all its instances, for the categories that can be named.  present: all categories.  order: annotation ids.
     """
 
     groups: dict[str, list[Thing]]

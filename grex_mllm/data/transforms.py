@@ -76,7 +76,7 @@ def fit(height: int, width: int, image_size: int, resize: str) -> Geometry:
     if resize == "pad":
         scale = image_size / max(height, width)
         return Geometry(height, width, max(1, round(height * scale)), max(1, round(width * scale)))
-    raise fault(f'resize "{resize}"', "squash or pad", "mend data.resize in the configuration")
+    raise fault(f'resize "{resize}"', "squash or pad", "fix data.resize in the configuration")
 
 
 def resize_image(image: np.ndarray, image_size: int, resize: str = "squash") -> tuple[np.ndarray, Geometry]:
@@ -107,7 +107,7 @@ def instance_mask(instance: Instance, geometry: Geometry) -> np.ndarray:
     height, width = geometry.input_height, geometry.input_width
     if instance.mask is not None:
         if instance.mask.shape != (geometry.height, geometry.width):
-            raise fault(f"mask of shape {instance.mask.shape}", f"{(geometry.height, geometry.width)}, as the image", "mend the mask")
+            raise fault(f"mask of shape {instance.mask.shape}", f"{(geometry.height, geometry.width)}, as the image", "fix the mask")
         return resize_mask_nearest(instance.mask, height, width)
     if instance.segmentation is not None:
         return segmentation_to_mask(instance.segmentation, geometry.height, geometry.width, height, width)

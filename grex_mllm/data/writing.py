@@ -119,7 +119,7 @@ class DatasetWriter:
 
 def _refuse(name: str, findings: Iterator[Finding]) -> None:
     for field, found, expected in findings:
-        raise fault(f"{name}, field {field}: {found}", expected, "mend the source")
+        raise fault(f"{name}, field {field}: {found}", expected, "fix the source")
 
 
 def _dump(value: dict[str, Any]) -> str:

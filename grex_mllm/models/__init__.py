@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 
 DECODERS: dict[str, str] = {
     "rela": "grex_mllm.models.decoders.rela:Rela",
-    "rela_instances": "grex_mllm.models.decoders.rela_instances:RelaInstances",
+    "instance_selection": "grex_mllm.models.decoders.instance_selection:InstanceSelection",
 }
 
 
@@ -26,7 +26,7 @@ def build_decoder(config: DecoderConfig, width: int, mask_width: int, text_width
         GrexError: no such entry.
     """
     if config.name not in DECODERS:
-        raise fault(f'model.decoder.name "{config.name}"', f"one of {sorted(DECODERS)}", "mend the name")
+        raise fault(f'model.decoder.name "{config.name}"', f"one of {sorted(DECODERS)}", "fix the name")
     module, _, name = DECODERS[config.name].partition(":")
     kind = getattr(importlib.import_module(module), name)
     return kind(config, width, mask_width, text_width)

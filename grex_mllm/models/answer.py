@@ -73,7 +73,7 @@ def check_rules(config: PredictConfig) -> None:
     """
     for name, value, known in (("predict.boxes", config.boxes, BOX_RULES), ("predict.no_target", config.no_target, NO_TARGET_RULES)):
         if value not in known:
-            raise GrexError(f'{name} is "{value}"; expected one of {", ".join(known)}; mend the configuration')
+            raise GrexError(f'{name} is "{value}"; expected one of {", ".join(known)}; fix the configuration')
     threshold = config.no_target_threshold
     if isinstance(threshold, bool) or not isinstance(threshold, int | float) or not 0 <= threshold <= 1:
         raise fault(

@@ -27,7 +27,7 @@ class DeformableAttention(nn.Module):
     def __init__(self, width: int, num_heads: int, num_points: int) -> None:
         super().__init__()
         if width % num_heads:
-            raise fault(f"pixel decoder width {width} with {num_heads} heads", "heads that divide the width", "mend model.pixel_decoder")
+            raise fault(f"pixel decoder width {width} with {num_heads} heads", "heads that divide the width", "fix model.pixel_decoder")
         self.num_heads, self.num_points = num_heads, num_points
         self.sampling_offsets = nn.Linear(width, num_heads * NUM_LEVELS * num_points * 2)
         self.attention_weights = nn.Linear(width, num_heads * NUM_LEVELS * num_points)

@@ -1,4 +1,4 @@
-"""Describe sets of objects of one image, and choose among candidates by listening: the model grounds what it would say.
+"""Describe sets of objects of one image, and re-rank candidates by grounding them with the same model.
 
 The listener is the model's own grounding, as in the "rational speech act" view of referring expressions: an expression is good when a
 listener picks out just the selected set. The score is that agreement in [0, 1], lowered a little for what the speaker itself rarely says: a
@@ -36,7 +36,7 @@ RARITY = 0.15  # 0: agreement alone, 3 points fewer exact sets on the demo's val
 
 @dataclass
 class Description:
-    """expression: the chosen text.  score: agreement of the listener with the set in [0, 1], see `listen`; None without reranking.
+    """expression: the chosen text.  score: agreement in [0, 1], see `rerank_by_grounding`; None without re-ranking.
     candidates: (expression, score) of all, best first, where candidates were drawn."""
 
     expression: str
@@ -74,7 +74,7 @@ def describe(
     if model.generator is None:
         raise fault("a model without a generator", "one trained with model.generator.lm", "train with a generator, or use ground")
     if rerank not in RERANKERS:
-        raise fault(f'rerank "{rerank}"', 'None or "listener"', "mend the call")
+        raise fault(f'rerank "{rerank}"', 'None or "listener"', "fix the call")
     if candidates > 1 and rerank is None and mode == "greedy":
         raise fault(f"{candidates} candidates with mode greedy", 'rerank="listener", or mode beam or sample', "change one of them")
     array = image if isinstance(image, EncodedImage) else load_image(image)
@@ -130,7 +130,7 @@ def describe_encoded(
         texts = model.generator.generate(**arguments, mode="sample", num_candidates=candidates, temperature=temperature, seed=seed)
         first = [[g] for g in greedy] if greedy is not None else model.generator.generate(**arguments, mode="greedy")
         texts = [[*g, *drawn] for g, drawn in zip(first, texts, strict=True)]
-    return listen(model, encoded, at_input, sets, texts)
+    return rerank_by_grounding(model, encoded, at_input, sets, texts)
 
 
 @torch.inference_mode()
@@ -190,19 +190,21 @@ def input_masks(masks: np.ndarray, geometry: Geometry, input_size: tuple[int, in
     return torch.from_numpy(placed).to(model.device)
 
 
-def listen(model: GrexModel, encoded: EncodedImage, masks: Tensor, sets: list[list[int]], texts: list[list[str]]) -> list[Description]:
+def rerank_by_grounding(
+    model: GrexModel, encoded: EncodedImage, masks: Tensor, sets: list[list[int]], texts: list[list[str]]
+) -> list[Description]:
     """Ground every candidate once and order each set's candidates by their agreement times the share of them that say the same, to the
     power RARITY (ties: the earlier one, so greedy wins them).
     """
-    spoken = sorted({t for options in texts for t in options if t.strip()})
-    agreement = np.zeros((len(spoken), len(sets)))
-    for start in range(0, len(spoken), 64):
-        part = spoken[start : start + 64]
+    candidates = sorted({t for options in texts for t in options if t.strip()})
+    agreement = np.zeros((len(candidates), len(sets)))
+    for start in range(0, len(candidates), 64):
+        part = candidates[start : start + 64]
         ids, mask = model.encode_text(part)
         index = torch.zeros(len(part), dtype=torch.int64, device=model.device)
         output = model.grounding.ground(encoded.features, index, ids.to(model.device), mask.to(model.device))
         agreement[start : start + 64] = agreements(output, masks, sets, encoded)
-    where = {text: i for i, text in enumerate(spoken)}
+    where = {text: i for i, text in enumerate(candidates)}
     results = []
     for s, options in enumerate(texts):
         unique = list(dict.fromkeys(t for t in options if t.strip()))

@@ -47,7 +47,7 @@ class Generator(nn.Module):
     def __init__(self, cfg: GeneratorConfig, feature_channels: list[int], tokenizer: LMTokenizer) -> None:
         super().__init__()
         if cfg.prompt and cfg.prompt.count(PLACE) != 1:
-            raise fault(f"model.generator.prompt {cfg.prompt!r}", f"{PLACE} once, where the region tokens stand", "mend the prompt")
+            raise fault(f"model.generator.prompt {cfg.prompt!r}", f"{PLACE} once, where the region tokens stand", "fix the prompt")
         self.cfg, self.tokenizer, self.feature_channels = cfg, tokenizer, list(feature_channels)
         self.lm = build_language_model(cfg, tokenizer)
         self.region_tokens = RegionTokens(
@@ -117,7 +117,7 @@ class Generator(nn.Module):
         prefix = self.prefix(features, instance_masks, image_index, target_index, valid_sizes, instance_boxes_norm)
         return self._likelihood(prefix, lm_ids, lm_mask)
 
-    def told(
+    def forward_attributes(
         self,
         instance_masks: list[Tensor],
         attributes: dict[str, list[Tensor]],
@@ -126,8 +126,8 @@ class Generator(nn.Module):
         lm_ids: Tensor,
         lm_mask: Tensor,
     ) -> GeneratorOutput:
-        """Do as `forward` for scenes that are told in words and places: attributes as in `RegionTokens.told` instead of feature maps."""
-        objects = self.region_tokens.told(instance_masks, attributes)
+        """Do as `forward` for objects whose attributes are given (`RegionTokens.from_attributes`) in place of feature maps."""
+        objects = self.region_tokens.from_attributes(instance_masks, attributes)
         return self._likelihood(self._arrange(objects, [len(m) for m in instance_masks], image_index, target_index), lm_ids, lm_mask)
 
     def _likelihood(self, prefix: Prefix, lm_ids: Tensor, lm_mask: Tensor) -> GeneratorOutput:
@@ -271,7 +271,7 @@ def _membership(image_index: Tensor, target_index: list[Tensor], present: Tensor
         raise fault(
             f"object set {int(rows[at])} names object {int(columns[at])}",
             f"0 to {int(limits[at]) - 1}, the objects of its image",
-            "mend the set",
+            "fix the set",
         )
     member = torch.zeros(len(lengths), present.shape[1], dtype=torch.bool, device=present.device)
     member[rows, columns] = True
@@ -284,7 +284,7 @@ def _membership(image_index: Tensor, target_index: list[Tensor], present: Tensor
 
 def _check_mode(mode: str, num_candidates: int, temperature: float) -> None:
     if mode not in MODES:
-        raise fault(f"generation mode {mode!r}", f"one of {', '.join(MODES)}", "mend the mode")
+        raise fault(f"generation mode {mode!r}", f"one of {', '.join(MODES)}", "fix the mode")
     if num_candidates < 1 or (mode == "greedy" and num_candidates != 1):
         raise fault(f"{num_candidates} candidates with mode {mode}", "1 for greedy, 1 or more for beam and sample", "change one of them")
     if temperature <= 0:

@@ -213,7 +213,7 @@ class GrexModel(nn.Module, ModelHubMixin):
                 raise fault(
                     f"model folder {name} does not exist",
                     f"a folder with {CONFIG} and {WEIGHTS}",
-                    "train one (grex train) or mend the path",
+                    "train one (grex train) or fix the path",
                 )
             from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 
@@ -222,7 +222,7 @@ class GrexModel(nn.Module, ModelHubMixin):
             except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
                 reason = str(error).splitlines()[0]
                 raise fault(
-                    f"model {name} is neither a folder nor to be had from the hub ({reason})", "one of them", "mend the name"
+                    f"model {name} is neither a folder nor to be had from the hub ({reason})", "one of them", "fix the name"
                 ) from None
         return cls._from_folder(folder, device)
 

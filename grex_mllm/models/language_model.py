@@ -101,7 +101,7 @@ def _pretrained(cfg: GeneratorConfig) -> Any:
     if cfg.lm == "none":
         raise fault("model.generator.lm: none", "tiny, a folder or a hub id", "configure a language model to describe objects")
     if cfg.dtype not in DTYPES:
-        raise fault(f"model.generator.dtype {cfg.dtype!r}", f"one of {', '.join(DTYPES)}", "mend the value")
+        raise fault(f"model.generator.dtype {cfg.dtype!r}", f"one of {', '.join(DTYPES)}", "fix the value")
     try:
         return AutoModelForCausalLM.from_pretrained(
             cfg.lm, dtype=DTYPES[cfg.dtype], attn_implementation=cfg.attn_implementation, quantization_config=_quantisation(cfg)
@@ -111,13 +111,13 @@ def _pretrained(cfg: GeneratorConfig) -> Any:
         raise fault(
             f"language model {cfg.lm}: {reason}",
             "a folder with config.json and safetensors weights, or a hub id, and the packages its options need",
-            "mend model.generator.lm, attn_implementation or quantisation",
+            "fix model.generator.lm, attn_implementation or quantisation",
         ) from None
 
 
 def _quantisation(cfg: GeneratorConfig) -> Any:
     if cfg.quantisation not in QUANTISATIONS:
-        raise fault(f"model.generator.quantisation {cfg.quantisation!r}", f"one of {', '.join(QUANTISATIONS)}", "mend the value")
+        raise fault(f"model.generator.quantisation {cfg.quantisation!r}", f"one of {', '.join(QUANTISATIONS)}", "fix the value")
     if cfg.quantisation == "none":
         return None
     if importlib.util.find_spec("bitsandbytes") is None:
@@ -146,7 +146,7 @@ def _with_lora(lm: Any, cfg: GeneratorConfig) -> Any:
         raise fault(
             f"model.generator.lora_targets {cfg.lora_targets}: no layer called {', '.join(missing) or '(none given)'} in {cfg.lm}",
             f"names among {', '.join(sorted(names))}",
-            "mend lora_targets",
+            "fix lora_targets",
         )
     adapters = LoraConfig(
         r=cfg.lora_rank,

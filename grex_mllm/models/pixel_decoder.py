@@ -76,4 +76,4 @@ def build_pixel_decoder(config: PixelDecoderConfig, channels: Sequence[int]) -> 
         from grex_mllm.models.deformable import DeformablePixelDecoder
 
         return DeformablePixelDecoder(config, channels)
-    raise fault(f'model.pixel_decoder.name "{config.name}"', "deformable or fpn", "mend the name")
+    raise fault(f'model.pixel_decoder.name "{config.name}"', "deformable or fpn", "fix the name")

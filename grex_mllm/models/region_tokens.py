@@ -33,7 +33,7 @@ class ObjectTokens:
 
     tokens: float [B, N, D].  present: bool [B, N] (False: padding, or an object without a pixel).  order: int64 [B, N], positions from
     left to right, absent ones last.  area: float [B, N], share of the image.  image: float [B, G, D].  attribute_logits: name -> float
-    [B, N, classes], for the heads that there are.  words: float [B, N, sum of classes], the probabilities of those, None without heads.
+    [B, N, classes], for the heads that there are.  attribute_probs: float [B, N, sum of classes], softmax of those, None without heads.
     """
 
     tokens: Tensor
@@ -42,14 +42,14 @@ class ObjectTokens:
     area: Tensor
     image: Tensor
     attribute_logits: dict[str, Tensor] = field(default_factory=dict)
-    words: Tensor | None = None
+    attribute_probs: Tensor | None = None
 
 
 class RegionTokens(nn.Module):
     """Pool objects from multi-scale feature maps and arrange them as a prefix for a language model.
 
     channels: of each feature map.  width: D of the language model.  token_scale: standard deviation of the LM's own token embeddings,
-    which the tokens start with.  attribute_classes: heads and words for attributes of the objects, name -> classes.
+    which the tokens start with.  attribute_classes: heads and embeddings for attributes of the objects, name -> classes.
     """
 
     def __init__(
@@ -72,15 +72,15 @@ class RegionTokens(nn.Module):
         inputs = sum(channels) + GEOMETRY_WIDTH + shape_side**2
         self.project = nn.Sequential(nn.Linear(inputs, hidden), nn.GELU(), nn.Linear(hidden, hidden), nn.LayerNorm(hidden))
         self.classes = dict(attribute_classes or {})
-        self.place = nn.Sequential(nn.Linear(GEOMETRY_WIDTH, hidden), nn.GELU(), nn.Linear(hidden, hidden))
-        self.look = nn.Linear(hidden, hidden)
+        self.position = nn.Sequential(nn.Linear(GEOMETRY_WIDTH, hidden), nn.GELU(), nn.Linear(hidden, hidden))
+        self.appearance = nn.Linear(hidden, hidden)
         if self.classes:
             self.attribute_head = nn.Linear(hidden, sum(self.classes.values()))
-            self.words = nn.Linear(sum(self.classes.values()), hidden, bias=False)
+            self.attribute_embedding = nn.Linear(sum(self.classes.values()), hidden, bias=False)
             self.rivals = nn.Linear(3, hidden, bias=False)
             self.shared = nn.Linear(len(self.classes) + 1, hidden, bias=False)
-            nn.init.zeros_(self.look.weight)  # the words say most; what they leave out is learned on top
-            nn.init.zeros_(self.look.bias)
+            nn.init.zeros_(self.appearance.weight)  # the attributes say most; what they leave out is learned on top
+            nn.init.zeros_(self.appearance.bias)
         self.norm = nn.LayerNorm(hidden)
         self.kind = nn.Embedding(3, hidden)
         self.count = nn.Embedding(MOST_COUNTED + 1, hidden)
@@ -130,23 +130,23 @@ class RegionTokens(nn.Module):
         limits = valid_sizes.to(dtype).flip(-1).repeat(1, 2)[:, None]  # [B, 1, 4] width, height, width, height
         geometry = geometry_code(boxes / limits, area / limits[..., :2].prod(-1))
         seen = self.project(torch.cat([*pooled, geometry.to(weight), shape.to(weight)], -1))
-        token, attribute_logits, words = self.place(geometry.to(weight)) + self.look(seen), {}, None
+        token, attribute_logits, probs = self.position(geometry.to(weight)) + self.appearance(seen), {}, None
         if self.classes:
             sizes = list(self.classes.values())
             attribute_logits = dict(zip(self.classes, self.attribute_head(seen).split(sizes, -1), strict=True))
-            words = torch.cat([logits.softmax(-1) for logits in attribute_logits.values()], -1)
-            token = token + self.words(words)
+            probs = torch.cat([logits.softmax(-1) for logits in attribute_logits.values()], -1)
+            token = token + self.attribute_embedding(probs)
         order = _left_to_right(boxes, area, present)
         image = self._image_tokens(features, valid_sizes.to(dtype), (height, width))
-        return ObjectTokens(self.norm(token), present, order, area / limits[..., :2].prod(-1), image, attribute_logits, words)
+        return ObjectTokens(self.norm(token), present, order, area / limits[..., :2].prod(-1), image, attribute_logits, probs)
 
-    def told(self, instance_masks: list[Tensor], attributes: dict[str, list[Tensor]]) -> ObjectTokens:
-        """Make the tokens of scenes that are told and not seen: places and attributes instead of feature maps, no image tokens.
+    def from_attributes(self, instance_masks: list[Tensor], attributes: dict[str, list[Tensor]]) -> ObjectTokens:
+        """Make the tokens of objects whose attributes are given: places and attributes instead of feature maps, no image tokens.
 
         instance_masks: B x bool [N_b, H, W] of one size.  attributes: name -> B x int64 [N_b], a negative value is unknown.
 
         Raises:
-            GrexError: attributes other than those that the model has words for.
+            GrexError: attributes other than those that the model knows.
         """
         if not self.classes or set(self.classes) - attributes.keys():
             raise fault(
@@ -165,10 +165,10 @@ class RegionTokens(nn.Module):
         for name, classes in self.classes.items():
             value = torch.nn.utils.rnn.pad_sequence(attributes[name], batch_first=True, padding_value=-1).to(device)
             known.append(F.one_hot(value.clamp(min=0), classes) * (value >= 0)[..., None])
-        words = torch.cat(known, -1).to(weight)
-        token = self.place(geometry.to(weight)) + self.words(words)
+        probs = torch.cat(known, -1).to(weight)
+        token = self.position(geometry.to(weight)) + self.attribute_embedding(probs)
         image = token.new_zeros(len(masks), 0, token.shape[-1])
-        return ObjectTokens(self.norm(token), present, _left_to_right(boxes, area, present), area_norm, image, {}, words)
+        return ObjectTokens(self.norm(token), present, _left_to_right(boxes, area, present), area_norm, image, {}, probs)
 
     def select(self, objects: ObjectTokens, image_index: Tensor, member: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Return the prefix of E object sets: tokens [E, G + P, D], their mask (bool), and the sets' summaries [E, D].
@@ -189,8 +189,10 @@ class RegionTokens(nn.Module):
         kind, source = kind.gather(1, place), order.gather(1, place)
         tokens = objects.tokens[image_index[:, None], source] + self.kind(kind.clamp(max=TARGET))
         among_others: Tensor | float = 0.0
-        if objects.words is not None:
-            rivalry, sharing = compare(objects.words, list(self.classes.values()), image_index, member, other.scatter(1, order, other))
+        if objects.attribute_probs is not None:
+            rivalry, sharing = compare(
+                objects.attribute_probs, list(self.classes.values()), image_index, member, other.scatter(1, order, other)
+            )
             tokens = tokens + self.rivals(rivalry.to(tokens.dtype)).gather(1, source[..., None].expand_as(tokens))
             among_others = self.shared(sharing.to(tokens.dtype))
         image = objects.image[image_index] + self.kind.weight[IMAGE]
@@ -360,7 +362,7 @@ def check_masks(masks: list[Tensor], features: list[Tensor]) -> tuple[int, int]:
 
 def _check_box(index: int, box: list[float], height: int, width: int) -> None:
     if len(box) != 4 or not all(math.isfinite(v) for v in box):
-        raise fault(f"box {index} is {box}", "four finite numbers x1, y1, x2, y2 in pixels", "mend the box")
+        raise fault(f"box {index} is {box}", "four finite numbers x1, y1, x2, y2 in pixels", "fix the box")
     x1, y1, x2, y2 = box
     if x2 <= x1 or y2 <= y1:
         raise fault(f"box {index} {box} has no area", "x1 < x2 and y1 < y2", "give the corners left, top, right, bottom")

@@ -49,7 +49,7 @@ def build_norm(kind: str, channels: int) -> nn.Module:
         if channels % GROUPS:
             raise fault(f"{channels} channels with norm group", f"a multiple of {GROUPS}", "change model.vision.widths or norm")
         return nn.GroupNorm(GROUPS, channels)
-    raise fault(f'model.vision.norm "{kind}"', "frozen_batch or group", "mend the name")
+    raise fault(f'model.vision.norm "{kind}"', "frozen_batch or group", "fix the name")
 
 
 class Shortcut(nn.Module):
@@ -109,7 +109,7 @@ class Stem(nn.Module):
     def __init__(self, kind: str, in_channels: int, width: int, norm: str) -> None:
         super().__init__()
         if kind not in ("conv7", "conv3"):
-            raise fault(f'model.vision.stem "{kind}"', "conv7 or conv3", "mend the name")
+            raise fault(f'model.vision.stem "{kind}"', "conv7 or conv3", "fix the name")
         size = 7 if kind == "conv7" else 3
         self.pooled = kind == "conv7"
         self.conv = nn.Conv2d(in_channels, width, size, 2, size // 2, bias=False)
@@ -129,7 +129,7 @@ class ResNet(nn.Module):
         super().__init__()
         if not len(config.widths) == len(config.depths) == len(STAGE_STRIDES):
             raise fault(
-                f"model.vision.widths {config.widths} and depths {config.depths}", f"{len(STAGE_STRIDES)} numbers in each", "mend the lists"
+                f"model.vision.widths {config.widths} and depths {config.depths}", f"{len(STAGE_STRIDES)} numbers in each", "fix the lists"
             )
         self.coordinates = config.coordinates
         self.stem = Stem(config.stem, 5 if config.coordinates else 3, config.stem_width, config.norm)
@@ -181,4 +181,4 @@ def _block(config: VisionConfig, stage: int, in_width: int, out_width: int, stri
         return BasicBlock(in_width, out_width, stride, config.norm)
     if config.block == "bottleneck":
         return Bottleneck(in_width, out_width, config.bottleneck_widths[stage], stride, config.norm)
-    raise fault(f'model.vision.block "{config.block}"', "basic or bottleneck", "mend the name")
+    raise fault(f'model.vision.block "{config.block}"', "basic or bottleneck", "fix the name")

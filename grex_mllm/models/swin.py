@@ -45,7 +45,7 @@ class WindowAttention(nn.Module):
     def __init__(self, width: int, num_heads: int, window: int) -> None:
         super().__init__()
         if width % num_heads:
-            raise fault(f"swin width {width} with {num_heads} heads", "heads that divide the width", "mend model.vision.swin_heads")
+            raise fault(f"swin width {width} with {num_heads} heads", "heads that divide the width", "fix model.vision.swin_heads")
         self.num_heads, self.window = num_heads, window
         self.qkv = nn.Linear(width, 3 * width)
         self.proj = nn.Linear(width, width)
@@ -161,9 +161,9 @@ class SwinTransformer(nn.Module):
     def __init__(self, config: VisionConfig, text_width: int) -> None:
         super().__init__()
         if config.fusion not in ("none", "pwam"):
-            raise fault(f'model.vision.fusion "{config.fusion}"', "none or pwam", "mend the name")
+            raise fault(f'model.vision.fusion "{config.fusion}"', "none or pwam", "fix the name")
         if not len(config.swin_depths) == len(config.swin_heads) == len(self.strides):
-            raise fault(f"swin_depths {config.swin_depths}, swin_heads {config.swin_heads}", "four numbers in each", "mend the lists")
+            raise fault(f"swin_depths {config.swin_depths}, swin_heads {config.swin_heads}", "four numbers in each", "fix the lists")
         self.fuses_language = config.fusion == "pwam"
         self.patch_embed = PatchEmbedding(config.embed_width)
         blocks = sum(config.swin_depths)

@@ -30,7 +30,7 @@ class TextEncoder(nn.Module):
 
         if config.path is not None:
             if not (Path(config.path) / "config.json").is_file():
-                raise fault(f"model.text.path {config.path}", "a folder with config.json and weights", "mend the path, or leave it out")
+                raise fault(f"model.text.path {config.path}", "a folder with config.json and weights", "fix the path, or leave it out")
             self.bert = BertModel.from_pretrained(
                 config.path,
                 add_pooling_layer=False,

@@ -68,7 +68,7 @@ class HubEncoder(nn.Module):
                 config.out_features = stages
                 self.net = AutoBackbone.from_config(config)
         except (OSError, ValueError, AttributeError) as error:
-            raise fault(f"model.vision.name hf:{path} ({error})", "a folder or hub id of a backbone", "mend the name") from None
+            raise fault(f"model.vision.name hf:{path} ({error})", "a folder or hub id of a backbone", "fix the name") from None
         if len(stages) < NUM_MAPS:
             raise fault(f"hf:{path} with {len(stages)} stages", f"at least {NUM_MAPS}", "choose a hierarchical network")
         self.channels = tuple(self.net.channels)
@@ -102,7 +102,7 @@ def build_vision(config: VisionConfig, text_width: int) -> nn.Module:
     elif config.name.startswith("hf:"):
         net = HubEncoder(config.name.removeprefix("hf:"))
     else:
-        raise fault(f'model.vision.name "{config.name}"', "resnet, swin, timm:<model> or hf:<folder or hub id>", "mend the name")
+        raise fault(f'model.vision.name "{config.name}"', "resnet, swin, timm:<model> or hf:<folder or hub id>", "fix the name")
     if config.weights is not None:
         load_weights(net, config.weights)
     return net

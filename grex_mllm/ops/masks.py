@@ -44,7 +44,7 @@ def segmentation_to_mask(
     raise fault(
         f"segmentation of type {type(segmentation).__name__}",
         "a list of polygons or a COCO RLE dict",
-        "mend the record or leave the mask out",
+        "fix the record or leave the mask out",
     )
 
 
@@ -60,7 +60,7 @@ def decode_rle(rle: dict[str, Any], height: int | None = None, width: int | None
         raise fault(
             f"RLE mask of size {code_height}x{code_width}{swapped}",
             f"{height}x{width}, the image's height x width",
-            "mend the record's size",
+            "fix the record's size",
         )
     check_size(code_height, code_width)
     counts = rle["counts"]
@@ -107,7 +107,7 @@ def check_size(height: int, width: int) -> None:
     """Raise GrexError where a mask would be empty or larger than MAX_MASK_PIXELS."""
     if height <= 0 or width <= 0 or height * width > MAX_MASK_PIXELS:
         raise fault(
-            f"mask size {height}x{width}", f"positive sides and at most {MAX_MASK_PIXELS:,} pixels", "mend height and width in the record"
+            f"mask size {height}x{width}", f"positive sides and at most {MAX_MASK_PIXELS:,} pixels", "fix height and width in the record"
         )
 
 
@@ -116,7 +116,7 @@ def _polygons_to_mask(polygons: list[Any], height: int, width: int, out_height: 
     for polygon in usable_polygons(polygons):
         points = np.asarray(polygon, np.float64)
         if not np.isfinite(points).all():
-            raise fault("polygon with a coordinate that is no finite number", "pixels of the image", "mend or remove the polygon")
+            raise fault("polygon with a coordinate that is no finite number", "pixels of the image", "fix or remove the polygon")
         # The factor first: it is exactly 1 at the original size. pycocotools walks along every edge: coordinates far outside would take
         # unbounded time and memory.
         points[0::2] = (points[0::2] * (out_width / width)).clip(-out_width, 2 * out_width)
@@ -129,17 +129,17 @@ def _polygons_to_mask(polygons: list[Any], height: int, width: int, out_height: 
 def _rle_size(rle: dict[str, Any]) -> tuple[int, int]:
     size, counts = rle.get("size"), rle.get("counts")
     if not isinstance(size, list | tuple) or len(size) != 2 or not all(isinstance(n, int) and n > 0 for n in size):
-        raise fault(f"RLE with size {size!r}", "[height, width]", "mend the record")
+        raise fault(f"RLE with size {size!r}", "[height, width]", "fix the record")
     if not isinstance(counts, str | bytes | list):
-        raise fault(f"RLE with counts of type {type(counts).__name__}", "a string or a list of run lengths", "mend the record")
+        raise fault(f"RLE with counts of type {type(counts).__name__}", "a string or a list of run lengths", "fix the record")
     return int(size[0]), int(size[1])
 
 
 def _checked_runs(runs: list[int], total: int) -> list[int]:
     if not all(isinstance(run, int) and run >= 0 for run in runs):
-        raise fault("RLE with a run that is no whole number of pixels", "run lengths >= 0", "mend the record")
+        raise fault("RLE with a run that is no whole number of pixels", "run lengths >= 0", "fix the record")
     if sum(runs) != total:
-        raise fault(f"RLE whose runs cover {sum(runs)} pixels", f"{total}, height x width", "mend the record's size or counts")
+        raise fault(f"RLE whose runs cover {sum(runs)} pixels", f"{total}, height x width", "fix the record's size or counts")
     return runs
 
 
@@ -157,7 +157,7 @@ def _decompress_counts(counts: str | bytes) -> list[int]:
         while more:
             if position >= len(code) or not 48 <= code[position] < 112 or shift > 60:
                 raise GrexError(
-                    "RLE counts are cut off or hold a character that no RLE has; expected COCO's compressed form; mend the record"
+                    "RLE counts are cut off or hold a character that no RLE has; expected COCO's compressed form; fix the record"
                 )
             character = code[position] - 48
             position += 1

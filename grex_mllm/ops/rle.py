@@ -47,7 +47,7 @@ def check_rle(rle: Any, height: int | None = None, width: int | None = None) -> 
     covered = int(runs.sum())
     if covered != size[0] * size[1] or (len(runs) and int(runs.min()) < 0):
         raise fault(
-            f"RLE whose runs cover {covered} pixels", f"{size[0] * size[1]}, height x width", "mend the size or write the mask again"
+            f"RLE whose runs cover {covered} pixels", f"{size[0] * size[1]}, height x width", "fix the size or write the mask again"
         )
     return {"size": [size[0], size[1]], "counts": counts}
 
@@ -128,7 +128,7 @@ def area(rle: Rle) -> int:
 def _scaled(polygon: list[float], height: int, width: int, scale_y: float, scale_x: float) -> list[float]:
     points = np.asarray(polygon, np.float64)
     if not np.isfinite(points).all():
-        raise fault("polygon with a coordinate that is no finite number", "pixels of the image", "mend or remove the polygon")
+        raise fault("polygon with a coordinate that is no finite number", "pixels of the image", "fix or remove the polygon")
     points[0::2] = (points[0::2] * scale_x).clip(-width, 2 * width)  # pycocotools walks along every edge: bound its work
     points[1::2] = (points[1::2] * scale_y).clip(-height, 2 * height)
     return points.tolist()
@@ -139,7 +139,7 @@ def _compress(runs: list[Any], size: Any) -> str:
         raise fault(
             f"RLE whose runs cover {sum(run for run in runs if isinstance(run, int))} pixels",
             f"{size[0] * size[1]}, height x width",
-            "mend the size or write the mask again",
+            "fix the size or write the mask again",
         )
     return _compress_runs(runs, size)["counts"]
 

@@ -36,7 +36,7 @@ def write_report(
 ) -> Path:
     """Write `run_dir`/report.html and return its path.
 
-    Reads config.yaml, log.jsonl, results.json and predictions*.jsonl; what is missing is said on the page.
+    Reads config.yaml, log.jsonl, results.json and predictions*.jsonl; what is missing is named on the page.
     get_sample: image id -> Sample with all expressions of the image; without it there are no pictures.
     image_ids: which images; by default those that the prediction lines name ("image_id").
     num_cases: cards of each sheet.
@@ -140,11 +140,11 @@ def _filter(shown: list[Any]) -> str:
 def _lead(run: RunFiles) -> str:
     provenance = run.results.get("provenance", {}) if isinstance(run.results.get("provenance"), dict) else {}
     flat = flatten(provenance)
-    said = [str(flat[name]) for name in ("dataset", "dataset.name", "dataset.split", "split") if isinstance(flat.get(name), str)]
+    named = [str(flat[name]) for name in ("dataset", "dataset.name", "dataset.split", "split") if isinstance(flat.get(name), str)]
     text = f"Run <b>{escape(run.name)}</b>"
     return (
         text
-        + (f", scored on {escape(', '.join(dict.fromkeys(said)))}." if said else ".")
+        + (f", scored on {escape(', '.join(dict.fromkeys(named)))}." if named else ".")
         + " Fractions in percent; the marks on the bars are the dummies."
     )
 

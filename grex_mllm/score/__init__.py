@@ -55,7 +55,7 @@ def score(
     if per_sample and out is None:
         raise fault("per-sample rows without an output file", "a path for results.json", "give out")
     if num_processes < 1:
-        raise fault(f"{num_processes} processes", "at least one", "mend --num-processes")
+        raise fault(f"{num_processes} processes", "at least one", "fix --num-processes")
     protocol = load_protocol(protocol_path)
     given = [Path(p) for p in ([predictions_path] if isinstance(predictions_path, str | Path) else predictions_path)]
     truth = open_truth(data_folder, split)
@@ -162,7 +162,7 @@ def _drop_maskless(tally: Tally, notes: list[str]) -> None:
         return
     if tally.num_masks_found:
         given = f"{absent} of {absent + tally.num_masks_found} targeted expressions whose targets have no segmentation"
-        raise fault(given, "masks for all or for none", "mend the data")
+        raise fault(given, "masks for all or for none", "fix the data")
     notes.append("masks: the dataset has no segmentations; not scored")
     for key in [k for k in tally.metrics if k[2] in ("gres", "res")]:
         del tally.metrics[key]

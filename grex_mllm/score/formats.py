@@ -89,7 +89,7 @@ def _from_coco(path: Path) -> Iterator[dict[str, Any]]:
 
 def _xyxy(box: Any, path: Path) -> list[float]:
     if not isinstance(box, list) or len(box) != 4 or not all(type(v) in (int, float) for v in box):
-        raise fault(f"{path}: bbox {box!r}", "[x, y, width, height]", "mend the row")
+        raise fault(f"{path}: bbox {box!r}", "[x, y, width, height]", "fix the row")
     return [float(box[0]), float(box[1]), float(box[0] + box[2]), float(box[1] + box[3])]
 
 

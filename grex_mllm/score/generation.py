@@ -1,4 +1,4 @@
-"""Generation lines against the references: text metrics, round trips, the grammar's judgement; for greedy and listener-chosen answers."""
+"""Generation lines against the references: text metrics, round trips, the grammar's judgement; for greedy and re-ranked answers."""
 
 from __future__ import annotations
 
@@ -108,7 +108,7 @@ def _match(
         image_id, targets = line["image_id"], line["targets"]
         if not isinstance(image_id, str) or not isinstance(targets, list) or not all(isinstance(t, str) for t in targets):
             raise fault(
-                f"generation line for image {image_id!r}, targets {str(targets)[:60]}", "string ids as in the dataset", "mend the line"
+                f"generation line for image {image_id!r}, targets {str(targets)[:60]}", "string ids as in the dataset", "fix the line"
             )
         named = group_by == "ref_id" and line.get("ref_id") is not None
         keys = (
@@ -141,9 +141,9 @@ def _match(
 def _take(answers: Answers, answer: dict[str, Any], key: SetKey) -> None:
     text, judgement = answer.get("expression"), answer.get("judgement")
     if text is not None and not isinstance(text, str):
-        raise fault(f"{':'.join(key)}: expression {text!r}", "a string", "mend the line")
+        raise fault(f"{':'.join(key)}: expression {text!r}", "a string", "fix the line")
     if judgement is not None and judgement not in JUDGEMENTS:
-        raise fault(f"{':'.join(key)}: judgement {judgement!r}", f"one of {', '.join(JUDGEMENTS)}", "mend the line")
+        raise fault(f"{':'.join(key)}: judgement {judgement!r}", f"one of {', '.join(JUDGEMENTS)}", "fix the line")
     answers.expressions.append(text or "")
     answers.round_trips.append(answer.get("round_trip"))
     answers.judgements.append(judgement)
@@ -191,12 +191,12 @@ def _assemble(
 ) -> dict[str, Any]:
     block: dict[str, Any] = {}
     for name, members in _subsets(items).items():
-        said = [answers.expressions[k] for k in members]
-        lengths = [len(text.split()) for text in said]
+        written = [answers.expressions[k] for k in members]
+        lengths = [len(text.split()) for text in written]
         block[name] = texts[name] | {
-            "distinct": len(set(said)) / len(said),
+            "distinct": len(set(written)) / len(written),
             "mean_words": sum(lengths) / len(lengths),
-            "empty": sum(not text.strip() for text in said) / len(said),
+            "empty": sum(not text.strip() for text in written) / len(written),
         }
         judged = [answers.judgements[k] for k in members]
         if any(j is not None for j in answers.judgements):

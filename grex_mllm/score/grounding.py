@@ -193,7 +193,7 @@ def _fill_masks(truth: TruthFolder, record: ExpressionRecord, answer: dict[str, 
 def _frame_scores(truth: TruthFolder, record: ExpressionRecord, answer: dict[str, Any], tolerance: float) -> tuple[float, float]:
     gt, image = truth.mask(record.image_id, record.targets), truth.image(record.image_id)
     if gt is None:
-        raise fault(f"{record.expression_id}: targets without a segmentation", "masks on every frame", "mend the data")
+        raise fault(f"{record.expression_id}: targets without a segmentation", "masks on every frame", "fix the data")
     if not answer:
         return 0.0, 0.0
     given = answer.get("mask_rle")
@@ -217,7 +217,7 @@ def _checked(record: ExpressionRecord, rle: Any, height: int | None, width: int 
 def _count(answer: dict[str, Any]) -> int:
     value = answer.get("count")
     if type(value) is not int or value < 0:
-        raise fault(f"{answer.get('expression_id')}: count {value!r}", "a whole number >= 0", "mend the line")
+        raise fault(f"{answer.get('expression_id')}: count {value!r}", "a whole number >= 0", "fix the line")
     return value
 
 
@@ -227,12 +227,12 @@ def _head(answer: dict[str, Any]) -> bool | None:
     if value is None:
         return None if answer.get("no_target_prob") is None else _probability(answer) > ARGMAX
     if not isinstance(value, bool):
-        raise fault(f"{answer.get('expression_id')}: no_target {value!r}", "true or false", "mend the line")
+        raise fault(f"{answer.get('expression_id')}: no_target {value!r}", "true or false", "fix the line")
     return value
 
 
 def _probability(line: dict[str, Any]) -> float:
     value = line["no_target_prob"]
     if not isinstance(value, int | float) or not 0 <= value <= 1:
-        raise fault(f"{line.get('expression_id')}: no_target_prob {value!r}", "a number in [0, 1]", "mend the line")
+        raise fault(f"{line.get('expression_id')}: no_target_prob {value!r}", "a number in [0, 1]", "fix the line")
     return float(value)

@@ -24,7 +24,7 @@ class GresRules:
 
 @dataclass(frozen=True)
 class ResRules:
-    """thresholds: X of Pr@X; expressions without a target are no part of RES and are left out, with their number told."""
+    """thresholds: X of Pr@X; expressions without a target are no part of RES and are left out, with their number reported."""
 
     thresholds: tuple[float, ...] = (0.5, 0.6, 0.7, 0.8, 0.9)
 
@@ -130,7 +130,7 @@ def load_protocol(path: str | Path) -> Protocol:
         _known(given, [f.name for f in fields(RULES[task])], path, f"tasks.{task}.")
         for key, value in given.items():
             if key in CHOICES and value not in CHOICES[key]:
-                raise fault(f"{path}: tasks.{task}.{key} is {value!r}", f"one of {', '.join(map(str, CHOICES[key]))}", "mend the file")
+                raise fault(f"{path}: tasks.{task}.{key} is {value!r}", f"one of {', '.join(map(str, CHOICES[key]))}", "fix the file")
         tasks[task] = RULES[task](**{k: tuple(v) if isinstance(v, list) else v for k, v in given.items()})
     words = {key: str(raw[key]).strip() for key in ("thresholds_chosen", "description") if key in raw}
     return Protocol(str(raw["name"]), raw["version"], tasks, sha256=hashlib.sha256(text).hexdigest(), **words)

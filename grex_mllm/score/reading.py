@@ -104,7 +104,7 @@ def index_predictions(paths: list[Path]) -> PredictionFiles:
         where = f"{paths[file_number]} line {line}"
         status = value.get("status", "ok")
         if status not in STATUSES:
-            raise fault(f"{where}: status {status!r}", f"one of {', '.join(STATUSES)}", "mend the line")
+            raise fault(f"{where}: status {status!r}", f"one of {', '.join(STATUSES)}", "fix the line")
         if "expression_id" in value:
             if not isinstance(value["expression_id"], str):
                 raise fault(f"{where}: expression_id {value['expression_id']!r}", "a string", "write the id of expressions.jsonl")
@@ -122,7 +122,7 @@ def index_predictions(paths: list[Path]) -> PredictionFiles:
             unknown.update(value.keys() - GENERATION_KEYS)
         else:
             raise fault(
-                f"{where} with fields {', '.join(sorted(value)) or '(none)'}", "expression_id, or image_id and targets", "mend the line"
+                f"{where} with fields {', '.join(sorted(value)) or '(none)'}", "expression_id, or image_id and targets", "fix the line"
             )
     index = PredictionFiles(
         paths,
@@ -179,11 +179,11 @@ def prediction_boxes(line: dict[str, Any]) -> tuple[list[list[float]], list[floa
     boxes, scores = line.get("boxes_xyxy"), line.get("box_scores")
     name = line.get("expression_id") or line.get("image_id")
     if not isinstance(boxes, list) or not all(isinstance(b, list) and len(b) == 4 and all(_number(v) for v in b) for b in boxes):
-        raise fault(f"{name}: boxes_xyxy {str(boxes)[:60]}", "a list of [x1, y1, x2, y2]", "mend the line")
+        raise fault(f"{name}: boxes_xyxy {str(boxes)[:60]}", "a list of [x1, y1, x2, y2]", "fix the line")
     if scores is None:
         scores = [1.0] * len(boxes)
     if not isinstance(scores, list) or len(scores) != len(boxes) or not all(_number(s) for s in scores):
-        raise fault(f"{name}: box_scores {str(scores)[:60]}", f"{len(boxes)} numbers, one for each box", "mend the line")
+        raise fault(f"{name}: box_scores {str(scores)[:60]}", f"{len(boxes)} numbers, one for each box", "fix the line")
     return boxes, scores
 
 

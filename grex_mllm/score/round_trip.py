@@ -53,14 +53,14 @@ class RoundTrip:
             raise GrexError(f"round trip, image {image_id}: {error}") from None
         if image.shape[:2] != (record.height, record.width):
             given = f"image {image_id} of {image.shape[0]}x{image.shape[1]} (height x width)"
-            raise fault(given, f"{record.height}x{record.width}, as its record says", "mend images.jsonl")
+            raise fault(given, f"{record.height}x{record.width}, as its record says", "fix images.jsonl")
         settings = self.net.config.predict
         found = self.net.ground(self.net.encode(image), [t.strip()[:MAX_EXPRESSION_CHARACTERS] for t in texts], settings.batch)
         self.num_grounded += len(texts)
         return [_fields(result, settings.masks) for result in found]
 
     def provenance(self) -> dict[str, Any]:
-        """Return which model heard how many texts."""
+        """Return which model grounded how many texts."""
         weights = Path(self.model, "model.safetensors")
         if not weights.is_file():
             return {"model": self.model, "sha256": None, "num_grounded": self.num_grounded}

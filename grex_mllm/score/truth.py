@@ -57,7 +57,7 @@ class TruthFolder:
         """Return an image record; the last few are held."""
         if image_id not in self._images:
             if image_id not in self.images:
-                raise fault(f'image "{image_id}"', f"the id of a line of {self.folder / IMAGES}", "mend expressions.jsonl")
+                raise fault(f'image "{image_id}"', f"the id of a line of {self.folder / IMAGES}", "fix expressions.jsonl")
             self._images[image_id] = self.images[image_id]
             if len(self._images) > IMAGES_HELD:
                 self._images.popitem(last=False)
@@ -113,7 +113,7 @@ def open_truth(folder: str | Path, split: str) -> TruthFolder:
     path = folder / EXPRESSIONS
     for line, offset, value in read_lines(path):
         for finding in expression_findings(value):
-            raise GrexError(f"{path} line {line}, field {finding[0]}: {finding[1]}; expected {finding[2]}; mend the line")
+            raise GrexError(f"{path} line {line}, field {finding[0]}: {finding[1]}; expected {finding[2]}; fix the line")
         number = id_number(value["expression_id"])
         splits[value["split"]] = splits.get(value["split"], 0) + 1
         if value["split"] == split:

@@ -33,9 +33,9 @@ def _check_encoder(config: Config) -> None:
             "fusion of language in the image encoder swin only",
             "set model.vision.fusion to none, or model.vision.name to swin",
         )
-    if vision.fusion != "none" and decoder.name == "rela_instances":
+    if vision.fusion != "none" and decoder.name == "instance_selection":
         raise fault(
-            f"model.vision.fusion is {vision.fusion} with model.decoder.name rela_instances",
+            f"model.vision.fusion is {vision.fusion} with model.decoder.name instance_selection",
             "no fusion there: its regions are found once in an image, for all expressions",
             "set model.vision.fusion to none, or model.decoder.name to rela",
         )
@@ -76,11 +76,11 @@ def _check_joint(config: Config) -> None:
             "grounding batches, in which the generator learns, too",
             "set train.ground_ratio above 0, or train.joint_batches to false",
         )
-    if train.joint_batches and config.data.num_spoken < 1:
+    if train.joint_batches and config.data.num_generation_targets < 1:
         raise fault(
-            f"data.num_spoken is {config.data.num_spoken} with train.joint_batches",
+            f"data.num_generation_targets is {config.data.num_generation_targets} with train.joint_batches",
             "at least 1 expression of an image",
-            "raise data.num_spoken",
+            "raise data.num_generation_targets",
         )
     if generator.lm != "tiny" and (train.text.steps or train.text.scenes):
         raise fault(
@@ -91,7 +91,7 @@ def _check_joint(config: Config) -> None:
     if train.text.scenes and not generator.attribute_classes:
         raise fault(
             f"train.text.scenes is {train.text.scenes} without model.generator.attribute_classes",
-            "a generator with words for attributes",
+            "a generator that knows attributes",
             "set model.generator.attribute_classes, or train.text.scenes to 0",
         )
     if not 0 <= config.loss.lm_start < 1:

@@ -147,7 +147,7 @@ def check_deepspeed(path: str) -> dict[str, Any]:
     try:
         values = json.loads(file.read_text(encoding="utf-8"))
     except json.JSONDecodeError as error:
-        raise fault(f"train.deepspeed {path} is no JSON ({error})", "a JSON object", "mend the file") from None
+        raise fault(f"train.deepspeed {path} is no JSON ({error})", "a JSON object", "fix the file") from None
     if not isinstance(values, dict) or values.get("zero_optimization", {}).get("stage") not in (1, 2, 3):
         raise fault(
             f"train.deepspeed {path} has no zero_optimization.stage of these", "stage 1, 2 or 3", "start from deepspeed_configs/zero2.json"

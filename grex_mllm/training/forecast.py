@@ -14,11 +14,11 @@ from torch import nn
 
 from grex_mllm.config import Config
 from grex_mllm.precision import autocast, resolve_precision
+from grex_mllm.training.attribute_pretraining import pretrain_on_attributes
 from grex_mllm.training.batches import BatchSource, map_tensors
 from grex_mllm.training.engine import training_device
 from grex_mllm.training.lm import train_language_model
 from grex_mllm.training.optim import build_optimizer, clip_gradients, optimized_parameters
-from grex_mllm.training.told import train_on_told_scenes
 
 WARM_UP, MEASURED = 1, 4  # steps
 
@@ -45,7 +45,7 @@ def forecast_training(
 ) -> Forecast:
     """Time a few steps of every stage on a copy of the model, in one process; takes about fifteen steps.
 
-    scenes: batches of the language model's attribute pre-training, None without one.  lines: some of the text that the language model
+    scenes: batches of the attribute pre-training, None without one.  lines: some of the text that the language model
     reads, empty without that stage.  Evaluation, checkpoints and other programs on the machine are not foreseen.
     """
     steps, trial = WARM_UP + MEASURED, copy.deepcopy(model)
@@ -62,7 +62,7 @@ def forecast_training(
     if scenes is not None and settings.scenes:
         times = _Times()
         short = replace(config, train=replace(config.train, text=replace(settings, scenes=steps)))
-        train_on_told_scenes(trial, scenes, short, times)
+        pretrain_on_attributes(trial, scenes, short, times)
         scenes_s = times.step_s() * settings.scenes
     trial.train()
     trial.to(training_device())  # the language model's stages come before the model moves there

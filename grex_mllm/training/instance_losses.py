@@ -1,4 +1,4 @@
-"""Loss terms of `rela_instances`: regions against all objects of the image, then target selection per expression.
+"""Loss terms of `instance_selection`: regions against all objects of the image, then target selection per expression.
 
 Source: small-scale study of the house plan (regions that know instances); Hungarian matching as in DETR, dice as in MaskFormer;
 the box overlap is generalized box IoU (Rezatofighi et al.). The papers supervise regions by a minimap of the targets instead.
@@ -123,7 +123,7 @@ def selection_terms(output: GroundingOutput, batch: Batch, owner: Tensor) -> dic
 
 
 class InstanceLoss:
-    """Named terms of `rela_instances` and their weighted total. A weight of 0 leaves the term out."""
+    """Named terms of `instance_selection` and their weighted total. A weight of 0 leaves the term out."""
 
     def __init__(self, config: LossConfig) -> None:
         self.weights = asdict(config.instances)

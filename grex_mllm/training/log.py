@@ -1,7 +1,7 @@
 """What a run tells: log.jsonl, TensorBoard, and a progress bar (plain lines where there is no terminal).
 
 A line of log.jsonl covers the steps since the line before: the mean of every loss term by task ("loss/ground/mask"), learning
-rates, gradient norm, speed and memory. A resumed run cuts off what came after its checkpoint, so nothing is told twice.
+rates, gradient norm, speed and memory. A resumed run cuts off what came after its checkpoint, so nothing is text twice.
 """
 
 from __future__ import annotations
@@ -112,9 +112,9 @@ class RunLog:
         from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
         columns = (TextColumn("train"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TextColumn("left"), TimeRemainingColumn())
-        bar = Progress(*columns, TextColumn("{task.fields[told]}"), console=self.console)
+        bar = Progress(*columns, TextColumn("{task.fields[text]}"), console=self.console)
         bar.start()
-        bar.add_task("train", total=self.stop, completed=self.start, told="")
+        bar.add_task("train", total=self.stop, completed=self.start, text="")
         return bar
 
     def step(self, step: int) -> None:
@@ -159,19 +159,19 @@ class RunLog:
             self.board.close()
 
     def _show(self, step: int, line: dict[str, Any]) -> None:
-        told = "  ".join(f"{key.removeprefix('loss/')} {value:.3f}" for key, value in line.items() if key.endswith("/total"))
+        text = "  ".join(f"{key.removeprefix('loss/')} {value:.3f}" for key, value in line.items() if key.endswith("/total"))
         speed = f"{line['expressions_per_s']:.0f} expressions/s"
         if self.progress is not None:
             parts = "  ".join(
                 f"{key.split('/')[2]} {value:.3f}" for key, value in line.items() if key.startswith("loss/") and not key.endswith("/total")
             )
-            self.progress.update(self.progress.task_ids[0], completed=step, told=f"{speed}  {told}  {parts}")
+            self.progress.update(self.progress.task_ids[0], completed=step, text=f"{speed}  {text}  {parts}")
             return
         now = time.perf_counter()
         if now - self.last_plain >= PLAIN_LINE_EVERY_S or step == self.stop:
             self.last_plain = now
             left = (now - self.began) / max(step - self.start, 1) * (self.stop - step)
-            self.say(f"step {step}/{self.stop}  {told}  {speed}  {left / 60:.1f} min left")
+            self.say(f"step {step}/{self.stop}  {text}  {speed}  {left / 60:.1f} min left")
 
 
 def cut_log(file: Path, last_step: int) -> None:

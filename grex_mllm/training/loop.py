@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from grex_mllm.config import Config, TrainConfig, to_dict
 from grex_mllm.errors import GrexError, fault
-from grex_mllm.progress import told_ids
+from grex_mllm.progress import list_ids
 from grex_mllm.training import checkpoint
 from grex_mllm.training.average import WeightAverage
 from grex_mllm.training.batches import MODEL_STREAM, BatchSource, map_tensors, seed_all, stream
@@ -82,7 +82,7 @@ def check(config: TrainConfig) -> None:
     """Raise GrexError for numbers that make no run, and for an output folder that holds one already."""
     for name in ("steps", "batch_images", "accumulation", "log_every", "save_every", "keep"):
         if getattr(config, name) < 1:
-            raise fault(f"train.{name} is {getattr(config, name)}", "a number from 1", "mend it")
+            raise fault(f"train.{name} is {getattr(config, name)}", "a number from 1", "fix it")
     found = checkpoint.latest(config.out)
     if found is not None and not config.resume:
         raise fault(
@@ -150,7 +150,7 @@ class _Run:
                 self.result.steps = step
                 if step == settings.steps and window.all_too_long:
                     self.result.too_long = dict(window.all_too_long)
-                    log.say(self._told_too_long())
+                    log.say(self._list_too_long())
                 if on_step is not None:
                     on_step(step, {name: float(value.detach()) for name, value in losses.items()})
         finally:
@@ -159,10 +159,10 @@ class _Run:
             self._publish(save_model)
         return self.result
 
-    def _told_too_long(self) -> str:
+    def _list_too_long(self) -> str:
         times, most = sum(self.result.too_long.values()), self.longest
         what = f"expressions of more than model.generator.max_expression_tokens = {most} tokens were left out of generation ({times} times)"
-        return told_ids(what, sorted(self.result.too_long))
+        return list_ids(what, sorted(self.result.too_long))
 
     def _step(self, step: int, numbered: Any, window: Window) -> dict[str, Tensor]:
         """Do one optimizer step over `accumulation` batches."""

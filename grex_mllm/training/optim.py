@@ -211,5 +211,5 @@ def _check_scales(scales: dict[str, float], parameters: Mapping[str, nn.Paramete
     for start, scale in scales.items():
         if scale < 0 or not any(name.startswith(start) for name in parameters):
             raise fault(
-                f'train.optim.lr_scale "{start}": {scale}', "the start of some parameter's name and a factor of at least 0", "mend it"
+                f'train.optim.lr_scale "{start}": {scale}', "the start of some parameter's name and a factor of at least 0", "fix it"
             )

@@ -20,7 +20,7 @@ from grex_mllm.models.grex import GrexModel
 from grex_mllm.models.lm_tokenizer import LMTokenizer, train_sentencepiece
 from grex_mllm.models.text import TextTokenizer, load_text_tokenizer, train_text_tokenizer
 from grex_mllm.precision import Resolved, resolve_precision
-from grex_mllm.progress import told_ids
+from grex_mllm.progress import list_ids
 from grex_mllm.training import checkpoint
 from grex_mllm.training.batches import GENERATE, GROUND, TaskMixture, seed_all
 from grex_mllm.training.combinations import check_combinations
@@ -34,7 +34,7 @@ from grex_mllm.types import Batch
 
 TOKENIZERS = "tokenizers"
 CORPUS_LINES = 20_000
-SPOKEN_LINES = 20_000
+GENERATION_LINES = 20_000
 FORECAST_LINES = 1_000
 
 
@@ -42,7 +42,7 @@ class JointLossTerms:
     """Loss function of the loop: grounding terms for grounding batches, the language-model term for generation batches."""
 
     def __init__(self, config: Config) -> None:
-        instances = config.model.decoder.name == "rela_instances"
+        instances = config.model.decoder.name == "instance_selection"
         self.grounding: Callable[[Any, Batch], dict[str, Tensor]] = InstanceLoss(config.loss) if instances else ReLALoss(config.loss)
         self.lm_weight, self.lm_start, self.attribute_weight = config.loss.lm, config.loss.lm_start, config.loss.object_attribute
 
@@ -56,8 +56,8 @@ class JointLossTerms:
         terms = self.grounding(model.grounding.ground(features, batch.image_index, batch.text_ids, batch.text_mask), batch)
         if batch.lm_ids is None:
             return terms
-        spoken = self._generation(model, model.generator_features(features), batch, sizes, progress)
-        return terms | spoken | {"total": terms["total"] + spoken["total"]}
+        generation = self._generation(model, model.generator_features(features), batch, sizes, progress)
+        return terms | generation | {"total": terms["total"] + generation["total"]}
 
     def _generation(
         self, model: GrexModel, maps: list[Tensor], batch: Batch, sizes: list[tuple[int, int]], progress: float
@@ -130,8 +130,8 @@ def _forecast(model: GrexModel, batches: TaskMixture, loss_terms: JointLossTerms
     if config.train.num_threads:
         torch.set_num_threads(config.train.num_threads)
     text = config.train.text
-    scenes = told_batches(config, model) if text.scenes and model.generator is not None else None
-    lines = spoken_text(config, FORECAST_LINES)[:FORECAST_LINES] if text.steps and model.generator is not None else []
+    scenes = attribute_batches(config, model) if text.scenes and model.generator is not None else None
+    lines = generation_text(config, FORECAST_LINES)[:FORECAST_LINES] if text.steps and model.generator is not None else []
     states = checkpoint.random_states()
     try:
         return forecast_training(model, batches, scenes, lines, loss_terms, config)
@@ -146,7 +146,7 @@ def _tell_cut(sources: dict[str, SampleSource], tokenizer: TextTokenizer, max_to
         cut = tokenizer.too_long([record.raw for record in source.expressions], max_tokens)
         if cut:
             what = f"expressions of more than model.text.max_tokens = {max_tokens} tokens are cut there by the text encoder"
-            print(told_ids(what, [source.expressions[i].expression_id for i in cut]))
+            print(list_ids(what, [source.expressions[i].expression_id for i in cut]))
 
 
 def batch_source(
@@ -154,9 +154,9 @@ def batch_source(
 ) -> TaskMixture:
     """Return the deterministic mixture of grounding and generation batches."""
     encode_text, encode_lm = _encoders(config, text_tokenizer, lm_tokenizer)
-    speakers = {GENERATE, GROUND} if config.train.joint_batches else {GENERATE}
+    with_generation = {GENERATE, GROUND} if config.train.joint_batches else {GENERATE}
     make = {
-        task: partial(_make_batch, source, task, encode_text, encode_lm if task in speakers else None, config)
+        task: partial(_make_batch, source, task, encode_text, encode_lm if task in with_generation else None, config)
         for task, source in sources.items()
     }
     ratio = config.train.ground_ratio if GENERATE in sources else 1.0
@@ -173,7 +173,7 @@ def _encoders(config: Config, text_tokenizer: TextTokenizer, lm_tokenizer: LMTok
 
 def _make_batch(source: SampleSource, task: str, encode_text: Any, encode_lm: Any, config: Config, positions: list[int]) -> Batch:
     samples, data = [source[position] for position in positions], config.data
-    most, longest = data.num_spoken if task == GROUND else None, config.model.generator.max_expression_tokens
+    most, longest = data.num_generation_targets if task == GROUND else None, config.model.generator.max_expression_tokens
     return collate(
         samples,
         encode_text,
@@ -181,7 +181,7 @@ def _make_batch(source: SampleSource, task: str, encode_text: Any, encode_lm: An
         image_size=data.image_size,
         resize=data.resize,
         task=task,
-        num_spoken=most,
+        num_generation_targets=most,
         max_lm_tokens=longest,
     )
 
@@ -189,9 +189,9 @@ def _make_batch(source: SampleSource, task: str, encode_text: Any, encode_lm: An
 def training_sources(config: Config) -> dict[str, SampleSource]:
     """Return task -> samples by position."""
     data, seed = config.data, config.train.seed
-    speaks = config.model.generator.lm != "none"
-    generates = speaks and config.train.ground_ratio < 1
-    joint = speaks and config.train.joint_batches
+    has_generator = config.model.generator.lm != "none"
+    generates = has_generator and config.train.ground_ratio < 1
+    joint = has_generator and config.train.joint_batches
     if data.train == "synthetic":
         from grex_mllm.data.synthetic.stream import training_stream
 
@@ -257,10 +257,10 @@ def _whole(folder: Path, write: Callable[[Path], Any]) -> None:
 
 
 def learn_from_text(model: GrexModel, config: Config) -> None:
-    """Train the tiny language model without images, on lines of text and on told scenes; it stands in for pre-trained weights."""
+    """Train the tiny language model without images, on lines of text and on attributes of objects; it stands in for pre-trained weights."""
     from grex_mllm.progress import progress_bar
+    from grex_mllm.training.attribute_pretraining import pretrain_on_attributes
     from grex_mllm.training.lm import train_language_model
-    from grex_mllm.training.told import train_on_told_scenes
 
     settings, precision = config.train.text, resolve_precision(config.train.precision, model.device).precision
     if settings.steps and model.generator is not None and config.model.generator.lm == "tiny":
@@ -268,7 +268,7 @@ def learn_from_text(model: GrexModel, config: Config) -> None:
             train_language_model(
                 lm,
                 model.generator.tokenizer,
-                spoken_text(config),
+                generation_text(config),
                 steps=settings.steps,
                 batch=settings.batch,
                 lr=settings.lr,
@@ -277,35 +277,35 @@ def learn_from_text(model: GrexModel, config: Config) -> None:
                 progress=progress,
             )
     if settings.scenes:
-        with progress_bar("language model on told scenes") as progress:
-            train_on_told_scenes(model, told_batches(config, model), config, progress)
+        with progress_bar("attribute pre-training") as progress:
+            pretrain_on_attributes(model, attribute_batches(config, model), config, progress)
 
 
-def told_batches(config: Config, model: GrexModel) -> TaskMixture:
-    """Return the batches of told scenes: other scenes than the joint training sees, where data is drawn."""
+def attribute_batches(config: Config, model: GrexModel) -> TaskMixture:
+    """Return the batches of the attribute pre-training: other scenes than the joint training sees, where data is drawn."""
     encoders = _encoders(config, model.text_tokenizer, model.generator.tokenizer if model.generator is not None else None)
-    make = partial(_make_batch, told_scenes(config), GENERATE, *encoders, config)
+    make = partial(_make_batch, attribute_samples(config), GENERATE, *encoders, config)
     return TaskMixture({GENERATE: make}, config.train.batch_images, 0.0, config.train.seed)
 
 
-def told_scenes(config: Config) -> SampleSource:
+def attribute_samples(config: Config) -> SampleSource:
     """Return the samples whose images are not looked at."""
-    data = replace(config.data, expressions_per_image=config.train.text.num_spoken)
+    data = replace(config.data, expressions_per_image=config.train.text.num_generation_targets)
     if data.train == "synthetic":
-        from grex_mllm.data.synthetic.stream import TOLD_OFFSET, training_stream
+        from grex_mllm.data.synthetic.stream import PRETRAINING_OFFSET, training_stream
 
-        return training_stream(data, data.train_split, config.train.text.scenes * config.train.batch_images, True, True, TOLD_OFFSET)
+        return training_stream(data, data.train_split, config.train.text.scenes * config.train.batch_images, True, True, PRETRAINING_OFFSET)
     options: dict[str, Any] = {"targeted_only": True, "training": True, "seed": config.train.seed, "image_root": data.image_root}
     return FolderDataset(data.train, data.train_split, data.expressions_per_image, **options)
 
 
-def spoken_text(config: Config, least: int = SPOKEN_LINES) -> list[str]:
-    """Return the lines that the tiny language model reads: at least so many as the generator shall speak, or the training expressions."""
+def generation_text(config: Config, least: int = GENERATION_LINES) -> list[str]:
+    """Return the lines that the tiny language model reads: at least so many as the generator shall write, or the training expressions."""
     if config.data.train != "synthetic":
         return training_text(config)
-    from grex_mllm.data.synthetic.stream import TOLD_OFFSET, training_stream
+    from grex_mllm.data.synthetic.stream import PRETRAINING_OFFSET, training_stream
 
-    stream = training_stream(config.data, config.data.train_split, 0, True, True, TOLD_OFFSET)
+    stream = training_stream(config.data, config.data.train_split, 0, True, True, PRETRAINING_OFFSET)
     lines: list[str] = []
     while len(lines) < least:
         lines += [record.expression for record in stream[len(lines)].expressions]

@@ -30,7 +30,7 @@ def adopt_start(config: Config) -> None:
     folder = Path(str(config.train.start))
     for name in (CONFIG, WEIGHTS):
         if not (folder / name).is_file():
-            raise fault(f"train.start {folder} has no {name}", "a model folder", "convert or train one, or mend train.start")
+            raise fault(f"train.start {folder} has no {name}", "a model folder", "convert or train one, or fix train.start")
     text, theirs = config.model.text, load_config(folder / CONFIG).model.text
     if any((folder / TOKENIZER / name).is_file() for name in ("tokenizer.json", "vocab.txt")):
         text.tokenizer = str(folder / TOKENIZER)
@@ -54,7 +54,7 @@ def start_from(model: GrexModel, folder: str | Path) -> list[str]:
 
     file = Path(folder) / WEIGHTS
     if not file.is_file():
-        raise fault(f"train.start {folder} has no {WEIGHTS}", "a model folder", "convert or train one, or mend train.start")
+        raise fault(f"train.start {folder} has no {WEIGHTS}", "a model folder", "convert or train one, or fix train.start")
     try:
         given = load_file(str(file))
     except (SafetensorError, OSError) as error:
@@ -70,8 +70,10 @@ def start_from(model: GrexModel, folder: str | Path) -> list[str]:
         ],
     }
     if any(wrong.values()):
-        told = "; ".join(f"{len(names)} {word}: {', '.join(names[:SEVERAL])}" for word, names in wrong.items() if names)
-        raise GrexError(f"{file} does not fit the model ({told}); expected its tensors but for new heads; give the same sizes under model")
+        differences = "; ".join(f"{len(names)} {word}: {', '.join(names[:SEVERAL])}" for word, names in wrong.items() if names)
+        raise GrexError(
+            f"{file} does not fit the model ({differences}); expected its tensors but for new heads; give the same sizes under model"
+        )
     model.load_saved_state({**own, **given}, str(file))
     return new
 

@@ -33,7 +33,7 @@ class SyntheticDataset:
         draw_kind(lambda: 0.0, kind_weights)
         if length < 1 or expressions_per_image < 0:
             raise fault(
-                f"{length} scenes with {expressions_per_image} expressions", "at least 1 scene and 0 expressions", "mend the numbers"
+                f"{length} scenes with {expressions_per_image} expressions", "at least 1 scene and 0 expressions", "fix the numbers"
             )
         self.config, self.split, self.length = config, split, length
         self.expressions_per_image = expressions_per_image
@@ -89,7 +89,7 @@ def check_config(config: SyntheticConfig) -> None:
     ]
     for name, value, holds, expected in checks:
         if not holds:
-            raise fault(f"data.synthetic.{name} is {value}", expected, "mend the configuration")
+            raise fault(f"data.synthetic.{name} is {value}", expected, "fix the configuration")
 
 
 def _image_record(drawn: DrawnScene, image_id: str) -> ImageRecord:

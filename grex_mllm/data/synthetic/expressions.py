@@ -67,7 +67,7 @@ def draw_kind(r: Draw, kind_weights: Mapping[str, float] | None) -> str:
         raise fault(
             f"kind weights {dict(kind_weights)}",
             f"non-negative weights, some above 0, for kinds among {', '.join(KINDS)}",
-            "mend the weights",
+            "fix the weights",
         )
     point = r() * total
     for kind, weight in kind_weights.items():

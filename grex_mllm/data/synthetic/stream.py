@@ -6,52 +6,54 @@ import random
 from dataclasses import replace
 
 from grex_mllm.config import DataConfig
+from grex_mllm.data.synthetic.canonical import canonical_expression
 from grex_mllm.data.synthetic.dataset import SyntheticDataset
 from grex_mllm.data.synthetic.expressions import KINDS
 from grex_mllm.data.synthetic.meaning import scene_from_record
-from grex_mllm.data.synthetic.plain import plain_expression
 from grex_mllm.types import Sample
 
 ENDLESS = 1 << 40
 GENERATION_OFFSET = 1 << 36  # generation batches see other scenes than grounding batches
-TOLD_OFFSET = 1 << 37  # and scenes that are told are others again
+PRETRAINING_OFFSET = 1 << 37  # the attribute pre-training others again
 EASY = ("category", "attribute", "shared_attribute", "separate_attributes", "extreme", "negation")
-PLAIN_SHARE = 0.9  # of the expressions that the generator learns from
+CANONICAL_SHARE = 0.9  # of the expressions that the generator learns from
 EASY_WEIGHT = 3.0  # how much more often they come than the rest in the first part
 
 
 class TrainingStream:
     """Samples by position 0, 1, 2, ...; the first `easy_positions` favour the easy kinds. A pure function of the position."""
 
-    def __init__(self, easy: SyntheticDataset, full: SyntheticDataset, easy_positions: int, offset: int, plain_share: float = 0.0) -> None:
-        self.easy, self.full, self.easy_positions, self.offset, self.plain_share = easy, full, easy_positions, offset, plain_share
+    def __init__(
+        self, easy: SyntheticDataset, full: SyntheticDataset, easy_positions: int, offset: int, canonical_share: float = 0.0
+    ) -> None:
+        self.easy, self.full, self.easy_positions, self.offset, self.canonical_share = easy, full, easy_positions, offset, canonical_share
 
     def __len__(self) -> int:
         return ENDLESS
 
     def __getitem__(self, position: int) -> Sample:
         sample = (self.easy if position < self.easy_positions else self.full)[self.offset + position]
-        if self.plain_share > 0:
-            _speak_plainly(sample, self.plain_share, position)
+        if self.canonical_share > 0:
+            _make_canonical(sample, self.canonical_share, position)
         return sample
 
 
-def _speak_plainly(sample: Sample, share: float, position: int) -> None:
+def _make_canonical(sample: Sample, share: float, position: int) -> None:
     """Replace a share of the expressions by the plainest ones for the same targets."""
     scene, draw = scene_from_record(sample.record), random.Random(position)
     for record in sample.expressions:
         if draw.random() < share:
-            text = plain_expression(scene, [int(target.rpartition(":")[2]) for target in record.targets])
+            text = canonical_expression(scene, [int(target.rpartition(":")[2]) for target in record.targets])
             if text is not None:
                 record.expression = text  # the grounding text encoder reads `raw`
 
 
 def training_stream(
-    data: DataConfig, split: str, num_positions: int, targeted_only: bool, spoken: bool, offset: int | None = None
+    data: DataConfig, split: str, num_positions: int, targeted_only: bool, generation: bool, offset: int | None = None
 ) -> TrainingStream:
     """Return the stream of one task. num_positions: how many the whole training will read; targeted_only: no no-target expressions.
 
-    spoken: the generator learns from these batches.  offset: of the scenes' indices; by default each task has its own scenes.
+    generation: the generator learns from these batches.  offset: of the scenes' indices; by default each task has its own scenes.
     """
     config = replace(data.synthetic, no_target_share=0.0) if targeted_only else data.synthetic
     weights = {kind: EASY_WEIGHT if kind in EASY else 1.0 for kind in KINDS}
@@ -59,4 +61,4 @@ def training_stream(
     full = SyntheticDataset(config, split, ENDLESS, data.expressions_per_image)
     if offset is None:
         offset = GENERATION_OFFSET if targeted_only else 0
-    return TrainingStream(easy, full, round(data.easy_share * num_positions), offset, PLAIN_SHARE if spoken else 0.0)
+    return TrainingStream(easy, full, round(data.easy_share * num_positions), offset, CANONICAL_SHARE if generation else 0.0)

@@ -1,4 +1,4 @@
-"""Regions that are instances: the language-free half of `rela_instances`, once per image.
+"""Regions that are instances: the language-free half of `instance_selection`, once per image.
 
 Proposals are read off the mask features of the pixel decoder, cell by cell (a heat map of object centres and a box for each cell, as in
 CenterNet, Zhou et al. 2019). The best ones become region queries: each looks at its own box (sampled features), at the image, and at the

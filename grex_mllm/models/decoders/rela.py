@@ -36,7 +36,7 @@ class Attention(nn.Module):
     def __init__(self, width: int, num_heads: int) -> None:
         super().__init__()
         if width % num_heads:
-            raise fault(f"decoder width {width} with {num_heads} heads", "heads that divide the width", "mend model.decoder")
+            raise fault(f"decoder width {width} with {num_heads} heads", "heads that divide the width", "fix model.decoder")
         self.width, self.num_heads = width, num_heads
         self.in_proj_weight = nn.Parameter(torch.empty(3 * width, width))
         self.in_proj_bias = nn.Parameter(torch.zeros(3 * width))
@@ -124,9 +124,9 @@ class Rela(nn.Module):
     def __init__(self, config: DecoderConfig, width: int, mask_width: int, text_width: int) -> None:
         super().__init__()
         if width != config.width:
-            raise fault(f"model.decoder.width {config.width}, pixel decoder {width}", "the same width for rela", "mend model.decoder.width")
+            raise fault(f"model.decoder.width {config.width}, pixel decoder {width}", "the same width for rela", "fix model.decoder.width")
         if config.ria not in RIA or config.rla not in RLA:
-            raise fault(f'model.decoder.ria "{config.ria}", rla "{config.rla}"', f"ria of {RIA}, rla of {RLA}", "mend the names")
+            raise fault(f'model.decoder.ria "{config.ria}", rla "{config.rla}"', f"ria of {RIA}, rla of {RLA}", "fix the names")
         self.config = config
         regions, layers = config.minimap_side**2, range(config.num_layers)
         self.attends = config.ria == "attention"
@@ -139,13 +139,13 @@ class Rela(nn.Module):
             self.region_image = nn.ModuleList(PooledLayer(width, config.minimap_side) for _ in layers)
         self.region_region = nn.ModuleList(AttentionLayer(width, config.num_heads) for _ in layers if config.rla in ("both", "region"))
         attended = config.rla in ("both", "language")
-        speaking = layers if config.language_every_layer else layers[:1]
-        self.region_language = nn.ModuleList(AttentionLayer(width, config.num_heads) for _ in speaking if attended)
+        reading = layers if config.language_every_layer else layers[:1]
+        self.region_language = nn.ModuleList(AttentionLayer(width, config.num_heads) for _ in reading if attended)
         self.language_projection = nn.Linear(text_width, width, bias=False)
         self.language_weight = nn.Parameter(torch.zeros(1)) if attended else None  # no axis at all is more than DeepSpeed can send
         if attended:  # released: language starts as nothing
             nn.init.zeros_(self.language_projection.weight)
-        self.language_norms = nn.ModuleList(nn.LayerNorm(width) for _ in speaking if not attended)
+        self.language_norms = nn.ModuleList(nn.LayerNorm(width) for _ in reading if not attended)
         self.feedforward = nn.ModuleList(Feedforward(width, config.feedforward) for _ in layers)
         self.norm = nn.LayerNorm(width)
         self.heads = RegionHeads(width, mask_width, config.minimap_side, config.boxes, config.count)
@@ -159,7 +159,7 @@ class Rela(nn.Module):
                 small = F.interpolate(pixels.mask_features, size=level.shape[-2:], mode="bilinear", align_corners=False)
                 mask_levels.append(small.flatten(2))
         x = self.region_features.weight.expand(len(pixels.mask_features), -1, -1)
-        start = self._look(0, x, memory[0], mask_levels, Grouping(len(x), 1))
+        start = self._read_image(0, x, memory[0], mask_levels, Grouping(len(x), 1))
         return RegionImages(memory, mask_levels, pixels.mask_features, start)
 
     def forward(self, regions: RegionImages, image_index: Tensor, text: TextFeatures) -> GroundingOutput:
@@ -178,8 +178,8 @@ class Rela(nn.Module):
         for i in range(len(self.region_image)):
             if i > 0:
                 kept = groups.of_image if self.attends else partial(torch.index_select, dim=0, index=image_index)
-                x = self._look(i, x, tuple(kept(m) for m in regions.memory[i]), mask_levels, groups)
-            x = self._listen(i, x, tokens, text.mask)
+                x = self._read_image(i, x, tuple(kept(m) for m in regions.memory[i]), mask_levels, groups)
+            x = self._read_text(i, x, tokens, text.mask)
             if len(self.region_region):
                 layer: Any = self.region_region[i]
                 query = x + position
@@ -202,7 +202,7 @@ class Rela(nn.Module):
         position = sine_positions(height, width, tokens.shape[-1], tokens.device, tokens.dtype)
         return layer.attention.project(tokens + position, 1), layer.attention.project(tokens, 2)
 
-    def _look(self, i: int, x: Tensor, memory: tuple[Tensor, ...], mask_levels: list[Tensor], groups: Grouping) -> Tensor:
+    def _read_image(self, i: int, x: Tensor, memory: tuple[Tensor, ...], mask_levels: list[Tensor], groups: Grouping) -> Tensor:
         """Region-image attention of layer i, each region within its own mask."""
         layer: Any = self.region_image[i]
         if not self.attends:
@@ -219,7 +219,7 @@ class Rela(nn.Module):
         allowed = masks.sigmoid() >= 0.5
         return allowed | ~allowed.any(dim=-1, keepdim=True)
 
-    def _listen(self, i: int, x: Tensor, tokens: Tensor, mask: Tensor) -> Tensor:
+    def _read_text(self, i: int, x: Tensor, tokens: Tensor, mask: Tensor) -> Tensor:
         """Let the regions read the words: attention, or the product with the mean word (RLA's baseline)."""
         if self.language_weight is None:
             if i >= len(self.language_norms):

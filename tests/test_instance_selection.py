@@ -1,4 +1,4 @@
-"""The decoder `rela_instances` and its losses."""
+"""The decoder `instance_selection` and its losses."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from grex_mllm.config import LossConfig, SyntheticConfig
 from grex_mllm.data.collate import collate
 from grex_mllm.data.synthetic import SyntheticDataset
 from grex_mllm.models.decoders.image_regions import OUTSIDE_LOGIT, PAIR_WIDTH, box_area, pair_geometry, region_masks
-from grex_mllm.models.decoders.rela_instances import LanguageLayer
+from grex_mllm.models.decoders.instance_selection import LanguageLayer
 from grex_mllm.training.instance_losses import InstanceLoss, heat_terms, region_terms
 from grex_mllm.types import Batch
 

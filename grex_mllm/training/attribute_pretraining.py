@@ -1,8 +1,8 @@
-"""Train the tiny language model on scenes that are told, not seen: objects as words and places in, an expression for some of them out.
+"""Attribute pre-training of the tiny language model: attributes and places of objects in, an expression for some of them out; no pixels.
 
 It stands in for what a pre-trained language model brings along: reading a list of things with their properties, and telling some of them
-from the others. No image takes part. Objects enter as they later do from an image, with the words of their true attributes in place of what
-is recognised.
+from the others. No image takes part. Objects enter as they later do from an image, with their true attributes in place of those that
+are recognised.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from grex_mllm.types import Batch
 LOSS_MEMORY = 0.98  # of the running mean that is reported
 
 
-def train_on_told_scenes(
+def pretrain_on_attributes(
     model: GrexModel, source: BatchSource, config: Config, progress: Callable[[float, float], None] | None = None
 ) -> float:
     """Train the base of the language model, adapters off, and the region tokens on `train.text.scenes` batches; return the running mean of
@@ -54,7 +54,7 @@ def train_on_told_scenes(
             loss = _loss(model, batch, precision)
             value = float(loss.detach())
             if not math.isfinite(value):
-                raise fault(f"loss {value} at step {step} of the training on told scenes", "a finite number", "lower train.text.lr")
+                raise fault(f"loss {value} at step {step} of the attribute pre-training", "a finite number", "lower train.text.lr")
             optimizer.zero_grad(set_to_none=True)
             loss.backward()
             clip_gradients(optimized_parameters(optimizer), optim.clip)
@@ -70,8 +70,10 @@ def train_on_told_scenes(
 
 def _loss(model: GrexModel, batch: Batch, precision: str) -> Tensor:
     if batch.lm_ids is None or batch.lm_mask is None or batch.lm_index is None:
-        raise fault("told scenes without any expression that has a target", "at least one in a batch", "raise train.batch_images")
+        raise fault(
+            "attribute pre-training without any expression that has a target", "at least one in a batch", "raise train.batch_images"
+        )
     index, targets = batch.image_index[batch.lm_index], [batch.target_index[e] for e in batch.lm_index.tolist()]
     with autocast(precision, model.device.type):
         attributes = batch.instance_attributes or {}
-        return model.generator.told(batch.instance_masks, attributes, index, targets, batch.lm_ids, batch.lm_mask).loss
+        return model.generator.forward_attributes(batch.instance_masks, attributes, index, targets, batch.lm_ids, batch.lm_mask).loss

@@ -1,4 +1,4 @@
-"""Scenes that are told in words and places: the same tokens as from an image, and training on them."""
+"""Attribute pre-training: the same tokens as from an image, and training on them."""
 
 from __future__ import annotations
 
@@ -9,15 +9,15 @@ import torch
 from tiny import tiny_config, tiny_model
 
 from grex_mllm.data.synthetic import SyntheticDataset, corpus
-from grex_mllm.data.synthetic.plain import plain_expression
+from grex_mllm.data.synthetic.canonical import canonical_expression
 from grex_mllm.errors import GrexError
 from grex_mllm.models.grex import GrexModel
 from grex_mllm.models.lm_tokenizer import train_sentencepiece
 from grex_mllm.models.region_tokens import RegionTokens
 from grex_mllm.models.text import train_text_tokenizer
+from grex_mllm.training.attribute_pretraining import pretrain_on_attributes
 from grex_mllm.training.batches import GENERATE, GROUND, TaskMixture
-from grex_mllm.training.run import JointLossTerms, batch_source, spoken_text, told_batches, training_sources
-from grex_mllm.training.told import train_on_told_scenes
+from grex_mllm.training.run import JointLossTerms, attribute_batches, batch_source, generation_text, training_sources
 
 CLASSES = "{shape: 7, colour: 6, size: 2, texture: 3}"
 
@@ -48,33 +48,35 @@ def test_a_told_object_has_the_token_of_a_seen_one() -> None:
     mask = torch.zeros(2, 16, 20, dtype=torch.bool)
     mask[0, 2:9, 3:6] = mask[1, 4:15, 10:19] = True
     seen = tokens([torch.randn(1, 4, 8, 10)], [mask])
-    told = tokens.told([mask], {"colour": [torch.tensor([1, 1])], "shape": [torch.tensor([0, 0])], "age": [torch.tensor([0, 0])]})
+    given = tokens.from_attributes(
+        [mask], {"colour": [torch.tensor([1, 1])], "shape": [torch.tensor([0, 0])], "age": [torch.tensor([0, 0])]}
+    )
     for name in ("tokens", "present", "order", "area"):
-        torch.testing.assert_close(getattr(told, name), getattr(seen, name))
-    other = tokens.told([mask], {"colour": [torch.tensor([0, -1])], "shape": [torch.tensor([0, 0])]})
-    assert not torch.allclose(other.tokens[0, 0], told.tokens[0, 0]) and not torch.allclose(other.tokens[0, 1], told.tokens[0, 1])
+        torch.testing.assert_close(getattr(given, name), getattr(seen, name))
+    other = tokens.from_attributes([mask], {"colour": [torch.tensor([0, -1])], "shape": [torch.tensor([0, 0])]})
+    assert not torch.allclose(other.tokens[0, 0], given.tokens[0, 0]) and not torch.allclose(other.tokens[0, 1], given.tokens[0, 1])
     with pytest.raises(GrexError, match="shape"):
-        tokens.told([mask], {"colour": [torch.tensor([1, 1])]})
+        tokens.from_attributes([mask], {"colour": [torch.tensor([1, 1])]})
 
 
 def test_told_scenes_teach_the_language_model_and_nothing_that_sees(tmp_path: Path) -> None:
     model = knowing_model(tmp_path)
     before = {name: p.detach().clone() for name, p in model.named_parameters()}
-    batches = told_batches(model.config, model)
+    batches = attribute_batches(model.config, model)
     losses: list[float] = []
-    running = train_on_told_scenes(model, batches, model.config, lambda done, loss: losses.append(loss))
+    running = pretrain_on_attributes(model, batches, model.config, lambda done, loss: losses.append(loss))
     assert running == losses[-1] and len(losses) == 30
     assert losses[-1] < 0.9 * losses[0]
     moved = {name for name, p in model.named_parameters() if not torch.equal(p, before[name])}
     assert any(name.startswith("generator.lm.") for name in moved) and not any("lora_" in name for name in moved)
-    assert "generator.region_tokens.words.weight" in moved and not any(name.startswith("grounding.") for name in moved)
+    assert "generator.region_tokens.attribute_embedding.weight" in moved and not any(name.startswith("grounding.") for name in moved)
     frozen = {name for name, p in model.named_parameters() if not p.requires_grad}
     assert frozen and all(name.startswith("generator.lm.") and "lora_" not in name for name in frozen)
 
 
 def test_told_batches_are_a_function_of_their_number(tmp_path: Path) -> None:
     model = knowing_model(tmp_path)
-    batches = told_batches(model.config, model)
+    batches = attribute_batches(model.config, model)
     (_, first), (_, again), (_, second) = batches.at(0), batches.at(0), batches.at(1)
     assert first.expression_ids == again.expression_ids and torch.equal(first.text_ids, again.text_ids)
     assert first.image_ids != second.image_ids
@@ -84,12 +86,12 @@ def test_told_scenes_need_a_part_that_knows_attributes(tmp_path: Path) -> None:
     model = tiny_model()
     model.config.train.text.scenes = 1
     with pytest.raises(GrexError, match="attribute_classes"):
-        train_on_told_scenes(model, TaskMixture({GENERATE: lambda places: None}, 1, 0.0, 0), model.config)  # type: ignore[arg-type, return-value, dict-item]
+        pretrain_on_attributes(model, TaskMixture({GENERATE: lambda places: None}, 1, 0.0, 0), model.config)  # type: ignore[arg-type, return-value, dict-item]
 
 
 def test_lines_for_the_language_model_are_mostly_plain() -> None:
     config = tiny_config(data__expressions_per_image=4)
-    lines = spoken_text(config)
+    lines = generation_text(config)
     assert len(lines) >= 20_000 and sum(line.startswith("the small") or line.startswith("all small") for line in lines) > 3_000
 
 
@@ -102,19 +104,19 @@ def test_plain_speech_is_exact_and_says_what_the_objects_share() -> None:
         sample = data[i]
         for record in sample.expressions:
             if not record.targets:
-                assert plain_expression(sample, []) is None
+                assert canonical_expression(sample, []) is None
                 continue
-            text = plain_expression(sample, record.targets)
+            text = canonical_expression(sample, record.targets)
             if text is not None:
                 assert check_expression(text, sample, record.targets) == "exact"
-                assert text == plain_expression(sample, list(reversed(record.targets)))
+                assert text == canonical_expression(sample, list(reversed(record.targets)))
                 said, words = said + 1, words + len(text.split())
     assert said > 240 and 5 < words / said < 9
 
 
 def test_the_generators_loss_may_begin_later(tmp_path: Path) -> None:
     """Before `loss.lm_start` only the attributes of the objects are learned; from there on the expressions are, too."""
-    model = knowing_model(tmp_path, loss__lm_start=0.5, train__joint_batches="true", data__num_spoken=2)
+    model = knowing_model(tmp_path, loss__lm_start=0.5, train__joint_batches="true", data__num_generation_targets=2)
     _, batch = batch_source(model.config, training_sources(model.config), model.text_tokenizer, model.generator.tokenizer).at(0)
     terms = JointLossTerms(model.config)
     early, late = (terms(model.train(), batch, GROUND, progress) for progress in (0.49, 0.5))

@@ -1,4 +1,4 @@
-"""The plain speaker: one expression for a set of objects, the same for the same set, chosen so that saying it takes little thought.
+"""the canonical speaker: one expression for a set of objects, the same for the same set, chosen so that saying it takes little thought.
 
 It says everything that the objects share ("the small red striped circle"), and looks for more only where that fits other objects, too.
 Objects that share too little are listed, each named in full, from left to right. Least is left to comparing, most to seeing, and what is
@@ -28,15 +28,15 @@ class _Habit(random.Random):
         return 0.28
 
 
-def plain_expression(scene: Scene | Sample | ImageRecord, targets: Iterable[int | str]) -> str | None:
-    """Return the plain speaker's expression, which denotes exactly `targets`, or None where the grammar has no short one.
+def canonical_expression(scene: Scene | Sample | ImageRecord, targets: Iterable[int | str]) -> str | None:
+    """Return the canonical speaker's expression, which denotes exactly `targets`, or None where the grammar has no short one.
 
     targets: positions or annotation ids.  Always worded alike: a generator learns one habit faster than the whole variety of the grammar.
     """
     known, mask = resolve(scene, targets)
     if not mask:
         return None
-    for tree in itertools.chain(_plain_trees(known, mask), short_trees(known, mask)):
+    for tree in itertools.chain(_canonical_trees(known, mask), short_trees(known, mask)):
         if denoted(tree, known) == mask:
             text = word_expression(tree, _Habit())
             if text is not None:
@@ -44,7 +44,7 @@ def plain_expression(scene: Scene | Sample | ImageRecord, targets: Iterable[int 
     return None
 
 
-def _plain_trees(scene: Scene, targets: int) -> Iterator[Expression]:
+def _canonical_trees(scene: Scene, targets: int) -> Iterator[Expression]:
     number = targets.bit_count()
     if number == 1:
         yield from _names(scene, targets)

@@ -67,8 +67,8 @@ class LanguageLayer(nn.Module):
         return (weights.to(value.dtype) @ value).transpose(1, 2).flatten(2)
 
 
-class RelaInstances(nn.Module):
-    """See the module's docstring. Entry "rela_instances" of DECODERS.
+class InstanceSelection(nn.Module):
+    """See the module's docstring. Entry "instance_selection" of DECODERS.
 
     Source: GRES paper section 4 for the idea; differences are listed above. `minimap_logits` are those of the K kept regions
     (not of P x P cells); `minimap_prob` lays their probabilities out on P x P cells.
