@@ -53,7 +53,6 @@ def our_task(name: str, task: str, args: argparse.Namespace) -> Callable[[], obj
     from grex_mllm.config import load_config
     from grex_mllm.models import build_grounding
     from grex_mllm.models.grounding import upsample_logits
-    from grex_mllm.training.losses import ReLALoss
     from grex_mllm.training.optim import build_optimizer, clip_gradients, optimized_parameters
 
     config = load_config(str(Path(args.worker) / "configs" / f"gres_rela_{name}.yaml"))
@@ -64,7 +63,7 @@ def our_task(name: str, task: str, args: argparse.Namespace) -> Callable[[], obj
     image, ids, mask = made_inputs(task, args)
     if task == "step":
         model.train()
-        loss, optimizer = ReLALoss(config.loss), build_optimizer(model, config.train.optim)
+        loss, optimizer = criterion_of(config), build_optimizer(model, config.train.optim)
         trained, batch = optimized_parameters(optimizer), made_targets(args)
 
         def step() -> None:
@@ -142,6 +141,17 @@ def authors_task(name: str, task: str, args: argparse.Namespace) -> Callable[[],
             model([sample])
 
     return ground
+
+
+def criterion_of(config: Any) -> Any:
+    """Return the losses of ReLA, of this checkout or of one from before decoders had their own."""
+    try:
+        from grex_mllm.entries import entry
+    except ImportError:
+        from grex_mllm.training.losses import ReLALoss  # type: ignore[import-not-found]
+
+        return ReLALoss(config.loss)
+    return entry("model.decoder", config.model.decoder.name).Criterion(config.model.decoder)
 
 
 def made_inputs(task: str, args: argparse.Namespace) -> tuple[Any, Any, Any]:

@@ -13,8 +13,8 @@ import pstats
 import statistics
 import time
 
-from grex_mllm.config import SyntheticConfig
 from grex_mllm.data.synthetic import SyntheticDataset
+from grex_mllm.data.synthetic.settings import SyntheticConfig
 
 WARM_UP = 2500  # scenes; fills the cache of rasterised shapes
 

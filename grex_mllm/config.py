@@ -7,13 +7,18 @@ from __future__ import annotations
 
 import difflib
 from dataclasses import asdict, dataclass, field, fields, is_dataclass
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
-from grex_mllm.errors import GrexError
+from grex_mllm.entries import CONTRACTS, SOURCES, entry
+from grex_mllm.errors import GrexError, fault
 from grex_mllm.shipped import CONFIG_FOLDER as CONFIG_FOLDER
 from grex_mllm.shipped import PROTOCOL_FOLDER as PROTOCOL_FOLDER
 from grex_mllm.shipped import find_file
+
+DEFAULT_ENTRIES = {"model.decoder": "rela", "model.generator": "region_tokens", "train.pretraining": "tiny_lm"}
+ALWAYS = ("model.decoder",)  # present also where a configuration does not name it
 
 
 @dataclass
@@ -38,6 +43,7 @@ class VisionConfig:
     window: int = 12
     drop_path: float = 0.3
     fusion: str = "none"  # none | pwam (language fused after every stage)
+    patches: int = 0  # cut the image into so many squared patches, each encoded alone (GRES paper, table 2, "hard split, input"); 0 = whole
 
 
 @dataclass
@@ -76,162 +82,52 @@ class PixelDecoderConfig:
 
 
 @dataclass
-class DecoderConfig:
-    """name: an entry of DECODERS."""
-
-    name: str = "rela"
-    width: int = 256
-    num_heads: int = 8
-    num_layers: int = 9
-    feedforward: int = 2048
-    minimap_side: int = 10
-    boxes: bool = True
-    count: bool = True
-    # rela only
-    ria: str = "attention"  # attention | pooled (hard split in the decoder) | hard_split (of the input image)
-    rla: str = "both"  # both | region | language | none (point-wise product with the mean language feature)
-    language_every_layer: bool = False  # as in the paper; the released code has language in the first layer only
-    mask_language_padding: bool = False  # the released code attends to padding tokens
-    language_scale: float = 0.1
-    deep_supervision: bool = False  # give the loss every layer's answer
-    # instance_selection only
-    image_layers: int = 2
-    language_layers: int = 3
-    kept_regions: int = 20
-    heat_width: int = 96
-    roi_size: int = 5
-    roi_channels: int = 32
-    num_levels: int = 2
-    mask_upsample: int = 2
-    attribute_classes: dict[str, int] = field(default_factory=dict)  # scene metadata: name -> number of classes; {} = none used
-
-
-@dataclass
-class GeneratorConfig:
-    """LLM that writes group expressions. lm: none | tiny | <folder or hub id>."""
-
-    lm: str = "none"
-    # sizes of the tiny Llama (lm: tiny)
-    vocab_size: int = 1000  # of the sentencepiece tokenizer trained for it
-    hidden_size: int = 128
-    num_layers: int = 3
-    num_heads: int = 4
-    intermediate_size: int = 384
-    max_positions: int = 512
-    # how a folder or hub LLM is loaded
-    dtype: str = "float32"  # float32 | bfloat16 | float16 | auto
-    quantisation: str = "none"  # none | nf4 | int8 (bitsandbytes)
-    attn_implementation: str = "sdpa"  # sdpa | eager | flash_attention_2
-    gradient_checkpointing: bool = False
-    # adapters; rank 0 = none
-    lora_rank: int = 16
-    lora_alpha: float = 32.0
-    lora_dropout: float = 0.0
-    lora_targets: list[str] = field(default_factory=lambda: ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"])
-    # region tokens
-    projector_width: int = 256
-    image_grid: int = 2  # image tokens = image_grid squared; 0 = none
-    distractors: bool = True  # tokens for the objects that are not selected
-    max_distractors: int = 16  # the largest ones
-    distractor_dropout: float = 0.0  # share of training sets that hide them: in use, the other objects may be unknown
-    shape_side: int = 8  # the mask inside its box as a shape_side x shape_side picture; 0 = none
-    context_layers: int = 0  # self-attention among the tokens of an object set before the LM
-    attribute_classes: dict[str, int] = field(
-        default_factory=dict
-    )  # heads and embeddings for attributes of the objects: name -> classes; {} = none
-    box_share: float = 0.0  # share of training images whose objects are given as boxes instead of masks
-    # text
-    prompt: str = ""  # instruction around the region tokens, for example "{regions} Name exactly these objects: "; empty = none
-    max_expression_tokens: int = 64
-    max_new_tokens: int = 40
-    max_rows: int = 512  # sequences decoded at once
-
-
-@dataclass
 class ModelConfig:
+    """The parts of a model. decoder and generator: the `Config` of an entry of DECODERS and GENERATORS (`grex_mllm/entries.py`)."""
+
     vision: VisionConfig = field(default_factory=VisionConfig)
     text: TextConfig = field(default_factory=TextConfig)
     pixel_decoder: PixelDecoderConfig = field(default_factory=PixelDecoderConfig)
-    decoder: DecoderConfig = field(default_factory=DecoderConfig)
-    generator: GeneratorConfig = field(default_factory=GeneratorConfig)
+    decoder: Any = None  # of the entry that `name` chooses (default rela)
+    generator: Any = None  # of the entry that `name` chooses (default region_tokens); None = grounding alone
+
+    def __post_init__(self) -> None:
+        if self.decoder is None:
+            self.decoder = entry("model.decoder", DEFAULT_ENTRIES["model.decoder"]).Config()
 
 
 @dataclass
-class SyntheticConfig:
-    """Synthetic scenes. held_out: pairs "colour shape" or "texture shape" that only the split `compositional` shows.
+class WeightedSource:
+    """One part of a training mixture. train: a dataset folder, or a source by name.  weight: its share.  split, image_root: its own."""
 
-    min_visible: least visible share of every object.  noise: strongest noise in grey levels, drawn anew for each scene.
-    """
-
-    seed: int = 0
-    image_size: int = 96
-    min_objects: int = 2
-    max_objects: int = 12
-    min_visible: float = 0.45
-    noise: int = 10
-    no_target_share: float = 0.22
-    held_out: list[str] = field(
-        default_factory=lambda: ["red star", "blue triangle", "green ring", "yellow square", "purple circle", "orange cross", "dotted bar"]
-    )
+    train: str
+    weight: float = 1.0
+    split: str | None = None
+    image_root: str | None = None
 
 
 @dataclass
 class DataConfig:
-    """train: a dataset folder, or "synthetic"."""
+    """train: a dataset folder, a source by name ("synthetic"), or a list of those with weights.  sources: knobs of the sources by name."""
 
-    train: str = "synthetic"
+    train: str | list[WeightedSource] = "synthetic"
     train_split: str = "train"
     image_size: int = 480
     resize: str = "squash"  # squash (aspect ignored, as released) | pad (longest side, padded right and bottom)
     image_root: str | None = None  # where the images lie, when not where dataset.json says
     expressions_per_image: int = 8
     num_workers: int = 0
-    num_generation_targets: int = 8  # expressions of an image that the generator learns from in one grounding batch (train.joint_batches)
-    easy_share: float = 0.0  # synthetic: first part of the training in which the easy kinds come more often
-    synthetic: SyntheticConfig = field(default_factory=SyntheticConfig)
-
-
-@dataclass
-class InstanceLossConfig:
-    """Weights of the terms of instance_selection: regions against all objects, then the choice of targets."""
-
-    heat: float = 1.0
-    cell_box_l1: float = 5.0
-    cell_box_giou: float = 1.0
-    objectness: float = 2.0
-    box_l1: float = 5.0
-    box_giou: float = 2.0
-    mask_bce: float = 2.0
-    mask_dice: float = 2.0
-    attribute: float = 0.5  # each scene attribute, where the model has heads for them
-    target: float = 1.0
-    no_target: float = 0.5
-    count: float = 0.5
+    num_generation_targets: int = 8  # expressions of an image, at most, that the generator learns from in a batch
+    sources: dict[str, Any] = field(default_factory=dict)
 
 
 @dataclass
 class LossConfig:
-    """Weights of the named loss terms; 0 switches a term off. The defaults are the article's joint weights (2, 5, 0.2, 1)."""
+    """Weights of the two parts of a step; the terms within them are weighed by the decoder's and the generator's own `loss`."""
 
-    mask: float = 2.0
-    minimap: float = 0.2
-    no_target: float = 0.2
-    box_l1: float = 5.0
-    box_giou: float = 5.0
-    box_score: float = 2.0
-    count: float = 1.0
-    class_weights: list[float] = field(default_factory=lambda: [0.9, 1.1])  # of background and target in the cross-entropies
-    minimap_target: str = "area"  # area (share of the cell, a soft target) | truncated (as released: 1 where all sampled pixels are)
-    box_score_kind: str = "focal"  # focal | bce
-    deep_supervision: float = 0.0  # weight of each earlier layer's terms beside the last layer's
-    match_score: float = 2.0  # weights of the pairing cost of boxes and queries
-    match_l1: float = 5.0
-    match_giou: float = 2.0
-
-    instances: InstanceLossConfig = field(default_factory=InstanceLossConfig)  # instance_selection has terms of its own
-    lm: float = 1.0  # the generator's language-model loss
-    lm_start: float = 0.0  # share of the training before the generator's loss begins; its attributes are learned from the start
-    object_attribute: float = 0.3  # each scene attribute of the generator's objects, where it has heads for them
+    ground: float = 1.0
+    generate: float = 1.0
+    generate_start: float = 0.0  # share of the training before the expressions are learned; see the generator's `forward`
 
 
 @dataclass
@@ -259,26 +155,11 @@ class OptimConfig:
 
 
 @dataclass
-class TextTrainConfig:
-    """Training of the tiny language model without images, on lines of text, then on attributes of objects. The joint training freezes it.
-
-    The attribute pre-training reads attributes and places of objects, no pixels; it needs data with attributes and
-    model.generator.attribute_classes.
-    """
-
-    steps: int = 0  # batches of lines; 0 = none
-    batch: int = 64  # lines
-    lr: float = 2e-3
-    scenes: int = 0  # batches of train.batch_images scenes of the attribute pre-training; 0 = none
-    num_generation_targets: int = 8  # expressions of such a scene that the generator learns from
-
-
-@dataclass
 class TrainConfig:
     """The training loop.
 
     steps: optimizer steps.  batch_images: images of one batch, over all processes; `accumulation` batches make one step.
-    ground_ratio: share of grounding batches, the rest are generation batches.
+    tasks: what is learned: all (that the model has) | ground | generate (text encoder and decoder stay as they are).
     save_every, log_every: in steps; a checkpoint is also made at the end.  keep: how many checkpoints stay.
     start: a model folder whose weights the training starts from; heads that it lacks start as built.
     resume: go on from the newest complete checkpoint in `out` if there is one.  deepspeed: a JSON of deepspeed_configs/, or None.
@@ -291,8 +172,7 @@ class TrainConfig:
     steps: int = 10000
     batch_images: int = 8
     accumulation: int = 1
-    ground_ratio: float = 1.0  # 1 = no generation batches
-    joint_batches: bool = False  # grounding batches teach the generator, too: the image is encoded once for both
+    tasks: str = "all"
     precision: str = "auto"  # auto (bf16 where the machine multiplies it natively, else fp32) | fp32 | bf16 | fp16 (not on CPU)
     log_every: int = 20
     save_every: int = 500
@@ -301,7 +181,7 @@ class TrainConfig:
     deepspeed: str | None = None
     num_threads: int = 0
     optim: OptimConfig = field(default_factory=OptimConfig)
-    text: TextTrainConfig = field(default_factory=TextTrainConfig)
+    pretraining: Any = None  # of the entry that `name` chooses (default tiny_lm); None = none
 
 
 @dataclass
@@ -352,34 +232,106 @@ def load_config(path: str | Path | None = None, overrides: list[str] | None = No
     Raises:
         GrexError: file missing, unknown key (with a suggestion), or a value of the wrong type.
     """
+    source = str(path) if path is not None else "command line"
+    data = read_yaml(path) if path is not None else {}
+    changes = [item if item.startswith("--") else f"--{item}" for item in overrides or []]
+    chosen = {}
+    for field_name in CONTRACTS:
+        own = [item for item in changes if item.partition("=")[0] == f"--{field_name}" or item.startswith(f"--{field_name}.")]
+        changes = [item for item in changes if item not in own]
+        chosen[field_name] = _entry_config(field_name, _take(data, field_name), own, source)
+    sources = {}
+    for name, module in SOURCES.items():
+        where = f"data.sources.{name}"
+        own = [item for item in changes if item.startswith(f"--{where}.")]
+        changes = [item for item in changes if item not in own]
+        given = (data.get("data") or {}).get("sources", {}).pop(name, None)
+        if given is not None or own:
+            sources[name] = parsed(import_module(module).Config, given or {}, own, where, source)
+    unknown = sorted((data.get("data") or {}).get("sources", {}))
+    if unknown:
+        raise fault(f"{source}: data.sources.{unknown[0]}", f"one of {', '.join(SOURCES)}", "fix the name")
+    config = parsed(Config, data, changes, "", source)
+    config.data.sources |= sources
+    for field_name, value in chosen.items():
+        section, name = field_name.split(".")
+        setattr(getattr(config, section), name, value)
+    return config  # type: ignore[no-any-return]
+
+
+def read_yaml(path: str | Path) -> dict[str, Any]:
+    """Read a YAML file of sections.
+
+    Raises:
+        GrexError: file missing, no YAML, or no mapping.
+    """
     import yaml
+
+    file = find_file(path)
+    if not file.is_file():
+        raise GrexError(f"config {file} does not exist; expected a YAML file; give one of configs/*.yaml")
+    try:
+        data = yaml.safe_load(file.read_text(encoding="utf-8")) or {}
+    except yaml.YAMLError as error:
+        raise GrexError(f"config {file} is not valid YAML ({error}); expected key: value lines; fix the file") from None
+    if not isinstance(data, dict):
+        raise GrexError(f"config {file} holds a {type(data).__name__}; expected a mapping of sections; see configs/")
+    return data
+
+
+def parsed(kind: Any, data: dict[str, Any], changes: list[str], where: str, source: str) -> Any:
+    """Return a dataclass `kind` with the values of `data` and the flags --a.b=c in `changes` (below the field `where`), types checked.
+
+    Raises:
+        GrexError: unknown key (with a suggestion), or a value of the wrong type.
+    """
     from jsonargparse import ArgumentError, ArgumentParser
 
+    check_keys(data, kind, where, source)
+    start = f"--{where}." if where else "--"
+    flags = [f"--{item.removeprefix(start)}" for item in changes]
+    for item in flags:
+        check_keys(_nest(item.removeprefix("--").partition("=")[0]), kind, where, "command line")
     parser = ArgumentParser(exit_on_error=False)
-    parser.add_class_arguments(Config, as_group=False)
-    data: dict[str, Any] = {}
-    if path is not None:
-        file = find_file(path)
-        if not file.is_file():
-            raise GrexError(f"config {file} does not exist; expected a YAML file; give one of configs/*.yaml")
-        try:
-            data = yaml.safe_load(file.read_text(encoding="utf-8")) or {}
-        except yaml.YAMLError as error:
-            raise GrexError(f"config {file} is not valid YAML ({error}); expected key: value lines; fix the file") from None
-        if not isinstance(data, dict):
-            raise GrexError(f"config {file} holds a {type(data).__name__}; expected a mapping of sections; see configs/")
-        check_keys(data, Config, "", str(file))
-    for item in overrides or []:
-        name, _, _value = item.removeprefix("--").partition("=")
-        check_keys(_nest(name), Config, "", "command line")
+    parser.add_class_arguments(kind, as_group=False)
     try:
-        parsed = parser.parse_object(data)
-        if overrides:
-            parsed = parser.parse_args([item if item.startswith("--") else f"--{item}" for item in overrides], namespace=parsed)
-        config = parser.instantiate_classes(parsed)
+        values = parser.parse_object(data)
+        if flags:
+            values = parser.parse_args(flags, namespace=values)
+        made = parser.instantiate_classes(values)
     except ArgumentError as error:
-        raise GrexError(f"{path or 'command line'}: {error}; expected a value of the field's type; fix the value") from None
-    return Config(**{f.name: config[f.name] for f in fields(Config)})
+        raise GrexError(f"{source}: {where and where + ': '}{error}; expected a value of the field's type; fix the value") from None
+    return kind(**{f.name: made[f.name] for f in fields(kind)})
+
+
+def _take(data: dict[str, Any], field_name: str) -> Any:
+    """Take a nested field out of the data; None where it is not set."""
+    section, name = field_name.split(".")
+    inner = data.get(section)
+    if not isinstance(inner, dict) or name not in inner:
+        return None
+    data[section] = {key: value for key, value in inner.items() if key != name}
+    return inner[name]
+
+
+def _entry_config(field_name: str, given: Any, changes: list[str], source: str) -> Any:
+    """Return the `Config` of the entry that `name` in the data or in the changes chooses; None for a field that is left out."""
+    import yaml
+
+    for item in [item for item in changes if item.startswith(f"--{field_name}=")]:
+        given, source = yaml.safe_load(item.partition("=")[2]), "command line"
+        changes = [other for other in changes if other != item]
+    if given is None and not changes and field_name not in ALWAYS:
+        return None
+    if given is not None and not isinstance(given, dict):
+        raise fault(f"{source}: {field_name} is {given!r}", "a mapping with name and the knobs of that entry", "see configs/")
+    data = dict(given or {})
+    name = str(data.get("name", DEFAULT_ENTRIES[field_name]))
+    for item in changes:
+        if item.startswith(f"--{field_name}.name="):
+            name = item.partition("=")[2]
+    data["name"] = name
+    return parsed(entry(field_name, name).Config, data, changes, field_name, source)
 
 
 def _nest(dotted: str) -> dict[str, Any]:

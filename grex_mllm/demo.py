@@ -28,6 +28,7 @@ def run_demo(out: Path, config_file: str | None, overrides: list[str]) -> dict[s
     Raises:
         GrexError: what the parts raise.
     """
+    from grex_mllm.data.sources import options_of
     from grex_mllm.data.synthetic.export import export
     from grex_mllm.models.grex import WEIGHTS
     from grex_mllm.predict import predict_split
@@ -38,7 +39,7 @@ def run_demo(out: Path, config_file: str | None, overrides: list[str]) -> dict[s
     config = load_config(config_file or DEMO_CONFIG, [*overrides, f"--train.out={out}", "--train.resume=true"])
     _print(f"1/4 data: {TEST_SCENES} synthetic test scenes with {EXPRESSIONS_PER_SCENE} expressions each into {out / DATA}")
     if not (out / DATA).is_dir():
-        export(config.data.synthetic, "test", TEST_SCENES, out / DATA, EXPRESSIONS_PER_SCENE)
+        export(options_of(config.data, "synthetic"), "test", TEST_SCENES, out / DATA, EXPRESSIONS_PER_SCENE)
     if (out / WEIGHTS).exists():
         _print(f"2/4 training: {out / WEIGHTS} is there already (remove {out} to train anew)")
     else:
@@ -74,7 +75,7 @@ def announce(forecast: Forecast, precision: Resolved, start: float, announced: d
     _print(f"precision: {precision.precision} ({precision.reason})")
     if precision.warning:
         _print(f"warning: {precision.warning}")
-    language = forecast.text_s + forecast.scenes_s
+    language = sum(forecast.stages_s.values())
     _print(
         f"expected on this machine: {announced['total_s'] / 60:.1f} minutes in all: language model {language / 60:.1f}, "
         f"joint training {forecast.joint_s / 60:.1f}, prediction {prediction / 60:.1f} (measured; other programs make it longer)"

@@ -23,6 +23,7 @@ from grex_mllm.ask import pick_device
 from grex_mllm.config import Config, load_config, to_dict
 from grex_mllm.data.dataset import FolderDataset
 from grex_mllm.data.records import IMAGES
+from grex_mllm.data.sources import options_of
 from grex_mllm.data.synthetic.export import NUM_SCENES, export_once, is_synthetic
 from grex_mllm.data.transforms import instance_mask, selectable_instances
 from grex_mllm.errors import GrexError, fault
@@ -74,7 +75,7 @@ def predict_split(
     net = GrexModel.from_pretrained(model, device=str(place))
     if overrides:
         changed = load_config(Path(model) / CONFIG if Path(model).is_dir() else None, overrides)
-        data_config = replace(net.config.data, num_workers=changed.data.num_workers, synthetic=changed.data.synthetic)
+        data_config = replace(net.config.data, num_workers=changed.data.num_workers, sources=changed.data.sources)
         net.config = replace(net.config, predict=changed.predict, data=data_config)
     check_rules(net.config.predict)
     chosen = resolve_precision(net.config.predict.precision, place)
@@ -112,7 +113,7 @@ def _synthetic_scenes(net: GrexModel, out: Path, split: str, image_root: str | N
             raise fault(f"no {folder} within a day", "the scenes that process 0 writes there", "look at its output, then run again")
         time.sleep(0.2)
     folder.parent.mkdir(parents=True, exist_ok=True)
-    export_once(net.config.data.synthetic, split, limit or NUM_SCENES, folder)
+    export_once(options_of(net.config.data, SYNTHETIC), split, limit or NUM_SCENES, folder)
     return str(folder)
 
 

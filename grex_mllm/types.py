@@ -9,11 +9,14 @@ This file imports no torch at run time, so that records can be read without it.
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 if TYPE_CHECKING:
     import numpy as np
     from torch import Tensor
+
+MORE_THAN_FIVE = 6  # the count class ">5"
+NUM_COUNTS = 7  # count classes {0, 1, 2, 3, 4, 5, >5}
 
 
 @dataclass
@@ -95,19 +98,18 @@ class Geometry:
 
 @dataclass
 class Batch:
-    """Training or evaluation batch: B images, E expressions. All tensors lie on one device.
+    """Training or evaluation batch of B images: a grounding part of E expressions and, where a generator learns, a generation part.
 
     image: uint8 [B, 3, H, W] RGB, padded right and bottom; the model normalises, and then sets what `geometries` leaves out to zero.
+    instance_masks: B tensors bool [N_b, H, W].  instance_boxes_norm: B tensors float32 [N_b, 4] cxcywh.
+    instance_attributes: name -> B tensors int64 [N_b], -100 = unknown; None when the data carries no scene metadata.
     image_index: int64 [E], image of each expression.
     text_ids, text_mask: int64 [E, L] tokens of the grounding text encoder, 1 = real token.
-    gt_masks: bool [E, H, W] union of the targets (all False for no target).
+    gt_masks: bool [E, H, W] union of the targets (all False for no target); None for box-only data.
     gt_boxes_norm: E tensors float32 [n_e, 4] cxcywh.
     gt_count: int64 [E].  no_target: bool [E].
     target_index: E tensors int64 [n_e], positions of the targets among the image's instances.
-    instance_masks: B tensors bool [N_b, H, W].  instance_boxes_norm: B tensors float32 [N_b, 4].
-    instance_attributes: name -> B tensors int64 [N_b], -100 = unknown; None when the data carries no scene metadata.
-    lm_ids, lm_mask: int64 [G, L] tokens of the generator's tokenizer with BOS and EOS, right-padded; set where the generator learns, too.
-    lm_index: int64 [G], which of the E expressions these are; all of them have a target.
+    generation: what the generator's own `collate` made; None without a generator.
     too_long: ids of expressions that the generator would have learned from, but for their length.
     geometries: B.  expression_ids: E.  image_ids: B.
     """
@@ -127,22 +129,49 @@ class Batch:
     expression_ids: list[str]
     image_ids: list[str]
     instance_attributes: dict[str, list[Tensor]] | None = None
-    lm_ids: Tensor | None = None
-    lm_mask: Tensor | None = None
-    lm_index: Tensor | None = None
+    generation: Any = None
     too_long: list[str] = field(default_factory=list)
+
+    @property
+    def input_sizes(self) -> list[tuple[int, int]]:
+        """Height and width of each image without its padding."""
+        return [(g.input_height, g.input_width) for g in self.geometries]
 
 
 @dataclass
-class TextFeatures:
-    """tokens: float [E, L, C_text] last hidden state, padding rows included.  mask: int64 [E, L], 1 = real token."""
+class GenerationImage:
+    """An image of a batch, as a generator's `collate` gets it. original: uint8 [H0, W0, 3].  record: its instances.
+
+    geometry: how the original lies in the network input.  instance_masks: bool [N, H, W] of the selectable instances, on that input.
+    """
+
+    original: np.ndarray
+    record: ImageRecord
+    geometry: Geometry
+    instance_masks: np.ndarray
+
+
+@dataclass
+class GenerationItem:
+    """One expression that the generator learns. image: position in the batch.  targets: int64 [n >= 1], positions among its instances."""
+
+    image: int
+    targets: np.ndarray
+    expression: str
+    expression_id: str
+
+
+class TextFeatures(NamedTuple):
+    """What a text encoder gives for E expressions. Row 0 stands for the sentence, the words follow.
+
+    tokens: float [E, L, C_text] last hidden state, padding rows included.  mask: int64 [E, L], 1 = real token.
+    """
 
     tokens: Tensor
     mask: Tensor
 
 
-@dataclass
-class PixelFeatures:
+class PixelFeatures(NamedTuple):
     """Output of the pixel decoder for B images (or E, when the image encoder fuses language).
 
     mask_features: float [B, C, h, w] at the finest stride.  levels: float [B, C, h_l, w_l], coarse to fine.
@@ -152,25 +181,49 @@ class PixelFeatures:
     levels: list[Tensor]
 
 
-@dataclass
-class GroundingOutput:
-    """What every decoder returns for E expressions. Two-way logits: 0 = background or has a target, 1 = target or no target.
+class GroundingOutput(NamedTuple):
+    """What a decoder returns for E expressions. Only the masks must be there; None = the decoder has no such head.
 
+    Two-way logits: 0 = background or has a target, 1 = target or no target.
     mask_logits: float [E, 2, h, w] (0 background, 1 target).
     minimap_logits: float [E, Q, 2].  no_target_logits: float [E, 2] (1 = no target).
-    boxes_norm: float [E, Q, 4] cxcywh, or None.  box_logits: float [E, Q], or None.  count_logits: float [E, 7] over {0..5, >5}, or None.
-    minimap_prob: float [E, P, P] for pictures, or None.
-    auxiliary: further named tensors that a decoder's own losses read (earlier layers, instance masks, ...).
+    boxes_norm: float [E, Q, 4] cxcywh.  box_logits: float [E, Q].  count_logits: float [E, 7] over {0..5, >5}.
+    minimap_prob: float [E, P, P] for pictures.
+    extra: a named tuple of the decoder's own, which only its `Criterion` reads.
     """
 
     mask_logits: Tensor
-    minimap_logits: Tensor
-    no_target_logits: Tensor
+    minimap_logits: Tensor | None = None
+    no_target_logits: Tensor | None = None
     boxes_norm: Tensor | None = None
     box_logits: Tensor | None = None
     count_logits: Tensor | None = None
     minimap_prob: Tensor | None = None
-    auxiliary: dict[str, Any] = field(default_factory=dict)
+    extra: Any = None
+
+
+class Proposals(NamedTuple):
+    """Objects that a decoder finds in B images without any expression; K of each.
+
+    mask_logits: float [B, K, h, w].  boxes_norm: float [B, K, 4] cxcywh.  scores: float [B, K] in [0, 1].
+    """
+
+    mask_logits: Tensor
+    boxes_norm: Tensor
+    scores: Tensor
+
+
+class DecoderInputs(NamedTuple):
+    """Sizes of what a decoder reads.
+
+    channels: of the image encoder's maps, fine to coarse.  width, mask_width: of the pixel decoder's levels and mask features.
+    text_width: of a text token.
+    """
+
+    channels: tuple[int, ...]
+    width: int
+    mask_width: int
+    text_width: int
 
 
 @dataclass

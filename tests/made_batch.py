@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import torch
 
-from grex_mllm.config import LossConfig
+from grex_mllm.models.decoders.rela.config import RelaConfig, RelaLossConfig
 from grex_mllm.types import Batch, Geometry
 
-RELEASED = LossConfig(mask=5.0, minimap=0.5, no_target=0.5, box_l1=0, box_giou=0, box_score=0, count=0, minimap_target="truncated")
+RELEASED = RelaConfig(
+    loss=RelaLossConfig(mask=5.0, minimap=0.5, no_target=0.5, box_l1=0, box_giou=0, box_score=0, count=0, minimap_target="truncated")
+)
 
 
 def make_batch(masks: torch.Tensor, boxes: list[torch.Tensor]) -> Batch:

@@ -31,10 +31,10 @@ DROPPED_BITS = 8
 STAGE = ("vision.stages.0.", "vision.norms.0.")
 PIXEL_DECODER = ("pixel_decoder.inputs.", "pixel_decoder.level_embed", "pixel_decoder.layers.0.")
 DECODER = tuple(
-    f"decoder.{part}"
-    for part in ("region_features.", "region_positions.", "level_embed.", "language_weight", "region_image.0.", "region_region.0.",
+    f"decoder.language_part.{part}"
+    for part in ("region_features.", "region_positions.", "language_weight", "region_image.0.", "region_region.0.",
                  "region_language.0.", "feedforward.0.", "norm.", "heads.mask.", "heads.no_target.")
-)  # fmt: skip
+) + tuple(f"decoder.image_part.{part}" for part in ("level_embed.", "keys.0.", "values.0."))  # fmt: skip
 # recorded outputs of sample 0 -> every n-th row is kept
 EVERY = {
     "swin.0.blocks_out": 12, "swin.0.pwam_lang": 12, "swin.0.pwam": 12, "swin.0.res_gate": 12, "swin.0.downsample": 4,

@@ -36,6 +36,7 @@ from tiny import tiny_speaker
 from tiny_folder import tiny_folder
 
 from grex_mllm.config import Config, load_config, save_config
+from grex_mllm.data.synthetic.settings import SyntheticConfig
 from grex_mllm.ops.masks import encode_rle
 
 PROGRAMS = ("grex", "python", "torchrun", "deepspeed", "accelerate", "make", "pip")
@@ -141,8 +142,9 @@ def shrink(config: Config) -> Config:
     model.pixel_decoder.num_heads = model.decoder.num_heads = 2
     model.pixel_decoder.num_layers = model.pixel_decoder.num_points = 1
     model.pixel_decoder.feedforward = model.decoder.feedforward = 16
-    model.decoder.num_layers = min(model.decoder.num_layers, 3)
-    model.decoder.kept_regions, model.decoder.roi_channels = 6, 8
+    for name, value in {"num_layers": 3, "kept_regions": 6, "roi_channels": 8}.items():
+        if hasattr(model.decoder, name):
+            setattr(model.decoder, name, min(getattr(model.decoder, name), value))
     return config
 
 
@@ -154,13 +156,18 @@ def shrink_run(config: Config) -> Config:
     if config.model.text.tokenizer == "train":
         config.model.text.vocab_size, config.model.text.max_positions = 300, 64
     generator, train = config.model.generator, config.train
-    generator.vocab_size, generator.hidden_size, generator.num_heads, generator.num_layers = 300, 16, 2, 1
-    generator.intermediate_size, generator.projector_width, generator.max_new_tokens = 32, 16, 6
-    generator.lora_rank = min(generator.lora_rank, 4)
-    config.data.image_size = config.data.synthetic.image_size = 64
+    if generator is not None:
+        generator.vocab_size, generator.hidden_size, generator.num_heads, generator.num_layers = 300, 16, 2, 1
+        generator.intermediate_size, generator.projector_width, generator.max_new_tokens = 32, 16, 6
+        generator.lora_rank = min(generator.lora_rank, 4)
+    config.data.image_size = 64
+    scenes = config.data.sources.setdefault("synthetic", SyntheticConfig())
+    scenes.image_size = 64
     config.data.expressions_per_image, config.data.num_workers = min(config.data.expressions_per_image, 3), 0
     train.steps, train.batch_images, train.accumulation, train.precision, train.save_every = 1, 2, 1, "fp32", 1
-    train.text.steps, train.text.scenes, train.text.batch = min(train.text.steps, 1), min(train.text.scenes, 1), 8
+    if train.pretraining is not None:
+        stages = train.pretraining
+        stages.steps, stages.scenes, stages.batch = min(stages.steps, 1), min(stages.scenes, 1), 8
     return config
 
 

@@ -13,10 +13,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from grex_mllm.config import DecoderConfig, ModelConfig, PixelDecoderConfig, TextConfig, VisionConfig
+from grex_mllm.config import ModelConfig, PixelDecoderConfig, TextConfig, VisionConfig
 from grex_mllm.convert.check import run
 from grex_mllm.convert.rela import BACKBONES, map_keys
 from grex_mllm.models import build_grounding
+from grex_mllm.models.decoders.rela.config import RelaConfig
 from grex_mllm.models.grounding import GroundingModel
 
 NANO_VISION = {
@@ -45,7 +46,7 @@ def nano_config(name: str) -> ModelConfig:
         vision=NANO_VISION[name],
         text=TextConfig(vocab_size=400, intermediate_size=64, max_positions=64),
         pixel_decoder=PixelDecoderConfig(width=64, mask_width=64, num_layers=2),
-        decoder=DecoderConfig(width=64, feedforward=64, boxes=False, count=False),
+        decoder=RelaConfig(width=64, feedforward=64, boxes=False, count=False),
     )
 
 
@@ -135,7 +136,7 @@ def test_full_size_keys_and_shapes(name: str, shared: Path) -> None:
     released = json.loads((shared / "oracle" / f"keys_{name}.json").read_text())
     state = {key: torch.empty(shape, device="meta", dtype=getattr(torch, dtype)) for key, shape, dtype in released}
     mapped, _ = map_keys(state, name)
-    config = ModelConfig(vision=BACKBONES[name], decoder=DecoderConfig(boxes=False, count=False))
+    config = ModelConfig(vision=BACKBONES[name], decoder=RelaConfig(boxes=False, count=False))
     with torch.device("meta"):
         own = build_grounding(config).state_dict()
     assert {k: tuple(v.shape) for k, v in mapped.items()} == {k: tuple(v.shape) for k, v in own.items()}

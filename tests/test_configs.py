@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -11,12 +12,12 @@ from shrink import shrink
 from torch import Tensor
 
 from grex_mllm.config import Config, load_config
+from grex_mllm.entries import entry
 from grex_mllm.errors import GrexError
 from grex_mllm.models import build_grounding
 from grex_mllm.models.answer import answers
-from grex_mllm.training.losses import ReLALoss
+from grex_mllm.models.decoders.rela.criterion import RelaCriterion
 from grex_mllm.training.optim import build_optimizer, build_schedule, clip_gradients, optimized_parameters
-from grex_mllm.training.run import JointLossTerms
 from grex_mllm.types import Batch
 
 FOLDER = Path(__file__).resolve().parent.parent / "configs"
@@ -39,9 +40,13 @@ def tiny_batch() -> Batch:
     return batch
 
 
+def criterion(config: Config) -> Any:
+    return entry("model.decoder", config.model.decoder.name).Criterion(config.model.decoder)
+
+
 def grounding_terms(config: Config, model: torch.nn.Module, batch: Batch) -> dict[str, Tensor]:
     output = model(batch.image, batch.image_index, batch.text_ids, batch.text_mask)
-    return JointLossTerms(config).grounding(output, batch)
+    return criterion(config)(output, batch)
 
 
 def test_there_are_configurations() -> None:
@@ -69,7 +74,7 @@ def test_configuration_trains_a_step(file: Path) -> None:
     model.eval()
     with torch.no_grad():
         output = model(batch.image, batch.image_index, batch.text_ids, batch.text_mask)
-        assert torch.isfinite(JointLossTerms(config).grounding(output, batch)["total"])
+        assert torch.isfinite(criterion(config)(output, batch)["total"])
     results = answers(output, ["a", "b"], batch.geometries, (SIZE, SIZE), config.predict)
     assert len(results) == 2
 
@@ -79,7 +84,7 @@ def test_weighted_terms_are_the_heads_that_exist(file: Path) -> None:
     config = shrink(load_config(file))
     names = set(grounding_terms(config, build_grounding(config.model), tiny_batch())) - {"total"}
     weights = ("mask", "minimap", "no_target", "box_l1", "box_giou", "box_score", "count")
-    assert names == {name for name in weights if getattr(config.loss, name)}
+    assert names == {name for name in weights if getattr(config.model.decoder.loss, name)}
     assert ("box_l1" in names) == config.model.decoder.boxes and ("count" in names) == config.model.decoder.count
 
 
@@ -89,7 +94,7 @@ def test_released_configurations_are_what_conversion_writes(name: str) -> None:
 
     ours, converted = load_config(FOLDER / f"{name}.yaml"), released_config(BACKBONES[name.removeprefix("gres_rela_")])
     ours.model.vision.weights = ours.model.text.path = None
-    assert ours.model == converted.model and ours.loss == converted.loss and ours.train.optim == converted.train.optim
+    assert ours.model == converted.model and ours.train.optim == converted.train.optim
     assert (ours.train.steps, ours.train.batch_images) == (converted.train.steps, converted.train.batch_images)
 
 
@@ -97,7 +102,6 @@ def test_ablations_change_what_they_name() -> None:
     """The rows of one table differ from the full model in the one thing."""
     full = load_config(FOLDER / "gres_rela_swin_base.yaml")
     for name, change in (
-        ("ria_hard_split", ("ria", "hard_split")),
         ("ria_pooled", ("ria", "pooled")),
         ("rla_none", ("rla", "none")),
         ("rla_language", ("rla", "language")),
@@ -110,9 +114,13 @@ def test_ablations_change_what_they_name() -> None:
         assert getattr(row.model.decoder, change[0]) == change[1]
         setattr(row.model.decoder, change[0], getattr(full.model.decoder, change[0]))
         assert row == full
+    row = load_config(FOLDER / "ablation_ria_hard_split.yaml")
+    assert row.model.vision.patches == full.model.decoder.minimap_side and row.model.decoder.ria == "pooled"
+    row.model.vision.patches, row.model.decoder.ria = 0, "attention"
+    assert row == full
     row = load_config(FOLDER / "ablation_ria_no_minimap.yaml")
-    assert row.loss.minimap == 0
-    row.loss.minimap = full.loss.minimap
+    assert row.model.decoder.loss.minimap == 0
+    row.model.decoder.loss.minimap = full.model.decoder.loss.minimap
     assert row == full
 
 
@@ -131,16 +139,17 @@ def test_a_released_model_starts_a_joint_one_without_its_new_heads(tmp_path: Pat
     released.save_pretrained(tmp_path / "released")
     joint = GrexModel(shrink(load_config(FOLDER / "joint_rela_r50.yaml")), tokenizer)
     new = start_from(joint, tmp_path / "released")
-    assert {name.split(".")[3] for name in new} == {"box", "box_score", "count"}
+    assert {name.split(".")[4] for name in new} == {"box", "box_score", "count"}
     assert (
         describe_new(new)
-        == "new, as built: decoder.heads.box (6 tensors), decoder.heads.box_score (2 tensors), decoder.heads.count (4 tensors)"
+        == "new, as built: decoder.language_part.heads.box (6 tensors), decoder.language_part.heads.box_score (2 tensors), "
+        "decoder.language_part.heads.count (4 tensors)"
     )
     theirs, ours = released.saved_state(), joint.saved_state()
     assert set(ours) - set(theirs) == set(new) and all(torch.equal(ours[name], value) for name, value in theirs.items())
     assert describe_new(start_from(joint, tmp_path / "released")[:0]) == "every tensor was there"
     joint.save_pretrained(tmp_path / "joint")
-    with pytest.raises(GrexError, match=r"12 superfluous: grounding\.decoder\.heads"):
+    with pytest.raises(GrexError, match=r"12 superfluous: grounding\.decoder\.language_part\.heads"):
         start_from(released, tmp_path / "joint")
     with pytest.raises(GrexError, match="has no model"):
         start_from(joint, tmp_path)
@@ -148,7 +157,9 @@ def test_a_released_model_starts_a_joint_one_without_its_new_heads(tmp_path: Pat
 
 def test_loss_weights_without_heads_are_refused() -> None:
     config = shrink(load_config(FOLDER / "gres_rela_r50.yaml"))
-    config.loss.count = 1.0
+    config.model.decoder.loss.count = 1.0
     with pytest.raises(GrexError, match=r"decoder\.count"):
         batch = tiny_batch()
-        ReLALoss(config.loss)(build_grounding(config.model)(batch.image, batch.image_index, batch.text_ids, batch.text_mask), batch)
+        RelaCriterion(config.model.decoder)(
+            build_grounding(config.model)(batch.image, batch.image_index, batch.text_ids, batch.text_mask), batch
+        )

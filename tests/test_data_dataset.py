@@ -11,7 +11,7 @@ import pytest
 import torch
 from tiny_folder import expression, gradient, instance, rectangle_mask, tiny_folder, tiny_records, write_folder
 
-from grex_mllm.data.collate import batch_to, collate
+from grex_mllm.data.collate import collate
 from grex_mllm.data.dataset import MIXTURE_BLOCK, FolderDataset, Mixture
 from grex_mllm.errors import GrexError
 from grex_mllm.types import Batch, ExpressionRecord, ImageRecord, Instance, Sample
@@ -141,7 +141,12 @@ def test_image_faults_name_file_and_line(tmp_path: Path) -> None:
 def make_batch(tmp_path: Path, **options: Any) -> Batch:
     folder = tiny_folder(tmp_path)
     samples = [FolderDataset(folder, "train")[0], FolderDataset(folder, "val")[0]]
-    return collate(samples, encode, encode, **{"image_size": 32, "resize": "squash", **options})
+    return collate(samples, encode, keep_items, **{"image_size": 32, "resize": "squash", **options})
+
+
+def keep_items(images: Any, items: Any) -> tuple[Any, list[str]]:
+    """What a generator's collate gets."""
+    return (images, items), []
 
 
 def test_a_batch_by_hand(tmp_path: Path) -> None:
@@ -163,25 +168,25 @@ def test_a_batch_by_hand(tmp_path: Path) -> None:
     assert torch.allclose(batch.gt_boxes_norm[1], torch.tensor([[7, 8, 10, 10], [25, 10, 10, 10]]) / 40)
     assert batch.gt_boxes_norm[2].shape == (0, 4) and batch.gt_boxes_norm[2].dtype == torch.float32
     assert batch.instance_attributes is None
-    assert batch.lm_index is not None and batch.lm_index.tolist() == [0, 1, 3]  # the generator learns from expressions with a target
+    images, items = batch.generation  # the generator learns from expressions with a target
+    assert [(item.image, item.expression_id, item.targets.tolist()) for item in items] == [
+        (0, "e1", [0]),
+        (0, "e2", [0, 1]),
+        (1, "e4", [0]),
+    ]
+    assert np.array_equal(images[0].original, gradient()) and images[0].instance_masks.shape == (2, 40, 40)
     assert (batch.geometries[1].height, batch.geometries[1].width) == (40, 30)
 
 
-def test_generation_keeps_targeted_expressions_only(tmp_path: Path) -> None:
-    batch = make_batch(tmp_path, task="generate")
-    assert batch.expression_ids == ["e1", "e2", "e4"] and batch.image_index.tolist() == [0, 0, 1]
-    assert batch.lm_ids is not None and batch.lm_ids.shape == (3, 2) and batch.lm_mask is not None
-    folder = tiny_folder(tmp_path)
-    horse = FolderDataset(folder, "val", 1)[1]
-    dog = FolderDataset(folder, "train")[0]
-    alone = collate([horse, dog], encode, encode, image_size=32, task="generate")
-    assert alone.image_ids == ["1"] and alone.image_index.tolist() == [0, 0]
+def test_generation_takes_some_targeted_expressions_maybe_none(tmp_path: Path) -> None:
+    _, items = make_batch(tmp_path, num_generation_targets=1).generation
+    assert [item.expression_id for item in items] == ["e1", "e4"]
+    horse = FolderDataset(tiny_folder(tmp_path), "val", 1)[1]
+    assert collate([horse], encode, keep_items, image_size=32).generation[1] == []
+    assert collate([horse], encode, image_size=32).generation is None
+    horse.expressions.clear()
     with pytest.raises(GrexError, match="without any expression"):
-        collate([horse], encode, encode, image_size=32, task="generate")
-    with pytest.raises(GrexError, match="encode_lm"):
-        collate([dog], encode, image_size=32, task="generate")
-    with pytest.raises(GrexError, match="ground or generate"):
-        collate([dog], encode, image_size=32, task="describe")
+        collate([horse], encode, image_size=32)
 
 
 def test_a_batch_equals_its_samples_one_by_one(tmp_path: Path) -> None:
@@ -189,7 +194,7 @@ def test_a_batch_equals_its_samples_one_by_one(tmp_path: Path) -> None:
     folder = tiny_folder(tmp_path)
     row = 0
     for number, split in enumerate(("train", "val")):
-        alone = collate([FolderDataset(folder, split)[0]], encode, encode, image_size=32)
+        alone = collate([FolderDataset(folder, split)[0]], encode, image_size=32)
         assert torch.equal(together.image[number : number + 1], alone.image)
         assert alone.gt_masks is not None and together.gt_masks is not None
         assert torch.equal(together.gt_masks[row : row + len(alone.gt_masks)], alone.gt_masks)
@@ -223,10 +228,3 @@ def test_scene_metadata_and_pixel_masks() -> None:
     instances[0].mask = np.zeros((3, 3), bool)
     with pytest.raises(GrexError, match=r"annotation 0.*shape"):
         collate([Sample(gradient(), record, [text])], encode, image_size=20)
-
-
-def test_batch_to_moves_every_tensor(tmp_path: Path) -> None:
-    batch = batch_to(make_batch(tmp_path, task="generate"), "meta")
-    assert batch.image.is_meta and batch.lm_ids is not None and batch.lm_ids.is_meta
-    assert all(tensor.is_meta for tensor in [*batch.gt_boxes_norm, *batch.instance_masks, *batch.target_index])
-    assert batch.image_ids == ["1", "2"]

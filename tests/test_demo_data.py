@@ -19,8 +19,8 @@ NUM_SCENES, NUM_EXPRESSIONS, NUM_SETS = 250, 2000, 1279
 
 def test_the_test_split_is_byte_for_byte_that_of_the_first_figures(tmp_path: Path) -> None:
     for name in ("demo.yaml", "demo_long.yaml"):
-        synthetic = load_config(demo.DEMO_CONFIG.with_name(name)).data.synthetic
-        assert synthetic == load_config(demo.DEMO_CONFIG).data.synthetic and synthetic.image_size == 96
+        synthetic = load_config(demo.DEMO_CONFIG.with_name(name)).data.sources["synthetic"]
+        assert synthetic == load_config(demo.DEMO_CONFIG).data.sources["synthetic"] and synthetic.image_size == 96
     assert (demo.TEST_SCENES, demo.EXPRESSIONS_PER_SCENE) == (NUM_SCENES, NUM_EXPRESSIONS // NUM_SCENES)
     folder = tmp_path / "data"
     info = export(synthetic, "test", demo.TEST_SCENES, folder, demo.EXPRESSIONS_PER_SCENE)
@@ -32,7 +32,7 @@ def test_the_object_sets_are_counted_as_reported(tmp_path: Path) -> None:
     from grex_mllm.data.dataset import FolderDataset
     from grex_mllm.predict import object_sets
 
-    export(load_config(demo.DEMO_CONFIG).data.synthetic, "test", demo.TEST_SCENES, tmp_path / "data", demo.EXPRESSIONS_PER_SCENE)
+    export(load_config(demo.DEMO_CONFIG).data.sources["synthetic"], "test", demo.TEST_SCENES, tmp_path / "data", demo.EXPRESSIONS_PER_SCENE)
     source = FolderDataset(tmp_path / "data", "test", 10**9)
     assert sum(len(object_sets(source[i])) for i in range(len(source))) == NUM_SETS
 

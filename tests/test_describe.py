@@ -12,8 +12,8 @@ import pytest
 import torch
 from tiny import tiny_speaker
 
-from grex_mllm.config import SyntheticConfig
 from grex_mllm.data.synthetic import SyntheticDataset
+from grex_mllm.data.synthetic.settings import SyntheticConfig
 from grex_mllm.models.describe import LISTENER_TEMPERATURE, agreements, describe, describe_encoded, rerank_by_grounding
 from grex_mllm.models.grex import EncodedImage, GrexModel
 from grex_mllm.predict import describe_lines, object_masks, object_sets

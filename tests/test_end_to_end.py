@@ -16,16 +16,18 @@ from tiny import tiny_config
 
 import grex_mllm.demo as demo
 from grex_mllm import GrexModel
-from grex_mllm.config import SyntheticConfig, save_config
+from grex_mllm.config import save_config
 from grex_mllm.data.synthetic.export import export
+from grex_mllm.data.synthetic.settings import SyntheticConfig
 from grex_mllm.training.run import train_from_config
 
 SMALL = {
     "model__generator__lm": "tiny", "model__generator__vocab_size": 300, "model__generator__hidden_size": 16,
     "model__generator__num_heads": 2,
     "model__generator__num_layers": 1, "model__generator__intermediate_size": 32, "model__generator__projector_width": 16,
-    "model__generator__max_new_tokens": 8, "data__synthetic__image_size": 64, "data__expressions_per_image": 3, "train__batch_images": 2,
-    "train__ground_ratio": 0.5, "train__steps": 6, "train__log_every": 1, "train__save_every": 2, "train__text__steps": 3,
+    "model__generator__max_new_tokens": 8, "data__sources__synthetic__image_size": 64, "data__expressions_per_image": 3,
+    "train__batch_images": 2,
+    "train__steps": 6, "train__log_every": 1, "train__save_every": 2, "train__pretraining__steps": 3,
     "train__optim__average_decay": 0.9, "model__text__dropout": 0.1,
 }  # fmt: skip
 
@@ -45,7 +47,7 @@ def few(monkeypatch):
 
 def losses(out: Path) -> list[tuple]:
     rows = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
-    return [(row["step"], row["task"], {k: v for k, v in row.items() if k.startswith("loss/")}) for row in rows]
+    return [(row["step"], {k: v for k, v in row.items() if k.startswith("loss/")}) for row in rows]
 
 
 def test_demo_runs_from_data_to_report(tmp_path, few):
@@ -58,8 +60,9 @@ def test_demo_runs_from_data_to_report(tmp_path, few):
     assert results["baselines"]["oracle"] and results["baselines"]["always_empty"]
     page = (tmp_path / "run" / "report.html").read_text()
     assert "data:image/jpeg" in page and "http://" not in page.replace("http://www.w3.org", "")
-    tasks = {task for _, task, _ in losses(tmp_path / "run")}
-    assert tasks == {"ground", "generate"} and all(np.isfinite(v) for _, _, terms in losses(tmp_path / "run") for v in terms.values())
+    rows = losses(tmp_path / "run")
+    assert {name.split("/")[1] for _, terms in rows for name in terms} == {"ground", "generate", "total"}
+    assert all(np.isfinite(v) for _, terms in rows for v in terms.values())
     model = GrexModel.from_pretrained(tmp_path / "run")
     image = tmp_path / "run" / "data" / "images" / "test-0.png"
     assert model.ground(image, "the red circle").mask.shape == (64, 64)

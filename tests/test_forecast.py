@@ -14,8 +14,12 @@ from grex_mllm.precision import Resolved
 from grex_mllm.training.forecast import Forecast
 from grex_mllm.training.run import train_from_config
 
-TEXT = {"train__text__steps": 6}
-SCENES = {"train__text__steps": 0, "train__text__scenes": 6, "model__generator__attribute_classes": '{"shape": 7, "colour": 6}'}
+TEXT = {"train__pretraining__steps": 6}
+SCENES = {
+    "train__pretraining__steps": 0,
+    "train__pretraining__scenes": 6,
+    "model__generator__attribute_classes": '{"shape": 7, "colour": 6}',
+}
 
 
 def forecast_of(out: Path, **changes: object) -> tuple[Forecast, Resolved, float]:
@@ -30,14 +34,15 @@ def forecast_of(out: Path, **changes: object) -> tuple[Forecast, Resolved, float
 def test_every_stage_is_foreseen(tmp_path: Path, stage: dict[str, object]) -> None:
     forecast, precision, _ = forecast_of(tmp_path / "run", **stage)
     assert precision.precision in ("fp32", "bf16") and precision.reason
-    assert (forecast.text_s > 0) == ("train__text__scenes" not in stage) and (forecast.scenes_s > 0) == ("train__text__scenes" in stage)
+    name = "attribute pre-training" if "train__pretraining__scenes" in stage else "language model on text"
+    assert list(forecast.stages_s) == [name] and forecast.stages_s[name] > 0
     assert forecast.joint_s > 0 and forecast.step_s > 0
-    assert forecast.total_s == pytest.approx(forecast.text_s + forecast.scenes_s + forecast.joint_s)
+    assert forecast.total_s == pytest.approx(sum(forecast.stages_s.values()) + forecast.joint_s)
 
 
 def test_the_forecast_grows_with_the_steps_and_is_near_the_truth(tmp_path: Path) -> None:
     forecast, _, spent = forecast_of(tmp_path / "run", train__steps=40, train__save_every=1000, train__log_every=1000)
-    assert forecast.joint_s == pytest.approx(40 * forecast.step_s, rel=0.9)  # before lm_start a step may take another time
+    assert forecast.joint_s == pytest.approx(40 * forecast.step_s, rel=0.9)  # before generate_start a step may take another time
     assert spent / 4 < forecast.total_s < spent * 4  # a shared machine: the demo itself is held to 25 %
 
 

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from grex_mllm.models.decoders.image_regions import Regions
+from grex_mllm.models.decoders.instance_selection.regions import Regions
 from grex_mllm.models.describe import SURE, UNSURE, found_objects, masks_in_boxes, other_objects
 from grex_mllm.models.grex import EncodedImage
 from grex_mllm.types import Geometry

@@ -11,23 +11,25 @@ import torch
 from tiny import tiny_config
 
 from grex_mllm import GrexModel
-from grex_mllm.config import Config, SyntheticConfig
+from grex_mllm.config import Config
 from grex_mllm.data.synthetic.export import export
+from grex_mllm.data.synthetic.settings import SyntheticConfig
 from grex_mllm.errors import GrexError
 from grex_mllm.predict import predict_split
 from grex_mllm.training.combinations import check_combinations
+from grex_mllm.training.pretraining import stages
 from grex_mllm.training.run import train_from_config
 
 GENERATOR = {
     "model__generator__lm": "tiny", "model__generator__vocab_size": 300, "model__generator__hidden_size": 16,
     "model__generator__num_heads": 2, "model__generator__num_layers": 1, "model__generator__intermediate_size": 32,
-    "model__generator__projector_width": 16, "model__generator__max_new_tokens": 6, "train__ground_ratio": 0.5,
+    "model__generator__projector_width": 16, "model__generator__max_new_tokens": 6,
 }  # fmt: skip
-FUSED = {
+ENCODER = {
     "model__vision__name": "swin", "model__vision__embed_width": 8, "model__vision__swin_depths": "[1, 1, 1, 1]",
     "model__vision__swin_heads": "[1, 1, 2, 2]", "model__vision__window": 4, "model__vision__fusion": "pwam",
-    "model__decoder__name": "rela", "model__decoder__num_layers": 2,
 }  # fmt: skip
+FUSED = ENCODER | {"model__decoder__name": "rela", "model__decoder__num_layers": 2}
 
 
 def fused(out: Path, data: Path, **changes: object) -> Config:
@@ -38,12 +40,8 @@ def fused(out: Path, data: Path, **changes: object) -> Config:
 
 @pytest.mark.parametrize(
     "changes",
-    [
-        {"train__ground_ratio": 0.5},
-        {"train__ground_ratio": 1.0, "train__joint_batches": "true"},
-        {"train__ground_ratio": 1.0, "train__joint_batches": "true", "model__decoder__ria": "hard_split"},
-    ],
-    ids=["two kinds of batches", "joint batches", "hard split"],
+    [{}, {"train__tasks": "generate"}, {"model__decoder__ria": "pooled", "model__vision__patches": 10}],
+    ids=["both tasks", "generation alone", "hard split"],
 )
 def test_a_fused_encoder_trains_describes_and_predicts(tmp_path: Path, changes: dict[str, object]) -> None:
     export(SyntheticConfig(image_size=64), "test", 3, tmp_path / "d", 4)
@@ -75,9 +73,10 @@ def test_the_generator_reads_the_maps_that_it_was_trained_on(tmp_path: Path) -> 
     image = np.random.default_rng(1).integers(0, 255, (64, 64, 3), dtype=np.uint8)
     encoded = model.encode(image)
     with torch.inference_mode():
-        trained_on = model.generator_maps(encoded_pixels(image), [(64, 64)])
+        grounding = model.grounding
+        trained_on = grounding.language_free(grounding.normalised(encoded_pixels(image), [(64, 64)]))
         model.ground(encoded, "the red circle")  # language in between leaves no trace
-        described_from = model.generator_features(encoded.features)
+        described_from = grounding.language_free(encoded.features)
     assert len(trained_on) == len(described_from) == 4
     for first, second in zip(trained_on, described_from, strict=True):
         torch.testing.assert_close(first, second)
@@ -88,20 +87,14 @@ def encoded_pixels(image: np.ndarray) -> torch.Tensor:
 
 
 IMPOSSIBLE: list[tuple[dict[str, object], list[str]]] = [
-    ({"train__ground_ratio": 0.7}, ["train.ground_ratio is 0.7", "generator.lm is none", "train.ground_ratio to 1"]),
-    ({"train__joint_batches": "true"}, ["train.joint_batches is true", "generator.lm is none", "train.joint_batches to false"]),
-    ({"train__text__steps": 3}, ["train.text.steps is 3", "generator.lm is none", "train.text.steps to 0"]),
-    ({"train__text__scenes": 3}, ["train.text.scenes is 3", "generator.lm is none", "train.text.scenes to 0"]),
-    (GENERATOR | {"train__ground_ratio": 1.0}, ["generator.lm is tiny", "learns from", "train.joint_batches to true"]),
-    (GENERATOR | {"train__ground_ratio": 1.5}, ["train.ground_ratio is 1.5", "between 0 and 1"]),
-    (GENERATOR | {"train__ground_ratio": 0, "train__joint_batches": "true"}, ["train.ground_ratio 0", "grounding batches"]),
-    (GENERATOR | {"train__joint_batches": "true", "data__num_generation_targets": 0}, ["data.num_generation_targets is 0", "at least 1"]),
-    (GENERATOR | {"train__text__scenes": 3}, ["train.text.scenes is 3", "attribute_classes"]),
-    (GENERATOR | {"model__generator__lm": "some/model", "train__text__steps": 3}, ["train.text.steps 3", "lm some/model", "to 0"]),
-    (GENERATOR | {"loss__lm_start": 1.0}, ["loss.lm_start is 1", "below 1"]),
+    ({"train__tasks": "generate"}, ["train.tasks is generate", "model.generator is null", "lm: tiny"]),
+    ({"train__tasks": "both"}, ['train.tasks is "both"', "all, ground, generate"]),
+    ({"train__pretraining__steps": 3}, ["train.pretraining tiny_lm", "set model.generator"]),
+    (GENERATOR | {"train__pretraining__steps": 3, "train__tasks": "ground"}, ["train.pretraining tiny_lm", "leave train.pretraining out"]),
+    (GENERATOR | {"data__num_generation_targets": 0}, ["data.num_generation_targets is 0", "at least 1"]),
+    (GENERATOR | {"loss__generate_start": 1.0}, ["loss.generate_start is 1", "below 1"]),
     ({"model__vision__fusion": "pwam"}, ["model.vision.fusion is pwam", "name resnet", "swin"]),
-    (FUSED | {"model__decoder__name": "instance_selection"}, ["fusion is pwam", "instance_selection", "once in an image", "name to rela"]),
-    ({"loss__deep_supervision": 0.5}, ["loss.deep_supervision is 0.5", "instance_selection", "model.decoder.deep_supervision"]),
+    (ENCODER, ["fusion is pwam", "instance_selection", "once in an image", "name to rela"]),
     ({"train__optim__muon": "true", "train__deepspeed": "deepspeed_configs/zero2.json"}, ["muon", "zero2.json", "false"]),
     ({"train__steps": 0}, ["train.steps is 0", "from 1"]),
 ]  # fmt: skip
@@ -119,6 +112,24 @@ def test_impossible_combinations_are_refused_before_anything_is_done(tmp_path: P
 def test_possible_combinations_pass() -> None:
     check_combinations(Config())
     check_combinations(tiny_config(**GENERATOR))
-    check_combinations(tiny_config(**GENERATOR, **FUSED, train__joint_batches="true"))
-    check_combinations(tiny_config(**{**GENERATOR, "train__ground_ratio": 1.0, "train__start": "runs/earlier"}))
-    check_combinations(tiny_config(model__decoder__name="rela", model__decoder__deep_supervision="true", loss__deep_supervision=0.5))
+    check_combinations(tiny_config(**GENERATOR, **FUSED))
+    check_combinations(tiny_config(**GENERATOR, train__tasks="generate"))
+    check_combinations(tiny_config(model__decoder__name="rela", model__decoder__loss__deep_supervision=0.5))
+
+
+@pytest.mark.parametrize(
+    ("changes", "parts"),
+    [
+        ({"train__pretraining__scenes": 3}, ["train.pretraining.scenes is 3", "attribute_classes"]),
+        (
+            {"model__generator__lm": "some/model", "train__pretraining__steps": 3},
+            ["tiny_lm", "lm some/model", "leave train.pretraining out"],
+        ),
+    ],
+    ids=["no attributes", "another language model"],
+)
+def test_a_pretraining_that_does_not_fit_the_model_is_refused(changes: dict[str, object], parts: list[str]) -> None:
+    config = tiny_config(**(GENERATOR | changes))
+    with pytest.raises(GrexError) as caught:
+        stages(config, lambda expressions, number: None)  # type: ignore[arg-type, return-value]
+    assert [part for part in parts if part not in str(caught.value)] == [], str(caught.value)

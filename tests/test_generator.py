@@ -9,9 +9,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from grex_mllm.config import GeneratorConfig
 from grex_mllm.errors import GrexError
-from grex_mllm.models.generator import Generator
+from grex_mllm.models.generators.region_tokens.config import RegionTokensConfig
+from grex_mllm.models.generators.region_tokens.network import RegionTokenGenerator
 from grex_mllm.models.lm_decoding import stratified_uniforms
 from grex_mllm.models.lm_tokenizer import LMTokenizer, train_sentencepiece
 from grex_mllm.training.lm import train_language_model
@@ -27,7 +27,7 @@ TEXTS = [
     "the yellow cross",
     "the rightmost star",
 ]
-SMALL = GeneratorConfig(
+SMALL = RegionTokensConfig(
     lm="tiny",
     hidden_size=32,
     num_layers=2,
@@ -45,9 +45,9 @@ def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> LMTokenizer:
     return train_sentencepiece(TEXTS, tmp_path_factory.mktemp("tokenizer"), 300)
 
 
-def build(tokenizer: LMTokenizer, seed: int = 0, **changes: object) -> Generator:
+def build(tokenizer: LMTokenizer, seed: int = 0, **changes: object) -> RegionTokenGenerator:
     torch.manual_seed(seed)
-    return Generator(replace(SMALL, **changes), CHANNELS, tokenizer)  # type: ignore[arg-type]
+    return RegionTokenGenerator(replace(SMALL, **changes), CHANNELS, tokenizer)  # type: ignore[arg-type]
 
 
 def scene(seed: int = 0) -> dict[str, object]:
@@ -86,28 +86,28 @@ def test_overfits_eight_object_sets(tokenizer: LMTokenizer) -> None:
     ids, mask = tokenizer.encode(TEXTS)
     optimizer = torch.optim.AdamW(generator.trainable_parameters(), lr=1e-2)
     for _ in range(100):
-        loss = generator(**inputs, lm_ids=ids, lm_mask=mask).loss
+        loss = generator.likelihood(**inputs, lm_ids=ids, lm_mask=mask).loss
         optimizer.zero_grad()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(generator.trainable_parameters(), 1.0)
         optimizer.step()
     assert loss.item() < 0.05
-    assert [answer for [answer] in generator.generate(**inputs)] == TEXTS
-    assert [answers[0] for answers in generator.generate(**inputs, mode="beam", num_beams=3)] == TEXTS
-    assert [answers[0] for answers in generator.generate(**inputs, mode="sample", temperature=0.1)] == TEXTS
+    assert [answer for [answer] in generator.generate_batch(**inputs)] == TEXTS
+    assert [answers[0] for answers in generator.generate_batch(**inputs, mode="beam", num_beams=3)] == TEXTS
+    assert [answers[0] for answers in generator.generate_batch(**inputs, mode="sample", temperature=0.1)] == TEXTS
 
 
 def test_batch_equals_single(tokenizer: LMTokenizer) -> None:
     generator, inputs = build(tokenizer, context_layers=1).double().eval(), scene()
     inputs["features"] = [f.double() for f in inputs["features"]]
     ids, mask = tokenizer.encode(TEXTS)
-    whole = generator(**inputs, lm_ids=ids, lm_mask=mask)
+    whole = generator.likelihood(**inputs, lm_ids=ids, lm_mask=mask)
     for mode, num in (("greedy", 1), ("sample", 3), ("beam", 2)):
-        together = generator.generate(**inputs, mode=mode, num_candidates=num)
-        assert together == [generator.generate(**single(inputs, e), mode=mode, num_candidates=num)[0] for e in range(8)]
+        together = generator.generate_batch(**inputs, mode=mode, num_candidates=num)
+        assert together == [generator.generate_batch(**single(inputs, e), mode=mode, num_candidates=num)[0] for e in range(8)]
     for e in range(8):
         one_ids, one_mask = tokenizer.encode(TEXTS[e : e + 1])
-        alone = generator(**single(inputs, e), lm_ids=one_ids, lm_mask=one_mask)
+        alone = generator.likelihood(**single(inputs, e), lm_ids=one_ids, lm_mask=one_mask)
         torch.testing.assert_close(alone.log_likelihood[0], whole.log_likelihood[e], rtol=1e-9, atol=1e-9)
         assert alone.num_tokens[0] == whole.num_tokens[e]
     torch.testing.assert_close(whole.loss, -whole.log_likelihood.sum() / whole.num_tokens.sum())
@@ -116,7 +116,7 @@ def test_batch_equals_single(tokenizer: LMTokenizer) -> None:
 def test_decoding_equals_forward_without_cache(tokenizer: LMTokenizer) -> None:
     """Greedy tokens are the arg-max of the full forward pass at every step, for sequences of several lengths in one batch."""
     generator, inputs = build(tokenizer, seed=3).eval(), scene()
-    answers = [answer for [answer] in generator.generate(**inputs, max_new_tokens=6)]
+    answers = [answer for [answer] in generator.generate_batch(**inputs, max_new_tokens=6)]
     prefix = generator.prefix(**inputs)
     for e, answer in enumerate(answers):
         embeds = prefix.embeds[e][prefix.mask[e]][None]
@@ -135,19 +135,19 @@ def test_decoding_equals_forward_without_cache(tokenizer: LMTokenizer) -> None:
 def test_order_of_selection_does_not_matter(tokenizer: LMTokenizer) -> None:
     generator, inputs = build(tokenizer).eval(), scene()
     ids, mask = tokenizer.encode(TEXTS)
-    first = generator(**inputs, lm_ids=ids, lm_mask=mask).log_likelihood
+    first = generator.likelihood(**inputs, lm_ids=ids, lm_mask=mask).log_likelihood
     inputs["target_index"] = [t.flip(0) for t in inputs["target_index"]]
-    assert torch.equal(first, generator(**inputs, lm_ids=ids, lm_mask=mask).log_likelihood)
+    assert torch.equal(first, generator.likelihood(**inputs, lm_ids=ids, lm_mask=mask).log_likelihood)
 
 
 def test_order_of_instances_does_not_matter(tokenizer: LMTokenizer) -> None:
     generator, inputs = build(tokenizer).eval(), scene()
     ids, mask = tokenizer.encode(TEXTS)
-    first = generator(**inputs, lm_ids=ids, lm_mask=mask).log_likelihood
+    first = generator.likelihood(**inputs, lm_ids=ids, lm_mask=mask).log_likelihood
     inputs["instance_masks"] = [m.flip(0) for m in inputs["instance_masks"]]
     sizes = [len(inputs["instance_masks"][int(b)]) for b in inputs["image_index"]]
     inputs["target_index"] = [n - 1 - t for n, t in zip(sizes, inputs["target_index"])]
-    torch.testing.assert_close(first, generator(**inputs, lm_ids=ids, lm_mask=mask).log_likelihood, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(first, generator.likelihood(**inputs, lm_ids=ids, lm_mask=mask).log_likelihood, rtol=1e-5, atol=1e-5)
 
 
 def test_gradients_reach_features_and_adapters_but_not_the_base(tokenizer: LMTokenizer) -> None:
@@ -159,7 +159,7 @@ def test_gradients_reach_features_and_adapters_but_not_the_base(tokenizer: LMTok
     features = inputs["features"] = [f.double().requires_grad_() for f in inputs["features"]]
     ids, mask = tokenizer.encode(TEXTS)
     before = copy.deepcopy(generator.state_dict())
-    generator(**inputs, lm_ids=ids, lm_mask=mask).loss.backward()
+    generator.likelihood(**inputs, lm_ids=ids, lm_mask=mask).loss.backward()
     torch.optim.SGD(generator.parameters(), lr=1.0).step()
     assert all(f.grad is not None and f.grad.flatten(1).abs().amax(1).min() > 0 for f in features)  # of every image
     assert len(trainable) > 20
@@ -188,9 +188,9 @@ def test_distractors_and_image_tokens_are_seen(tokenizer: LMTokenizer) -> None:
     assert lengths["no_image"] == [3, 3, 5, 5, 5, 5, 2, 2]
     assert lengths["one"] == [4 + n for n in (2, 3, 4, 2, 5, 3, 2, 2)]
     generator = build(tokenizer).eval()
-    first = generator(**inputs, lm_ids=ids, lm_mask=mask).log_likelihood
+    first = generator.likelihood(**inputs, lm_ids=ids, lm_mask=mask).log_likelihood
     inputs["instance_masks"][2][0] = inputs["instance_masks"][2][0].roll(5, 0)
-    second = generator(**inputs, lm_ids=ids, lm_mask=mask).log_likelihood
+    second = generator.likelihood(**inputs, lm_ids=ids, lm_mask=mask).log_likelihood
     assert torch.equal(first[:6], second[:6]) and first[7] != second[7]
 
 
@@ -206,9 +206,9 @@ def test_distractor_dropout_hides_the_others_in_training_only(tokenizer: LMToken
 
 def test_sampling_is_reproducible_and_varied(tokenizer: LMTokenizer) -> None:
     generator, inputs = build(tokenizer), scene()
-    first = generator.generate(**inputs, mode="sample", num_candidates=5, seed=1, max_new_tokens=5)
-    assert first == generator.generate(**inputs, mode="sample", num_candidates=5, seed=1, max_new_tokens=5)
-    assert first != generator.generate(**inputs, mode="sample", num_candidates=5, seed=2, max_new_tokens=5)
+    first = generator.generate_batch(**inputs, mode="sample", num_candidates=5, seed=1, max_new_tokens=5)
+    assert first == generator.generate_batch(**inputs, mode="sample", num_candidates=5, seed=1, max_new_tokens=5)
+    assert first != generator.generate_batch(**inputs, mode="sample", num_candidates=5, seed=2, max_new_tokens=5)
     assert all(len(set(answers)) > 1 for answers in first)
     assert generator.training
 
@@ -216,7 +216,9 @@ def test_sampling_is_reproducible_and_varied(tokenizer: LMTokenizer) -> None:
 def test_small_chunks_give_the_same_answers(tokenizer: LMTokenizer) -> None:
     large, small, inputs = build(tokenizer).eval(), build(tokenizer, max_rows=4).eval(), scene()
     for mode, num in (("greedy", 1), ("sample", 3)):
-        assert large.generate(**inputs, mode=mode, num_candidates=num) == small.generate(**inputs, mode=mode, num_candidates=num)
+        assert large.generate_batch(**inputs, mode=mode, num_candidates=num) == small.generate_batch(
+            **inputs, mode=mode, num_candidates=num
+        )
 
 
 def test_stratified_uniforms_fill_every_part_once() -> None:
@@ -233,7 +235,9 @@ def test_prompt_stands_around_the_regions(tokenizer: LMTokenizer) -> None:
     )
     assert asked.prefix(**inputs).embeds.shape[1] == plain.prefix(**inputs).embeds.shape[1] + extra
     ids, mask = tokenizer.encode(TEXTS)
-    assert not torch.equal(asked(**inputs, lm_ids=ids, lm_mask=mask).loss, plain(**inputs, lm_ids=ids, lm_mask=mask).loss)
+    assert not torch.equal(
+        asked.likelihood(**inputs, lm_ids=ids, lm_mask=mask).loss, plain.likelihood(**inputs, lm_ids=ids, lm_mask=mask).loss
+    )
     with pytest.raises(GrexError, match="regions"):
         build(tokenizer, prompt="no place")
 
@@ -241,12 +245,12 @@ def test_prompt_stands_around_the_regions(tokenizer: LMTokenizer) -> None:
 def test_autocast_is_near_float32(tokenizer: LMTokenizer) -> None:
     generator, inputs = build(tokenizer, context_layers=1).eval(), scene()
     ids, mask = tokenizer.encode(TEXTS)
-    exact = generator(**inputs, lm_ids=ids, lm_mask=mask).loss
+    exact = generator.likelihood(**inputs, lm_ids=ids, lm_mask=mask).loss
     with torch.autocast("cpu", dtype=torch.bfloat16):
         inputs["features"] = [f.bfloat16() for f in inputs["features"]]
-        rough = generator(**inputs, lm_ids=ids, lm_mask=mask).loss
+        rough = generator.likelihood(**inputs, lm_ids=ids, lm_mask=mask).loss
         rough.backward()
-        assert all(generator.generate(**inputs))
+        assert all(generator.generate_batch(**inputs))
     torch.testing.assert_close(rough.float(), exact, rtol=0.02, atol=0.02)
 
 
@@ -259,7 +263,7 @@ def test_bfloat16_weights_keep_exact_positions(tokenizer: LMTokenizer) -> None:
     assert objects.order.tolist() == [[1, 0]] and objects.tokens.dtype == torch.bfloat16
     inputs = scene() | {"features": [f.bfloat16() for f in scene()["features"]]}
     ids, mask_ids = tokenizer.encode(TEXTS)
-    generator(**inputs, lm_ids=ids, lm_mask=mask_ids).loss.backward()
+    generator.likelihood(**inputs, lm_ids=ids, lm_mask=mask_ids).loss.backward()
 
 
 def test_objects_as_boxes_in_training(tokenizer: LMTokenizer) -> None:
@@ -286,7 +290,7 @@ def test_objects_as_boxes_in_training(tokenizer: LMTokenizer) -> None:
 def test_faulty_object_sets(tokenizer: LMTokenizer, change: dict, message: str) -> None:
     inputs = single(scene(), 0) | change
     with pytest.raises(GrexError, match=message):
-        build(tokenizer).generate(**inputs)
+        build(tokenizer).generate_batch(**inputs)
 
 
 @pytest.mark.parametrize(
@@ -300,7 +304,7 @@ def test_faulty_object_sets(tokenizer: LMTokenizer, change: dict, message: str) 
 )
 def test_faulty_modes(tokenizer: LMTokenizer, change: dict, message: str) -> None:
     with pytest.raises(GrexError, match=message):
-        build(tokenizer).generate(**single(scene(), 0), **change)
+        build(tokenizer).generate_batch(**single(scene(), 0), **change)
 
 
 def test_boxes_stand_in_for_empty_masks(tokenizer: LMTokenizer) -> None:
@@ -321,7 +325,9 @@ def test_state_dict_loads_strictly(tokenizer: LMTokenizer, tmp_path: Path) -> No
     save_file({k: v.contiguous() for k, v in first.state_dict().items()}, tmp_path / "generator.safetensors")
     second.load_state_dict(load_file(tmp_path / "generator.safetensors"), strict=True)
     ids, mask = tokenizer.encode(TEXTS)
-    assert torch.equal(first(**scene(), lm_ids=ids, lm_mask=mask).loss, second(**scene(), lm_ids=ids, lm_mask=mask).loss)
+    assert torch.equal(
+        first.likelihood(**scene(), lm_ids=ids, lm_mask=mask).loss, second.likelihood(**scene(), lm_ids=ids, lm_mask=mask).loss
+    )
     state = first.state_dict()
     state.pop(next(k for k in state if "lora_A" in k))
     with pytest.raises(RuntimeError, match="lora_A"):

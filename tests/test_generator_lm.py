@@ -10,10 +10,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from grex_mllm.config import GeneratorConfig
 from grex_mllm.errors import GrexError
-from grex_mllm.models.generator import Generator
-from grex_mllm.models.generator_files import load_generator, save_generator
+from grex_mllm.models.generators.region_tokens.config import RegionTokensConfig
+from grex_mllm.models.generators.region_tokens.files import load_generator, save_generator
+from grex_mllm.models.generators.region_tokens.network import RegionTokenGenerator
 from grex_mllm.models.lm_tokenizer import LMTokenizer, train_sentencepiece
 from grex_mllm.training.lm import text_loss, train_language_model
 
@@ -23,7 +23,7 @@ LINES = [
     for colour in ("red", "blue", "green")
     for shape in ("ring", "star", "cross")
 ]
-SMALL = GeneratorConfig(lm="tiny", hidden_size=64, num_layers=2, num_heads=2, intermediate_size=64, lora_rank=4, projector_width=32)
+SMALL = RegionTokensConfig(lm="tiny", hidden_size=64, num_layers=2, num_heads=2, intermediate_size=64, lora_rank=4, projector_width=32)
 CHANNELS = [8]
 
 
@@ -37,7 +37,7 @@ def lm_folder(tokenizer: LMTokenizer, tmp_path_factory: pytest.TempPathFactory) 
     """A tiny Llama with its tokenizer, as a user's own LLM would lie on disk."""
     folder = tmp_path_factory.mktemp("lm")
     torch.manual_seed(0)
-    Generator(replace(SMALL, lora_rank=0), CHANNELS, tokenizer).lm.save_pretrained(folder)
+    RegionTokenGenerator(replace(SMALL, lora_rank=0), CHANNELS, tokenizer).lm.save_pretrained(folder)
     tokenizer.save(folder)
     return folder
 
@@ -54,23 +54,23 @@ def inputs() -> dict:
     }
 
 
-def one_step(generator: Generator, tokenizer: LMTokenizer) -> tuple[float, float]:
+def one_step(generator: RegionTokenGenerator, tokenizer: LMTokenizer) -> tuple[float, float]:
     """Loss before and after one step of training."""
     ids, mask = tokenizer.encode(LINES[:2])
     optimizer = torch.optim.AdamW(generator.trainable_parameters(), lr=1e-2)
-    before = generator(**inputs(), lm_ids=ids, lm_mask=mask).loss
+    before = generator.likelihood(**inputs(), lm_ids=ids, lm_mask=mask).loss
     before.backward()
     gradients = [p.grad for p in generator.trainable_parameters()]
     assert all(g is not None and bool(g.isfinite().all()) for g in gradients)
     # LoRA's A gets its first gradient in the second step, when B is no longer zero
     assert sum(bool(g.any()) for g in gradients) >= len(gradients) - len([n for n, _ in generator.named_parameters() if "lora_A" in n])
     optimizer.step()
-    return before.item(), generator(**inputs(), lm_ids=ids, lm_mask=mask).loss.item()
+    return before.item(), generator.likelihood(**inputs(), lm_ids=ids, lm_mask=mask).loss.item()
 
 
 def test_text_training_learns_the_grammar_and_freezes(tokenizer: LMTokenizer) -> None:
     torch.manual_seed(0)
-    generator = Generator(SMALL, CHANNELS, tokenizer)
+    generator = RegionTokenGenerator(SMALL, CHANNELS, tokenizer)
     trainable = [p.requires_grad for p in generator.parameters()]
     adapters = {k: v.clone() for k, v in generator.state_dict().items() if "lora_" in k}
     seen: list[float] = []
@@ -92,25 +92,25 @@ def test_text_training_is_reproducible(tokenizer: LMTokenizer) -> None:
     losses = []
     for seed in (0, 0, 1):
         torch.manual_seed(0)
-        with Generator(SMALL, CHANNELS, tokenizer).text_only() as lm:
+        with RegionTokenGenerator(SMALL, CHANNELS, tokenizer).text_only() as lm:
             losses.append(train_language_model(lm, tokenizer, LINES, steps=5, batch=4, seed=seed).loss)
     assert losses[0] == losses[1] != losses[2]
 
 
 def test_text_training_by_the_clock_and_in_bf16(tokenizer: LMTokenizer) -> None:
-    with Generator(SMALL, CHANNELS, tokenizer).text_only() as lm:
+    with RegionTokenGenerator(SMALL, CHANNELS, tokenizer).text_only() as lm:
         done = train_language_model(lm, tokenizer, LINES, seconds=0.3, batch=4, precision="bf16")
     assert done.steps >= 1 and done.seconds >= 0.3 and math.isfinite(done.perplexity)
 
 
 def test_text_training_faults(tokenizer: LMTokenizer, lm_folder: Path) -> None:
-    generator = Generator(SMALL, CHANNELS, tokenizer)
+    generator = RegionTokenGenerator(SMALL, CHANNELS, tokenizer)
     with generator.text_only() as lm:
         with pytest.raises(GrexError, match="one of the two"):
             train_language_model(lm, tokenizer, LINES)
         with pytest.raises(GrexError, match="without text"):
             train_language_model(lm, tokenizer, [" "], steps=1)
-    named = Generator(replace(SMALL, lm=str(lm_folder)), CHANNELS, LMTokenizer.load(lm_folder))
+    named = RegionTokenGenerator(replace(SMALL, lm=str(lm_folder)), CHANNELS, LMTokenizer.load(lm_folder))
     with pytest.raises(GrexError, match="lm: tiny"), named.text_only():
         pass
 
@@ -120,7 +120,7 @@ def test_folder_lm_trains_one_step_and_stores_no_base(quantisation: str, lm_fold
     tokenizer = LMTokenizer.load(lm_folder)
     torch.manual_seed(1)
     cfg = replace(SMALL, lm=str(lm_folder), quantisation=quantisation, lora_dropout=0.1, gradient_checkpointing=True)
-    generator = Generator(cfg, CHANNELS, tokenizer)
+    generator = RegionTokenGenerator(cfg, CHANNELS, tokenizer)
     kinds = {type(module).__name__ for module in generator.lm.modules()}
     assert {"none": "Linear", "nf4": "Linear4bit", "int8": "Linear8bitLt"}[quantisation] in kinds
     before, after = one_step(generator, tokenizer)
@@ -129,7 +129,9 @@ def test_folder_lm_trains_one_step_and_stores_no_base(quantisation: str, lm_fold
     save_generator(generator.eval(), tmp_path)
     again = load_generator(tmp_path).eval()
     ids, mask = tokenizer.encode(LINES[:2])
-    assert torch.equal(again(**inputs(), lm_ids=ids, lm_mask=mask).loss, generator(**inputs(), lm_ids=ids, lm_mask=mask).loss)
+    assert torch.equal(
+        again.likelihood(**inputs(), lm_ids=ids, lm_mask=mask).loss, generator.likelihood(**inputs(), lm_ids=ids, lm_mask=mask).loss
+    )
     assert not list(tmp_path.glob("**/*.bin")) and [f.name for f in tmp_path.glob("**/*.safetensors")] == ["generator.safetensors"]
 
 
@@ -137,15 +139,15 @@ def test_gradient_checkpointing_gives_the_same_gradients(lm_folder: Path) -> Non
     tokenizer, grads = LMTokenizer.load(lm_folder), []
     for checkpointing in (False, True):
         torch.manual_seed(1)
-        generator = Generator(replace(SMALL, lm=str(lm_folder), gradient_checkpointing=checkpointing), CHANNELS, tokenizer)
+        generator = RegionTokenGenerator(replace(SMALL, lm=str(lm_folder), gradient_checkpointing=checkpointing), CHANNELS, tokenizer)
         ids, mask = tokenizer.encode(LINES[:2])
-        generator(**inputs(), lm_ids=ids, lm_mask=mask).loss.backward()
+        generator.likelihood(**inputs(), lm_ids=ids, lm_mask=mask).loss.backward()
         grads.append(generator.region_tokens.to_lm[1].weight.grad)
     torch.testing.assert_close(grads[0], grads[1])
 
 
 def test_missing_key_of_a_named_lm_is_still_found(lm_folder: Path) -> None:
-    generator = Generator(replace(SMALL, lm=str(lm_folder)), CHANNELS, LMTokenizer.load(lm_folder))
+    generator = RegionTokenGenerator(replace(SMALL, lm=str(lm_folder)), CHANNELS, LMTokenizer.load(lm_folder))
     state = generator.state_dict()
     holder = torch.nn.ModuleDict({"generator": generator})
     holder.load_state_dict({f"generator.{k}": v for k, v in state.items()}, strict=True)
@@ -157,7 +159,7 @@ def test_missing_key_of_a_named_lm_is_still_found(lm_folder: Path) -> None:
 @pytest.mark.parametrize("merged", [False, True])
 def test_saved_generator_answers_the_same(merged: bool, tokenizer: LMTokenizer, tmp_path: Path) -> None:
     torch.manual_seed(2)
-    generator = Generator(SMALL, CHANNELS, tokenizer)
+    generator = RegionTokenGenerator(SMALL, CHANNELS, tokenizer)
     one_step(generator, tokenizer)
     one_step(generator, tokenizer)
     save_generator(generator.eval(), tmp_path, merged=merged)
@@ -165,24 +167,24 @@ def test_saved_generator_answers_the_same(merged: bool, tokenizer: LMTokenizer, 
     ids, mask = tokenizer.encode(LINES)
     many = inputs() | {"image_index": torch.zeros(len(LINES), dtype=torch.int64), "target_index": [torch.tensor([1])] * len(LINES)}
     torch.testing.assert_close(
-        again(**many, lm_ids=ids, lm_mask=mask).log_likelihood,
-        generator(**many, lm_ids=ids, lm_mask=mask).log_likelihood,
+        again.likelihood(**many, lm_ids=ids, lm_mask=mask).log_likelihood,
+        generator.likelihood(**many, lm_ids=ids, lm_mask=mask).log_likelihood,
         rtol=1e-4,
         atol=1e-4,
     )
-    assert again.generate(**inputs()) == generator.generate(**inputs())
+    assert again.generate_batch(**inputs()) == generator.generate_batch(**inputs())
     assert any("lora_" in key for key in again.state_dict()) != merged
 
 
 def test_float_dtypes_of_a_folder_lm(lm_folder: Path) -> None:
     tokenizer = LMTokenizer.load(lm_folder)
-    generator = Generator(replace(SMALL, lm=str(lm_folder), dtype="bfloat16", attn_implementation="eager"), CHANNELS, tokenizer)
+    generator = RegionTokenGenerator(replace(SMALL, lm=str(lm_folder), dtype="bfloat16", attn_implementation="eager"), CHANNELS, tokenizer)
     assert generator.lm.get_input_embeddings().weight.dtype == torch.bfloat16
     assert all(p.dtype == torch.float32 for p in generator.trainable_parameters())
     ids, mask = tokenizer.encode(LINES[:2])
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        generator(**inputs(), lm_ids=ids, lm_mask=mask).loss.backward()
-    assert generator.generate(**inputs())
+        generator.likelihood(**inputs(), lm_ids=ids, lm_mask=mask).loss.backward()
+    assert generator.generate_batch(**inputs())
 
 
 def test_lm_of_another_family_without_bos(tokenizer: LMTokenizer, tmp_path: Path) -> None:
@@ -197,12 +199,12 @@ def test_lm_of_another_family_without_bos(tokenizer: LMTokenizer, tmp_path: Path
     other = LMTokenizer(other.hf)
     assert other.bos_id == other.eos_id == other.pad_id
     assert other.decode(other.encode(LINES[:1])[0][0].tolist()) == LINES[0]
-    generator = Generator(replace(SMALL, lm=str(tmp_path), lora_targets=["c_attn"], max_new_tokens=5), CHANNELS, other)
+    generator = RegionTokenGenerator(replace(SMALL, lm=str(tmp_path), lora_targets=["c_attn"], max_new_tokens=5), CHANNELS, other)
     before, after = one_step(generator, other)
     assert after < before
-    first = generator.generate(**inputs(), mode="sample", num_candidates=2)
+    first = generator.generate_batch(**inputs(), mode="sample", num_candidates=2)
     assert [len(answers) for answers in first] == [2, 2]
-    assert all(first[0]) and len(generator.generate(**inputs(), mode="beam", num_candidates=2)[1]) == 2
+    assert all(first[0]) and len(generator.generate_batch(**inputs(), mode="beam", num_candidates=2)[1]) == 2
 
 
 @pytest.mark.parametrize(
@@ -218,24 +220,24 @@ def test_lm_of_another_family_without_bos(tokenizer: LMTokenizer, tmp_path: Path
 )
 def test_faulty_configurations(tokenizer: LMTokenizer, change: dict, message: str) -> None:
     with pytest.raises(GrexError, match=message):
-        Generator(replace(SMALL, **change), CHANNELS, tokenizer)
+        RegionTokenGenerator(replace(SMALL, **change), CHANNELS, tokenizer)
 
 
 @pytest.mark.parametrize(("change", "message"), [({"dtype": "float8"}, "float8"), ({"quantisation": "int3"}, "int3")])
 def test_faulty_loading_options(lm_folder: Path, change: dict, message: str) -> None:
     with pytest.raises(GrexError, match=message):
-        Generator(replace(SMALL, lm=str(lm_folder), **change), CHANNELS, LMTokenizer.load(lm_folder))
+        RegionTokenGenerator(replace(SMALL, lm=str(lm_folder), **change), CHANNELS, LMTokenizer.load(lm_folder))
 
 
 def test_quantisation_without_bitsandbytes(lm_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     found = importlib.util.find_spec
     monkeypatch.setattr(importlib.util, "find_spec", lambda name, *rest: None if name == "bitsandbytes" else found(name, *rest))
     with pytest.raises(GrexError, match="pip install bitsandbytes"):
-        Generator(replace(SMALL, lm=str(lm_folder), quantisation="nf4"), CHANNELS, LMTokenizer.load(lm_folder))
+        RegionTokenGenerator(replace(SMALL, lm=str(lm_folder), quantisation="nf4"), CHANNELS, LMTokenizer.load(lm_folder))
 
 
 def test_merging_a_quantised_base_is_refused(lm_folder: Path, tmp_path: Path) -> None:
-    generator = Generator(replace(SMALL, lm=str(lm_folder), quantisation="nf4"), CHANNELS, LMTokenizer.load(lm_folder))
+    generator = RegionTokenGenerator(replace(SMALL, lm=str(lm_folder), quantisation="nf4"), CHANNELS, LMTokenizer.load(lm_folder))
     with pytest.raises(GrexError, match="nf4"):
         save_generator(generator, tmp_path / "out", merged=True)
     assert not (tmp_path / "out").exists()
@@ -244,7 +246,7 @@ def test_merging_a_quantised_base_is_refused(lm_folder: Path, tmp_path: Path) ->
 def test_tokenizer_of_another_model(lm_folder: Path, tmp_path: Path) -> None:
     larger = train_sentencepiece(["".join(chr(0x4E00 + i) for i in range(300))], tmp_path, 700)
     with pytest.raises(GrexError, match="tokenizer"):
-        Generator(replace(SMALL, lm=str(lm_folder)), CHANNELS, larger)
+        RegionTokenGenerator(replace(SMALL, lm=str(lm_folder)), CHANNELS, larger)
 
 
 def test_loading_faults(tmp_path: Path) -> None:

@@ -11,25 +11,24 @@ from test_models_rela import VARIANTS
 from tiny import WORDS, tiny_config
 from torch import nn
 
-from grex_mllm.config import LossConfig, SyntheticConfig
 from grex_mllm.data.collate import collate
 from grex_mllm.data.synthetic import SyntheticDataset
-from grex_mllm.models import DECODERS
+from grex_mllm.data.synthetic.settings import SyntheticConfig
+from grex_mllm.entries import DECODERS, entry
 from grex_mllm.models.grex import GrexModel
 from grex_mllm.models.text import train_text_tokenizer
-from grex_mllm.training.instance_losses import InstanceLoss
-from grex_mllm.training.losses import ReLALoss
 
 # what no loss can reach, whatever the weights
 SHIFTED_SOFTMAX = (
     r"text\.bert\.encoder\.layer\.\d+\.attention\.self\.key\.bias",  # adds the same number to all logits of a softmax
     r"vision\.(net\.)?stages\.\d\.fusion\.key\.bias",
+    r"decoder\.(image_part\.keys\.\d+|language_part\.region_\w+\.\d+\.attention\.key)\.bias",
 )
 NORMALISED_AWAY = (r"vision\.(net\.)?stages\.\d\.fusion\.(query|value|output)\.bias",)  # a constant shift before an instance norm
 UNREACHABLE = SHIFTED_SOFTMAX + NORMALISED_AWAY
 # what the losses cannot reach at the first step, because the weight after it starts at zero
 STARTS_CLOSED = (
-    r"decoder\.heads\.box\.layers\.[01]\.(weight|bias)",  # boxes start in the middles of their cells
+    r"decoder\.language_part\.heads\.box\.layers\.[01]\.(weight|bias)",  # boxes start in the middles of their cells
     r"pixel_decoder\.level_embed",  # offsets and weights of deformable attention start as constants
     r"vision\.(net\.)?stages\.\d\.gate\.[02]\.weight",  # as released: both layers start at zero with a ReLU between
 )
@@ -53,7 +52,8 @@ CASES = {
     "rela_deformable": RELA | DEFORMABLE | {"model__decoder__width": 64},
     "rela_pwam": RELA | DEFORMABLE | SWIN | {"model__decoder__width": 64, "model__vision__fusion": "pwam"},
     **{
-        f"rela_{name}": RELA | {f"model__decoder__{field}": value for field, value in changes.items()}
+        f"rela_{name}": RELA
+        | {f"model__{'vision' if field == 'patches' else 'decoder'}__{field}": value for field, value in changes.items()}
         for name, changes in VARIANTS.items()
         if changes and "minimap_side" not in changes
     },
@@ -68,7 +68,7 @@ def built(case: str) -> Any:
     config.model.text.vocab_size = tokenizer.vocab_size
     model: Any = GrexModel(config, tokenizer).double().train()
     if config.model.decoder.name == "rela":
-        nn.init.normal_(model.grounding.decoder.language_projection.weight, std=0.2)
+        nn.init.normal_(model.grounding.decoder.language_part.language_projection.weight, std=0.2)
     return model
 
 
@@ -78,8 +78,8 @@ def gradients(model: Any) -> dict[str, float]:
     batch = collate([data[i] for i in range(3)], model.encode_text, image_size=64)
     features = model.grounding.encode_image(batch.image)
     output = model.grounding.ground(features, batch.image_index, batch.text_ids, batch.text_mask)
-    loss: Any = (ReLALoss if model.config.model.decoder.name == "rela" else InstanceLoss)(LossConfig())
-    loss(output, batch)["total"].backward()
+    criterion = entry("model.decoder", model.config.model.decoder.name).Criterion(model.config.model.decoder)
+    criterion(output, batch)["total"].backward()
     found = {n: 0.0 if p.grad is None else p.grad.abs().max().item() for n, p in model.grounding.named_parameters()}
     return {name: value / max(found.values()) for name, value in found.items()}
 

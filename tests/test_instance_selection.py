@@ -6,12 +6,13 @@ import pytest
 import torch
 from tiny import tiny_config, tiny_model
 
-from grex_mllm.config import LossConfig, SyntheticConfig
 from grex_mllm.data.collate import collate
 from grex_mllm.data.synthetic import SyntheticDataset
-from grex_mllm.models.decoders.image_regions import OUTSIDE_LOGIT, PAIR_WIDTH, box_area, pair_geometry, region_masks
-from grex_mllm.models.decoders.instance_selection import LanguageLayer
-from grex_mllm.training.instance_losses import InstanceLoss, heat_terms, region_terms
+from grex_mllm.data.synthetic.settings import SyntheticConfig
+from grex_mllm.models.decoders.instance_selection.config import InstanceSelectionConfig
+from grex_mllm.models.decoders.instance_selection.criterion import InstanceSelectionCriterion, heat_terms, region_terms
+from grex_mllm.models.decoders.instance_selection.network import LanguageLayer
+from grex_mllm.models.decoders.instance_selection.regions import OUTSIDE_LOGIT, PAIR_WIDTH, box_area, pair_geometry, region_masks
 from grex_mllm.types import Batch
 
 
@@ -34,7 +35,7 @@ def test_shapes_and_answer_is_union_of_selected_regions():
     assert out.mask_logits.shape == (num, 2, 64, 64)
     assert out.minimap_logits.shape == (num, 8, 2) and out.minimap_prob.shape == (num, 6, 6)
     assert out.boxes_norm.shape == (num, 8, 4) and out.count_logits.shape == (num, 7)
-    regions = out.auxiliary["regions"]
+    regions = out.extra.regions
     masks = regions.masks() > 0
     sizes = {int((row > 0).sum()) for row in out.box_logits}
     assert max(sizes) > 1 and out.mask_logits[:, 1].gt(out.mask_logits[:, 0]).any()  # unions of several, and not of nothing
@@ -81,7 +82,7 @@ def test_batch_equals_single_and_text_padding_is_unread():
 @pytest.mark.parametrize("share", [0.0, 0.22, 0.95])
 def test_losses_are_finite_and_reach_every_weight(share):
     model = tiny_model(model__decoder__attribute_classes="{shape: 7}").train()
-    loss = InstanceLoss(LossConfig())
+    loss = InstanceSelectionCriterion(InstanceSelectionConfig())
     batch = batch_of(model, no_target_share=share)
     terms = loss(run(model, batch), batch)
     assert set(terms) == {
@@ -98,15 +99,15 @@ def test_losses_are_finite_and_reach_every_weight(share):
 def test_total_is_the_weighted_sum_and_a_zero_weight_counts_nothing():
     model = tiny_model().train()
     batch = batch_of(model)
-    config = LossConfig()
+    config = InstanceSelectionConfig()
     out = run(model, batch)
-    terms = InstanceLoss(config)(out, batch)
-    weights = vars(config.instances)
-    expected, weights_of_dice = sum(weights[n] * v for n, v in terms.items() if n != "total"), config.instances.mask_dice
+    terms = InstanceSelectionCriterion(config)(out, batch)
+    weights = vars(config.loss)
+    expected, weights_of_dice = sum(weights[n] * v for n, v in terms.items() if n != "total"), config.loss.mask_dice
     torch.testing.assert_close(terms["total"], expected)
-    config.instances.mask_dice = 0.0
+    config.loss.mask_dice = 0.0
     assert weights_of_dice > 0 and terms["mask_dice"] > 0
-    torch.testing.assert_close(InstanceLoss(config)(out, batch)["total"], expected - weights_of_dice * terms["mask_dice"])
+    torch.testing.assert_close(InstanceSelectionCriterion(config)(out, batch)["total"], expected - weights_of_dice * terms["mask_dice"])
 
 
 def test_images_without_objects_give_finite_losses():
@@ -116,7 +117,7 @@ def test_images_without_objects_give_finite_losses():
     batch.instance_masks = [torch.zeros(0, 64, 64, dtype=torch.bool) for _ in range(2)]
     batch.target_index = [torch.zeros(0, dtype=torch.int64) for _ in batch.target_index]
     batch.instance_attributes = None
-    terms = InstanceLoss(LossConfig())(run(model, batch), batch)
+    terms = InstanceSelectionCriterion(InstanceSelectionConfig())(run(model, batch), batch)
     assert all(torch.isfinite(v) for v in terms.values())
     nothing = {"cell_box_l1", "cell_box_giou", "box_l1", "box_giou", "mask_bce", "mask_dice"}
     assert {n for n, v in terms.items() if v == 0} == nothing
@@ -138,7 +139,7 @@ def with_boxes(regions, wanted: list[torch.Tensor]) -> None:
 def test_perfect_regions_have_no_box_loss_and_stand_for_their_instances():
     model = tiny_model(model__decoder__kept_regions=14).train()
     batch = batch_of(model)
-    regions = run(model, batch).auxiliary["regions"]
+    regions = run(model, batch).extra.regions
     with_boxes(regions, batch.instance_boxes_norm)
     terms, owner = region_terms(regions, batch)
     assert terms["box_l1"] < 1e-6 and terms["box_giou"] < 1e-5
@@ -149,7 +150,7 @@ def test_perfect_regions_have_no_box_loss_and_stand_for_their_instances():
 def test_region_far_from_its_match_stands_for_nothing():
     model = tiny_model().train()
     batch = batch_of(model, num=1)
-    regions = run(model, batch).auxiliary["regions"]
+    regions = run(model, batch).extra.regions
     with_boxes(regions, [torch.zeros(0, 4)])
     batch.instance_boxes_norm = [torch.tensor([[0.8, 0.8, 0.2, 0.2]])]
     batch.instance_masks = [batch.instance_masks[0][:1]]
@@ -160,23 +161,23 @@ def test_region_far_from_its_match_stands_for_nothing():
 def test_heat_is_least_with_a_peak_on_every_centre():
     model = tiny_model().train()
     batch = batch_of(model, num=1)
-    regions = run(model, batch).auxiliary["regions"]
+    regions = run(model, batch).extra.regions
     height, width = regions.heat_size
     boxes = batch.instance_boxes_norm[0]
     cell = (boxes[:, 1] * height).long() * width + (boxes[:, 0] * width).long()
     right = torch.full_like(regions.heat_logits, -8.0).detach()
     right[0, cell] = 8.0
-    regions.heat_logits = right
+    regions = regions._replace(heat_logits=right)
     good = heat_terms(regions, batch)["heat"]
-    regions.heat_logits = right.roll(width * (height // 2) + width // 2, dims=1)
+    regions = regions._replace(heat_logits=right.roll(width * (height // 2) + width // 2, dims=1))
     assert good < 0.01 < heat_terms(regions, batch)["heat"]
-    regions.cell_boxes_norm = boxes[0].expand_as(regions.cell_boxes_norm).clone()
+    regions = regions._replace(cell_boxes_norm=boxes[0].expand_as(regions.cell_boxes_norm).clone())
     batch.instance_boxes_norm = [boxes[:1]]
     assert heat_terms(regions, batch)["cell_box_l1"] < 1e-6
 
 
 def test_configuration_without_attributes_has_no_attribute_heads():
-    assert len(tiny_model().grounding.decoder.image_regions.attributes) == 0
+    assert len(tiny_model().grounding.decoder.image_part.attributes) == 0
     assert tiny_config(model__decoder__attribute_classes="{shape: 7}").model.decoder.attribute_classes == {"shape": 7}
 
 
@@ -198,10 +199,10 @@ def test_a_region_that_is_no_object_takes_next_to_no_part_in_relations():
 
 def test_the_language_half_reads_what_the_attribute_heads_say():
     model = tiny_model(model__decoder__attribute_classes='{"shape": 7, "colour": 6}')
-    assert model.grounding.decoder.known.weight.shape[1] == 1 + 7 + 6
+    assert model.grounding.decoder.language_part.known.weight.shape[1] == 1 + 7 + 6
     batch = batch_of(model)
     with torch.no_grad():
         before = run(model, batch).box_logits
-        model.grounding.decoder.image_regions.attributes["colour"].bias.copy_(torch.tensor([9.0, 0, 0, 0, 0, 0]))
+        model.grounding.decoder.image_part.attributes["colour"].bias.copy_(torch.tensor([9.0, 0, 0, 0, 0, 0]))
         after = run(model, batch).box_logits
     assert (before - after).abs().max() > 1e-3

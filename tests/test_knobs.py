@@ -20,11 +20,13 @@ import torch
 from conftest import ROOT
 from tiny import tiny_model
 
-from grex_mllm.config import Config, InstanceLossConfig, LossConfig, SyntheticConfig
+from grex_mllm.config import Config, LossConfig
 from grex_mllm.data.collate import collate
 from grex_mllm.data.synthetic import SyntheticDataset
-from grex_mllm.training.instance_losses import InstanceLoss
-from grex_mllm.training.losses import TERMS, ReLALoss
+from grex_mllm.data.synthetic.settings import SyntheticConfig
+from grex_mllm.models.decoders.instance_selection.config import InstanceLossConfig
+from grex_mllm.models.decoders.instance_selection.criterion import InstanceSelectionCriterion
+from grex_mllm.models.decoders.rela.criterion import TERMS, RelaCriterion
 
 RENAMED = "__renamed"
 MISSING = re.compile(r'^(?P<file>[^:]+):(?P<line>\d+):(?P<column>\d+): error: "(?P<kind>\w+)" has no attribute "(?P<field>\w+)"')
@@ -96,7 +98,7 @@ def test_loss_weights_that_are_read_by_name_arrive() -> None:
     def weights(section: Any, name: str) -> dict[str, float]:
         config = Config().loss
         setattr(config.instances if section is InstanceLossConfig else config, name, 123.0)
-        return (InstanceLoss if section is InstanceLossConfig else ReLALoss)(config).weights
+        return (InstanceSelectionCriterion if section is InstanceLossConfig else RelaCriterion)(config).weights
 
     for section, names in ((LossConfig, TERMS), (InstanceLossConfig, [f.name for f in fields(InstanceLossConfig)])):
         for name in names:
@@ -111,7 +113,7 @@ def test_every_weight_of_the_instance_losses_moves_the_total() -> None:
     with torch.no_grad():
         output = model.grounding.ground(model.grounding.encode_image(batch.image), batch.image_index, batch.text_ids, batch.text_mask)
     config = LossConfig()
-    before = InstanceLoss(config)(output, batch)["total"]
+    before = InstanceSelectionCriterion(config)(output, batch)["total"]
     for f in fields(InstanceLossConfig):
         changed = replace(config.instances, **{f.name: getattr(config.instances, f.name) + 10.0})
-        assert InstanceLoss(replace(config, instances=changed))(output, batch)["total"] > before + 1e-3, f.name
+        assert InstanceSelectionCriterion(replace(config, instances=changed))(output, batch)["total"] > before + 1e-3, f.name

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -14,6 +15,8 @@ from tiny_folder import expression, tiny_folder, tiny_records, write_folder
 from grex_mllm import GrexModel
 from grex_mllm.data.collate import collate
 from grex_mllm.data.dataset import FolderDataset
+from grex_mllm.models.generators.region_tokens import collate as collate_generation
+from grex_mllm.models.generators.region_tokens.config import RegionTokensConfig
 from grex_mllm.models.text import train_text_tokenizer
 from grex_mllm.predict import predict_split
 from grex_mllm.progress import list_ids
@@ -37,41 +40,45 @@ def words(texts: list[str]) -> tuple[torch.Tensor, torch.Tensor]:
     return ids, (ids > 0).long()
 
 
-def batch_of(folder: Path, **options: object) -> Batch:
-    return collate([FolderDataset(folder, "train")[0]], words, words, image_size=32, **options)  # type: ignore[arg-type]
+class Words:
+    """A tokenizer."""
+
+    encode = staticmethod(words)
+    bos_id, eos_id = 1, 2
 
 
-@pytest.mark.parametrize("task", ["ground", "generate"])
-def test_long_ones_are_left_out_and_named(tmp_path: Path, task: str) -> None:
-    batch = batch_of(folder_with_long(tmp_path), task=task, max_lm_tokens=7)
+def batch_of(folder: Path, most: int) -> Batch:
+    config = RegionTokensConfig(max_expression_tokens=most)
+    return collate([FolderDataset(folder, "train")[0]], words, partial(collate_generation, config, Words()), image_size=32)
+
+
+def test_long_ones_are_left_out_and_named(tmp_path: Path) -> None:
+    batch = batch_of(folder_with_long(tmp_path), 7)
     assert batch.too_long == ["long"]
-    assert [batch.expression_ids[e] for e in batch.lm_index.tolist()] == ["e1", "e2"]
-    assert batch.lm_ids.tolist() == [[1, 5, 5, 2, 0, 0, 0], [1, 5, 5, 5, 5, 5, 2]]  # without the columns of the long one
+    assert [index.tolist() for index in batch.generation.target_index] == [[0], [0, 1]] and batch.generation.weight.tolist() == [1, 1]
+    assert batch.generation.lm_ids.tolist() == [[1, 5, 5, 2, 0, 0, 0], [1, 5, 5, 5, 5, 5, 2]]  # without the columns of the long one
     assert "long" in batch.expression_ids  # grounding reads its first tokens
-    assert batch_of(tmp_path, task=task, max_lm_tokens=200).too_long == []
+    assert batch_of(tmp_path, 200).too_long == []
 
 
 def test_a_batch_of_long_ones_alone(tmp_path: Path) -> None:
-    """Generation keeps the shortest, cut and without EOS: every process then trains the same weights. Grounding batches need none."""
-    folder = folder_with_long(tmp_path)
-    batch = batch_of(folder, task="generate", max_lm_tokens=3)
-    assert batch.too_long == ["e1", "long", "e2"] and batch.lm_index.tolist() == [0]
-    assert batch.lm_ids.tolist() == [[1, 5, 5]] and batch.lm_mask.tolist() == [[1, 1, 1]]
-    ground = batch_of(folder, task="ground", max_lm_tokens=3)
-    assert ground.lm_ids is None and ground.lm_index is None and ground.too_long == ["e1", "long", "e2"]
+    """A stand-in of weight zero keeps the step the same on every process."""
+    batch = batch_of(folder_with_long(tmp_path), 3)
+    assert batch.too_long == ["e1", "long", "e2"] and batch.generation.weight.tolist() == [0]
+    assert batch.generation.lm_ids.tolist() == [[1, 2]] and len(batch.generation.target_index[0]) == 0
 
 
-@pytest.mark.parametrize(("workers", "joint"), [(0, "false"), (1, "true")])
-def test_a_training_goes_on_to_its_end_and_tells(tmp_path: Path, capsys: pytest.CaptureFixture[str], workers: int, joint: str) -> None:
+@pytest.mark.parametrize("workers", [0, 1])
+def test_a_training_goes_on_to_its_end_and_tells(tmp_path: Path, capsys: pytest.CaptureFixture[str], workers: int) -> None:
     changes: dict[str, object] = {
         "data__train": folder_with_long(tmp_path / "d"), "train__out": tmp_path / "run", "train__steps": 4, "train__batch_images": 1,
-        "model__generator__max_expression_tokens": 40, "data__num_workers": workers, "train__joint_batches": joint,
-        "train__precision": "fp32", "train__log_every": 2, "train__num_threads": 1, "train__ground_ratio": 1.0 if joint == "true" else 0.5,
+        "model__generator__max_expression_tokens": 40, "data__num_workers": workers,
+        "train__precision": "fp32", "train__log_every": 2, "train__num_threads": 1,
     }  # fmt: skip
     result = train_from_config(tiny_config(**(GENERATOR | changes)))
     said = " ".join(capsys.readouterr().out.split())
     assert result.steps == 4 and set(result.too_long) == {"long"} and result.too_long["long"] >= 1
-    shown = "1 expressions of more than model.generator.max_expression_tokens = 40 tokens were left out of generation"
+    shown = "1 expressions with more tokens than model.generator allows were left out of generation"
     assert said.count(shown) == 1 and f"({result.too_long['long']} times): long" in said
     assert said.count("1 expressions of more than model.text.max_tokens = 20 tokens are cut there by the text encoder: long") == 1
     logged = [json.loads(line) for line in (tmp_path / "run" / "log.jsonl").read_text().splitlines()]
@@ -113,8 +120,8 @@ def _lengths(tokenizer, texts: list[str], most: int) -> list[int]:
 
 def test_the_saved_model_of_such_a_run_loads(tmp_path: Path) -> None:
     changes: dict[str, object] = {"data__train": folder_with_long(tmp_path / "d"), "train__out": tmp_path / "run", "train__steps": 1,
-                                  "train__batch_images": 1, "model__generator__max_expression_tokens": 2, "train__ground_ratio": 0.0,
+                                  "train__batch_images": 1, "model__generator__max_expression_tokens": 2,
                                   "train__precision": "fp32", "train__num_threads": 1}  # fmt: skip
     result = train_from_config(tiny_config(**(GENERATOR | changes)))  # no expression at all is short enough
-    assert result.lines[-1]["loss/generate/lm"] > 0 and set(result.too_long) == {"e1", "long", "e2"}
+    assert result.lines[-1]["loss/generate/lm"] == 0 and set(result.too_long) == {"e1", "long", "e2"}
     assert GrexModel.from_pretrained(tmp_path / "run").generator is not None

@@ -8,50 +8,35 @@ from typing import Any
 
 import pytest
 import torch
-from toy_training import ToyModel, losses, toy_batch, toy_config, toy_loss, toy_train
+from toy_training import ToyModel, ToyStep, losses, toy_batch, toy_config, toy_train
 
 from grex_mllm.errors import GrexError
 from grex_mllm.training import checkpoint
-from grex_mllm.training.batches import TaskMixture, epoch_index, map_tensors, mix, stream
+from grex_mllm.training.batches import BatchStream, epoch_index, map_tensors, mix, stream
 from grex_mllm.training.engine import determinism
 from grex_mllm.training.log import cut_log
 
 
-def mixture(ratio: float = 0.3, seed: int = 5, images: int = 4) -> TaskMixture:
-    return TaskMixture({"ground": toy_batch, "generate": toy_batch}, images, ratio, seed)
+def batches(images: int = 4) -> BatchStream:
+    return BatchStream(toy_batch, images)
 
 
-def test_mixture_has_the_ratio_and_counts_positions_without_gaps() -> None:
-    source = mixture()
-    tasks = [source.task(index) for index in range(5000)]
-    assert abs(tasks.count("ground") / 5000 - 0.3) < 0.02
-    assert len({tuple(mixture(seed=seed).task(index) for index in range(40)) for seed in range(5)}) == 5
-    for task in ("ground", "generate"):
-        seen = [position for index in range(5000) if tasks[index] == task for position in source.positions(index)]
-        assert seen == list(range(len(seen)))
-
-
-def test_mixture_is_a_function_of_the_step_alone() -> None:
-    forward = [mixture().positions(index) for index in range(100)]
-    source = mixture()
-    assert [source.positions(index) for index in reversed(range(100))] == forward[::-1]
-    assert mixture().positions(9000) == source.positions(9000)
+def test_positions_are_counted_without_gaps() -> None:
+    assert [position for index in range(500) for position in batches().positions(index)] == list(range(2000))
+    source = batches()
+    assert [source.positions(index) for index in reversed(range(100))] == [batches().positions(index) for index in reversed(range(100))]
 
 
 def test_processes_share_every_batch() -> None:
     for index in (0, 7, 4096, 5001):
-        parts = [mixture().share(rank, 4).positions(index) for rank in range(4)]
-        assert sorted(position for part in parts for position in part) == mixture().positions(index)
-        assert {mixture().share(rank, 4).task(index) for rank in range(4)} == {mixture().task(index)}
+        parts = [batches().share(rank, 4).positions(index) for rank in range(4)]
+        assert sorted(position for part in parts for position in part) == batches().positions(index)
 
 
-@pytest.mark.parametrize(("ratio", "images", "ranks", "named"), [(1.2, 4, 1, "ground_ratio"), (0.5, 3, 2, "batch_images")])
-def test_mixture_refuses_what_cannot_be(ratio: float, images: int, ranks: int, named: str) -> None:
-    with pytest.raises(GrexError, match=named):
-        TaskMixture({"ground": toy_batch, "generate": toy_batch}, images, ratio, 0, 0, ranks)
-    with pytest.raises(GrexError, match="no data for generate"):
-        TaskMixture({"ground": toy_batch}, 4, 0.5, 0)
-    assert TaskMixture({"ground": toy_batch}, 4, 1.0, 0).at(3)[0] == "ground"
+@pytest.mark.parametrize(("images", "ranks"), [(3, 2), (0, 1)])
+def test_batches_that_cannot_be_shared_are_refused(images: int, ranks: int) -> None:
+    with pytest.raises(GrexError, match="batch_images"):
+        BatchStream(toy_batch, images, 0, ranks)
 
 
 def test_every_epoch_is_another_whole_pass() -> None:
@@ -68,8 +53,8 @@ def test_hash_is_the_same_everywhere() -> None:
 @pytest.mark.parametrize("num_workers", [1, 4])
 def test_workers_do_not_matter(num_workers: int) -> None:
     def plain(workers: int) -> list[Any]:
-        batches = stream(mixture(), 3, 9, workers, seed=1)
-        return [(task, map_tensors(batch, lambda tensor: (str(tensor.dtype), tensor.tolist()))) for task, batch in batches]
+        found = stream(batches(), 3, 9, workers, seed=1)
+        return [map_tensors(batch, lambda tensor: (str(tensor.dtype), tensor.tolist())) for batch in found]
 
     assert plain(num_workers) == plain(0)
 
@@ -79,7 +64,7 @@ def test_an_error_in_the_data_keeps_its_words(num_workers: int) -> None:
     def broken(positions: list[int]) -> Any:
         raise GrexError("a.png is cut short; expected a whole file; fix it")
 
-    source = TaskMixture({"ground": broken}, 2, 1.0, 0)
+    source = BatchStream(broken, 2)
     with pytest.raises(GrexError, match=r"^a\.png is cut short; expected a whole file; fix it$"):
         list(stream(source, 0, 2, num_workers, seed=0))
 
@@ -88,29 +73,26 @@ def test_one_seed_gives_one_run(tmp_path: Path) -> None:
     for name, settings in {"a": {}, "b": {"num_workers": 1}, "c": {"seed": 1}}.items():
         toy_train(toy_config(tmp_path / name, **settings), dropout=0.3)
     assert losses(tmp_path / "a") == losses(tmp_path / "b") != losses(tmp_path / "c")
-    assert {line["task"] for line in map(json.loads, (tmp_path / "a" / "log.jsonl").read_text().splitlines())} == {"ground", "generate"}
 
 
 def test_accumulated_batches_make_the_step_of_a_large_one(tmp_path: Path) -> None:
-    _, whole = toy_train(toy_config(tmp_path / "a", ground_ratio=1.0))
-    _, parts = toy_train(toy_config(tmp_path / "b", ground_ratio=1.0, batch_images=2, accumulation=2))
+    _, whole = toy_train(toy_config(tmp_path / "a"))
+    _, parts = toy_train(toy_config(tmp_path / "b", batch_images=2, accumulation=2))
     for name, value in whole.state_dict().items():
         if name != "calls":
             torch.testing.assert_close(parts.state_dict()[name], value, rtol=1e-4, atol=1e-6)
     assert int(parts.calls) == 2 * int(whole.calls)
 
 
-def test_unused_weights_move_as_under_zero(tmp_path: Path) -> None:
-    """A step of the other task is a step with gradient zero: momentum and decay go on."""
-    _, model = toy_train(toy_config(tmp_path, ground_ratio=1.0, **{"optim.weight_decay": 0.5}))
+def test_frozen_weights_stay(tmp_path: Path) -> None:
+    _, model = toy_train(toy_config(tmp_path, **{"optim.weight_decay": 0.5}))
     torch.manual_seed(0)
     fresh = ToyModel()
-    assert 0 < model.generate.weight.detach().norm().item() < 0.99 * fresh.generate.weight.detach().norm().item()
-    assert torch.equal(model.frozen.weight, fresh.frozen.weight)
+    assert torch.equal(model.frozen.weight, fresh.frozen.weight) and not torch.equal(model.shared.weight, fresh.shared.weight)
 
 
 def test_gradients_are_clipped(tmp_path: Path) -> None:
-    settings = {"optim.lr": 1e-6, "optim.eps": 1e3, "optim.weight_decay": 0.0, "steps": 1, "ground_ratio": 1.0}
+    settings = {"optim.lr": 1e-6, "optim.eps": 1e3, "optim.weight_decay": 0.0, "steps": 1}
     moves = []
     for clip in (1e-3, 0.0):
         _, model = toy_train(toy_config(tmp_path / str(clip), **{**settings, "optim.clip": clip, "optim.lr": 1.0}))
@@ -121,14 +103,15 @@ def test_gradients_are_clipped(tmp_path: Path) -> None:
     assert moves[0] == pytest.approx(moves[1] * 1e-3 / norm, rel=1e-2)
 
 
-def test_bf16_computes_in_bf16_and_keeps_float32_weights(tmp_path: Path) -> None:
-    seen = []
+def test_bf16_computes_in_bf16_and_keeps_float32_weights(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen, forward = [], ToyModel.forward
 
-    def loss(model: ToyModel, *rest: Any) -> Any:
+    def watched(model: ToyModel, image: torch.Tensor) -> Any:
         seen.append(model.shared(torch.zeros(1, 12)).dtype)
-        return toy_loss(model, *rest)
+        return forward(model, image)
 
-    _, model = toy_train(toy_config(tmp_path, precision="bf16"), loss_fn=loss)
+    monkeypatch.setattr(ToyModel, "forward", watched)
+    _, model = toy_train(toy_config(tmp_path, precision="bf16"))
     assert set(seen) == {torch.bfloat16} and {p.dtype for p in model.parameters()} == {torch.float32}
 
 
@@ -142,39 +125,42 @@ def test_precisions_that_cannot_work_are_refused(tmp_path: Path, precision: str,
 
 
 @pytest.mark.parametrize("kind", ["loss", "gradient"])
-def test_a_value_that_is_not_finite_stops_the_run(tmp_path: Path, kind: str) -> None:
-    def loss(model: ToyModel, batch: Any, task: str, progress: float) -> Any:
-        terms = toy_loss(model, batch, task, progress)
+def test_a_value_that_is_not_finite_stops_the_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str) -> None:
+    forward = ToyStep.forward
+
+    def broken(step: ToyStep, batch: Any, progress: float) -> Any:
+        terms = forward(step, batch, progress)
         if progress >= 6 / 12:
-            zero = model.shared.weight.sum() * 0
+            zero = step.model.shared.weight.sum() * 0
             terms["bad"] = zero / zero.detach() if kind == "loss" else zero.abs().sqrt()
             terms["total"] = terms["total"] + terms["bad"]
         return terms
 
-    config = toy_config(tmp_path, ground_ratio=1.0)
-    with pytest.raises(GrexError) as caught:
-        toy_train(config, loss_fn=loss, save=True)
+    config = toy_config(tmp_path)
+    with monkeypatch.context() as patch, pytest.raises(GrexError) as caught:
+        patch.setattr(ToyStep, "forward", broken)
+        toy_train(config, save=True)
     message = str(caught.value)
     ids = [index for position in range(24, 28) for index in [f"i{epoch_index(position, 10, 7)}"]]
-    assert "step 7, task ground" in message and f"image ids {', '.join(ids)}" in message and f"expression ids e{ids[0][1:]}.0" in message
+    assert "step 7: not finite" in message and f"image ids {', '.join(ids)}" in message and f"expression ids e{ids[0][1:]}.0" in message
     assert ("bad nan" in message) if kind == "loss" else ("gradient norm nan" in message)
     assert "step_00000004" in message
     assert sorted(path.name for path in (tmp_path / "checkpoints").iterdir()) == ["frozen.safetensors", "step_00000004"]
     assert not (tmp_path / "toy.pt").exists() and len(losses(tmp_path)) == 6
-    result, _ = toy_train(toy_config(tmp_path, ground_ratio=1.0, resume=True), save=True)
+    result, _ = toy_train(toy_config(tmp_path, resume=True), save=True)
     assert result.resumed_from == 4 and result.steps == 12 and (tmp_path / "toy.pt").exists()
 
 
 def test_a_line_tells_everything(tmp_path: Path) -> None:
-    result, _ = toy_train(toy_config(tmp_path, log_every=5, ground_ratio=1.0))
+    result, _ = toy_train(toy_config(tmp_path, log_every=5))
     lines = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()]
     assert [line["step"] for line in lines] == [4, 5, 8, 10, 12] == [line["step"] for line in result.lines]
-    expected = {"task", "loss/ground/fit", "loss/ground/size", "loss/ground/total", "grad_norm", "images_per_s", "expressions_per_s"}
+    expected = {"loss/ground/fit", "loss/generate/size", "loss/total", "grad_norm", "images_per_s", "expressions_per_s"}
     expected |= {"step", "tokens_per_s", "peak_memory_bytes", "lr/0", "lr/1", "elapsed_s"}
     assert set(lines[0]) == expected
     assert lines[0]["expressions_per_s"] == pytest.approx(2 * lines[0]["images_per_s"], rel=1e-3)
     assert lines[0]["tokens_per_s"] == pytest.approx(6 * lines[0]["images_per_s"], rel=1e-3)
-    toy_train(toy_config(tmp_path / "each", ground_ratio=1.0))
+    toy_train(toy_config(tmp_path / "each"))
     each = losses(tmp_path / "each")
     assert lines[0]["loss/ground/fit"] == pytest.approx(sum(line["loss/ground/fit"] for line in each[:4]) / 4)
 
@@ -182,12 +168,12 @@ def test_a_line_tells_everything(tmp_path: Path) -> None:
 def test_tensorboard_has_the_same_numbers(tmp_path: Path) -> None:
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-    toy_train(toy_config(tmp_path, ground_ratio=1.0))
+    toy_train(toy_config(tmp_path))
     board = EventAccumulator(str(tmp_path / "tensorboard"))
     board.Reload()
-    events = board.Scalars("loss/ground/total")
+    events = board.Scalars("loss/total")
     assert [event.step for event in events] == list(range(1, 13))
-    assert [event.value for event in events] == pytest.approx([line["loss/ground/total"] for line in losses(tmp_path)], rel=1e-6)
+    assert [event.value for event in events] == pytest.approx([line["loss/total"] for line in losses(tmp_path)], rel=1e-6)
 
 
 def test_a_cut_log_ends_at_the_step(tmp_path: Path) -> None:

@@ -10,17 +10,18 @@ import pytest
 import torch
 from made_batch import RELEASED, make_batch
 
-from grex_mllm.config import LossConfig
 from grex_mllm.errors import GrexError
-from grex_mllm.training.losses import (
-    ReLALoss,
+from grex_mllm.models.decoders.rela.config import RelaConfig, RelaLossConfig
+from grex_mllm.models.decoders.rela.criterion import (
+    RelaCriterion,
     box_score,
     count_cross_entropy,
     mask_cross_entropy,
     minimap_cross_entropy,
     minimap_target,
 )
-from grex_mllm.training.matcher import match
+from grex_mllm.models.decoders.rela.network import RelaExtra
+from grex_mllm.ops.matching import match
 from grex_mllm.types import GroundingOutput
 
 WEIGHTS = torch.tensor([0.9, 1.1])
@@ -47,7 +48,7 @@ def test_against_released_terms(shared: Path, name: str) -> None:
     masks = torch.cat([sample["gt_mask_merged"] for sample in recorded["inputs"]])
     batch = make_batch(masks, [torch.zeros(0, 4) for _ in recorded["inputs"]])
     batch.no_target = torch.tensor([bool(sample["empty"]) for sample in recorded["inputs"]])
-    terms = ReLALoss(RELEASED)(GroundingOutput(head["pred_masks"], head["pred_logits"], head["nt_label"]), batch)
+    terms = RelaCriterion(RELEASED)(GroundingOutput(head["pred_masks"], head["pred_logits"], head["nt_label"]), batch)
     expected = recorded["train"]["ce_terms_unweighted"]
     for ours, theirs in (("mask", "mask"), ("minimap", "minimap"), ("no_target", "nt")):
         assert float(terms[ours]) == pytest.approx(expected[theirs], abs=1e-5)
@@ -93,7 +94,7 @@ def test_perfect_boxes_cost_nothing() -> None:
     output.boxes_norm[0, [3, 7]] = gt[0]
     output.box_logits[:] = -20
     output.box_logits[0, [3, 7]] = 20
-    terms = ReLALoss(LossConfig())(output, make_batch(torch.zeros(2, 24, 32, dtype=torch.bool), gt))
+    terms = RelaCriterion(RelaConfig(loss=RelaLossConfig()))(output, make_batch(torch.zeros(2, 24, 32, dtype=torch.bool), gt))
     for name in ("box_l1", "box_giou", "box_score"):
         assert float(terms[name]) == pytest.approx(0, abs=1e-6)
 
@@ -113,7 +114,7 @@ def test_focal_score_by_hand() -> None:
 def test_no_target_batches_are_finite_and_reach_every_head(kind: str) -> None:
     output = make_output(3, requires_grad=True)
     batch = make_batch(torch.zeros(3, 24, 32, dtype=torch.bool), [torch.zeros(0, 4)] * 3)
-    terms = ReLALoss(LossConfig(minimap_target=kind))(output, batch)
+    terms = RelaCriterion(RelaConfig(loss=RelaLossConfig(minimap_target=kind)))(output, batch)
     assert all(torch.isfinite(value) for value in terms.values())
     assert terms["box_l1"].item() == terms["box_giou"].item() == 0
     terms["total"].backward()
@@ -131,29 +132,26 @@ def test_no_target_batches_are_finite_and_reach_every_head(kind: str) -> None:
 def test_total_is_the_weighted_sum_and_deep_supervision_adds_layers() -> None:
     output, earlier = make_output(2), make_output(2)
     batch = make_batch(torch.rand(2, 24, 32) > 0.7, [torch.tensor([[0.3, 0.4, 0.2, 0.2]]), torch.zeros(0, 4)])
-    config = LossConfig(mask=2, minimap=3, no_target=0, box_l1=5, box_giou=7, box_score=11, count=13)
-    terms = ReLALoss(config)(output, batch)
+    config = RelaLossConfig(mask=2, minimap=3, no_target=0, box_l1=5, box_giou=7, box_score=11, count=13)
+    terms = RelaCriterion(RelaConfig(loss=config))(output, batch)
     assert "no_target" not in terms
     weighted = sum(getattr(config, name) * float(value) for name, value in terms.items() if name != "total")
     assert float(terms["total"]) == pytest.approx(weighted, rel=1e-5)
-    output.auxiliary["layers"] = [earlier, earlier]
-    deep = ReLALoss(replace(config, deep_supervision=0.5))(output, batch)
-    once = float(ReLALoss(config)(earlier, batch)["total"])
+    output = output._replace(extra=RelaExtra(torch.zeros(0), [earlier, earlier]))
+    deep = RelaCriterion(RelaConfig(loss=replace(config, deep_supervision=0.5)))(output, batch)
+    once = float(RelaCriterion(RelaConfig(loss=config))(earlier, batch)["total"])
     assert float(deep["total"]) == pytest.approx(weighted + 0.5 * 2 * once, rel=1e-5)
 
 
 def test_missing_heads_and_targets_are_named() -> None:
     batch = make_batch(torch.zeros(1, 24, 32, dtype=torch.bool), [torch.zeros(0, 4)])
-    bare = make_output(1)
-    bare.boxes_norm = bare.box_logits = bare.count_logits = None
+    bare = make_output(1)._replace(boxes_norm=None, box_logits=None, count_logits=None)
     with pytest.raises(GrexError, match=r"decoder\.boxes"):
-        ReLALoss(LossConfig())(bare, batch)
+        RelaCriterion(RelaConfig(loss=RelaLossConfig()))(bare, batch)
     with pytest.raises(GrexError, match=r"decoder\.count"):
-        ReLALoss(LossConfig(box_l1=0, box_giou=0, box_score=0))(bare, batch)
-    with pytest.raises(GrexError, match="deep_supervision"):
-        ReLALoss(replace(RELEASED, deep_supervision=1.0))(bare, batch)
+        RelaCriterion(RelaConfig(loss=RelaLossConfig(box_l1=0, box_giou=0, box_score=0)))(bare, batch)
     batch.gt_masks = None
     with pytest.raises(GrexError, match="without masks"):
-        ReLALoss(RELEASED)(bare, batch)
+        RelaCriterion(RELEASED)(bare, batch)
     with pytest.raises(GrexError, match="class_weights"):
-        ReLALoss(LossConfig(class_weights=[1.0]))
+        RelaCriterion(RelaConfig(loss=RelaLossConfig(class_weights=[1.0])))

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from grex_mllm.ops.boxes import cxcywh_to_xyxy, generalized_box_iou
-from grex_mllm.training.matcher import MatchCost, match, pairing_cost
+from grex_mllm.ops.matching import MatchCost, match, pairing_cost
 
 
 def random_boxes(*shape: int) -> torch.Tensor:

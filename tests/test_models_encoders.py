@@ -13,7 +13,7 @@ import torch
 
 from grex_mllm.config import ModelConfig, TextConfig, VisionConfig
 from grex_mllm.errors import GrexError
-from grex_mllm.models import build_decoder, build_grounding
+from grex_mllm.models import build_grounding
 from grex_mllm.models.pixel_decoder import build_pixel_decoder
 from grex_mllm.models.text import TextEncoder, load_text_tokenizer, train_text_tokenizer
 from grex_mllm.models.vision import build_vision, load_weights
@@ -82,7 +82,7 @@ def test_unknown_rooms_are_one_clear_error(section: str) -> None:
     getattr(config, section).name = "none"
     with pytest.raises(GrexError, match=r"expected .*;"):
         if section == "decoder":
-            build_decoder(config.decoder, 256, 256, 768)
+            build_grounding(config)
         else:
             build_pixel_decoder(config.pixel_decoder, (1, 2, 3, 4))
     with pytest.raises(GrexError, match="3 maps"):
@@ -131,19 +131,3 @@ def test_text_encoder_starts_from_a_folder_with_the_configured_dropout(tmp_path:
     assert second.bert.config.hidden_dropout_prob == 0.0 and second.width == 16
     with pytest.raises(GrexError, match=r"config\.json"):
         TextEncoder(TextConfig(path=str(tmp_path / "none")))
-
-
-def test_decoders_of_the_table_build_into_a_model() -> None:
-    from grex_mllm.models import DECODERS
-
-    for name in DECODERS:
-        config = ModelConfig(
-            vision=SMALL_SWIN, text=TextConfig(vocab_size=30, hidden_size=16, num_layers=1, num_heads=2, intermediate_size=16)
-        )
-        config.pixel_decoder.name, config.pixel_decoder.width, config.pixel_decoder.mask_width = "fpn", 32, 16
-        config.decoder.name, config.decoder.width, config.decoder.minimap_side, config.decoder.num_heads = name, 32, 4, 4
-        model = build_grounding(config).eval()
-        out = model(
-            torch.zeros(1, 3, 64, 64, dtype=torch.uint8), torch.tensor([0, 0]), torch.ones(2, 5, dtype=torch.int64), torch.ones(2, 5)
-        )
-        assert out.no_target_logits.shape == (2, 2)

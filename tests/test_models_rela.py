@@ -8,20 +8,21 @@ import pytest
 import torch
 from torch import Tensor
 
-from grex_mllm.config import DecoderConfig, ModelConfig, PixelDecoderConfig, TextConfig, VisionConfig
+from grex_mllm.config import ModelConfig, PixelDecoderConfig, TextConfig, VisionConfig
 from grex_mllm.errors import GrexError
 from grex_mllm.models import build_grounding
-from grex_mllm.models.decoders.grouping import group
+from grex_mllm.models.decoders.rela.config import RelaConfig, RelaLossConfig
+from grex_mllm.models.decoders.rela.grouping import group
 from grex_mllm.models.grounding import GroundingModel, upsample_logits
 from grex_mllm.types import GroundingOutput
 
 RESNET = VisionConfig(block="basic", norm="group", stem="conv3", stem_width=8, widths=[8, 16, 16, 16], depths=[1, 1, 1, 1])
 SWIN = VisionConfig(name="swin", embed_width=8, swin_depths=[1, 1, 1, 1], swin_heads=[1, 1, 2, 2], window=3, fusion="pwam", drop_path=0.0)
-DECODER = DecoderConfig(width=32, num_heads=4, num_layers=3, feedforward=16, minimap_side=4)
+DECODER = RelaConfig(width=32, num_heads=4, num_layers=3, feedforward=16, minimap_side=4)
 VARIANTS = {
     "released": {},
     "pooled": {"ria": "pooled"},
-    "hard_split": {"ria": "hard_split"},
+    "hard_split": {"ria": "pooled", "patches": 4},
     "region_only": {"rla": "region"},
     "language_only": {"rla": "language"},
     "product_only": {"rla": "none"},
@@ -32,17 +33,17 @@ VARIANTS = {
 }
 
 
-def build(vision: VisionConfig = RESNET, pixel: str = "deformable", **decoder: object) -> GroundingModel:
+def build(vision: VisionConfig = RESNET, pixel: str = "deformable", patches: int = 0, **decoder: object) -> GroundingModel:
     torch.manual_seed(0)
     config = ModelConfig(
-        vision=replace(vision),
+        vision=replace(vision, patches=patches),
         text=TextConfig(vocab_size=30, hidden_size=16, num_layers=1, num_heads=2, intermediate_size=16, max_positions=16, dropout=0.0),
         pixel_decoder=PixelDecoderConfig(name=pixel, width=32, mask_width=16, num_layers=1, num_heads=4, num_points=2, feedforward=16),
         decoder=replace(DECODER, **decoder),  # type: ignore[arg-type]
     )
     model = build_grounding(config)
     with torch.no_grad():  # language must matter though it starts as nothing
-        model.decoder.language_projection.weight.normal_(std=0.2)
+        model.decoder.language_part.language_projection.weight.normal_(std=0.2)
     return model.eval()
 
 
@@ -59,7 +60,7 @@ def inputs(height: int = 48, width: int = 64) -> tuple[Tensor, Tensor, Tensor, T
 def test_variant_shapes_and_gradients(variant: str, vision: VisionConfig) -> None:
     model = build(vision, **VARIANTS[variant]).train()
     out = model(*inputs())
-    regions = model.decoder.config.minimap_side**2
+    regions = model.decoder.language_part.config.minimap_side**2
     assert out.mask_logits.shape[:2] == (3, 2)
     assert out.minimap_logits.shape == (3, regions, 2)
     assert out.no_target_logits.shape == (3, 2)
@@ -68,8 +69,8 @@ def test_variant_shapes_and_gradients(variant: str, vision: VisionConfig) -> Non
     assert out.count_logits is not None and out.count_logits.shape == (3, 7)
     assert out.minimap_prob is not None and out.minimap_prob.shape == (
         3,
-        model.decoder.config.minimap_side,
-        model.decoder.config.minimap_side,
+        model.decoder.language_part.config.minimap_side,
+        model.decoder.language_part.config.minimap_side,
     )
     total(out).backward()  # whether the gradients are zero: test_gradients.py
     without = {n for n, p in model.named_parameters() if p.grad is None}
@@ -102,9 +103,9 @@ def test_padding_words_matter_only_without_the_mask(masked: bool) -> None:
 
 
 @pytest.mark.parametrize("vision", [RESNET, SWIN], ids=["resnet", "swin_pwam"])
-@pytest.mark.parametrize("ria", ["attention", "hard_split"])
-def test_batch_equals_single(vision: VisionConfig, ria: str) -> None:
-    model = build(vision, ria=ria).double()
+@pytest.mark.parametrize("variant", ["released", "hard_split"])
+def test_batch_equals_single(vision: VisionConfig, variant: str) -> None:
+    model = build(vision, **VARIANTS[variant]).double()
     image, index, ids, mask = inputs(41, 55)
     with torch.no_grad():
         together = model(image, index, ids, mask)
@@ -133,7 +134,7 @@ def test_heads_are_absent_when_switched_off() -> None:
     out = bare(*inputs())
     assert out.boxes_norm is None and out.box_logits is None and out.count_logits is None
     extra = set(full.state_dict()) - set(bare.state_dict())
-    assert extra and all(k.startswith(("decoder.heads.box", "decoder.heads.count")) for k in extra)
+    assert extra and all(k.startswith(("decoder.language_part.heads.box", "decoder.language_part.heads.count")) for k in extra)
     assert set(bare.state_dict()) <= set(full.state_dict())
 
 
@@ -144,10 +145,10 @@ def test_boxes_start_in_their_own_cells() -> None:
 
 
 def test_deep_supervision_gives_earlier_answers_in_training_only() -> None:
-    model = build(deep_supervision=True).train()
-    layers = model(*inputs()).auxiliary["layers"]
+    model = build(loss=RelaLossConfig(deep_supervision=1.0)).train()
+    layers = model(*inputs()).extra.layers
     assert len(layers) == 2 and layers[0].mask_logits.shape[:2] == (3, 2)
-    assert "layers" not in model.eval()(*inputs()).auxiliary
+    assert model.eval()(*inputs()).extra.layers == []
 
 
 def test_late_fusion_does_the_image_work_once() -> None:

@@ -121,9 +121,8 @@ def test_fused_expressions_in_chunks_answer_as_together(at_once: int, images: in
     together, chunked = outputs
     for name in ("mask_logits", "minimap_logits", "no_target_logits", "boxes_norm", "box_logits", "count_logits", "minimap_prob"):
         assert torch.allclose(getattr(chunked, name), getattr(together, name), atol=1e-4), name
-    assert chunked.auxiliary.keys() == together.auxiliary.keys()
-    for name, value in together.auxiliary.items():
-        assert torch.allclose(chunked.auxiliary[name], value, atol=1e-4)
+    assert chunked.extra.layers == together.extra.layers == []
+    assert torch.allclose(chunked.extra.mask_embeddings, together.extra.mask_embeddings, atol=1e-4)
 
 
 def test_many_expressions_of_a_fused_encoder_go_in_chunks(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -108,7 +108,7 @@ from grex_mllm.training.run import train_from_config
 if __name__ == "__main__":
     multiprocessing.set_start_method("spawn")
     train_from_config(tiny_config(data__train=sys.argv[1], train__out=sys.argv[2], train__steps=2, train__batch_images=2,
-                                  data__num_workers=1, train__ground_ratio=1.0))
+                                  data__num_workers=1))
 """
 
 

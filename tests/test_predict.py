@@ -13,8 +13,8 @@ import numpy as np
 import pytest
 from tiny import tiny_speaker
 
-from grex_mllm.config import SyntheticConfig
 from grex_mllm.data.synthetic.export import export
+from grex_mllm.data.synthetic.settings import SyntheticConfig
 from grex_mllm.errors import GrexError
 from grex_mllm.ops.masks import decode_rle
 from grex_mllm.predict import object_sets, predict_split

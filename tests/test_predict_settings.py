@@ -16,8 +16,8 @@ from tiny_folder import tiny_records, write_folder
 import grex_mllm.demo as demo
 from grex_mllm.ask import pick_device
 from grex_mllm.cli import main
-from grex_mllm.config import SyntheticConfig
 from grex_mllm.data.synthetic.export import EXPRESSIONS_PER_SCENE, NUM_SCENES, export
+from grex_mllm.data.synthetic.settings import SyntheticConfig
 from grex_mllm.errors import GrexError
 from grex_mllm.models.grex import GrexModel
 from grex_mllm.ops.masks import decode_rle
@@ -129,7 +129,7 @@ def test_synthetic_data_from_the_command_line(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     words = ["predict", "--model", str(model), "--data", "synthetic", "--split", "val", "--limit", "3", "--device", "cpu"]
-    words += ["--data.synthetic.image_size=64", "--predict.precision=fp32", "--out", "runs/x.jsonl"]
+    words += ["--data.sources.synthetic.image_size=64", "--predict.precision=fp32", "--out", "runs/x.jsonl"]
     assert main(words) == 0
     lines = lines_of(Path("runs/x.jsonl"))
     assert sum("expression_id" in line for line in lines) == 3 * EXPRESSIONS_PER_SCENE and any("judgement" in line for line in lines)
@@ -149,14 +149,14 @@ def test_synthetic_data_from_the_command_line(
 def test_synthetic_scenes_of_other_settings_are_not_mixed(model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     def ask(*more: str) -> int:
         words = ["predict", "--model", str(model), "--data", "synthetic", "--device", "cpu", "--tasks", "ground"]
-        return main([*words, "--out", str(tmp_path / "x.jsonl"), "--data.synthetic.image_size=64", *more])
+        return main([*words, "--out", str(tmp_path / "x.jsonl"), "--data.sources.synthetic.image_size=64", *more])
 
     assert ask("--limit", "1") == 0
     assert ask("--limit", "1") == 2 and "x.jsonl exists" in capsys.readouterr().err
     before = sorted(path.name for path in tmp_path.rglob("*"))
     (tmp_path / "x.jsonl").unlink()
     assert ask("--limit", "2") == 2 and "x.data holds other data than 2 synthetic scenes" in capsys.readouterr().err
-    assert ask("--limit", "1", "--data.synthetic.seed=7") == 2 and "remove it" in capsys.readouterr().err
+    assert ask("--limit", "1", "--data.sources.synthetic.seed=7") == 2 and "remove it" in capsys.readouterr().err
     assert ask("--limit", "0") == 2 and "at least 1 image" in capsys.readouterr().err
     assert ask("--limit", "1", "--image-root", "here") == 2 and "--image-root" in capsys.readouterr().err
     assert ask("--limit", "1") == 0 and sorted(path.name for path in tmp_path.rglob("*")) == before

@@ -7,8 +7,8 @@ import pytest
 import torch
 
 from grex_mllm.errors import GrexError
-from grex_mllm.models.comparison import compare
-from grex_mllm.models.region_tokens import (
+from grex_mllm.models.generators.region_tokens.comparison import compare
+from grex_mllm.models.generators.region_tokens.tokens import (
     GEOMETRY_WIDTH,
     RegionTokens,
     boxes_to_masks,

@@ -18,13 +18,14 @@ from made_batch import RELEASED, make_batch
 from repack_oracle import DECODER, EVERY, FILE, PIXEL_DECODER, STAGE
 from torch import Tensor, nn
 
-from grex_mllm.config import DecoderConfig, PixelDecoderConfig, VisionConfig
-from grex_mllm.models.decoders.rela import Rela
+from grex_mllm.config import PixelDecoderConfig, VisionConfig
+from grex_mllm.models.decoders.rela.config import RelaConfig
+from grex_mllm.models.decoders.rela.criterion import RelaCriterion
+from grex_mllm.models.decoders.rela.heads import RegionHeads
+from grex_mllm.models.decoders.rela.network import Rela
 from grex_mllm.models.deformable import DeformablePixelDecoder
-from grex_mllm.models.heads import RegionHeads
 from grex_mllm.models.swin import SwinTransformer
-from grex_mllm.training.losses import ReLALoss
-from grex_mllm.types import GroundingOutput, PixelFeatures, TextFeatures
+from grex_mllm.types import DecoderInputs, GroundingOutput, PixelFeatures, TextFeatures
 
 WIDTH, TEXT_WIDTH, NUM_REGIONS = 64, 768, 100
 # largest difference allowed: three to five times what float32 and the rounded weights give; tensors have a spread of about 1, gates 0.1
@@ -138,27 +139,27 @@ def test_pixel_decoder_layer(parts: Parts) -> None:
 
 
 def test_region_decoder_layer(parts: Parts) -> None:
-    config = DecoderConfig(width=WIDTH, feedforward=WIDTH, num_layers=1, boxes=False, count=False)
-    model = Rela(config, WIDTH, WIDTH, WIDTH).eval()
-    parts.fill(model, "decoder.", DECODER, ("heads.minimap", "language_projection"))
-    found: dict[str, Tensor] = {}
+    config = RelaConfig(width=WIDTH, feedforward=WIDTH, num_layers=1, boxes=False, count=False)
+    model = Rela(config, DecoderInputs((), WIDTH, WIDTH, WIDTH)).eval()
+    parts.fill(model, "decoder.", DECODER, ("language_part.heads.minimap", "language_part.language_projection"))
+    part, found = model.language_part, dict[str, Tensor]()
     layers = {
-        "0.RIA": model.region_image,
-        "RLA_lang_att": model.region_language,
-        "0.RLA_vision": model.region_region,
-        "0.ffn": model.feedforward,
+        "0.RIA": part.region_image,
+        "RLA_lang_att": part.region_language,
+        "0.RLA_vision": part.region_region,
+        "0.ffn": part.feedforward,
     }
     for name, layer in layers.items():
         answered(found, f"decoder.{name}", layer[0])
     blocked = []
-    model.region_image[0].register_forward_pre_hook(lambda _module, inputs: blocked.append(~inputs[-1][0, 0]))
+    part.region_image[0].register_forward_pre_hook(lambda _module, inputs: blocked.append(~inputs[-1][0, 0]))
     # the recorded words are projected already; the layer reads the coarsest level alone
     levels = [parts.recorded["multi_scale_features/0"][None], torch.zeros(1, WIDTH, 6, 8), torch.zeros(1, WIDTH, 12, 16)]
     words = parts.recorded["decoder.lang_proj"][None]
     with torch.no_grad():
-        model.language_projection.weight.copy_(torch.eye(WIDTH))
-        regions = model.encode(PixelFeatures(parts.recorded["mask_features"][None], levels))
-        model(regions, torch.tensor([0]), TextFeatures(words, torch.tensor([[1] * 7 + [0] * 13])))
+        part.language_projection.weight.copy_(torch.eye(WIDTH))
+        images = model.image_part([], PixelFeatures(parts.recorded["mask_features"][None], levels))
+        part(images, torch.tensor([0]), TextFeatures(words, torch.tensor([[1] * 7 + [0] * 13])))
     [mask] = blocked
     expected = parts.recorded["decoder.0.attn_mask_head0"].bool()
     assert mask.shape == expected.shape == (NUM_REGIONS, 12) and (mask != expected).sum() <= 1
@@ -169,8 +170,8 @@ def test_region_decoder_layer(parts: Parts) -> None:
 def answer(parts: Parts) -> tuple[RegionHeads, nn.LayerNorm, GroundingOutput]:
     """The recorded answer of both samples, the no-target logits computed by our head from the recorded region features."""
     heads, norm = RegionHeads(WIDTH, WIDTH, 10, False, False), nn.LayerNorm(WIDTH)
-    parts.fill(heads, "decoder.heads.", ("decoder.heads.",), ("minimap.",))
-    parts.fill(norm, "decoder.norm.", ("decoder.norm.",), ())
+    parts.fill(heads, "decoder.language_part.heads.", ("decoder.language_part.heads.",), ("minimap.",))
+    parts.fill(norm, "decoder.language_part.norm.", ("decoder.language_part.norm.",), ())
     no_target = heads.predict_no_target(norm(parts.recorded["decoder.8.ffn"]))
     return heads, norm, GroundingOutput(parts.recorded["head_out/pred_masks"], parts.recorded["head_out/pred_logits"], no_target)
 
@@ -181,7 +182,7 @@ def test_no_target_head_losses_and_gradients(parts: Parts) -> None:
     assert expected.shape == (2, 2) and (output.no_target_logits - expected).abs().max() <= 2e-5 < 1e-3 * expected.abs().max()
     batch = make_batch(parts.gt_masks, [torch.zeros(0, 4)] * 2)
     batch.no_target = parts.no_target
-    terms = ReLALoss(RELEASED)(output, batch)
+    terms = RelaCriterion(RELEASED)(output, batch)
     for name, recorded in (("mask", "mask"), ("minimap", "minimap"), ("no_target", "nt"), ("total", "total")):
         assert terms[name].item() == pytest.approx(parts.recorded[f"loss/{recorded}"].item(), rel=1e-5), name
     terms["total"].backward()

@@ -6,7 +6,6 @@ import random
 
 import pytest
 
-from grex_mllm.config import SyntheticConfig
 from grex_mllm.data.synthetic import corpus, draw_scene, parse, to_text, vocabulary
 from grex_mllm.data.synthetic.expressions import sample_expression
 from grex_mllm.data.synthetic.grammar import (
@@ -22,6 +21,7 @@ from grex_mllm.data.synthetic.grammar import (
     Shared,
     Union,
 )
+from grex_mllm.data.synthetic.settings import SyntheticConfig
 
 STAR, RED, LARGE, STRIPED = 3, 0, 1, 1
 

@@ -6,7 +6,6 @@ import random
 
 import pytest
 
-from grex_mllm.config import SyntheticConfig
 from grex_mllm.data.synthetic import (
     KINDS,
     Scene,
@@ -21,6 +20,7 @@ from grex_mllm.data.synthetic import (
 from grex_mllm.data.synthetic.expressions import sample_expression
 from grex_mllm.data.synthetic.grammar import ALL, THE, Description, Exclusion, Expression, Extreme, Ordinal, Reference, Shared
 from grex_mllm.data.synthetic.scenes import SceneObject
+from grex_mllm.data.synthetic.settings import SyntheticConfig
 from grex_mllm.data.synthetic.shapes import COLOURS, DIAMETERS, SHAPES, SIZES, TEXTURES, full_area
 from grex_mllm.errors import GrexError
 from grex_mllm.types import ImageRecord, Instance

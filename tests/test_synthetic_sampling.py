@@ -11,7 +11,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from grex_mllm.config import SyntheticConfig
 from grex_mllm.data.records import load_dataset
 from grex_mllm.data.synthetic import (
     KINDS,
@@ -26,6 +25,7 @@ from grex_mllm.data.synthetic import (
     scene_from_record,
 )
 from grex_mllm.data.synthetic.grammar import descriptions
+from grex_mllm.data.synthetic.settings import SyntheticConfig
 from grex_mllm.errors import GrexError
 from grex_mllm.types import Sample
 

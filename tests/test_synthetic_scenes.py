@@ -13,10 +13,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from grex_mllm.config import SyntheticConfig
 from grex_mllm.data.synthetic import ATTRIBUTES, SPLITS, SyntheticDataset, draw_scene, parse, scenes
 from grex_mllm.data.synthetic.grammar import descriptions
 from grex_mllm.data.synthetic.scenes import held_out_pairs
+from grex_mllm.data.synthetic.settings import SyntheticConfig
 from grex_mllm.data.synthetic.shapes import COLOUR, SHAPE, TEXTURE
 from grex_mllm.errors import GrexError
 from grex_mllm.types import Sample

@@ -7,6 +7,7 @@ from pathlib import Path
 import torch
 
 from grex_mllm.config import Config, load_config
+from grex_mllm.entries import entry
 from grex_mllm.models.grex import GrexModel
 from grex_mllm.models.lm_tokenizer import train_sentencepiece
 from grex_mllm.models.text import train_text_tokenizer
@@ -28,6 +29,9 @@ def tiny_config(**changes: object) -> Config:
         "model.decoder.minimap_side": 6, "model.decoder.kept_regions": 8, "model.decoder.roi_channels": 8, "model.decoder.roi_size": 3,
         "data.image_size": 64,
     }  # fmt: skip
+    decoder = str(changes.get("model__decoder__name", "instance_selection"))
+    known = vars(entry("model.decoder", decoder).Config())
+    fields = {name: value for name, value in fields.items() if not name.startswith("model.decoder.") or name.split(".")[2] in known}
     fields |= {name.replace("__", "."): value for name, value in changes.items()}
     return load_config(None, [f"--{name}={value}" for name, value in fields.items()])
 
@@ -40,9 +44,9 @@ def tiny_model(seed: int = 0, **changes: object) -> GrexModel:
     config.model.text.vocab_size = tokenizer.vocab_size
     model = GrexModel(config, tokenizer).eval()
     with torch.no_grad():
-        head = model.grounding.decoder.no_target[2]
+        head = model.grounding.decoder.language_part.no_target[2]
         head.bias.copy_(torch.tensor([2.0, -2.0]))
-        model.grounding.decoder.target.bias.fill_(0.5)
+        model.grounding.decoder.language_part.target.bias.fill_(0.5)
     return model
 
 

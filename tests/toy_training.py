@@ -19,8 +19,9 @@ from torch import Tensor, nn
 
 from grex_mllm.config import Config
 from grex_mllm.errors import GrexError
+from grex_mllm.precision import autocast
 from grex_mllm.training import loop
-from grex_mllm.training.batches import GROUND, TaskMixture, epoch_index, mix
+from grex_mllm.training.batches import BatchStream, epoch_index, mix
 from grex_mllm.training.engine import leave
 from grex_mllm.types import Batch, Geometry
 
@@ -35,17 +36,28 @@ class ToyModel(nn.Module):
         self.ground, self.generate = nn.Linear(16, 1), nn.Linear(16, 3)
         self.register_buffer("calls", torch.zeros((), dtype=torch.int64))
 
-    def forward(self, image: Tensor, task: str) -> Tensor:
+    def forward(self, image: Tensor) -> tuple[Tensor, Tensor]:
         self.calls += 1
         hidden = self.dropout(self.norm(self.frozen(torch.relu(self.shared(image.flatten(1).float() / 255)))))
-        return self.ground(hidden) if task == GROUND else self.generate(hidden)
+        return self.ground(hidden), self.generate(hidden)
 
 
-def toy_loss(model: ToyModel, batch: Batch, task: str, progress: float) -> dict[str, Tensor]:
-    out = model(batch.image, task)
-    bright = batch.image.flatten(1).float().mean(1, keepdim=True) / 255
-    terms = {"fit": (out - bright).square().mean(), "size": out.square().mean()}
-    return {**terms, "total": terms["fit"] + (0.1 + 0.1 * progress) * terms["size"]}
+class ToyStep(nn.Module):
+    """The model and its losses, as `training.step.Step` is of the real one. poison: an image id whose batch gives no number."""
+
+    precision = "fp32"
+
+    def __init__(self, model: ToyModel, poison: str | None = None) -> None:
+        super().__init__()
+        self.model, self.poison = model, poison
+
+    def forward(self, batch: Batch, progress: float) -> dict[str, Tensor]:
+        with autocast(self.precision, batch.image.device.type):
+            out, text = (part.float() for part in self.model(batch.image))
+        bright = batch.image.flatten(1).float().mean(1, keepdim=True) / 255
+        terms = {"ground/fit": (out - bright).square().mean(), "generate/size": text.square().mean()}
+        total = terms["ground/fit"] + (0.1 + 0.1 * progress) * terms["generate/size"]
+        return {**terms, "total": total * (float("nan") if self.poison in batch.image_ids else 1.0)}
 
 
 def toy_batch(positions: list[int]) -> Batch:
@@ -79,7 +91,6 @@ def toy_config(out: str | Path, **settings: Any) -> Config:
         "batch_images": 4,
         "log_every": 1,
         "save_every": 4,
-        "ground_ratio": 0.5,
         "precision": "fp32",
         "optim.lr": 0.01,
         **settings,
@@ -96,16 +107,16 @@ def toy_config(out: str | Path, **settings: Any) -> Config:
 
 
 def toy_train(
-    config: Config, dropout: float = 0.0, loss_fn: Any = toy_loss, save: bool = False, on_step: Any = None
+    config: Config, dropout: float = 0.0, poison: str | None = None, save: bool = False, on_step: Any = None
 ) -> tuple[loop.TrainResult, ToyModel]:
     torch.manual_seed(config.train.seed)
     model, settings = ToyModel(dropout), config.train
-    source = TaskMixture({"ground": toy_batch, "generate": toy_batch}, settings.batch_images, settings.ground_ratio, settings.seed)
+    source = BatchStream(toy_batch, settings.batch_images)
 
     def save_model(folder: Path) -> None:
         torch.save(model.state_dict(), folder / "toy.pt")
 
-    return loop.train(model, source, loss_fn, config, save_model if save else None, on_step), model
+    return loop.train(ToyStep(model, poison), model, source, config, save_model if save else None, on_step), model
 
 
 def losses(out: str | Path) -> list[dict[str, Any]]:
@@ -130,12 +141,8 @@ def run(settings: dict[str, Any]) -> None:
         if step == stop_after:
             raise Stopped
 
-    def loss(model: ToyModel, batch: Batch, task: str, progress: float) -> dict[str, Tensor]:
-        terms = toy_loss(model, batch, task, progress)
-        return {**terms, "total": terms["total"] * (float("nan") if poison in batch.image_ids else 1.0)}
-
     try:
-        result, _ = toy_train(toy_config(out, **settings), dropout, loss, save=True, on_step=after)
+        result, _ = toy_train(toy_config(out, **settings), dropout, poison, save=True, on_step=after)
     except Stopped:
         return
     if result.is_main:

@@ -20,7 +20,7 @@ from grex_mllm.config import load_config
 from grex_mllm.convert.folder import CONFIG, WEIGHTS
 from grex_mllm.errors import GrexError, fault
 from grex_mllm.models import build_grounding
-from grex_mllm.models.decoders.rela import Rela
+from grex_mllm.models.decoders.rela import Decoder as Rela
 from grex_mllm.models.grounding import GroundingModel, upsample_logits
 from grex_mllm.types import GroundingOutput
 
@@ -54,7 +54,7 @@ def convert_check(model_dir: str | Path, recorded_dir: str | Path, say: Callable
         GrexError: a folder without its files, or a recording that cannot be read.
     """
     model = load_grounding(Path(model_dir))
-    if not isinstance(model.decoder, Rela) or not model.decoder.region_language:
+    if not isinstance(model.decoder, Rela) or not model.decoder.language_part.region_language:
         raise fault(f"{model_dir} is no released ReLA", "a model that `grex convert rela` made", "give its folder")
     recorded, errors = read_recording(Path(recorded_dir))
     lines = list(compare32(run(model, recorded["inputs"]), recorded["eval"], errors))
@@ -127,7 +127,7 @@ def run(model: GroundingModel, samples: list[dict[str, Any]]) -> dict[str, Tenso
 def watched(model: GroundingModel, found: dict[str, Tensor]) -> Iterator[None]:
     """Note the intermediate tensors of a forward pass in `found` while the block runs."""
     handles = [module.register_forward_hook(_note(found, name)) for name, module in _watch_list(model)]
-    for stage, layer in enumerate(model.decoder.region_image):
+    for stage, layer in enumerate(model.decoder.language_part.region_image):
         handles.append(layer.register_forward_pre_hook(_note_mask(found, f"decoder.{stage}.attn_mask_head0")))
     for s, stage in enumerate(getattr(model.vision, "stages", ())):
         if getattr(stage, "fusion", None) is not None:
@@ -186,7 +186,7 @@ def _watch_list(model: GroundingModel) -> Iterator[tuple[str, Any]]:
         yield from ((f"backbone/res{s + 2}", stage) for s, stage in enumerate(model.vision.stages))
     yield from ((f"pixel_encoder.{i}", layer) for i, layer in enumerate(model.pixel_decoder.layers))
     yield "pixels", model.pixel_decoder
-    decoder = model.decoder
+    decoder = model.decoder.language_part
     yield "decoder.lang_proj", decoder.language_projection
     yield "decoder.RLA_lang_att", decoder.region_language[0]
     for name, layers in (("RIA", decoder.region_image), ("RLA_vision", decoder.region_region), ("ffn", decoder.feedforward)):
@@ -226,7 +226,8 @@ def _note_fusion(found: dict[str, Tensor], name: str) -> Callable[..., None]:
 
 def _answers(model: GroundingModel, output: GroundingOutput, padded: tuple[int, int], found: dict[str, Tensor]) -> dict[str, Tensor]:
     """Return the heads' outputs and the released inference's two maps per sample, and bring the image maps into [B, C, h, w]."""
-    embeddings = output.auxiliary["mask_embeddings"]
+    embeddings = output.extra.mask_embeddings
+    assert output.minimap_logits is not None and output.no_target_logits is not None
     made = {
         "head_out/pred_logits": output.minimap_logits,
         "head_out/pred_masks": output.mask_logits,

@@ -17,8 +17,6 @@ from torch import Tensor
 from grex_mllm.config import (
     Config,
     DataConfig,
-    DecoderConfig,
-    LossConfig,
     ModelConfig,
     OptimConfig,
     PixelDecoderConfig,
@@ -31,6 +29,8 @@ from grex_mllm.convert.folder import write_model_folder
 from grex_mllm.convert.reader import read_checkpoint
 from grex_mllm.errors import GrexError, fault
 from grex_mllm.models import build_grounding
+from grex_mllm.models.decoders.rela import Config as RelaConfig
+from grex_mllm.models.decoders.rela.config import RelaLossConfig
 
 SEVERAL = 6
 
@@ -63,22 +63,22 @@ RULES: tuple[tuple[str, str], ...] = (
     (r"sem_seg_head\.pixel_decoder\.layer_1\.norm\.(weight|bias)", r"pixel_decoder.smooth.1.\1"),
     (r"sem_seg_head\.pixel_decoder\.mask_features\.(weight|bias)", r"pixel_decoder.mask_features.\1"),
     # decoder
-    (r"sem_seg_head\.predictor\.query_feat\.weight", r"decoder.region_features.weight"),
-    (r"sem_seg_head\.predictor\.query_embed\.weight", r"decoder.region_positions.weight"),
-    (r"sem_seg_head\.predictor\.level_embed\.weight", r"decoder.level_embed.weight"),
-    (r"sem_seg_head\.predictor\.RIA_layers\.(\d+)\.multihead_attn\.(.+)", r"decoder.region_image.\1.attention.\2"),
-    (r"sem_seg_head\.predictor\.RIA_layers\.(\d+)\.norm\.(weight|bias)", r"decoder.region_image.\1.norm.\2"),
-    (r"sem_seg_head\.predictor\.RLA_vision\.(\d+)\.self_attn\.(.+)", r"decoder.region_region.\1.attention.\2"),
-    (r"sem_seg_head\.predictor\.RLA_vision\.(\d+)\.norm\.(weight|bias)", r"decoder.region_region.\1.norm.\2"),
-    (r"sem_seg_head\.predictor\.RLA_lang_att\.multihead_attn\.(.+)", r"decoder.region_language.0.attention.\1"),
-    (r"sem_seg_head\.predictor\.RLA_lang_att\.norm\.(weight|bias)", r"decoder.region_language.0.norm.\1"),
-    (r"sem_seg_head\.predictor\.lang_proj\.weight", r"decoder.language_projection.weight"),
-    (r"sem_seg_head\.predictor\.lang_weight", r"decoder.language_weight"),
-    (r"sem_seg_head\.predictor\.transformer_ffn_layers\.(\d+)\.(.+)", r"decoder.feedforward.\1.\2"),
-    (r"sem_seg_head\.predictor\.decoder_norm\.(weight|bias)", r"decoder.norm.\1"),
-    (r"sem_seg_head\.predictor\.mask_embed\.(layers\.\d\..+)", r"decoder.heads.mask.\1"),
-    (r"sem_seg_head\.predictor\.minimap_embed\.(weight|bias)", r"decoder.heads.minimap.\1"),
-    (r"sem_seg_head\.predictor\.nt_embed\.(layers\.\d\..+)", r"decoder.heads.no_target.\1"),
+    (r"sem_seg_head\.predictor\.query_feat\.weight", r"decoder.language_part.region_features.weight"),
+    (r"sem_seg_head\.predictor\.query_embed\.weight", r"decoder.language_part.region_positions.weight"),
+    (r"sem_seg_head\.predictor\.level_embed\.weight", r"decoder.image_part.level_embed.weight"),
+    (r"sem_seg_head\.predictor\.RIA_layers\.(\d+)\.multihead_attn\.(.+)", r"decoder.language_part.region_image.\1.attention.\2"),
+    (r"sem_seg_head\.predictor\.RIA_layers\.(\d+)\.norm\.(weight|bias)", r"decoder.language_part.region_image.\1.norm.\2"),
+    (r"sem_seg_head\.predictor\.RLA_vision\.(\d+)\.self_attn\.(.+)", r"decoder.language_part.region_region.\1.attention.\2"),
+    (r"sem_seg_head\.predictor\.RLA_vision\.(\d+)\.norm\.(weight|bias)", r"decoder.language_part.region_region.\1.norm.\2"),
+    (r"sem_seg_head\.predictor\.RLA_lang_att\.multihead_attn\.(.+)", r"decoder.language_part.region_language.0.attention.\1"),
+    (r"sem_seg_head\.predictor\.RLA_lang_att\.norm\.(weight|bias)", r"decoder.language_part.region_language.0.norm.\1"),
+    (r"sem_seg_head\.predictor\.lang_proj\.weight", r"decoder.language_part.language_projection.weight"),
+    (r"sem_seg_head\.predictor\.lang_weight", r"decoder.language_part.language_weight"),
+    (r"sem_seg_head\.predictor\.transformer_ffn_layers\.(\d+)\.(.+)", r"decoder.language_part.feedforward.\1.\2"),
+    (r"sem_seg_head\.predictor\.decoder_norm\.(weight|bias)", r"decoder.language_part.norm.\1"),
+    (r"sem_seg_head\.predictor\.mask_embed\.(layers\.\d\..+)", r"decoder.language_part.heads.mask.\1"),
+    (r"sem_seg_head\.predictor\.minimap_embed\.(weight|bias)", r"decoder.language_part.heads.minimap.\1"),
+    (r"sem_seg_head\.predictor\.nt_embed\.(layers\.\d\..+)", r"decoder.language_part.heads.no_target.\1"),
     # text
     (r"text_encoder\.(.+)", r"text.bert.\1"),
 )
@@ -89,7 +89,11 @@ IGNORED: tuple[tuple[str, str], ...] = (
     ("relative position index (a constant of the window size)", r"backbone\.layers\.\d+\.blocks\.\d+\.attn\.relative_position_index"),
 )
 
-RELEASED_LOSS = LossConfig(
+# what the released attention keeps in one matrix: keys and values of the region-image attention need no language
+PROJECTIONS = ("query", "key", "value")
+PACKED = re.compile(r"decoder\.language_part\.(?P<kind>region_\w+)\.(?P<layer>\d+)\.attention\.in_proj_(?P<part>weight|bias)")
+
+RELEASED_LOSS = RelaLossConfig(
     mask=5.0, minimap=0.5, no_target=0.5, box_l1=0, box_giou=0, box_score=0, count=0, class_weights=[0.9, 1.1], minimap_target="truncated"
 )
 SWIN_TINY = VisionConfig(name="swin", embed_width=96, swin_depths=[2, 2, 6, 2], swin_heads=[3, 6, 12, 24], window=7, fusion="pwam")
@@ -147,11 +151,11 @@ def released_config(vision: VisionConfig) -> Config:
         vision=replace(vision),
         text=TextConfig(),
         pixel_decoder=PixelDecoderConfig(),
-        decoder=DecoderConfig(boxes=False, count=False),
+        decoder=RelaConfig(boxes=False, count=False, loss=replace(RELEASED_LOSS)),
     )
     optim = OptimConfig(groups="released", text="released", lr=1e-5, schedule="multistep", clip=0.01)
     train = TrainConfig(steps=150_000, batch_images=48, optim=optim)
-    return Config(model=model, data=DataConfig(expressions_per_image=1), loss=replace(RELEASED_LOSS), train=train)
+    return Config(model=model, data=DataConfig(expressions_per_image=1), train=train)
 
 
 def released_sizes(path: str | Path) -> Config:
@@ -161,6 +165,10 @@ def released_sizes(path: str | Path) -> Config:
         GrexError: as `load_config`.
     """
     model = load_config(path).model
+    if not isinstance(model.decoder, RelaConfig):
+        raise fault(
+            f"{path}: model.decoder.name {model.decoder.name}", "rela, which the checkpoint is", "give the sizes of a released ReLA"
+        )
     model.decoder.boxes = model.decoder.count = False
     return replace(released_config(model.vision), model=model)
 
@@ -213,12 +221,26 @@ def map_keys(state: Mapping[str, Tensor], source: str) -> tuple[dict[str, Tensor
         if name is None:
             unknown.append(key)
         else:
-            mapped[name] = tensor.squeeze(-1) if tensor.ndim == 3 else tensor.reshape(1) if tensor.ndim == 0 else tensor
+            value = tensor.squeeze(-1) if tensor.ndim == 3 else tensor.reshape(1) if tensor.ndim == 0 else tensor
+            names = unpacked_names(name)
+            mapped |= zip(names, value.chunk(len(names)) if len(names) > 1 else [value], strict=True)
     if unknown:
         raise fault(
             f"{source} has {len(unknown)} unknown keys: {_some(unknown)}", "the keys of a released ReLA", "give the authors' checkpoint"
         )
     return mapped, ignored
+
+
+def unpacked_names(name: str) -> list[str]:
+    """Name the tensors that a renamed tensor is cut into: queries, keys and values of a matrix for all three; itself for any other."""
+    found = PACKED.fullmatch(name)
+    if found is None:
+        return [name]
+    layer, part = found["layer"], found["part"]
+    names = [f"decoder.language_part.{found['kind']}.{layer}.attention.{projection}.{part}" for projection in PROJECTIONS]
+    if found["kind"] == "region_image":
+        names[1:] = [f"decoder.image_part.keys.{layer}.{part}", f"decoder.image_part.values.{layer}.{part}"]
+    return names
 
 
 def new_name(key: str) -> str | None:

@@ -29,8 +29,8 @@ def run_data(action: str, folders: list[str], image_root: str | None, out: str |
         raise fault(f"{len(folders)} folders for grex data {action}", "one folder", "call it once for each")
     if action == "stats":
         return _stats(Path(folders[0]), image_root, out, seed)
-    from grex_mllm.config import SyntheticConfig
     from grex_mllm.data.synthetic.export import export
+    from grex_mllm.data.synthetic.settings import SyntheticConfig
 
     info = export(SyntheticConfig(seed=seed), split, length, folders[0])
     print(f"{folders[0]}: {info['num_images']} scenes, {info['num_expressions']} expressions of split {split}")

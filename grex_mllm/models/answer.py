@@ -17,9 +17,8 @@ from torch.nn import functional as F
 from grex_mllm.config import PredictConfig
 from grex_mllm.data.transforms import boxes_to_original, mask_to_original
 from grex_mllm.errors import GrexError, fault
-from grex_mllm.types import Geometry, Grounding, GroundingOutput
+from grex_mllm.types import MORE_THAN_FIVE, Geometry, Grounding, GroundingOutput
 
-MANY = 6  # the count class ">5"
 BOX_RULES = ("count", "threshold", "both")
 NO_TARGET_RULES = ("head", "pixels")
 DEFAULT_THRESHOLD = PredictConfig.no_target_threshold
@@ -33,14 +32,17 @@ def answers(
     geometries: of each expression's image.  canvas: (H, W) that the mask logits [E, 2, h, w] cover, padding included.
     """
     check_rules(config)
-    no_target_prob = output.no_target_logits.float().softmax(dim=-1)[:, 1].cpu().numpy()
-    says_none = above_threshold(output.no_target_logits, config.no_target_threshold).cpu().numpy()
+    no_target_prob, says_none = np.zeros(len(expressions)), np.zeros(len(expressions), bool)
+    by_pixels = config.no_target == "pixels" or (output.no_target_logits is None and config.masks)
+    if output.no_target_logits is not None:
+        no_target_prob = output.no_target_logits.float().softmax(dim=-1)[:, 1].cpu().numpy()
+        says_none = above_threshold(output.no_target_logits, config.no_target_threshold).cpu().numpy()
     results = []
     for e, (expression, geometry) in enumerate(zip(expressions, geometries, strict=True)):
         mask_input, mask = _no_masks(geometry)
         if config.masks:
             mask_input, mask = masks_at(output.mask_logits[e].float(), geometry, canvas)
-        if config.no_target == "pixels":
+        if by_pixels:
             says_none[e] = mask.sum() < config.min_mask_pixels
             no_target_prob[e] = float(says_none[e])
         no_target = bool(says_none[e]) or (config.masks and not mask.any())
@@ -117,8 +119,8 @@ def boxes_of(
         return np.zeros((0, 4), np.float32), np.zeros(0, np.float32), count
     scores, order = output.box_logits[e].float().sigmoid().sort(descending=True, stable=True)
     above = int((scores >= config.box_threshold).sum())
-    count = int(output.count_logits[e].argmax()) if output.count_logits is not None else min(above, MANY)
-    best = max(MANY, above) if count >= MANY else count
+    count = int(output.count_logits[e].argmax()) if output.count_logits is not None else min(above, MORE_THAN_FIVE)
+    best = max(MORE_THAN_FIVE, above) if count >= MORE_THAN_FIVE else count
     keep = {"count": best, "threshold": above, "both": min(best, above)}[config.boxes]
     boxes = boxes_to_original(output.boxes_norm[e].float()[order[:keep]], geometry, canvas)
     return boxes.cpu().numpy(), scores[:keep].cpu().numpy(), count

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -19,12 +20,11 @@ from torch.nn import functional as F
 from grex_mllm.data.images import load_image
 from grex_mllm.data.transforms import mask_to_original
 from grex_mllm.errors import fault
-from grex_mllm.models.decoders.image_regions import Regions
+from grex_mllm.models.generators.region_tokens.network import input_masks
+from grex_mllm.models.generators.region_tokens.tokens import mask_boxes, selection_masks
 from grex_mllm.models.grex import EncodedImage, GrexModel
-from grex_mllm.models.region_tokens import mask_boxes, selection_masks
 from grex_mllm.ops.boxes import box_iou
-from grex_mllm.ops.masks import resize_mask_nearest
-from grex_mllm.types import Geometry, GroundingOutput
+from grex_mllm.types import GroundingOutput
 
 RERANKERS = (None, "listener")
 MAX_OVERLAP = 0.5
@@ -83,8 +83,8 @@ def describe(
     sets = [list(range(len(selected)))] if object_sets is None else [list(s) for s in object_sets]
     encoded = array if isinstance(array, EncodedImage) else model.encode(array)
     if boxes_xyxy is not None:
-        selected = masks_in_boxes(encoded, selected)
-    known = np.concatenate([selected, other_objects(encoded, selected)])
+        selected = masks_in_boxes(model, encoded, selected)
+    known = np.concatenate([selected, other_objects(model, encoded, selected)])
     results = describe_encoded(model, encoded, known, sets, mode, candidates, rerank, num_beams, temperature, seed)
     given: list[Any] = list(results) if details else [r.expression for r in results]
     return given[0] if object_sets is None else given
@@ -111,48 +111,40 @@ def describe_encoded(
     """
     if temperature is None:
         temperature = 1.0 if rerank is None else LISTENER_TEMPERATURE
-    at_input = input_masks(masks, encoded.geometry, encoded.features.input_size, model)
-    arguments: dict[str, Any] = {
-        "features": model.generator_features(encoded.features),
-        "instance_masks": [at_input],
-        "image_index": torch.zeros(len(sets), dtype=torch.int64, device=model.device),
-        "target_index": [torch.tensor(s, dtype=torch.int64, device=model.device) for s in sets],
-        "valid_sizes": torch.tensor([[encoded.geometry.input_height, encoded.geometry.input_width]], device=model.device),
-    }
+    write = partial(model.generator.generate, model.grounding.language_free(encoded.features), encoded, masks, sets)
     if rerank is None:
-        texts = model.generator.generate(
-            **arguments, mode=mode, num_candidates=candidates, num_beams=num_beams, temperature=temperature, seed=seed
-        )
+        texts = write(mode=mode, num_candidates=candidates, num_beams=num_beams, temperature=temperature, seed=seed)
         return [Description(options[0], None, [(o, float("nan")) for o in options] if candidates > 1 else []) for options in texts]
     if mode == "beam":
-        texts = model.generator.generate(**arguments, mode="beam", num_candidates=candidates, num_beams=max(num_beams, candidates))
+        texts = write(mode="beam", num_candidates=candidates, num_beams=max(num_beams, candidates))
     else:
-        texts = model.generator.generate(**arguments, mode="sample", num_candidates=candidates, temperature=temperature, seed=seed)
-        first = [[g] for g in greedy] if greedy is not None else model.generator.generate(**arguments, mode="greedy")
+        texts = write(mode="sample", num_candidates=candidates, temperature=temperature, seed=seed)
+        first = [[g] for g in greedy] if greedy is not None else write(mode="greedy")
         texts = [[*g, *drawn] for g, drawn in zip(first, texts, strict=True)]
+    at_input = input_masks(masks, encoded.geometry, encoded.features.input_size).to(model.device)
     return rerank_by_grounding(model, encoded, at_input, sets, texts)
 
 
 @torch.inference_mode()
-def other_objects(encoded: EncodedImage, selected: np.ndarray) -> np.ndarray:
+def other_objects(model: GrexModel, encoded: EncodedImage, selected: np.ndarray) -> np.ndarray:
     """Return bool [M, H0, W0]: objects that the grounding model finds beside the selected ones, for the generator to tell them apart from.
 
     Only decoders that know instances find any. selected: bool [n, H0, W0].
     """
     found = np.zeros((0, *selected.shape[1:]), bool)
-    for mask in found_objects(encoded, SURE):
+    for mask in found_objects(model, encoded, SURE):
         if all(_overlap(mask, other) < MAX_OVERLAP for other in (*selected, *found)):
             found = np.concatenate([found, mask[None]])
     return found
 
 
 @torch.inference_mode()
-def masks_in_boxes(encoded: EncodedImage, boxes: np.ndarray) -> np.ndarray:
+def masks_in_boxes(model: GrexModel, encoded: EncodedImage, boxes: np.ndarray) -> np.ndarray:
     """Return bool [n, H0, W0]: in each box the object that the grounding model finds there, the box itself where none fits it.
 
     A full box is a square to the generator, which learned from masks. Only decoders that know instances find any. boxes: bool [n, H0, W0].
     """
-    found = found_objects(encoded, UNSURE)
+    found = found_objects(model, encoded, UNSURE)
     extents = mask_boxes(torch.from_numpy(np.stack(found))) if found else torch.zeros(0, 4, dtype=torch.int64)
     fits = box_iou(mask_boxes(torch.from_numpy(boxes)).float(), extents.float()).numpy()
     result = boxes.copy()
@@ -162,32 +154,20 @@ def masks_in_boxes(encoded: EncodedImage, boxes: np.ndarray) -> np.ndarray:
     return result
 
 
-def found_objects(encoded: EncodedImage, least: float) -> list[np.ndarray]:
-    """Return masks bool [H0, W0] of the regions of at least this objectness, surest first; none where the decoder knows no instances."""
-    regions = encoded.features.regions
-    if not isinstance(regions, Regions):
+def found_objects(model: GrexModel, encoded: EncodedImage, least: float) -> list[np.ndarray]:
+    """Return masks bool [H0, W0] of the decoder's proposals above this score, surest first; none where it proposes nothing."""
+    proposals = model.grounding.proposals(encoded.features)
+    if proposals is None:
         return []
-    sure, order = regions.objectness[-1][0].sigmoid().sort(descending=True)
-    logits = regions.masks()[0]
-    masks = [mask_to_original(logits[k], encoded.geometry, encoded.canvas).cpu().numpy() for k in order[sure > least].tolist()]
+    scores, order = proposals.scores[0].sort(descending=True)
+    logits = proposals.mask_logits[0]
+    masks = [mask_to_original(logits[k], encoded.geometry, encoded.canvas).cpu().numpy() for k in order[scores > least].tolist()]
     return [mask for mask in masks if mask.any()]
 
 
 def _overlap(first: np.ndarray, second: np.ndarray) -> float:
     """Intersection over the smaller area: a part of an object is the object."""
     return float((first & second).sum() / max(1, min(first.sum(), second.sum())))
-
-
-def input_masks(masks: np.ndarray, geometry: Geometry, input_size: tuple[int, int], model: GrexModel) -> Tensor:
-    """Bring bool masks [N, H0, W0] to the network input [N, H, W]; a mask that vanishes there keeps the pixel nearest to its middle."""
-    placed = np.zeros((len(masks), *input_size), bool)
-    for i, mask in enumerate(masks):
-        small = resize_mask_nearest(mask, geometry.input_height, geometry.input_width)
-        if not small.any():
-            y, x = (int(np.median(v)) for v in np.nonzero(mask))
-            small[min(int(y * geometry.scale_y), small.shape[0] - 1), min(int(x * geometry.scale_x), small.shape[1] - 1)] = True
-        placed[i, : geometry.input_height, : geometry.input_width] = small
-    return torch.from_numpy(placed).to(model.device)
 
 
 def rerank_by_grounding(
@@ -233,5 +213,5 @@ def agreements(output: GroundingOutput, masks: Tensor, sets: list[list[int]], en
     union = torch.stack([masks[chosen].any(0).flatten() for chosen in sets]).float()
     overlap = flat @ union.T
     iou = overlap / (flat.sum(1, keepdim=True) + union.sum(1) - overlap).clamp(min=1e-6)
-    targeted = output.no_target_logits.float().softmax(-1)[:, :1]
+    targeted = 1.0 if output.no_target_logits is None else output.no_target_logits.float().softmax(-1)[:, :1]
     return (exact * iou * targeted).pow(1 / 3).cpu().numpy()

@@ -18,25 +18,27 @@ from torch import Tensor, nn
 from grex_mllm.config import Config, load_config, save_config
 from grex_mllm.data.images import load_image
 from grex_mllm.data.transforms import resize_image
+from grex_mllm.entries import entry
 from grex_mllm.errors import GrexError, fault
 from grex_mllm.models import build_grounding
 from grex_mllm.models.answer import answers, check_rules
 from grex_mllm.models.grounding import ImageFeatures
+from grex_mllm.models.pixel_decoder import NUM_LEVELS
 from grex_mllm.models.text import TextTokenizer, load_text_tokenizer
 from grex_mllm.types import Geometry, Grounding
 
 WEIGHTS, CONFIG, TEXT_TOKENIZER, LM_TOKENIZER = "model.safetensors", "config.yaml", "text_tokenizer", "lm_tokenizer"
 MAX_EXPRESSION_CHARACTERS = 1000
-NUM_LEVELS = 3  # of every pixel decoder
 
 
 @dataclass
 class EncodedImage:
-    """One image, encoded once for many expressions and object sets."""
+    """One image, encoded once for many expressions and object sets. original: uint8 [H0, W0, 3]."""
 
     features: ImageFeatures
     geometry: Geometry
     canvas: tuple[int, int]
+    original: np.ndarray | None = None
 
 
 class GrexModel(nn.Module, ModelHubMixin):
@@ -58,17 +60,16 @@ class GrexModel(nn.Module, ModelHubMixin):
                 "raise model.text.vocab_size, or give the tokenizer that belongs to the model",
             )
         stride = max(self.grounding.vision.strides)  # type: ignore[arg-type, type-var]
-        if config.model.decoder.boxes and config.data.image_size % stride:
+        if getattr(self.grounding.decoder, "answers_boxes", False) and config.data.image_size % stride:
             raise fault(
                 f"data.image_size = {config.data.image_size} with a model that answers with boxes",
                 f"a multiple of the image encoder's coarsest stride {stride}",
                 f"use {config.data.image_size // stride * stride + stride}",
             )
         self.generator: Any = None
-        if config.model.generator.lm != "none":
-            from grex_mllm.models.generator import Generator
-
-            self.generator = Generator(config.model.generator, self.feature_channels, lm_tokenizer)
+        if config.model.generator is not None:
+            chosen = entry("model.generator", config.model.generator.name)
+            self.generator = chosen.Generator(config.model.generator, self.feature_channels, lm_tokenizer)
 
     @property
     def feature_channels(self) -> list[int]:
@@ -84,21 +85,6 @@ class GrexModel(nn.Module, ModelHubMixin):
         """Return ids and mask int64 [E, L], cut to `model.text.max_tokens`."""
         return self.text_tokenizer.encode(list(expressions), self.config.model.text.max_tokens, self.config.model.text.pad)
 
-    def generator_features(self, features: ImageFeatures) -> list[Tensor]:
-        """Return the feature maps of the encoded images that the generator reads, fine to coarse.
-
-        An image encoder that fuses language makes them by a pass without language, as in training; they are kept in `features.pixels`.
-        """
-        if features.pixels is None:
-            features.pixels = self.grounding.pixel_decoder(self.grounding.vision(features.image, None))
-        return [features.pixels.mask_features, *reversed(features.pixels.levels)]
-
-    def generator_maps(self, image: Tensor, valid_sizes: Sequence[tuple[int, int]]) -> list[Tensor]:
-        """Return the feature maps of B images uint8 [B, 3, H, W] for the generator alone; the regions are not computed."""
-        x = self.grounding.normalise(image, valid_sizes)
-        pixels = self.grounding.pixel_decoder(self.grounding.vision(x, None))
-        return [pixels.mask_features, *reversed(pixels.levels)]
-
     @torch.inference_mode()
     def encode(self, image: Any) -> EncodedImage:
         """Encode one image (path, PIL, numpy HWC uint8 or tensor) for any number of questions."""
@@ -106,7 +92,7 @@ class GrexModel(nn.Module, ModelHubMixin):
         resized, geometry = resize_image(array, self.config.data.image_size, self.config.data.resize)
         pixels = torch.from_numpy(resized.copy()).permute(2, 0, 1)[None].to(self.device)
         features = self.grounding.encode_image(pixels, [(geometry.input_height, geometry.input_width)])
-        return EncodedImage(features, geometry, features.padded_size)
+        return EncodedImage(features, geometry, features.padded_size, array)
 
     @torch.inference_mode()
     def ground(self, image: Any, expressions: str | Sequence[str], chunk: int = 64, threshold: float | None = None) -> Any:
@@ -186,7 +172,7 @@ class GrexModel(nn.Module, ModelHubMixin):
         with tempfile.TemporaryDirectory(dir=save_directory, prefix=".writing-") as name:
             work = Path(name)
             self.text_tokenizer.save(work / TEXT_TOKENIZER)
-            if self.generator is not None:
+            if self.generator is not None and self.generator.tokenizer is not None:
                 self.generator.tokenizer.save(work / LM_TOKENIZER)
             save_config(self.config, work / CONFIG)
             save_file(self.saved_state(), str(work / WEIGHTS), metadata={"format": "pt"})
@@ -241,10 +227,9 @@ class GrexModel(nn.Module, ModelHubMixin):
         config = load_config(folder / CONFIG)
         config.model.vision.weights = config.model.text.path = None  # the checkpoint holds them
         lm_tokenizer = None
-        if config.model.generator.lm != "none":
-            from grex_mllm.models.lm_tokenizer import LMTokenizer
-
-            lm_tokenizer = LMTokenizer.load(folder / LM_TOKENIZER)
+        if config.model.generator is not None:
+            chosen = entry("model.generator", config.model.generator.name)
+            lm_tokenizer = chosen.load_tokenizer(config.model.generator, folder / LM_TOKENIZER)
         model = cls(config, load_text_tokenizer(folder / TEXT_TOKENIZER), lm_tokenizer)
         try:
             state = load_file(str(folder / WEIGHTS))
@@ -271,7 +256,7 @@ def check_expression(text: Any) -> None:
 
 
 def selected_masks(masks: Any, boxes_xyxy: Any, height: int, width: int) -> np.ndarray:
-    """Return bool [n, H0, W0] of one selected object set given as masks or boxes; see `region_tokens.selection_masks` for the errors."""
-    from grex_mllm.models.region_tokens import selection_masks
+    """Return bool [n, H0, W0] of one selected object set given as masks or boxes; see `selection_masks` for the errors."""
+    from grex_mllm.models.generators.region_tokens.tokens import selection_masks
 
     return selection_masks(height, width, masks, boxes_xyxy).numpy()

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from grex_mllm.types import GroundingOutput, PixelFeatures, TextFeatures
+from grex_mllm.types import GroundingOutput, PixelFeatures, Proposals, TextFeatures
 
 # ImageNet, RGB, 0 .. 255
 PIXEL_MEAN = (123.675, 116.28, 103.53)
@@ -25,16 +25,16 @@ class ImageFeatures:
     """What is computed once per image, before any expression.
 
     image: float [B, 3, H', W'] normalised and padded.  input_size: (H, W) as given.
-    maps: four float [B, C_i, h_i, w_i] fine to coarse without language; pixels, regions: of the pixel decoder and of `decoder.encode`.
-    These three are None when the image encoder fuses language; `prefix` is then its work before the first fusion. `pixels` are filled in
-    without language where a generator asks for them (`GrexModel.generator_features`).
+    maps: four float [B, C_i, h_i, w_i] fine to coarse without language.  pixels: of the pixel decoder.  decoded: of the decoder's image
+    part. These three are None when the image encoder fuses language; `prefix` is then its work before the first fusion. `pixels` are
+    filled in without language where a generator asks for them (`GroundingModel.language_free`).
     """
 
     image: Tensor
     input_size: tuple[int, int]
     maps: list[Tensor] | None = None
     pixels: PixelFeatures | None = None
-    regions: Any = None
+    decoded: Any = None
     prefix: Any = None
 
     @property
@@ -75,20 +75,38 @@ class GroundingModel(nn.Module):
         stride = max(self.vision.strides)
         return F.pad(x, (0, -x.shape[-1] % stride, 0, -x.shape[-2] % stride))
 
+    def normalised(self, image: Tensor, valid_sizes: Sequence[tuple[int, int]] | None = None) -> ImageFeatures:
+        """Return B images uint8 [B, 3, H, W] normalised and padded, nothing computed yet."""
+        return ImageFeatures(self.normalise(image, valid_sizes), (int(image.shape[-2]), int(image.shape[-1])))
+
     def encode_image(self, image: Tensor, valid_sizes: Sequence[tuple[int, int]] | None = None) -> ImageFeatures:
         """Do the language-free work of B images once.
 
         image: uint8 [B, 3, H, W] RGB.
         """
-        x = self.normalise(image, valid_sizes)
-        features = ImageFeatures(x, (int(image.shape[-2]), int(image.shape[-1])))
+        features = self.normalised(image, valid_sizes)
+        x = features.image
         if self.fuses_language:
             features.prefix = self.vision.encode_prefix(x)
         else:
             features.maps = self.vision(x, None)
             features.pixels = self.pixel_decoder(features.maps)
-            features.regions = self.decoder.encode(features.pixels)
+            features.decoded = self.decoder.image_part(features.maps, features.pixels)
         return features
+
+    def language_free(self, features: ImageFeatures) -> list[Tensor]:
+        """Return the pixel decoder's maps of encoded images without any language, fine to coarse: what a generator reads.
+
+        An image encoder that fuses language makes them by a pass without language; they are kept in `features.pixels`.
+        """
+        if features.pixels is None:
+            features.pixels = self.pixel_decoder(self.vision(features.image, None))
+        return [features.pixels.mask_features, *reversed(features.pixels.levels)]
+
+    def proposals(self, features: ImageFeatures) -> Proposals | None:
+        """Return the objects that the decoder finds without any expression; None where it finds none."""
+        find = getattr(self.decoder, "proposals", None)
+        return find(features.decoded) if find is not None and features.decoded is not None else None
 
     def encode_text(self, text_ids: Tensor, text_mask: Tensor) -> TextFeatures:
         """Encode E expressions: int64 [E, L] ids and mask."""
@@ -101,7 +119,7 @@ class GroundingModel(nn.Module):
         """
         text = self.encode_text(text_ids, text_mask)
         if not self.fuses_language:
-            return self.decoder(features.regions, image_index, text)
+            return self.decoder.language_part(features.decoded, image_index, text)
         whole = torch.is_grad_enabled() or torch.compiler.is_compiling() or image_index.device.type != "cpu"
         if whole or len(image_index) <= FUSED_AT_ONCE:
             return self._ground_fused(features, image_index, text)
@@ -113,8 +131,8 @@ class GroundingModel(nn.Module):
 
     def _ground_fused(self, features: ImageFeatures, image_index: Tensor, text: TextFeatures) -> GroundingOutput:
         maps = self.vision.finish(features.prefix, image_index, text)
-        regions = self.decoder.encode(self.pixel_decoder(maps))
-        return self.decoder(regions, torch.arange(len(image_index), device=image_index.device), text)
+        decoded = self.decoder.image_part(maps, self.pixel_decoder(maps))
+        return self.decoder.language_part(decoded, torch.arange(len(image_index), device=image_index.device), text)
 
     def forward(
         self,
@@ -128,17 +146,16 @@ class GroundingModel(nn.Module):
         return self.ground(self.encode_image(image, valid_sizes), image_index, text_ids, text_mask)
 
 
-def join_outputs(parts: Sequence[GroundingOutput]) -> GroundingOutput:
+def join_outputs(parts: Sequence[Any]) -> Any:
     """Join the answers for several runs of expressions into one, in their order; every tensor has the expressions first."""
-
-    def join(values: list[Any]) -> Any:
-        if isinstance(values[0], Tensor):
-            return torch.cat(values)
-        if isinstance(values[0], dict):
-            return {name: join([value[name] for value in values]) for name in values[0]}
-        return None
-
-    return GroundingOutput(**{f.name: join([getattr(part, f.name) for part in parts]) for f in fields(GroundingOutput)})
+    first = parts[0]
+    if isinstance(first, Tensor):
+        return torch.cat(list(parts))
+    if isinstance(first, tuple) and hasattr(first, "_fields"):
+        return type(first)(*(join_outputs(values) for values in zip(*parts, strict=True)))
+    if isinstance(first, list):
+        return [join_outputs(values) for values in zip(*parts, strict=True)]
+    return first
 
 
 def upsample_logits(logits: Tensor, size: tuple[int, int], crop: tuple[int, int] | None = None) -> Tensor:

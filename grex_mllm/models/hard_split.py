@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -12,8 +11,7 @@ from torch import Tensor, nn
 from grex_mllm.types import TextFeatures
 
 
-@dataclass
-class PatchPrefix:
+class PatchPrefix(NamedTuple):
     """What the encoder makes of the patches before its first fusion, and the size of the whole image."""
 
     prefix: Any

@@ -15,7 +15,6 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from grex_mllm.config import GeneratorConfig
 from grex_mllm.errors import fault
 from grex_mllm.models.lm_tokenizer import LMTokenizer
 
@@ -23,7 +22,7 @@ DTYPES: dict[str, Any] = {"float32": torch.float32, "bfloat16": torch.bfloat16, 
 QUANTISATIONS = ("none", "nf4", "int8")
 
 
-def build_language_model(cfg: GeneratorConfig, tokenizer: LMTokenizer) -> Any:
+def build_language_model(cfg: Any, tokenizer: LMTokenizer) -> Any:
     """Return the frozen base LM with LoRA adapters (a PeftModel), or the bare frozen LM for `lora_rank: 0`.
 
     Raises:
@@ -63,7 +62,7 @@ def embedding_scale(lm: Any) -> float:
     return float(weight.detach()[:4096].float().square().mean().sqrt())
 
 
-def _tiny(cfg: GeneratorConfig, tokenizer: LMTokenizer) -> Any:
+def _tiny(cfg: Any, tokenizer: LMTokenizer) -> Any:
     from transformers import LlamaConfig, LlamaForCausalLM
 
     if cfg.quantisation != "none":
@@ -95,7 +94,7 @@ def _tiny(cfg: GeneratorConfig, tokenizer: LMTokenizer) -> Any:
     return LlamaForCausalLM(sizes)
 
 
-def _pretrained(cfg: GeneratorConfig) -> Any:
+def _pretrained(cfg: Any) -> Any:
     from transformers import AutoModelForCausalLM
 
     if cfg.lm == "none":
@@ -115,7 +114,7 @@ def _pretrained(cfg: GeneratorConfig) -> Any:
         ) from None
 
 
-def _quantisation(cfg: GeneratorConfig) -> Any:
+def _quantisation(cfg: Any) -> Any:
     if cfg.quantisation not in QUANTISATIONS:
         raise fault(f"model.generator.quantisation {cfg.quantisation!r}", f"one of {', '.join(QUANTISATIONS)}", "fix the value")
     if cfg.quantisation == "none":
@@ -134,7 +133,7 @@ def _quantisation(cfg: GeneratorConfig) -> Any:
     return BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=compute)
 
 
-def _with_lora(lm: Any, cfg: GeneratorConfig) -> Any:
+def _with_lora(lm: Any, cfg: Any) -> Any:
     # bitsandbytes, which peft imports, reports at each start that a kernel package for 4-bit models is not there
     logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
     from peft import LoraConfig, get_peft_model

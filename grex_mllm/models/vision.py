@@ -105,6 +105,10 @@ def build_vision(config: VisionConfig, text_width: int) -> nn.Module:
         raise fault(f'model.vision.name "{config.name}"', "resnet, swin, timm:<model> or hf:<folder or hub id>", "fix the name")
     if config.weights is not None:
         load_weights(net, config.weights)
+    if config.patches:
+        from grex_mllm.models.hard_split import HardSplit
+
+        return HardSplit(net, config.patches)
     return net
 
 

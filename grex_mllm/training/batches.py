@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from dataclasses import fields, is_dataclass, replace
 from functools import lru_cache
 from typing import Any, Protocol
@@ -16,82 +16,41 @@ from torch.utils.data import DataLoader, Dataset
 from grex_mllm.errors import GrexError, fault
 from grex_mllm.types import Batch
 
-GROUND, GENERATE = "ground", "generate"
-TASK_STREAM, DATA_STREAM, MODEL_STREAM, ORDER_STREAM = 1, 2, 3, 4  # keep the uses of one seed apart
-BLOCK = 4096
+DATA_STREAM, MODEL_STREAM, ORDER_STREAM = 2, 3, 4  # keep the uses of one seed apart
 WORD = (1 << 64) - 1
 
 
 class BatchSource(Protocol):
     """Batches by number. `at` depends on its argument only; `share` gives what one of several processes sees of every batch."""
 
-    def at(self, index: int) -> tuple[str, Batch]: ...
+    def at(self, index: int) -> Batch: ...
 
     def share(self, rank: int, num_ranks: int) -> BatchSource: ...
 
 
-class TaskMixture:
-    """Mix grounding and generation batches with a given ratio.
+class BatchStream:
+    """Batches of `batch_images` images each, made by a function from image positions.
 
-    make: task -> function from image positions to a Batch. Positions of one task count 0, 1, 2, ... without gaps over its
-    batches, so a finite dataset is passed through evenly (see `epoch_index`). Rank r of n takes positions r, r + n, ... of a batch.
+    Positions count 0, 1, 2, ... without gaps, so a finite dataset is passed through evenly. Rank r of n takes positions r, r + n, ... of a
+    batch.
     """
 
-    def __init__(
-        self,
-        make: Mapping[str, Callable[[list[int]], Batch]],
-        batch_images: int,
-        ground_ratio: float,
-        seed: int,
-        rank: int = 0,
-        num_ranks: int = 1,
-    ) -> None:
-        if not 0 <= ground_ratio <= 1:
-            raise fault(f"train.ground_ratio is {ground_ratio}", "a share between 0 and 1", "give 1 for grounding only")
+    def __init__(self, make: Callable[[list[int]], Batch], batch_images: int, rank: int = 0, num_ranks: int = 1) -> None:
         if batch_images < 1 or batch_images % num_ranks:
             raise fault(f"train.batch_images is {batch_images}", f"a multiple of the {num_ranks} processes", "change one")
-        needed = {GROUND} if ground_ratio == 1 else {GENERATE} if ground_ratio == 0 else {GROUND, GENERATE}
-        if missing := needed - make.keys():
-            raise fault(
-                f"train.ground_ratio is {ground_ratio} but there is no data for {', '.join(sorted(missing))}",
-                "data for each task of the mixture",
-                "set train.ground_ratio to 1 (no generator) or give data",
-            )
-        self.make, self.batch_images, self.ground_ratio, self.seed = make, batch_images, ground_ratio, seed
-        self.rank, self.num_ranks = rank, num_ranks
-        self._totals = [0]
+        self.make, self.batch_images, self.rank, self.num_ranks = make, batch_images, rank, num_ranks
 
-    def share(self, rank: int, num_ranks: int) -> TaskMixture:
+    def share(self, rank: int, num_ranks: int) -> BatchStream:
         """Return the source that process `rank` of `num_ranks` reads."""
-        return TaskMixture(self.make, self.batch_images, self.ground_ratio, self.seed, rank, num_ranks)
-
-    def task(self, index: int) -> str:
-        """Draw the task of a batch."""
-        return GROUND if self._is_ground(index, index + 1)[0] else GENERATE
+        return BatchStream(self.make, self.batch_images, rank, num_ranks)
 
     def positions(self, index: int) -> list[int]:
-        """List the image positions, counted within the task, that this process takes of a batch."""
-        before = self._ground_before(index)
-        batch = before if self.task(index) == GROUND else index - before
-        return list(range(batch * self.batch_images + self.rank, (batch + 1) * self.batch_images, self.num_ranks))
+        """List the image positions that this process takes of a batch."""
+        return list(range(index * self.batch_images + self.rank, (index + 1) * self.batch_images, self.num_ranks))
 
-    def at(self, index: int) -> tuple[str, Batch]:
+    def at(self, index: int) -> Batch:
         """Make batch number `index`."""
-        task = self.task(index)
-        return task, self.make[task](self.positions(index))
-
-    def _is_ground(self, start: int, stop: int) -> np.ndarray:
-        """bool [stop - start]: which batches are grounding batches."""
-        uniform = (_hash(np.arange(start, stop, dtype=np.uint64), mix(self.seed, TASK_STREAM)) >> np.uint64(11)) * 2.0**-53
-        return uniform < self.ground_ratio
-
-    def _ground_before(self, index: int) -> int:
-        """Count the grounding batches among 0 .. index - 1; whole blocks are counted once."""
-        block = index // BLOCK
-        while len(self._totals) <= block:
-            start = (len(self._totals) - 1) * BLOCK
-            self._totals.append(self._totals[-1] + int(self._is_ground(start, start + BLOCK).sum()))
-        return self._totals[block] + int(self._is_ground(block * BLOCK, index).sum())
+        return self.make(self.positions(index))
 
 
 def epoch_index(position: int, length: int, seed: int) -> int:
@@ -129,7 +88,7 @@ def seed_all(*numbers: int) -> None:
     torch.manual_seed(seed & (WORD >> 1))
 
 
-def stream(source: BatchSource, start: int, stop: int, num_workers: int, seed: int, rank: int = 0) -> Iterator[tuple[str, Batch]]:
+def stream(source: BatchSource, start: int, stop: int, num_workers: int, seed: int, rank: int = 0) -> Iterator[Batch]:
     """Yield the batches start .. stop - 1 in order, made by `num_workers` processes (0: by this one).
 
     Raises:
@@ -142,8 +101,7 @@ def stream(source: BatchSource, start: int, stop: int, num_workers: int, seed: i
     for item in loader:
         if isinstance(item, GrexError):
             raise item
-        task, batch = item
-        yield task, map_tensors(batch, torch.from_numpy, np.ndarray) if num_workers else batch
+        yield map_tensors(item, torch.from_numpy, np.ndarray) if num_workers else item
 
 
 def map_tensors(tree: Any, change: Callable[[Any], Any], kind: type = Tensor) -> Any:
@@ -155,7 +113,8 @@ def map_tensors(tree: Any, change: Callable[[Any], Any], kind: type = Tensor) ->
     if isinstance(tree, dict):
         return {key: map_tensors(value, change, kind) for key, value in tree.items()}
     if isinstance(tree, list | tuple):
-        return type(tree)(map_tensors(value, change, kind) for value in tree)
+        values = [map_tensors(value, change, kind) for value in tree]
+        return type(tree)(*values) if hasattr(tree, "_fields") else type(tree)(values)
     return tree
 
 
@@ -173,12 +132,12 @@ class _Steps(Dataset[Any]):
         # a library in the data path that draws from a global generator is thereby a function of the step, too
         seed_all(self.seed, DATA_STREAM, index, self.rank)
         try:
-            task, batch = self.source.at(index)
+            batch = self.source.at(index)
         except GrexError as error:
             return error
         # A batch holds hundreds of small tensors. Sent as tensors, each takes a file descriptor and shared memory, and both run
         # out; arrays go through a pipe.
-        return task, map_tensors(batch, lambda tensor: tensor.numpy()) if self.packed else batch
+        return map_tensors(batch, lambda tensor: tensor.numpy()) if self.packed else batch
 
 
 def _same(item: Any) -> Any:

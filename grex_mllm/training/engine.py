@@ -7,61 +7,23 @@ import os
 import socket
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.optim import Optimizer
 
 from grex_mllm.config import TrainConfig
 from grex_mllm.errors import fault
-from grex_mllm.precision import DTYPES, Resolved, autocast, resolve_precision
+from grex_mllm.precision import DTYPES, Resolved, resolve_precision
 from grex_mllm.shipped import find_file
 from grex_mllm.training.optim import JoinedOptimizer
-from grex_mllm.types import Batch
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
-
-LossFunction = Callable[[Any, Batch, str, float], dict[str, Tensor]]
-
-
-class JointLoss(nn.Module):
-    """Model and losses as one module, so that the forward pass goes through the wrapper of DDP or DeepSpeed.
-
-    forward(batch, task, progress) -> the loss terms, float32; "total" is what is minimised. `precision` autocasts the forward pass;
-    the weights stay float32, also under ZeRO.
-    """
-
-    def __init__(self, model: nn.Module, loss_fn: LossFunction, precision: str) -> None:
-        super().__init__()
-        self.model = model
-        self.loss_fn = loss_fn
-        self.precision = precision
-        self.reaches_all = False
-
-    def forward(self, batch: Batch, task: str, progress: float) -> dict[str, Tensor]:
-        with autocast(self.precision, batch.image.device.type):
-            terms = {name: value.float() for name, value in self.loss_fn(self.model, batch, task, progress).items()}
-        if self.reaches_all:
-            terms["total"] = _ReachAll.apply(terms["total"], *(p for p in self.model.parameters() if p.requires_grad))
-        return terms
-
-
-class _ReachAll(torch.autograd.Function):
-    """Pass a loss on and give gradient zero to all parameters, so that each of them has a gradient in every backward pass."""
-
-    @staticmethod
-    def forward(ctx: Any, total: Tensor, *parameters: Tensor) -> Tensor:
-        ctx.shapes = [parameter.shape for parameter in parameters]
-        return total.clone()
-
-    @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, ...]:  # type: ignore[override]
-        return gradient, *(gradient.new_zeros(()).expand(shape) for shape in ctx.shapes)
 
 
 def start_accelerator(config: TrainConfig, batch_images: int) -> Accelerator:
@@ -77,20 +39,19 @@ def start_accelerator(config: TrainConfig, batch_images: int) -> Accelerator:
 
     from accelerate import Accelerator
     from accelerate.state import AcceleratorState, GradientState
-    from accelerate.utils import DistributedDataParallelKwargs, InitProcessGroupKwargs
+    from accelerate.utils import InitProcessGroupKwargs
 
     # private, but the only way to another precision within one process (a second training run, tests); process groups stay
     AcceleratorState._reset_state(reset_partial_state="RANK" not in os.environ)
     GradientState._reset_state()
     if config.num_threads:
         torch.set_num_threads(config.num_threads)
-    # A grounding batch leaves the generator without gradients and the other way round, hence find_unused_parameters.
-    handlers: list[Any] = [DistributedDataParallelKwargs(find_unused_parameters=True)]
+    handlers: list[Any] = []
     if on_cpu and "RANK" in os.environ:
         handlers.append(InitProcessGroupKwargs(backend="gloo"))  # without it every rank of DeepSpeed on CPU believes that it is alone
     accelerator = Accelerator(
         cpu=on_cpu and plugin is None,  # with cpu=True Accelerate would silently drop DeepSpeed
-        mixed_precision="fp16" if config.precision == "fp16" else "no",  # only for its gradient scaler: JointLoss does the autocast
+        mixed_precision="fp16" if config.precision == "fp16" else "no",  # only for its gradient scaler: Step does the autocast
         gradient_accumulation_steps=config.accumulation,
         deepspeed_plugin=plugin,
         kwargs_handlers=handlers,
@@ -162,11 +123,8 @@ def check_deepspeed(path: str) -> dict[str, Any]:
     return values
 
 
-def prepare(accelerator: Accelerator, module: JointLoss, optimizer: Optimizer) -> tuple[nn.Module, Any]:
+def prepare(accelerator: Accelerator, module: nn.Module, optimizer: Optimizer) -> tuple[nn.Module, Any]:
     """Hand module and optimizer to Accelerate; returns them wrapped.
-
-    Offloaded ZeRO-2 loses the gradient of a weight that the last batch of a step does not use, and keeps that of an earlier step
-    (seen in deepspeed 0.19.8); there every batch reaches all weights.
 
     The schedule is not handed over: Accelerate would step it once for every process.
 
@@ -177,7 +135,6 @@ def prepare(accelerator: Accelerator, module: JointLoss, optimizer: Optimizer) -
         raise fault(
             "train.optim.muon is on with DeepSpeed", "AdamW there, because ZeRO flattens the matrices", "set train.optim.muon to false"
         )
-    module.reaches_all = zero_stage(accelerator) in (1, 2) and accelerator.state.deepspeed_plugin.offload_optimizer_device != "none"
     wrapped, prepared = accelerator.prepare(module, optimizer)
     return wrapped, prepared
 
@@ -190,20 +147,6 @@ def is_deepspeed(accelerator: Accelerator) -> bool:
 def zero_stage(accelerator: Accelerator) -> int | None:
     """Return the ZeRO stage, None without DeepSpeed."""
     return int(accelerator.state.deepspeed_plugin.zero_stage) if is_deepspeed(accelerator) else None
-
-
-def forget_gradients(wrapped: Any) -> None:
-    """Clear what ZeRO-3 keeps of the last step's gradients; call it before each step.
-
-    It clears the gradient of a weight only when a new one arrives (seen in deepspeed 0.19.8): a weight that a step's tasks do not use
-    would be moved by its old gradient again, and the gradient norm would count it.
-    """
-    optimizer = wrapped.optimizer
-    getattr(optimizer, "norm_for_param_grads", {}).clear()  # exists with offloading only
-    optimizer.grad_partitions_flat_buffer.zero_()
-    for partition in optimizer.fp32_partitioned_groups_flat:
-        if partition.grad is not None:
-            partition.grad.zero_()
 
 
 @contextmanager
@@ -274,14 +217,6 @@ def _deepspeed_plugin(config: TrainConfig, batch_images: int, on_cpu: bool) -> A
     """Fill the "auto" numbers from the training configuration."""
     assert config.deepspeed is not None
     values = check_deepspeed(config.deepspeed)
-    zero = values["zero_optimization"]
-    offloads = zero.get("offload_optimizer", {}).get("device", "none") != "none"
-    if zero["stage"] == 3 and offloads and config.accumulation > 1 and 0 < config.ground_ratio < 1:
-        raise fault(
-            f"{config.deepspeed} offloads the optimizer of ZeRO-3, train.accumulation is {config.accumulation} and both tasks are trained",
-            "accumulation 1 there: DeepSpeed loses gradients of the tasks before the last batch",
-            "raise train.batch_images instead, or use zero3.json or zero2_offload.json",
-        )
     filled: dict[str, float] = {
         "train_micro_batch_size_per_gpu": batch_images,
         "gradient_accumulation_steps": config.accumulation,

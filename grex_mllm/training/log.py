@@ -1,7 +1,7 @@
 """What a run tells: log.jsonl, TensorBoard, and a progress bar (plain lines where there is no terminal).
 
-A line of log.jsonl covers the steps since the line before: the mean of every loss term by task ("loss/ground/mask"), learning
-rates, gradient norm, speed and memory. A resumed run cuts off what came after its checkpoint, so nothing is text twice.
+A line of log.jsonl covers the steps since the line before: the mean of every loss term ("loss/ground/mask", "loss/total"), learning
+rates, gradient norm, speed and memory. A resumed run cuts off what came after its checkpoint, so no step stands there twice.
 """
 
 from __future__ import annotations
@@ -41,17 +41,15 @@ class Window:
         self.too_long: Counter[str] = Counter()  # expression id -> times
         self.since = time.perf_counter()
 
-    def add(self, task: str, losses: dict[str, Tensor], batch: Batch) -> None:
+    def add(self, losses: dict[str, Tensor], batch: Batch) -> None:
         """Take in one batch; nothing waits for the device here."""
         for name, value in losses.items():
-            key = f"loss/{task}/{name}"
+            key = f"loss/{name}"
             self.sums[key] = self.sums[key] + value.detach() if key in self.sums else value.detach().clone()
             self.counts[key] += 1
         self.counts["images"] += len(batch.image_ids)
         self.counts["expressions"] += len(batch.expression_ids)
-        text = batch.text_mask if batch.lm_mask is None else batch.lm_mask
-        self.counts["tokens"] += text.numel()
-        self.counts[f"batches/{task}"] += 1
+        self.counts["tokens"] += batch.text_mask.numel()
         self.too_long.update(batch.too_long)
 
     def close(self, accelerator: Accelerator) -> dict[str, Any]:
@@ -71,10 +69,8 @@ class Window:
             too_long.update(part["too_long"])
             for key, value in part["sums"].items():
                 sums[key] += value
-        tasks = sorted(key.removeprefix("batches/") for key in counts if key.startswith("batches/"))
         seconds = max(time.perf_counter() - self.since, 1e-9)
-        line: dict[str, Any] = {"task": "+".join(tasks)}
-        line |= {key: sums[key] / counts[key] for key in sorted(sums)}
+        line: dict[str, Any] = {key: sums[key] / counts[key] for key in sorted(sums)}
         if self.norms:
             line["grad_norm"] = float(torch.stack([torch.as_tensor(norm, dtype=torch.float32).cpu() for norm in self.norms]).mean())
         line |= {f"{name}_per_s": round(counts[name] / seconds, 3) for name in ("images", "expressions", "tokens")}
@@ -159,11 +155,11 @@ class RunLog:
             self.board.close()
 
     def _show(self, step: int, line: dict[str, Any]) -> None:
-        text = "  ".join(f"{key.removeprefix('loss/')} {value:.3f}" for key, value in line.items() if key.endswith("/total"))
+        text = f"loss {line['loss/total']:.3f}"
         speed = f"{line['expressions_per_s']:.0f} expressions/s"
         if self.progress is not None:
             parts = "  ".join(
-                f"{key.split('/')[2]} {value:.3f}" for key, value in line.items() if key.startswith("loss/") and not key.endswith("/total")
+                f"{key.split('/')[2]} {value:.3f}" for key, value in line.items() if key.count("/") == 2 and not key.endswith("/total")
             )
             self.progress.update(self.progress.task_ids[0], completed=step, text=f"{speed}  {text}  {parts}")
             return

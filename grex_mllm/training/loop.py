@@ -1,4 +1,4 @@
-"""The one loop: grounding and generation batches by a given ratio, on one CPU, one GPU, or many of either, with or without DeepSpeed."""
+"""The one loop, on one CPU, one GPU, or many of either, with or without DeepSpeed."""
 
 from __future__ import annotations
 
@@ -8,7 +8,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from grex_mllm.config import Config, TrainConfig, to_dict
@@ -18,11 +17,8 @@ from grex_mllm.training import checkpoint
 from grex_mllm.training.average import WeightAverage
 from grex_mllm.training.batches import MODEL_STREAM, BatchSource, map_tensors, seed_all, stream
 from grex_mllm.training.engine import (
-    JointLoss,
-    LossFunction,
     agreed_precision,
     determinism,
-    forget_gradients,
     is_deepspeed,
     prepare,
     start_accelerator,
@@ -51,16 +47,17 @@ class TrainResult:
 
 
 def train(
+    step: nn.Module,
     model: nn.Module,
     batches: BatchSource,
-    loss_fn: LossFunction,
     config: Config,
     save_model: Callable[[Path], object] | None = None,
     on_step: Callable[[int, dict[str, float]], None] | None = None,
 ) -> TrainResult:
     """Train until `train.steps`, with checkpoints on the way, and publish the model.
 
-    loss_fn(model, batch, task, progress): named loss terms, "total" among them; progress runs from 0 to 1.
+    step(batch, progress): named loss terms, "total" among them; progress runs from 0 to 1. A module that holds `model`; its attribute
+    `precision` is set to what the run computes in.
     save_model(folder): writes the finished model; called once, on the main process, with the averaged weights if an average is kept.
     on_step(step, losses): called after every optimizer step with the losses of its last batch.
     Whatever the model draws (dropout) depends on (seed, step, process) only. A resumed run gives the losses of an uninterrupted one,
@@ -75,7 +72,7 @@ def train(
         raise fault(f"train.batch_images is {config.train.batch_images}", f"a multiple of the {processes} processes", "change one of them")
     accelerator = start_accelerator(config.train, config.train.batch_images // processes)
     with determinism(accelerator.device):
-        return _Run(model, batches, loss_fn, config, accelerator).go(save_model, on_step)
+        return _Run(step, model, batches, config, accelerator).go(save_model, on_step)
 
 
 def check(config: TrainConfig) -> None:
@@ -95,19 +92,20 @@ def check(config: TrainConfig) -> None:
 class _Run:
     """The parts of one training run."""
 
-    def __init__(self, model: nn.Module, batches: BatchSource, loss_fn: LossFunction, config: Config, accelerator: Any) -> None:
+    def __init__(self, step: Any, model: nn.Module, batches: BatchSource, config: Config, accelerator: Any) -> None:
         self.config, self.accelerator = config.train, accelerator
         self.precision = agreed_precision(accelerator, config.train)
+        step.precision = self.precision.precision
         optimizer = build_optimizer(model, config.train.optim, self.precision.precision)
         chosen = {id(parameter) for parameter in optimized_parameters(optimizer)}
         for parameter in model.parameters():
             parameter.requires_grad_(id(parameter) in chosen)
         schedule = build_schedule(optimizer, config.train.optim, config.train.steps)
-        wrapped, prepared = prepare(accelerator, JointLoss(model, loss_fn, self.precision.precision), optimizer)
+        wrapped, prepared = prepare(accelerator, step, optimizer)
         self.state = checkpoint.RunState(accelerator, model, wrapped, prepared, schedule, self._average(model), to_dict(config))
         self.trained = [] if is_deepspeed(accelerator) else optimized_parameters(optimizer)
         self.batches = batches.share(accelerator.process_index, accelerator.num_processes) if accelerator.num_processes > 1 else batches
-        self.num_workers, self.longest = config.data.num_workers, config.model.generator.max_expression_tokens
+        self.num_workers = config.data.num_workers
         found = checkpoint.latest(config.train.out)
         self.first = checkpoint.restore(self.state, found) if found is not None else 0
         self.result = TrainResult(self.first, self.first, found, accelerator.is_main_process)
@@ -160,28 +158,25 @@ class _Run:
         return self.result
 
     def _list_too_long(self) -> str:
-        times, most = sum(self.result.too_long.values()), self.longest
-        what = f"expressions of more than model.generator.max_expression_tokens = {most} tokens were left out of generation ({times} times)"
+        times = sum(self.result.too_long.values())
+        what = f"expressions with more tokens than model.generator allows were left out of generation ({times} times)"
         return list_ids(what, sorted(self.result.too_long))
 
     def _step(self, step: int, numbered: Any, window: Window) -> dict[str, Tensor]:
         """Do one optimizer step over `accumulation` batches."""
         settings, accelerator, state = self.config, self.accelerator, self.state
         losses: dict[str, Tensor] = {}
-        if zero_stage(accelerator) == 3:
-            forget_gradients(state.wrapped)
         for micro in range(settings.accumulation):
-            task, batch = next(numbered)
-            batch = map_tensors(batch, lambda tensor: tensor.to(accelerator.device, non_blocking=True))
+            batch = map_tensors(next(numbered), lambda tensor: tensor.to(accelerator.device, non_blocking=True))
             index = (step - 1) * settings.accumulation + micro
             seed_all(settings.seed, MODEL_STREAM, index, accelerator.process_index)
             with accelerator.accumulate(state.wrapped):
-                losses = state.wrapped(batch, task, (step - 1) / settings.steps)
-                self._check_loss(losses, step, task, batch)
+                losses = state.wrapped(batch, (step - 1) / settings.steps)
+                self._check_loss(losses, step, batch)
                 accelerator.backward(losses["total"])
-                window.add(task, losses, batch)
+                window.add(losses, batch)
                 if accelerator.sync_gradients:
-                    window.norms.append(self._clip(step, task, batch))
+                    window.norms.append(self._clip(step, batch))
                 state.optimizer.step()
                 state.optimizer.zero_grad()
         if not accelerator.optimizer_step_was_skipped:
@@ -190,33 +185,27 @@ class _Run:
                 state.average.update(state.model)
         return losses
 
-    def _clip(self, step: int, task: str, batch: Batch) -> Tensor | float:
-        """Return the gradient norm, after clipping unless DeepSpeed has done so.
-
-        Weights that the step's tasks do not use get zero gradients, as they do under ZeRO: one process and many then make the same steps.
-        """
+    def _clip(self, step: int, batch: Batch) -> Tensor | float:
+        """Return the gradient norm, after clipping unless DeepSpeed has done so."""
         if is_deepspeed(self.accelerator):
             norm: Tensor | float = self.state.wrapped.get_global_grad_norm()  # type: ignore[operator]
         else:
             self.accelerator.unscale_gradients()
-            for parameter in self.trained:
-                if parameter.grad is None:
-                    parameter.grad = torch.zeros_like(parameter)
             norm = clip_gradients(self.trained, self.config.optim.clip)
         if self.config.precision != "fp16" and not math.isfinite(float(norm)):  # fp16: the scaler skips the step and lowers its factor
-            raise self._not_finite(f"gradient norm {float(norm)}", step, task, batch)
+            raise self._not_finite(f"gradient norm {float(norm)}", step, batch)
         return norm
 
-    def _check_loss(self, losses: dict[str, Tensor], step: int, task: str, batch: Batch) -> None:
+    def _check_loss(self, losses: dict[str, Tensor], step: int, batch: Batch) -> None:
         if not math.isfinite(float(losses["total"].detach())):
             terms = ", ".join(f"{name} {float(value.detach()):.4g}" for name, value in losses.items())
-            raise self._not_finite(terms, step, task, batch)
+            raise self._not_finite(terms, step, batch)
 
-    def _not_finite(self, what: str, step: int, task: str, batch: Batch) -> GrexError:
+    def _not_finite(self, what: str, step: int, batch: Batch) -> GrexError:
         kept = checkpoint.latest(self.config.out) or "none yet"
         ids = f"image ids {', '.join(batch.image_ids)}; expression ids {', '.join(batch.expression_ids)}"
         remedy = f"look at these samples, lower train.optim.lr or train.optim.clip; last good checkpoint: {kept}"
-        return fault(f"step {step}, task {task}: not finite: {what}; {ids}", "finite losses and gradients", remedy)
+        return fault(f"step {step}: not finite: {what}; {ids}", "finite losses and gradients", remedy)
 
     def _publish(self, save_model: Callable[[Path], object]) -> None:
         state = self.state

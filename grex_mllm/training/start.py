@@ -11,8 +11,6 @@ from grex_mllm.errors import GrexError, fault
 if TYPE_CHECKING:
     from grex_mllm.models.grex import GrexModel
 
-# parts that a model may have beyond the one it starts from; everything else must be there, in its shape
-NEW_PARTS = ("grounding.decoder.heads.box.", "grounding.decoder.heads.box_score.", "grounding.decoder.heads.count.", "generator.")
 WEIGHTS, CONFIG, TOKENIZER = "model.safetensors", "config.yaml", "text_tokenizer"
 TEXT_SIZES = ("vocab_size", "hidden_size", "num_layers", "num_heads", "intermediate_size", "max_positions")
 SEVERAL = 4
@@ -61,7 +59,7 @@ def start_from(model: GrexModel, folder: str | Path) -> list[str]:
         raise fault(f"{file} cannot be read ({error})", "a whole safetensors file", "copy the folder again") from None
     own = model.saved_state()
     missing = [name for name in own if name not in given]
-    new = [name for name in missing if name.startswith(NEW_PARTS)]
+    new = [name for name in missing if name.startswith(new_parts(model))]
     wrong = {
         "missing": sorted(set(missing) - set(new)),
         "superfluous": [name for name in given if name not in own],
@@ -78,8 +76,16 @@ def start_from(model: GrexModel, folder: str | Path) -> list[str]:
     return new
 
 
+def new_parts(model: GrexModel) -> tuple[str, ...]:
+    """Return the parts that a model may have beyond the one it starts from; everything else must be there, in its shape."""
+    return (*(f"grounding.decoder.{part}" for part in getattr(model.grounding.decoder, "new_parts", ())), "generator.")
+
+
 def describe_new(new: list[str]) -> str:
     """Say in one line which parts started as built."""
-    parts = {part.rstrip(".").removeprefix("grounding."): sum(name.startswith(part) for name in new) for part in NEW_PARTS}
-    listed = ", ".join(f"{part} ({number} tensors)" for part, number in parts.items() if number)
+    parts: dict[str, int] = {}
+    for name in new:
+        part = ".".join(name.removeprefix("grounding.").split(".")[: 1 if name.startswith("generator.") else 4])
+        parts[part] = parts.get(part, 0) + 1
+    listed = ", ".join(f"{part} ({number} tensors)" for part, number in parts.items())
     return f"new, as built: {listed}" if listed else "every tensor was there"

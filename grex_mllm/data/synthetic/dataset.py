@@ -5,9 +5,9 @@ from __future__ import annotations
 import random
 from collections.abc import Iterator, Mapping
 
-from grex_mllm.config import SyntheticConfig
 from grex_mllm.data.synthetic.expressions import draw_kind, sample_expression, word_expression
 from grex_mllm.data.synthetic.scenes import DrawnScene, bits, draw_scene, held_out_pairs, scene_seed
+from grex_mllm.data.synthetic.settings import SyntheticConfig
 from grex_mllm.data.synthetic.shapes import SHAPES
 from grex_mllm.errors import fault
 from grex_mllm.types import ExpressionRecord, ImageRecord, Instance, Sample
@@ -89,7 +89,7 @@ def check_config(config: SyntheticConfig) -> None:
     ]
     for name, value, holds, expected in checks:
         if not holds:
-            raise fault(f"data.synthetic.{name} is {value}", expected, "fix the configuration")
+            raise fault(f"data.sources.synthetic.{name} is {value}", expected, "fix the configuration")
 
 
 def _image_record(drawn: DrawnScene, image_id: str) -> ImageRecord:

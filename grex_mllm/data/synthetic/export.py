@@ -7,10 +7,10 @@ from pathlib import Path
 from typing import Any
 
 from grex_mllm import __version__
-from grex_mllm.config import SyntheticConfig
 from grex_mllm.data.coco import count_records
 from grex_mllm.data.records import read_info
 from grex_mllm.data.synthetic.dataset import SyntheticDataset
+from grex_mllm.data.synthetic.settings import SyntheticConfig
 from grex_mllm.data.writing import DatasetWriter
 from grex_mllm.errors import fault
 from grex_mllm.types import ExpressionRecord

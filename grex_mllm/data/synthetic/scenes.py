@@ -21,7 +21,7 @@ from grex_mllm.data.synthetic.shapes import COLOUR, COLOURS, DIAMETERS, FIRST_LA
 from grex_mllm.errors import fault
 
 if TYPE_CHECKING:
-    from grex_mllm.config import SyntheticConfig
+    from grex_mllm.data.synthetic.settings import SyntheticConfig
 
 SPLITS = ("train", "val", "test", "compositional")
 MIN_VISIBLE_PIXELS = 22
@@ -160,7 +160,7 @@ def _held_out(pairs: tuple[str, ...]) -> HeldOut:
         attribute, _, shape = pair.partition(" ")
         if shape not in SHAPES or attribute not in COLOURS + TEXTURES:
             raise fault(
-                f'data.synthetic.held_out has "{pair}"',
+                f'data.sources.synthetic.held_out has "{pair}"',
                 f"a colour ({', '.join(COLOURS)}) or texture ({', '.join(TEXTURES)}) and a shape ({', '.join(SHAPES)})",
                 'write for example "red star"',
             )
@@ -169,7 +169,7 @@ def _held_out(pairs: tuple[str, ...]) -> HeldOut:
         else:
             textures.add((SHAPES.index(shape), TEXTURES.index(attribute)))
     if len(colours) > len(SHAPES) * len(COLOURS) // 3 or len(textures) > len(SHAPES):
-        raise fault(f"data.synthetic.held_out names {len(pairs)} pairs", "at most a third of all pairs", "shorten the list")
+        raise fault(f"data.sources.synthetic.held_out names {len(pairs)} pairs", "at most a third of all pairs", "shorten the list")
     return HeldOut(frozenset(colours), frozenset(textures))
 
 

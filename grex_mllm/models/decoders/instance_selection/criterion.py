@@ -12,14 +12,14 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from grex_mllm.config import LossConfig
-from grex_mllm.models.decoders.image_regions import Regions, box_area, gather, grid_boxes
-from grex_mllm.ops.boxes import cxcywh_to_xyxy, generalized_iou
-from grex_mllm.training.matcher import match
+from grex_mllm.models.decoders.instance_selection.config import InstanceSelectionConfig
+from grex_mllm.models.decoders.instance_selection.regions import Regions, box_area, gather, grid_boxes
+from grex_mllm.ops.losses import count_cross_entropy, focal_sum, giou_each, l1_sum, matched_boxes, shared_count
+from grex_mllm.ops.matching import match
 from grex_mllm.types import Batch, GroundingOutput
 
 IGNORED = -100
-COUNT_CLAMP = 6
+FOCAL_ALPHA = 0.35
 CENTRE_SPREAD = 0.15  # standard deviation of the heat around a centre, as a share of the box
 NEAR_CENTRE = 0.4  # cells with more heat than this learn the object's box
 LEAST_OVERLAP = 0.2  # generalized IoU under which a matched region does not stand for the object
@@ -48,16 +48,15 @@ def heat_terms(regions: Regions, batch: Batch) -> dict[str, Tensor]:
     prob = logits.sigmoid()
     positive = -F.logsigmoid(logits) * (1.0 - prob).square() * peak
     negative = -F.logsigmoid(-logits) * prob.square() * (1.0 - best).pow(4) * (1.0 - peak)
-    count = real.sum().clamp(min=1)
+    count = shared_count(real.sum(), logits)
     inside = best > NEAR_CENTRE
     predicted = regions.cell_boxes_norm[inside]
     wanted = gather(boxes, owner)[inside]
-    near_count = max(1, len(wanted))
-    giou = generalized_iou(cxcywh_to_xyxy(predicted), cxcywh_to_xyxy(wanted))
+    near_count = shared_count(len(wanted), logits)
     return {
         "heat": (positive.sum() + negative.sum()) / count,
-        "cell_box_l1": (predicted - wanted).abs().sum() / near_count,
-        "cell_box_giou": (1.0 - giou).sum() / near_count,
+        "cell_box_l1": l1_sum(predicted, wanted) / near_count,
+        "cell_box_giou": (1.0 - giou_each(predicted, wanted)).sum() / near_count,
     }
 
 
@@ -71,14 +70,14 @@ def region_terms(regions: Regions, batch: Batch) -> tuple[dict[str, Tensor], Ten
     owner = torch.full_like(regions.kept, -1)
     for layer in range(num_layers):
         matches = match(regions.boxes_norm[layer].detach(), batch.instance_boxes_norm, logits=regions.objectness[layer].detach())
-        count = max(1, len(matches))
-        predicted, wanted = regions.boxes_norm[layer][matches.problem, matches.query], matches.pick(batch.instance_boxes_norm)
-        giou = generalized_iou(cxcywh_to_xyxy(predicted), cxcywh_to_xyxy(wanted))
+        count = shared_count(len(matches), regions.mask_map)
+        predicted, wanted = matched_boxes(regions.boxes_norm[layer], batch.instance_boxes_norm, matches)
+        giou = giou_each(predicted, wanted)
         close = giou.detach() > LEAST_OVERLAP
         goal = torch.zeros_like(regions.objectness[layer])
         goal[matches.problem, matches.query] = close.to(goal.dtype)
-        _add(terms, "objectness", _focal(regions.objectness[layer], goal) / count)
-        _add(terms, "box_l1", (predicted - wanted).abs().sum() / count)
+        _add(terms, "objectness", focal_sum(regions.objectness[layer], goal, FOCAL_ALPHA) / count)
+        _add(terms, "box_l1", l1_sum(predicted, wanted) / count)
         _add(terms, "box_giou", (1.0 - giou).sum() / count)
         if layer == num_layers - 1:
             owner[matches.problem, matches.query] = torch.where(close, matches.target, -1)
@@ -89,53 +88,53 @@ def region_terms(regions: Regions, batch: Batch) -> tuple[dict[str, Tensor], Ten
 
 
 def attribute_terms(regions: Regions, batch: Batch, owner: Tensor) -> dict[str, Tensor]:
-    """Return one cross-entropy per scene attribute on the kept regions that match an object (scene metadata; optional)."""
-    if not regions.attribute_logits or batch.instance_attributes is None:
-        return {}
+    """Return one cross-entropy per scene attribute, a mean over the kept regions that match an object with a known value; 0 without any."""
     terms = {}
     for name, logits in regions.attribute_logits.items():
         labels = torch.full_like(owner, IGNORED)
-        for b, values in enumerate(batch.instance_attributes[name]):
+        for b, values in enumerate((batch.instance_attributes or {}).get(name, ())):
             known = owner[b] >= 0
             labels[b, known] = values[owner[b, known]]
-        flat = labels.flatten()
-        if (flat != IGNORED).any():
-            terms[f"attribute_{name}"] = F.cross_entropy(logits.flatten(0, 1), flat, ignore_index=IGNORED)
+        total = F.cross_entropy(logits.flatten(0, 1), labels.flatten(), ignore_index=IGNORED, reduction="sum")
+        terms[f"attribute_{name}"] = total / shared_count((labels != IGNORED).sum(), total)
     return terms
 
 
 def selection_terms(output: GroundingOutput, batch: Batch, owner: Tensor) -> dict[str, Tensor]:
     """Return target (binary, every language layer), no_target and count terms."""
     owners = owner[batch.image_index]
-    wanted = torch.zeros_like(output.auxiliary["target_logits"][-1])
+    wanted = torch.zeros_like(output.extra.target_logits[-1])
     for e, targets in enumerate(batch.target_index):
         wanted[e] = torch.isin(owners[e], targets).float()
-    layers = output.auxiliary["target_logits"]
+    layers = output.extra.target_logits
     weight = 1.0 + wanted  # targets are the rarer class
     each = [F.binary_cross_entropy_with_logits(logits, wanted, weight=weight, reduction="sum") for logits in layers]
+    num_expressions = shared_count(len(wanted), wanted)
+    assert output.no_target_logits is not None
+    no_target = F.cross_entropy(output.no_target_logits, batch.no_target.long(), reduction="sum")
     terms = {
-        "target": torch.stack(each).sum() / (len(layers) * max(1, len(wanted)) * 4.0),
-        "no_target": F.cross_entropy(output.no_target_logits, batch.no_target.long()),
+        "target": torch.stack(each).sum() / (len(layers) * num_expressions * 4.0),
+        "no_target": no_target / num_expressions,
     }
     if output.count_logits is not None:
-        terms["count"] = F.cross_entropy(output.count_logits, batch.gt_count.clamp(max=COUNT_CLAMP))
+        terms["count"] = count_cross_entropy(output.count_logits, batch.gt_count)
     return terms
 
 
-class InstanceLoss:
+class InstanceSelectionCriterion:
     """Named terms of `instance_selection` and their weighted total. A weight of 0 leaves the term out."""
 
-    def __init__(self, config: LossConfig) -> None:
-        self.weights = asdict(config.instances)
+    def __init__(self, config: InstanceSelectionConfig) -> None:
+        self.weights = asdict(config.loss)
 
     def __call__(self, output: GroundingOutput, batch: Batch) -> dict[str, Tensor]:
         """Return name -> unweighted scalar, and "total"."""
-        regions: Regions = output.auxiliary["regions"]
+        regions: Regions = output.extra.regions
         terms, owner = region_terms(regions, batch)
         terms |= heat_terms(regions, batch)
         terms |= attribute_terms(regions, batch, owner)
         terms |= selection_terms(output, batch, owner)
-        total = output.no_target_logits.new_zeros(())
+        total = regions.heat_logits.new_zeros(())
         for name, value in terms.items():
             total = total + self.weights.get("attribute" if name.startswith("attribute_") else name, 0.0) * value
         return terms | {"total": total}
@@ -143,13 +142,6 @@ class InstanceLoss:
 
 def _add(terms: dict[str, Tensor], name: str, value: Tensor) -> None:
     terms[name] = terms[name] + value if name in terms else value
-
-
-def _focal(logits: Tensor, goal: Tensor, alpha: float = 0.35, gamma: float = 2.0) -> Tensor:
-    prob = logits.sigmoid()
-    ce = F.binary_cross_entropy_with_logits(logits, goal, reduction="none")
-    wrong = torch.where(goal > 0, 1.0 - prob, prob)
-    return (torch.where(goal > 0, alpha, 1.0 - alpha) * wrong**gamma * ce).sum()
 
 
 def _at_size(masks: Tensor, mask_map: Tensor) -> Tensor:

@@ -13,15 +13,16 @@ import tempfile
 from dataclasses import replace
 from pathlib import Path
 
-from grex_mllm.config import GeneratorConfig, check_keys, to_dict
+from grex_mllm.config import check_keys, to_dict
 from grex_mllm.errors import fault
-from grex_mllm.models.generator import Generator
+from grex_mllm.models.generators.region_tokens.config import RegionTokensConfig
+from grex_mllm.models.generators.region_tokens.network import RegionTokenGenerator
 from grex_mllm.models.lm_tokenizer import LMTokenizer
 
 SETTINGS, WEIGHTS, TOKENIZER, LM = "generator.json", "generator.safetensors", "tokenizer", "lm"
 
 
-def save_generator(generator: Generator, folder: str | Path, merged: bool = False) -> None:
+def save_generator(generator: RegionTokenGenerator, folder: str | Path, merged: bool = False) -> None:
     """Write the generator; merged adds the adapters to a copy of the LM, which any transformers program can then read from `lm/`.
 
     Raises:
@@ -57,7 +58,7 @@ def save_generator(generator: Generator, folder: str | Path, merged: bool = Fals
                 os.replace(work / item, target / item)
 
 
-def load_generator(folder: str | Path) -> Generator:
+def load_generator(folder: str | Path) -> RegionTokenGenerator:
     """Read what `save_generator` wrote; every tensor must be there and no other.
 
     Raises:
@@ -70,11 +71,11 @@ def load_generator(folder: str | Path) -> Generator:
         if not (source / name).exists():
             raise fault(f"generator folder {source} without {name}", f"{SETTINGS}, {WEIGHTS} and {TOKENIZER}/", "save the generator again")
     settings = json.loads((source / SETTINGS).read_text(encoding="utf-8"))
-    check_keys(settings["generator"], GeneratorConfig, "generator", str(source / SETTINGS))
-    cfg = GeneratorConfig(**settings["generator"])
+    check_keys(settings["generator"], RegionTokensConfig, "generator", str(source / SETTINGS))
+    cfg = RegionTokensConfig(**settings["generator"])
     if settings["merged"]:
         cfg = replace(cfg, lm=str(source / LM))
-    generator = Generator(cfg, settings["feature_channels"], LMTokenizer.load(source / TOKENIZER))
+    generator = RegionTokenGenerator(cfg, settings["feature_channels"], LMTokenizer.load(source / TOKENIZER))
     try:
         generator.load_state_dict(load_file(source / WEIGHTS), strict=True)
     except RuntimeError as error:

@@ -8,7 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-NUM_COUNTS = 7  # {0, 1, 2, 3, 4, 5, >5}
+from grex_mllm.types import NUM_COUNTS
+
 BOX_START_SIZE = 0.25
 BOX_EPS = 1e-4
 

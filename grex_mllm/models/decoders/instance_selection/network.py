@@ -15,17 +15,18 @@ The answer is the union of the masks of the selected regions.
 from __future__ import annotations
 
 import math
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from grex_mllm.config import DecoderConfig
-from grex_mllm.models.decoders.image_regions import BOX_CODE_WIDTH, PAIR_WIDTH, ImageRegions, Regions, box_code, mlp, precise
+from grex_mllm.errors import fault
+from grex_mllm.models.decoders.instance_selection.config import InstanceSelectionConfig
+from grex_mllm.models.decoders.instance_selection.regions import BOX_CODE_WIDTH, PAIR_WIDTH, ImagePart, Regions, box_code, mlp, precise
 from grex_mllm.ops.attention import attend
-from grex_mllm.types import GroundingOutput, PixelFeatures, TextFeatures
+from grex_mllm.types import NUM_COUNTS, DecoderInputs, GroundingOutput, Proposals, TextFeatures
 
-NUM_COUNT_CLASSES = 7
 LEAST_REAL = 1e-3
 
 
@@ -67,18 +68,24 @@ class LanguageLayer(nn.Module):
         return (weights.to(value.dtype) @ value).transpose(1, 2).flatten(2)
 
 
-class InstanceSelection(nn.Module):
-    """See the module's docstring. Entry "instance_selection" of DECODERS.
+class InstanceExtra(NamedTuple):
+    """What only the criterion reads. regions: of the B images.  target_logits: float [E, K] of each language layer."""
+
+    regions: Regions
+    target_logits: list[Tensor]
+
+
+class LanguagePart(nn.Module):
+    """Select the regions that an expression means.
 
     Source: GRES paper section 4 for the idea; differences are listed above. `minimap_logits` are those of the K kept regions
     (not of P x P cells); `minimap_prob` lays their probabilities out on P x P cells.
     """
 
-    def __init__(self, config: DecoderConfig, width: int, mask_width: int, text_width: int) -> None:
+    def __init__(self, config: InstanceSelectionConfig, text_width: int) -> None:
         super().__init__()
         channels = config.width
         self.config = config
-        self.image_regions = ImageRegions(config, width, mask_width)
         self.text_in = nn.Linear(text_width, channels)
         self.sentence = mlp(2 * text_width, channels, channels)
         self.box_features, self.box_norm = mlp(BOX_CODE_WIDTH, channels, channels), nn.LayerNorm(channels)
@@ -88,11 +95,7 @@ class InstanceSelection(nn.Module):
         self.target, self.target_sentence = nn.Linear(channels, 1), nn.Linear(channels, channels)
         pooled = 3 * channels + 4
         self.no_target = mlp(pooled, channels, 2)
-        self.count = mlp(pooled, channels, NUM_COUNT_CLASSES) if config.count else None
-
-    def encode(self, pixels: PixelFeatures) -> Regions:
-        """Do the language-free work of B images once."""
-        return self.image_regions(pixels)
+        self.count = mlp(pooled, channels, NUM_COUNTS) if config.count else None
 
     def forward(self, regions: Regions, image_index: Tensor, text: TextFeatures) -> GroundingOutput:
         """Ground E expressions. image_index: int64 [E].
@@ -124,7 +127,7 @@ class InstanceSelection(nn.Module):
             box_logits=final,
             count_logits=precise(self.count(pooled)) if self.count is not None else None,
             minimap_prob=self._minimap(regions, image_index, final),
-            auxiliary={"regions": regions, "target_logits": logits},
+            extra=InstanceExtra(regions, logits),
         )
 
     def _pool(self, x: Tensor, logits: Tensor, objectness: Tensor, sentence: Tensor) -> Tensor:
@@ -151,3 +154,32 @@ class InstanceSelection(nn.Module):
         cell = (place[..., 1] * side + place[..., 0])[image_index]
         flat = logits.new_zeros(logits.shape[0], side * side)
         return flat.scatter_reduce(1, cell, logits.detach().sigmoid(), "amax").unflatten(1, (side, side))
+
+
+class InstanceSelection(nn.Module):
+    """See the module's docstring. Its regions are found once in an image, so it stands behind image encoders without language alone."""
+
+    answers_boxes = True
+
+    def __init__(self, config: InstanceSelectionConfig, inputs: DecoderInputs) -> None:
+        super().__init__()
+        self.image_part = ImagePart(config, inputs.width, inputs.mask_width)
+        self.language_part = LanguagePart(config, inputs.text_width)
+
+    @staticmethod
+    def check(model: Any) -> None:
+        """Refuse an image encoder that fuses language.
+
+        Raises:
+            GrexError: names both settings.
+        """
+        if model.vision.fusion != "none":
+            raise fault(
+                f"model.vision.fusion is {model.vision.fusion} with model.decoder.name {model.decoder.name}",
+                "no fusion there: its regions are found once in an image, for all expressions",
+                "set model.vision.fusion to none, or model.decoder.name to rela",
+            )
+
+    def proposals(self, regions: Regions) -> Proposals:
+        """Return the objects that were found in B images."""
+        return Proposals(regions.masks(), regions.boxes_norm[-1], regions.objectness[-1].sigmoid())

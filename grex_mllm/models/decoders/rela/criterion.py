@@ -13,15 +13,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from grex_mllm.config import LossConfig
 from grex_mllm.errors import fault
-from grex_mllm.ops.boxes import cxcywh_to_xyxy, generalized_iou
-from grex_mllm.training.matcher import MatchCost, Matches, match
+from grex_mllm.models.decoders.rela.config import RelaConfig
+from grex_mllm.ops.losses import count_cross_entropy, focal_sum, giou_each, l1_sum, matched_boxes, shared_count
+from grex_mllm.ops.matching import MatchCost, Matches, match
 from grex_mllm.types import Batch, GroundingOutput
 
-MORE_THAN_FIVE = 6
 FOCAL_ALPHA = 0.25
-FOCAL_GAMMA = 2.0
+LEAST_WEIGHT = 1e-12  # what a sum of weights is at least
 MASK_TERMS = ("mask", "minimap")
 BOX_TERMS = ("box_l1", "box_giou", "box_score")
 TERMS = (*MASK_TERMS, "no_target", *BOX_TERMS, "count")
@@ -34,7 +33,7 @@ def mask_cross_entropy(mask_logits: Tensor, gt_masks: Tensor, class_weights: Ten
     (sum of w_y ce over sum of w_y), as released. Samples without target have all-background masks and count like any other.
     """
     logits = F.interpolate(mask_logits.float(), size=gt_masks.shape[-2:], mode="bilinear", align_corners=False)
-    return F.cross_entropy(logits, gt_masks.long(), weight=class_weights.to(logits))
+    return _weighted_cross_entropy(logits, gt_masks.long(), class_weights)
 
 
 def minimap_target(gt_masks: Tensor, side: int, kind: str) -> Tensor:
@@ -52,7 +51,7 @@ def minimap_target(gt_masks: Tensor, side: int, kind: str) -> Tensor:
         return F.interpolate(masks, size=(side, side), mode="bilinear", align_corners=False).long().float().flatten(1)
     if kind == "area":
         return F.adaptive_avg_pool2d(masks, (side, side)).flatten(1)
-    raise fault(f'loss.minimap_target is "{kind}"', '"area" or "truncated"', "choose one of them")
+    raise fault(f'model.decoder.loss.minimap_target is "{kind}"', '"area" or "truncated"', "choose one of them")
 
 
 def minimap_cross_entropy(minimap_logits: Tensor, target: Tensor, class_weights: Tensor) -> Tensor:
@@ -62,24 +61,23 @@ def minimap_cross_entropy(minimap_logits: Tensor, target: Tensor, class_weights:
     1.
     """
     share = torch.stack([1 - target, target], dim=-1) * class_weights.to(target)
-    return -(share * minimap_logits.float().log_softmax(-1)).sum() / share.sum()
+    return -(share * minimap_logits.float().log_softmax(-1)).sum() / shared_count(share.sum(), share, least=LEAST_WEIGHT)
 
 
 def no_target_cross_entropy(no_target_logits: Tensor, no_target: Tensor, class_weights: Tensor) -> Tensor:
     """Compute the weighted cross-entropy of logits [E, 2] against bool [E] (1 = no target), a scalar."""
-    return F.cross_entropy(no_target_logits.float(), no_target.long(), weight=class_weights.to(no_target_logits.device))
+    return _weighted_cross_entropy(no_target_logits.float(), no_target.long(), class_weights)
 
 
 def box_l1(boxes_norm: Tensor, gt_boxes_norm: Sequence[Tensor], matches: Matches) -> Tensor:
     """Compute the L1 distance of matched boxes, the four numbers summed, mean over matches; 0 (with a gradient path) without matches."""
-    pred, gt = _matched(boxes_norm, gt_boxes_norm, matches)
-    return (pred - gt).abs().sum() / max(len(matches), 1)
+    return l1_sum(*matched_boxes(boxes_norm, gt_boxes_norm, matches)) / shared_count(len(matches), boxes_norm)
 
 
 def box_giou(boxes_norm: Tensor, gt_boxes_norm: Sequence[Tensor], matches: Matches) -> Tensor:
     """Compute 1 - generalized IoU of matched boxes, mean over matches; 0 (with a gradient path) without matches."""
-    pred, gt = _matched(boxes_norm, gt_boxes_norm, matches)
-    return (1 - generalized_iou(cxcywh_to_xyxy(pred), cxcywh_to_xyxy(gt))).sum() / max(len(matches), 1)
+    giou = giou_each(*matched_boxes(boxes_norm, gt_boxes_norm, matches))
+    return (1 - giou).sum() / shared_count(len(matches), boxes_norm)
 
 
 def box_score(box_logits: Tensor, matches: Matches, kind: str) -> Tensor:
@@ -94,38 +92,32 @@ def box_score(box_logits: Tensor, matches: Matches, kind: str) -> Tensor:
     """
     logits = box_logits.float()
     target = matches.indicator(logits.shape[1]).to(logits)
-    entropy = F.binary_cross_entropy_with_logits(logits, target, reduction="none")
+    num_expressions = shared_count(logits.shape[0], logits)
     if kind == "bce":
-        return entropy.mean()
+        entropy = F.binary_cross_entropy_with_logits(logits, target, reduction="sum")
+        return entropy / (num_expressions * logits.shape[1])
     if kind != "focal":
-        raise fault(f'loss.box_score_kind is "{kind}"', '"focal" or "bce"', "choose one of them")
-    prob = logits.sigmoid()
-    wrong = torch.where(target > 0, 1 - prob, prob)
-    alpha = torch.where(target > 0, FOCAL_ALPHA, 1 - FOCAL_ALPHA)
-    return (alpha * wrong**FOCAL_GAMMA * entropy).sum() / max(len(matches), logits.shape[0], 1)
+        raise fault(f'model.decoder.loss.box_score_kind is "{kind}"', '"focal" or "bce"', "choose one of them")
+    return focal_sum(logits, target, FOCAL_ALPHA) / shared_count(len(matches), logits).maximum(num_expressions)
 
 
-def count_cross_entropy(count_logits: Tensor, gt_count: Tensor) -> Tensor:
-    """Compute the cross-entropy of the count N_O, logits [E, 7] over {0, ..., 5, >5}; larger counts belong to the last class."""
-    return F.cross_entropy(count_logits.float(), gt_count.clamp(max=MORE_THAN_FIVE))
-
-
-class ReLALoss:
+class RelaCriterion:
     """Turn a grounding answer and its batch into named, unweighted terms and their weighted `total`."""
 
-    def __init__(self, config: LossConfig) -> None:
-        self.config = config
+    def __init__(self, decoder: RelaConfig) -> None:
+        self.config = config = decoder.loss
         self.weights = {name: float(getattr(config, name)) for name in TERMS}
         if len(config.class_weights) != 2:
-            raise fault(f"loss.class_weights is {config.class_weights}", "two numbers, for background and target", "give both")
+            raise fault(
+                f"model.decoder.loss.class_weights is {config.class_weights}", "two numbers, for background and target", "give both"
+            )
         self.class_weights = torch.tensor(config.class_weights)
         self.cost = MatchCost(score=config.match_score, box_l1=config.match_l1, box_giou=config.match_giou)
 
     def __call__(self, output: GroundingOutput, batch: Batch) -> dict[str, Tensor]:
         """Return name -> scalar of the terms with a weight, and `total`.
 
-        With `deep_supervision` and a decoder that gives its earlier layers' answers in `auxiliary["layers"]`, each layer's terms are
-        added to the total with that weight, and their sum is reported as `deep`.
+        With `deep_supervision` each earlier layer's terms are added to the total with that weight, and their sum is reported as `deep`.
 
         Raises:
             GrexError: a term has a weight, but the model lacks its head or the batch its target.
@@ -133,10 +125,7 @@ class ReLALoss:
         terms = self._terms(output, batch)
         total = self._sum(terms)
         if self.config.deep_supervision:
-            layers: Sequence[GroundingOutput] = output.auxiliary.get("layers", ())
-            if not layers:
-                raise fault("loss.deep_supervision is on, but the decoder gives no earlier layers", "a decoder that does", "set it to 0")
-            terms["deep"] = torch.stack([self._sum(self._terms(layer, batch)) for layer in layers]).sum()
+            terms["deep"] = torch.stack([self._sum(self._terms(layer, batch)) for layer in output.extra.layers]).sum()
             total = total + self.config.deep_supervision * terms["deep"]
         return {**terms, "total": total}
 
@@ -146,9 +135,10 @@ class ReLALoss:
     def _terms(self, output: GroundingOutput, batch: Batch) -> dict[str, Tensor]:
         terms: dict[str, Tensor] = {}
         weight = self.weights
+        assert output.minimap_logits is not None and output.no_target_logits is not None  # ReLA always gives them
         if weight["mask"] or weight["minimap"]:
             if batch.gt_masks is None:
-                raise fault("a batch without masks", "masks, for loss.mask and loss.minimap", "set both to 0 for box-only data")
+                raise fault("a batch without masks", "masks, for model.decoder.loss.mask and minimap", "set both to 0 for box-only data")
             if weight["mask"]:
                 terms["mask"] = mask_cross_entropy(output.mask_logits, batch.gt_masks, self.class_weights)
             if weight["minimap"]:
@@ -178,8 +168,12 @@ class ReLALoss:
         return {name: make() for name, make in made.items() if self.weights[name]}
 
 
-def _matched(boxes_norm: Tensor, gt_boxes_norm: Sequence[Tensor], matches: Matches) -> tuple[Tensor, Tensor]:
-    return boxes_norm.float()[matches.problem, matches.query], matches.pick(gt_boxes_norm).to(boxes_norm.device).float()
+def _weighted_cross_entropy(logits: Tensor, target: Tensor, class_weights: Tensor) -> Tensor:
+    """Cross-entropy of logits [E, 2, ...] against int64 [E, ...], weighted by class: the sum of w_y ce over the sum of w_y."""
+    weights = class_weights.to(logits)
+    positive = target.sum()
+    count = weights[0] * (target.numel() - positive) + weights[1] * positive
+    return F.cross_entropy(logits, target, weight=weights, reduction="sum") / shared_count(count, logits, least=LEAST_WEIGHT)
 
 
 def _headless(terms: str, head: str) -> Exception:

@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from grex_mllm.errors import fault
-from grex_mllm.models.comparison import compare
+from grex_mllm.models.generators.region_tokens.comparison import compare
 
 IMAGE, DISTRACTOR, TARGET = 0, 1, 2  # also the order in the prefix
 MOST_COUNTED = 7  # targets; more count as this many
@@ -119,7 +119,7 @@ class RegionTokens(nn.Module):
         if valid_sizes is None:
             valid_sizes = torch.tensor([[height, width]], device=device).expand(len(masks), 2)
         num = max(1, max(len(m) for m in masks))
-        boxes, area, present, shape = self._describe_masks(masks, num, dtype, device)
+        boxes, area, present, shape = self.describe_masks(masks, num, dtype, device)
         weights = _downsample(masks, num, max(((f.shape[-2], f.shape[-1]) for f in features), key=math.prod), dtype)
         pooled = []
         for feature, norm in zip(features, self.norms):
@@ -136,39 +136,9 @@ class RegionTokens(nn.Module):
             attribute_logits = dict(zip(self.classes, self.attribute_head(seen).split(sizes, -1), strict=True))
             probs = torch.cat([logits.softmax(-1) for logits in attribute_logits.values()], -1)
             token = token + self.attribute_embedding(probs)
-        order = _left_to_right(boxes, area, present)
+        order = left_to_right(boxes, area, present)
         image = self._image_tokens(features, valid_sizes.to(dtype), (height, width))
         return ObjectTokens(self.norm(token), present, order, area / limits[..., :2].prod(-1), image, attribute_logits, probs)
-
-    def from_attributes(self, instance_masks: list[Tensor], attributes: dict[str, list[Tensor]]) -> ObjectTokens:
-        """Make the tokens of objects whose attributes are given: places and attributes instead of feature maps, no image tokens.
-
-        instance_masks: B x bool [N_b, H, W] of one size.  attributes: name -> B x int64 [N_b], a negative value is unknown.
-
-        Raises:
-            GrexError: attributes other than those that the model knows.
-        """
-        if not self.classes or set(self.classes) - attributes.keys():
-            raise fault(
-                f"objects with attributes {sorted(attributes) or '(none)'}",
-                f"the attributes {sorted(self.classes) or '(none)'} of model.generator.attribute_classes",
-                "set attribute_classes to what the data has, or train.text.scenes to 0",
-            )
-        masks = [m.bool() for m in instance_masks]
-        weight, device = self.kind.weight.dtype, self.kind.weight.device
-        dtype = torch.promote_types(weight, torch.float32)
-        boxes, area, present, _ = self._describe_masks(masks, max(1, max(len(m) for m in masks)), dtype, device)
-        height, width = masks[0].shape[1:]
-        area_norm = area / (height * width)
-        geometry = geometry_code(boxes / boxes.new_tensor([width, height, width, height]), area_norm)
-        known = []
-        for name, classes in self.classes.items():
-            value = torch.nn.utils.rnn.pad_sequence(attributes[name], batch_first=True, padding_value=-1).to(device)
-            known.append(F.one_hot(value.clamp(min=0), classes) * (value >= 0)[..., None])
-        probs = torch.cat(known, -1).to(weight)
-        token = self.position(geometry.to(weight)) + self.attribute_embedding(probs)
-        image = token.new_zeros(len(masks), 0, token.shape[-1])
-        return ObjectTokens(self.norm(token), present, _left_to_right(boxes, area, present), area_norm, image, {}, probs)
 
     def select(self, objects: ObjectTokens, image_index: Tensor, member: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Return the prefix of E object sets: tokens [E, G + P, D], their mask (bool), and the sets' summaries [E, D].
@@ -214,7 +184,7 @@ class RegionTokens(nn.Module):
             assert isinstance(norm, nn.LayerNorm)
             norm.weight.fill_(token_scale)
 
-    def _describe_masks(
+    def describe_masks(
         self, masks: list[Tensor], num: int, dtype: torch.dtype, device: torch.device
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """Boxes xyxy [B, N, 4] in pixels, areas [B, N] in pixels, present [B, N], flattened small pictures [B, N, S * S]."""
@@ -394,7 +364,7 @@ def _downsample(masks: list[Tensor], num: int, cells: tuple[int, int], dtype: to
     return out
 
 
-def _left_to_right(boxes: Tensor, area: Tensor, present: Tensor) -> Tensor:
+def left_to_right(boxes: Tensor, area: Tensor, present: Tensor) -> Tensor:
     """Return int64 [B, N]: objects by centre x, then centre y, then area; absent ones last."""
     order = area.argsort(dim=1, stable=True)
     for key in (boxes[..., 1] + boxes[..., 3], (boxes[..., 0] + boxes[..., 2]).masked_fill(~present, math.inf)):

@@ -1,4 +1,4 @@
-"""The endless training stream over synthetic scenes, easy kinds first."""
+"""The source "synthetic": an endless training stream over drawn scenes, easy kinds first."""
 
 from __future__ import annotations
 
@@ -7,14 +7,16 @@ from dataclasses import replace
 
 from grex_mllm.config import DataConfig
 from grex_mllm.data.synthetic.canonical import canonical_expression
-from grex_mllm.data.synthetic.dataset import SyntheticDataset
+from grex_mllm.data.synthetic.dataset import SyntheticDataset, corpus
 from grex_mllm.data.synthetic.expressions import KINDS
 from grex_mllm.data.synthetic.meaning import scene_from_record
+from grex_mllm.data.synthetic.settings import SyntheticConfig as Config
 from grex_mllm.types import Sample
 
+__all__ = ["Config", "TrainingStream", "text", "training_samples"]
+
 ENDLESS = 1 << 40
-GENERATION_OFFSET = 1 << 36  # generation batches see other scenes than grounding batches
-PRETRAINING_OFFSET = 1 << 37  # the attribute pre-training others again
+PRETRAINING_OFFSET = 1 << 37  # a pre-training sees other scenes
 EASY = ("category", "attribute", "shared_attribute", "separate_attributes", "extreme", "negation")
 CANONICAL_SHARE = 0.9  # of the expressions that the generator learns from
 EASY_WEIGHT = 3.0  # how much more often they come than the rest in the first part
@@ -48,17 +50,23 @@ def _make_canonical(sample: Sample, share: float, position: int) -> None:
                 record.expression = text  # the grounding text encoder reads `raw`
 
 
-def training_stream(
-    data: DataConfig, split: str, num_positions: int, targeted_only: bool, generation: bool, offset: int | None = None
-) -> TrainingStream:
-    """Return the stream of one task. num_positions: how many the whole training will read; targeted_only: no no-target expressions.
-
-    generation: the generator learns from these batches.  offset: of the scenes' indices; by default each task has its own scenes.
-    """
-    config = replace(data.synthetic, no_target_share=0.0) if targeted_only else data.synthetic
+def training_samples(data: DataConfig, config: Config, purpose: str, positions: int, generates: bool) -> TrainingStream:
+    """Return the stream of a training or pre-training; see `grex_mllm.data.sources.training_samples`."""
+    pretrains = purpose == "pretraining"
+    drawn = replace(config, no_target_share=0.0) if pretrains else config
     weights = {kind: EASY_WEIGHT if kind in EASY else 1.0 for kind in KINDS}
-    easy = SyntheticDataset(config, split, ENDLESS, data.expressions_per_image, weights)
-    full = SyntheticDataset(config, split, ENDLESS, data.expressions_per_image)
-    if offset is None:
-        offset = GENERATION_OFFSET if targeted_only else 0
-    return TrainingStream(easy, full, round(data.easy_share * num_positions), offset, CANONICAL_SHARE if generation else 0.0)
+    easy = SyntheticDataset(drawn, data.train_split, ENDLESS, data.expressions_per_image, weights)
+    full = SyntheticDataset(drawn, data.train_split, ENDLESS, data.expressions_per_image)
+    offset = PRETRAINING_OFFSET if pretrains else 0
+    return TrainingStream(easy, full, round(config.easy_share * positions), offset, CANONICAL_SHARE if generates else 0.0)
+
+
+def text(data: DataConfig, config: Config, num_lines: int, generation: bool) -> list[str]:
+    """Return lines of the grammar; generation: as the generator shall write them, from scenes of the pre-training."""
+    if not generation:
+        return list(corpus(config, num_lines))
+    samples = training_samples(data, config, "pretraining", 0, True)
+    lines: list[str] = []
+    while len(lines) < num_lines:
+        lines += [record.expression for record in samples[len(lines)].expressions]
+    return lines

@@ -11,19 +11,25 @@ from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from grex_mllm.config import GeneratorConfig
 from grex_mllm.errors import fault
+from grex_mllm.models.generators.region_tokens.config import RegionTokensConfig
+from grex_mllm.models.generators.region_tokens.parts import GenerationPart
+from grex_mllm.models.generators.region_tokens.tokens import ObjectTokens, RegionTokens, boxes_to_masks, mask_boxes
 from grex_mllm.models.language_model import base_parameters, build_language_model, embedding_scale, is_base_key
 from grex_mllm.models.lm_decoding import Prefix, beam_search, decode, position_ids, stratified_uniforms
 from grex_mllm.models.lm_tokenizer import LMTokenizer
-from grex_mllm.models.region_tokens import ObjectTokens, RegionTokens, boxes_to_masks, mask_boxes
+from grex_mllm.ops.losses import shared_count
+from grex_mllm.ops.masks import resize_mask_nearest
+from grex_mllm.types import Batch, Geometry
 
 MODES = ("greedy", "beam", "sample")
 PLACE = "{regions}"
+IGNORED = -100
 
 
 @dataclass
@@ -37,14 +43,14 @@ class GeneratorOutput:
     attribute_logits: dict[str, Tensor]
 
 
-class Generator(nn.Module):
+class RegionTokenGenerator(nn.Module):
     """Describe sets of objects with a frozen causal LM, LoRA adapters and trainable region tokens.
 
     feature_channels: channels of the feature maps that `forward` gets.  The checkpoint holds the base LM only for `lm: tiny`; other LLMs
     are named in the configuration and read again.
     """
 
-    def __init__(self, cfg: GeneratorConfig, feature_channels: list[int], tokenizer: LMTokenizer) -> None:
+    def __init__(self, cfg: RegionTokensConfig, feature_channels: list[int], tokenizer: LMTokenizer) -> None:
         super().__init__()
         if cfg.prompt and cfg.prompt.count(PLACE) != 1:
             raise fault(f"model.generator.prompt {cfg.prompt!r}", f"{PLACE} once, where the region tokens stand", "fix the prompt")
@@ -75,14 +81,18 @@ class Generator(nn.Module):
         target_index: list[Tensor],
         valid_sizes: Tensor | None = None,
         instance_boxes_norm: list[Tensor] | None = None,
+        weight: Tensor | None = None,
     ) -> Prefix:
-        """Return what stands before the expression of E object sets; arguments as in `forward`."""
+        """Return what stands before the expression of E object sets; arguments as in `likelihood`."""
         masks = self._some_as_boxes(instance_masks) if self.training and self.cfg.box_share > 0 else instance_masks
         objects = self.region_tokens(features, masks, valid_sizes, instance_boxes_norm)
-        return self._arrange(objects, [len(m) for m in masks], image_index, target_index)
+        return self.arrange(objects, [len(m) for m in masks], image_index, target_index, weight)
 
-    def _arrange(self, objects: ObjectTokens, num_objects: list[int], image_index: Tensor, target_index: list[Tensor]) -> Prefix:
-        member = _membership(image_index, target_index, objects.present, num_objects)
+    def arrange(
+        self, objects: ObjectTokens, num_objects: list[int], image_index: Tensor, target_index: list[Tensor], weight: Tensor | None = None
+    ) -> Prefix:
+        """Return what stands before the expression of E object sets of objects that are tokens already."""
+        member = _membership(image_index, target_index, objects.present, num_objects, weight)
         tokens, mask, summary = self.region_tokens.select(objects, image_index, member)
         weight = self.lm.get_input_embeddings().weight
         embeds, summary = tokens.to(weight.dtype), summary.to(weight.dtype)
@@ -93,7 +103,46 @@ class Generator(nn.Module):
             embeds = torch.cat([before, embeds, after], 1)
         return Prefix(embeds, mask, summary, objects)
 
-    def forward(
+    def forward(self, features: list[Tensor], batch: Batch, early: bool = False) -> dict[str, Tensor]:
+        """Return the loss terms of a batch: lm (mean over the tokens), object_<attribute>, and their weighted total.
+
+        features: float [B, C_i, h_i, w_i].  batch: its `generation` is what `collate` made.  early: only the attributes are learned; the
+        language model reads one row for nothing, so that every weight takes part in every step.
+        """
+        part: GenerationPart = batch.generation
+        if early:
+            ids, mask, index, targets, weight = part
+            part = GenerationPart(ids[:1], mask[:1], index[:1], targets[:1], torch.zeros_like(weight[:1]))
+        sizes = batch.image_index.new_tensor(batch.input_sizes)
+        out = self.likelihood(
+            features,
+            batch.instance_masks,
+            part.image_index,
+            part.target_index,
+            part.lm_ids,
+            part.lm_mask,
+            sizes,
+            batch.instance_boxes_norm,
+            part.weight,
+        )
+        terms = {} if early else {"lm": out.loss}
+        total = out.loss
+        for name, logits in out.attribute_logits.items():
+            labels = self._labels(batch, name, logits)
+            entropy = F.cross_entropy(logits.flatten(0, 1).float(), labels.flatten(), ignore_index=IGNORED, reduction="sum")
+            terms[f"object_{name}"] = entropy / shared_count((labels != IGNORED).sum(), entropy)
+            total = total + terms[f"object_{name}"] * self.cfg.attribute_loss
+        return terms | {"total": total}
+
+    @staticmethod
+    def _labels(batch: Batch, name: str, logits: Tensor) -> Tensor:
+        """Return int64 [B, N] classes of an attribute, IGNORED where it is unknown."""
+        labels = torch.full(logits.shape[:2], IGNORED, dtype=torch.int64, device=logits.device)
+        for b, values in enumerate((batch.instance_attributes or {}).get(name, ())):
+            labels[b, : len(values)] = values
+        return labels
+
+    def likelihood(
         self,
         features: list[Tensor],
         instance_masks: list[Tensor],
@@ -103,34 +152,23 @@ class Generator(nn.Module):
         lm_mask: Tensor,
         valid_sizes: Tensor | None = None,
         instance_boxes_norm: list[Tensor] | None = None,
+        weight: Tensor | None = None,
     ) -> GeneratorOutput:
         """Return the likelihood of E expressions for E object sets of B images.
 
         features: float [B, C_i, h_i, w_i], any order of scales.  instance_masks: B x bool [N_b, H, W], all objects of each image.
         image_index: int64 [E].  target_index: E x int64 [n_e >= 1] into the image's objects.  lm_ids, lm_mask: int64 [E, L], BOS ... EOS,
         right-padded.  valid_sizes: int64 [B, 2] height, width without padding.  instance_boxes_norm: B x float [N_b, 4] cxcywh, drawn where
-        a mask is empty.
+        a mask is empty.  weight: float [E] of each expression in the loss; one of weight 0 may have no target.
 
         Raises:
             GrexError: an empty object set, a target that does not exist or has no pixel, masks that do not fit the feature maps.
         """
-        prefix = self.prefix(features, instance_masks, image_index, target_index, valid_sizes, instance_boxes_norm)
-        return self._likelihood(prefix, lm_ids, lm_mask)
+        prefix = self.prefix(features, instance_masks, image_index, target_index, valid_sizes, instance_boxes_norm, weight)
+        return self.score_text(prefix, lm_ids, lm_mask, weight)
 
-    def forward_attributes(
-        self,
-        instance_masks: list[Tensor],
-        attributes: dict[str, list[Tensor]],
-        image_index: Tensor,
-        target_index: list[Tensor],
-        lm_ids: Tensor,
-        lm_mask: Tensor,
-    ) -> GeneratorOutput:
-        """Do as `forward` for objects whose attributes are given (`RegionTokens.from_attributes`) in place of feature maps."""
-        objects = self.region_tokens.from_attributes(instance_masks, attributes)
-        return self._likelihood(self._arrange(objects, [len(m) for m in instance_masks], image_index, target_index), lm_ids, lm_mask)
-
-    def _likelihood(self, prefix: Prefix, lm_ids: Tensor, lm_mask: Tensor) -> GeneratorOutput:
+    def score_text(self, prefix: Prefix, lm_ids: Tensor, lm_mask: Tensor, weight: Tensor | None = None) -> GeneratorOutput:
+        """Return the likelihood of E expressions behind their prefixes; arguments as in `likelihood`."""
         text = self.lm.get_input_embeddings()(lm_ids[:, 1:]).to(prefix.embeds.dtype)
         embeds, mask = prefix.open(self.lm, self.tokenizer.bos_id)
         embeds, mask = torch.cat([embeds, text], 1), torch.cat([mask, lm_mask[:, 1:].bool()], 1)
@@ -147,11 +185,28 @@ class Generator(nn.Module):
         real = lm_mask[:, 1:].bool()
         nll = F.cross_entropy(logits.flatten(0, 1), lm_ids[:, 1:].flatten(), reduction="none").view(real.shape) * real
         num_tokens = real.sum(1)
-        loss = nll.sum() / num_tokens.sum().clamp(min=1)
+        share = torch.ones_like(num_tokens, dtype=nll.dtype) if weight is None else weight.to(nll.dtype)
+        loss = (nll.sum(1) * share).sum() / shared_count((num_tokens * share).sum(), nll)
         return GeneratorOutput(loss, -nll.sum(1), num_tokens, prefix.objects.attribute_logits)
 
+    def generate(self, features: list[Tensor], encoded: Any, masks: np.ndarray, sets: list[list[int]], **options: Any) -> list[list[str]]:
+        """Return expressions for object sets of one image.
+
+        features: its feature maps, float [1, C_i, h_i, w_i].  encoded: `EncodedImage`.  masks: bool [N, H0, W0], every object that is
+        known.  sets: positions in masks.  options: as `generate_batch`.
+        """
+        device, geometry = features[0].device, encoded.geometry
+        return self.generate_batch(
+            features,
+            [input_masks(masks, geometry, encoded.features.input_size).to(device)],
+            torch.zeros(len(sets), dtype=torch.int64, device=device),
+            [torch.tensor(s, dtype=torch.int64, device=device) for s in sets],
+            valid_sizes=torch.tensor([[geometry.input_height, geometry.input_width]], device=device),
+            **options,
+        )
+
     @torch.no_grad()
-    def generate(
+    def generate_batch(
         self,
         features: list[Tensor],
         instance_masks: list[Tensor],
@@ -255,12 +310,12 @@ class Generator(nn.Module):
         ]
 
 
-def _membership(image_index: Tensor, target_index: list[Tensor], present: Tensor, num_objects: list[int]) -> Tensor:
+def _membership(image_index: Tensor, target_index: list[Tensor], present: Tensor, num_objects: list[int], weight: Tensor | None) -> Tensor:
     """Return bool [E, N]: which objects of its image each set selects."""
     lengths = [len(t) for t in target_index]
     if len(lengths) != len(image_index):
         raise fault(f"{len(lengths)} object sets for {len(image_index)} image indices", "one image index a set", "pass lists of one length")
-    if 0 in lengths:
+    if 0 in lengths and (weight is None or bool(weight[lengths.index(0)] != 0)):
         raise fault(f"object set {lengths.index(0)} is empty", "at least one object", "leave no-target samples out of generation")
     rows = torch.repeat_interleave(torch.tensor(lengths)).to(present.device)
     columns = torch.cat([t.to(present.device) for t in target_index])
@@ -291,7 +346,7 @@ def _check_mode(mode: str, num_candidates: int, temperature: float) -> None:
         raise fault(f"temperature {temperature}", "a number above 0", "use mode greedy for the likeliest answer")
 
 
-def _named_base_keys(generator: Generator, prefix: str) -> set[str]:
+def _named_base_keys(generator: RegionTokenGenerator, prefix: str) -> set[str]:
     """Checkpoint keys of a base LM that is named by folder or hub id and so is not stored."""
     if generator.cfg.lm == "tiny":
         return set()
@@ -299,14 +354,26 @@ def _named_base_keys(generator: Generator, prefix: str) -> set[str]:
 
 
 def _drop_named_base(module: nn.Module, state: dict[str, Any], prefix: str, _metadata: Any) -> None:
-    assert isinstance(module, Generator)
+    assert isinstance(module, RegionTokenGenerator)
     for key in _named_base_keys(module, prefix):
         state.pop(key, None)
 
 
 def _excuse_named_base(module: nn.Module, incompatible: Any) -> None:
     """Take the base LM's keys off the list of missing ones, so that strict loading still finds every other gap."""
-    assert isinstance(module, Generator)
+    assert isinstance(module, RegionTokenGenerator)
     if module.cfg.lm != "tiny":
         own = _named_base_keys(module, "")
         incompatible.missing_keys[:] = [key for key in incompatible.missing_keys if not any(key.endswith(name) for name in own)]
+
+
+def input_masks(masks: np.ndarray, geometry: Geometry, input_size: tuple[int, int]) -> Tensor:
+    """Bring bool masks [N, H0, W0] to the network input [N, H, W]; a mask that vanishes there keeps the pixel nearest to its middle."""
+    placed = np.zeros((len(masks), *input_size), bool)
+    for i, mask in enumerate(masks):
+        small = resize_mask_nearest(mask, geometry.input_height, geometry.input_width)
+        if not small.any():
+            y, x = (int(np.median(v)) for v in np.nonzero(mask))
+            small[min(int(y * geometry.scale_y), small.shape[0] - 1), min(int(x * geometry.scale_x), small.shape[1] - 1)] = True
+        placed[i, : geometry.input_height, : geometry.input_width] = small
+    return torch.from_numpy(placed)

@@ -8,13 +8,13 @@ other regions (the region-image attention of ReLA, GRES paper section 4.2), and 
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from grex_mllm.config import DecoderConfig
+from grex_mllm.models.decoders.instance_selection.config import InstanceSelectionConfig
 from grex_mllm.ops.attention import attend
 from grex_mllm.types import PixelFeatures
 
@@ -26,8 +26,7 @@ PAIR_WIDTH = 10
 CENTRE_PRIOR = -3.0  # logit of a cell holding a centre, at first
 
 
-@dataclass
-class Regions:
+class Regions(NamedTuple):
     """What the language-free part knows of B images. S cells of the heat map, K regions; lists run over the image layers, last = final.
 
     heat_logits: float [B, S].  cell_boxes_norm: float [B, S, 4] cxcywh.  heat_size: (h, w), S = h * w.
@@ -110,10 +109,10 @@ class ImageLayer(nn.Module):
         return attend(split(query), split(key), split(value)).transpose(1, 2).flatten(2)
 
 
-class ImageRegions(nn.Module):
+class ImagePart(nn.Module):
     """Find the instances of an image. width, mask_width: channels of the pixel decoder's levels and mask features."""
 
-    def __init__(self, config: DecoderConfig, width: int, mask_width: int) -> None:
+    def __init__(self, config: InstanceSelectionConfig, width: int, mask_width: int) -> None:
         super().__init__()
         self.num_kept, self.roi_size, self.upsample = config.kept_regions, config.roi_size, config.mask_upsample
         channels = config.width
@@ -140,8 +139,8 @@ class ImageRegions(nn.Module):
         self.mask_map = nn.Conv2d(mask_width, mask_channels * self.upsample**2, 3, padding=1)
         self.attributes = nn.ModuleDict({name: nn.Linear(channels, n) for name, n in config.attribute_classes.items()})
 
-    def forward(self, pixels: PixelFeatures) -> Regions:
-        """Find the regions of B images."""
+    def forward(self, maps: list[Tensor], pixels: PixelFeatures) -> Regions:
+        """Find the regions of B images; the image encoder's own `maps` are not read."""
         finest = pixels.mask_features
         hidden = self.heat(finest).flatten(2)  # [B, C, S]
         cell = precise(torch.matmul(self.cell.weight, hidden) + self.cell.bias[:, None])  # quicker than a convolution to five channels

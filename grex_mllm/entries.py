@@ -1,0 +1,56 @@
+"""The tables of what can be exchanged: name -> module path, imported when asked for. A dotted path works as well as a name.
+
+An entry is a module with the names of its contract; CONTRIBUTING.md says what each has to give. Its `Config` is a dataclass with a field
+`name` and the knobs of that entry alone.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from types import ModuleType
+
+from grex_mllm.errors import GrexError, fault
+
+DECODERS = {
+    "rela": "grex_mllm.models.decoders.rela",
+    "instance_selection": "grex_mllm.models.decoders.instance_selection",
+}
+GENERATORS = {
+    "region_tokens": "grex_mllm.models.generators.region_tokens",
+}
+PRETRAINING = {
+    "tiny_lm": "grex_mllm.training.pretraining",
+}
+SOURCES = {
+    "synthetic": "grex_mllm.data.synthetic.source",
+}
+CONTRACTS: dict[str, tuple[dict[str, str], tuple[str, ...]]] = {
+    "model.decoder": (DECODERS, ("Config", "Decoder", "Criterion")),
+    "model.generator": (GENERATORS, ("Config", "Generator", "make_tokenizer", "load_tokenizer", "collate")),
+    "train.pretraining": (PRETRAINING, ("Config", "stages")),
+}
+
+
+def entry(field: str, name: str) -> ModuleType:
+    """Import the entry of a configuration field ("model.decoder", ...) by its name or dotted path.
+
+    Raises:
+        GrexError: no such entry or module, or a module that lacks a name of the contract.
+    """
+    table, needed = CONTRACTS[field]
+    path = table.get(name, name)
+    if name not in table and "." not in name:
+        raise fault(f'{field}.name "{name}"', f"one of {', '.join(sorted(table))}, or the dotted path of a module", "fix the name")
+    try:
+        module = import_module(path)
+    except ModuleNotFoundError as error:
+        if error.name is None or not path.startswith(error.name):
+            raise
+        raise GrexError(
+            f'{field}.name "{name}": no module {error.name}; expected a module that Python finds; '
+            "install it, or run python -m grex_mllm in its folder"
+        ) from None
+    missing = [part for part in needed if not hasattr(module, part)]
+    if missing:
+        raise fault(f"{field}.name {name}: a module without {', '.join(missing)}", f"{', '.join(needed)} in it", "see CONTRIBUTING.md")
+    return module

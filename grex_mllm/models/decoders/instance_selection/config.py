@@ -1,0 +1,45 @@
+"""The knobs of the decoder that selects instances, and the weights of its losses."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+
+@dataclass
+class InstanceLossConfig:
+    """Weights of the loss terms: regions against all objects, then the choice of targets."""
+
+    heat: float = 1.0
+    cell_box_l1: float = 5.0
+    cell_box_giou: float = 1.0
+    objectness: float = 2.0
+    box_l1: float = 5.0
+    box_giou: float = 2.0
+    mask_bce: float = 2.0
+    mask_dice: float = 2.0
+    attribute: float = 0.5  # each scene attribute, where the model has heads for them
+    target: float = 1.0
+    no_target: float = 0.5
+    count: float = 0.5
+
+
+@dataclass
+class InstanceSelectionConfig:
+    """Sizes and heads."""
+
+    name: str = "instance_selection"
+    width: int = 256
+    num_heads: int = 8
+    feedforward: int = 2048
+    minimap_side: int = 10  # of the pictures only
+    count: bool = True
+    image_layers: int = 2
+    language_layers: int = 3
+    kept_regions: int = 20
+    heat_width: int = 96
+    roi_size: int = 5
+    roi_channels: int = 32
+    num_levels: int = 2
+    mask_upsample: int = 2
+    attribute_classes: dict[str, int] = field(default_factory=dict)  # scene metadata: name -> number of classes; {} = none used
+    loss: InstanceLossConfig = field(default_factory=InstanceLossConfig)

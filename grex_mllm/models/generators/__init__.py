@@ -1,0 +1,1 @@
+"""Generators: see `GENERATORS` in `grex_mllm/entries.py`."""

@@ -1,0 +1,55 @@
+"""Pieces of losses that several decoders share. Every sum is divided by a count over all processes (`shared_count`)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from grex_mllm.ops.boxes import cxcywh_to_xyxy, generalized_iou
+from grex_mllm.ops.matching import Matches
+from grex_mllm.types import MORE_THAN_FIVE
+
+
+def shared_count(count: Tensor | float, like: Tensor, least: float = 1.0) -> Tensor:
+    """Return what a sum of this process is divided by, a float32 scalar on the device of `like`: the mean of the count over the processes.
+
+    Gradients are averaged over the processes, so sums divided by it give the loss and the gradients that one process has for the whole
+    batch. Every process must call it the same number of times in a step.  least: of the count over all processes.
+    """
+    total = torch.as_tensor(count, dtype=torch.float32, device=like.device).detach().clone()
+    if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
+        return total.clamp(min=least)
+    torch.distributed.all_reduce(total)
+    return total.clamp(min=least) / torch.distributed.get_world_size()
+
+
+def focal_sum(logits: Tensor, target: Tensor, alpha: float, gamma: float = 2.0) -> Tensor:
+    """Sum the focal loss (Lin et al. 2017) of logits against targets 0 or 1 of the same shape; alpha weighs the ones."""
+    entropy = F.binary_cross_entropy_with_logits(logits, target, reduction="none")
+    prob = logits.sigmoid()
+    wrong = torch.where(target > 0, 1.0 - prob, prob)
+    return (torch.where(target > 0, alpha, 1.0 - alpha) * wrong**gamma * entropy).sum()
+
+
+def matched_boxes(boxes_norm: Tensor, gt_boxes_norm: Sequence[Tensor], matches: Matches) -> tuple[Tensor, Tensor]:
+    """Return the M matched predictions and their targets, float32 [M, 4] cxcywh each."""
+    return boxes_norm.float()[matches.problem, matches.query], matches.pick(gt_boxes_norm).to(boxes_norm.device).float()
+
+
+def l1_sum(boxes_norm: Tensor, gt_boxes_norm: Tensor) -> Tensor:
+    """Sum the L1 distances of M pairs of boxes, all four numbers."""
+    return (boxes_norm - gt_boxes_norm).abs().sum()
+
+
+def giou_each(boxes_norm: Tensor, gt_boxes_norm: Tensor) -> Tensor:
+    """Return the generalized IoU (Rezatofighi et al. 2019) of M pairs of cxcywh boxes, float [M]."""
+    return generalized_iou(cxcywh_to_xyxy(boxes_norm), cxcywh_to_xyxy(gt_boxes_norm))
+
+
+def count_cross_entropy(count_logits: Tensor, gt_count: Tensor) -> Tensor:
+    """Compute the cross-entropy of the count N_O, logits [E, 7] over {0, ..., 5, >5}; larger counts belong to the last class."""
+    total = F.cross_entropy(count_logits.float(), gt_count.clamp(max=MORE_THAN_FIVE), reduction="sum")
+    return total / shared_count(len(gt_count), total)

@@ -1,0 +1,103 @@
+"""One training step as one module: the model, the losses of its decoder and of its generator.
+
+Every step runs the same graph on every process: a part without expressions enters with weight zero, and what no loss reads is added with
+weight zero. So no parameter is ever without a gradient, and DDP, every ZeRO stage and `torch.compile` see one graph.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from grex_mllm.config import Config
+from grex_mllm.entries import entry
+from grex_mllm.errors import fault
+from grex_mllm.models.grex import GrexModel
+from grex_mllm.precision import autocast
+from grex_mllm.types import Batch
+
+TASKS = ("all", "ground", "generate")
+GROUND, GENERATE = "ground", "generate"
+
+
+class Step(nn.Module):
+    """Model and losses, so that the forward pass goes through the wrapper of DDP or DeepSpeed.
+
+    precision: autocasts the forward pass; the weights stay float32, also under ZeRO.
+    """
+
+    def __init__(self, model: GrexModel, config: Config, precision: str = "fp32") -> None:
+        super().__init__()
+        self.model, self.precision, self.loss = model, precision, config.loss
+        self.tasks = tasks_of(config)
+        self.criterion = entry("model.decoder", config.model.decoder.name).Criterion(config.model.decoder)
+        freeze_unused(model, self.tasks)
+
+    def forward(self, batch: Batch, progress: float = 1.0) -> dict[str, Tensor]:
+        """Return the named loss terms, float32 scalars: "ground/<term>", "generate/<term>", and "total", which is minimised.
+
+        progress: share of the training that is done, from 0 to 1; see `loss.generate_start`.
+        """
+        with autocast(self.precision, batch.image.device.type):
+            terms = {name: value.float() for name, value in self._terms(batch, progress).items()}
+        parts = [terms[f"{task}/total"] * getattr(self.loss, task) for task in self.tasks]
+        return terms | {"total": torch.stack(parts).sum()}
+
+    def _terms(self, batch: Batch, progress: float) -> dict[str, Tensor]:
+        grounding, terms = self.model.grounding, dict[str, Tensor]()
+        if GROUND in self.tasks:
+            features = grounding.encode_image(batch.image, batch.input_sizes)
+            output = grounding.ground(features, batch.image_index, batch.text_ids, batch.text_mask)
+            found = self.criterion(output, batch)
+            found["total"] = found["total"] + nothing_of(output)
+            terms |= {f"{GROUND}/{name}": value for name, value in found.items()}
+        if GENERATE in self.tasks:
+            if GROUND not in self.tasks:
+                features = grounding.normalised(batch.image, batch.input_sizes)
+            found = self.model.generator(grounding.language_free(features), batch, early=progress < self.loss.generate_start)
+            terms |= {f"{GENERATE}/{name}": value for name, value in found.items()}
+        return terms
+
+
+def tasks_of(config: Config) -> tuple[str, ...]:
+    """Return what a training learns, of "ground" and "generate".
+
+    Raises:
+        GrexError: an unknown `train.tasks`, or generation without a generator.
+    """
+    tasks = config.train.tasks
+    if tasks not in TASKS:
+        raise fault(f'train.tasks is "{tasks}"', f"one of {', '.join(TASKS)}", "choose one of them")
+    if tasks == GENERATE and config.model.generator is None:
+        raise fault("train.tasks is generate, but model.generator is null", "a generator", "set model.generator (for example lm: tiny)")
+    if tasks == "all":
+        return (GROUND, GENERATE) if config.model.generator is not None else (GROUND,)
+    return (tasks,)
+
+
+def freeze_unused(model: GrexModel, tasks: tuple[str, ...]) -> None:
+    """Take the gradient from the weights that no step reaches when only one task is learned."""
+    if GENERATE not in tasks and model.generator is not None:
+        model.generator.requires_grad_(False)
+    if GROUND not in tasks:
+        model.grounding.text.requires_grad_(False)
+        model.grounding.decoder.requires_grad_(False)
+        for name, parameter in model.grounding.vision.named_parameters():
+            if {"fusion", "gate"} & set(name.split(".")):  # only expressions reach them
+                parameter.requires_grad_(False)
+
+
+def nothing_of(tree: Any) -> Tensor:
+    """Return zero with a gradient path to every float tensor of nested tuples, lists and dictionaries that has one."""
+    return sum((tensor.float().sum() * 0.0 for tensor in _tensors(tree) if tensor.requires_grad), start=torch.zeros(()))
+
+
+def _tensors(tree: Any) -> Iterator[Tensor]:
+    if isinstance(tree, Tensor):
+        yield tree
+    elif isinstance(tree, list | tuple | dict):
+        for value in tree.values() if isinstance(tree, dict) else tree:
+            yield from _tensors(value)

@@ -1,0 +1,141 @@
+"""One step, one graph: one process and several have the same losses and gradients, and no weight is ever without a gradient.
+
+Run as a program it is one of several processes: `python test_step.py CASE RANK WORLD PORT OUT`.
+"""
+
+from __future__ import annotations
+
+import os
+import socket
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from conftest import ROOT
+from tiny import WORDS, tiny_config
+from torch import Tensor
+
+from grex_mllm.data.sources import training_samples
+from grex_mllm.errors import GrexError
+from grex_mllm.models.grex import GrexModel
+from grex_mllm.models.lm_tokenizer import train_sentencepiece
+from grex_mllm.models.text import train_text_tokenizer
+from grex_mllm.training.batches import BatchStream
+from grex_mllm.training.run import batch_stream
+from grex_mllm.training.step import Step, tasks_of
+from grex_mllm.types import Sample
+
+ATTRIBUTES = "{shape: 7, colour: 6}"
+CASES: dict[str, dict[str, object]] = {
+    "instance_selection": {"model__decoder__attribute_classes": ATTRIBUTES, "model__generator__attribute_classes": ATTRIBUTES},
+    "rela": {"model__decoder__name": "rela", "model__decoder__num_layers": 2, "model__decoder__minimap_side": 4},
+    "generate": {"train__tasks": "generate"},
+}
+IMAGES, WORLD = 4, 2
+
+
+def built(case: str, work: Path) -> tuple[GrexModel, BatchStream]:
+    """The real model at tiny size with its batches; all images of rank 1 have no target at all."""
+    config = tiny_config(model__generator__lm="tiny", model__generator__hidden_size=16, model__generator__num_heads=2,
+                         model__generator__num_layers=1, model__generator__intermediate_size=32, model__generator__projector_width=16,
+                         model__generator__lora_rank=2, data__expressions_per_image=4, data__sources__synthetic__image_size=64,
+                         train__batch_images=IMAGES, **CASES[case])  # fmt: skip
+    text = train_text_tokenizer(WORDS, 300)
+    config.model.text.vocab_size = text.vocab_size
+    torch.manual_seed(0)
+    model = GrexModel(config, text, train_sentencepiece(WORDS * 5, work, 300))
+    with torch.no_grad():  # what starts at zero would hide what lies before it
+        for parameter in model.parameters():
+            parameter += torch.randn_like(parameter) * 0.02
+    samples = training_samples(config.data, 0, 100, generates=True)
+    return model, batch_stream(config, _NoTargets(samples), text, model.generator.tokenizer)
+
+
+class _NoTargets:
+    """Samples of which every second image has only expressions without a target: those that rank 1 of 2 gets."""
+
+    def __init__(self, samples: Any) -> None:
+        self.samples = samples
+
+    def __len__(self) -> int:
+        return 100
+
+    def __getitem__(self, position: int) -> Sample:
+        sample = self.samples[position]
+        return replace(sample, expressions=[replace(e, targets=[]) for e in sample.expressions]) if position % 2 else sample
+
+
+def gradients(model: Any) -> dict[str, Tensor]:
+    trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    missing = [name for name, p in trained.items() if p.grad is None]
+    assert not missing, missing
+    return {name: p.grad.clone() for name, p in trained.items()}
+
+
+def one_of_several(case: str, rank: int, world: int, port: str, out: Path) -> None:
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    torch.distributed.init_process_group("gloo", rank=rank, world_size=world)
+    model, batches = built(case, out / f"lm{rank}")
+    wrapped = torch.nn.parallel.DistributedDataParallel(Step(model, model.config).train())  # without find_unused_parameters
+    found = []
+    for progress in (0.0, 1.0):
+        batch = batches.share(rank, world).at(0)
+        assert batch.generation.weight.sum() > 0 if rank == 0 else batch.generation.weight.tolist() == [0]
+        wrapped.zero_grad()
+        terms = wrapped(batch, progress)
+        terms["total"].backward()
+        values = {name: value.detach().clone() / world for name, value in terms.items()}
+        for value in values.values():
+            torch.distributed.all_reduce(value)
+        found.append((values, gradients(model)))
+    if rank == 0:
+        torch.save(found, out / "found.pt")
+    torch.distributed.barrier()
+    torch.distributed.destroy_process_group()
+
+
+@pytest.mark.parametrize("case", list(CASES))
+def test_two_processes_have_the_loss_and_the_gradients_of_one(case: str, tmp_path: Path) -> None:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+    environment = {**os.environ, "PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}", "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, __file__, case]
+    running = [subprocess.Popen([*command, str(r), str(WORLD), port, str(tmp_path)], env=environment) for r in range(WORLD)]
+    assert [process.wait(timeout=300) for process in running] == [0] * WORLD
+    model, batches = built(case, tmp_path / "lm")
+    step = Step(model, model.config).train()
+    for progress, (terms, theirs) in zip((0.0, 1.0), torch.load(tmp_path / "found.pt", weights_only=True), strict=True):
+        model.zero_grad()
+        ours = step(batches.at(0), progress)
+        ours["total"].backward()
+        assert ours.keys() == terms.keys() and "total" in ours
+        for name, value in ours.items():
+            torch.testing.assert_close(terms[name], value.detach(), rtol=2e-5, atol=1e-6, msg=lambda text, name=name: f"{name}: {text}")
+        mine = gradients(model)
+        largest = max(float(value.abs().max()) for value in mine.values())
+        assert mine.keys() == theirs.keys() and largest > 0
+        for name, value in mine.items():
+            assert (theirs[name] - value).abs().max() <= 2e-5 * largest, name
+
+
+def test_what_is_not_learned_has_no_gradient(tmp_path: Path) -> None:
+    model, batches = built("generate", tmp_path)
+    Step(model, model.config)(batches.at(0), 1.0)["total"].backward()
+    assert all(p.grad is None for p in model.grounding.decoder.parameters()) and all(
+        p.grad is None for p in model.grounding.text.parameters()
+    )
+    assert all(p.grad is not None for p in model.grounding.vision.parameters())
+    model.config.train.tasks = "ground"
+    assert tasks_of(model.config) == ("ground",)
+    model.config.train.tasks, model.config.model.generator = "generate", None
+    with pytest.raises(GrexError, match=r"model\.generator is null"):
+        tasks_of(model.config)
+
+
+if __name__ == "__main__":
+    one_of_several(sys.argv[1], int(sys.argv[2]), int(sys.argv[3]), sys.argv[4], Path(sys.argv[5]))
