@@ -24,6 +24,7 @@ BANNED_NAMES = {"utils", "util", "misc", "helpers", "helper", "manager", "legacy
 # One number per room: an import never goes to a higher number. Rooms of one number may meet, without a circle, except those APART.
 LAYERS = {
     "errors": 0,
+    "compat": 0,
     "shipped": 0,
     "config": 0,
     "types": 0,
@@ -166,6 +167,15 @@ def test_no_device_is_fixed() -> None:
         if function.endswith(".cuda")
     ]
     assert fixed == []
+
+
+def test_private_names_of_libraries_stand_in_compat_only() -> None:
+    nodes = [(file, node) for file in sorted(PACKAGE.rglob("*.py")) for node in ast.walk(tree_of(file))]
+    own = {"_exit"} | {node.name for _, node in nodes if isinstance(node, ast.FunctionDef | ast.ClassDef)}  # os._exit is public
+    own |= {node.attr for _, node in nodes if isinstance(node, ast.Attribute) and ast.unparse(node.value) == "self"}
+    private = re.compile(r"_(?!_)|__compatible_ops__")
+    found = [(file, node) for file, node in nodes if isinstance(node, ast.Attribute) and private.match(node.attr) and node.attr not in own]
+    assert [f"{name_of(file)}:{node.lineno} {ast.unparse(node)}" for file, node in found if file.name != "compat.py"] == []
 
 
 def imported_rooms(file: Path) -> set[str]:

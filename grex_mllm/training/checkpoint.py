@@ -23,6 +23,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from grex_mllm.compat import deepspeed_state_classes, non_persistent_buffers
 from grex_mllm.errors import fault
 from grex_mllm.training.engine import is_deepspeed, zero_stage
 
@@ -152,8 +153,9 @@ def weights(model: nn.Module, trainable: bool) -> dict[str, Tensor]:
     chosen = {name: p.detach() for name, p in model.named_parameters() if p.requires_grad == trainable}
     if trainable:
         for prefix, module in model.named_modules():
+            left_out = non_persistent_buffers(module)
             for local, buffer in module.named_buffers(recurse=False):
-                if local not in module._non_persistent_buffers_set:
+                if local not in left_out:
                     chosen[f"{prefix}.{local}" if prefix else local] = buffer
     return chosen
 
@@ -246,15 +248,11 @@ def prune(root: Path, keep: int) -> None:
 @contextmanager
 def deepspeed_unpickles_tensors_only() -> Iterator[None]:
     """Let DeepSpeed's own torch.load, which asks for unrestricted unpickling, accept tensors, numbers and four harmless classes only."""
-    from deepspeed.runtime.fp16.loss_scaler import DynamicLossScaler, LossScaler
-    from deepspeed.runtime.zero.config import ZeroStageEnum
-    from deepspeed.utils.tensor_fragment import fragment_address
-
     name = "TORCH_FORCE_WEIGHTS_ONLY_LOAD"
     before = os.environ.get(name)
     os.environ[name] = "1"
     try:
-        with torch.serialization.safe_globals([LossScaler, DynamicLossScaler, ZeroStageEnum, fragment_address]):
+        with torch.serialization.safe_globals(deepspeed_state_classes()):
             yield
     finally:
         if before is None:

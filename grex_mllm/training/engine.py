@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from grex_mllm.compat import forget_accelerator, forget_zero3_gradients, leave_out_shm_comm
 from grex_mllm.config import TrainConfig
 from grex_mllm.errors import fault
 from grex_mllm.precision import DTYPES, Resolved, autocast, resolve_precision
@@ -76,12 +77,9 @@ def start_accelerator(config: TrainConfig, batch_images: int) -> Accelerator:
     plugin = _deepspeed_plugin(config, batch_images, on_cpu=on_cpu) if config.deepspeed else None
 
     from accelerate import Accelerator
-    from accelerate.state import AcceleratorState, GradientState
     from accelerate.utils import DistributedDataParallelKwargs, InitProcessGroupKwargs
 
-    # private, but the only way to another precision within one process (a second training run, tests); process groups stay
-    AcceleratorState._reset_state(reset_partial_state="RANK" not in os.environ)
-    GradientState._reset_state()
+    forget_accelerator(processes="RANK" not in os.environ)  # a second run of one process may have another precision; process groups stay
     if config.num_threads:
         torch.set_num_threads(config.num_threads)
     # A grounding batch leaves the generator without gradients and the other way round, hence find_unused_parameters.
@@ -198,12 +196,7 @@ def forget_gradients(wrapped: Any) -> None:
     It clears the gradient of a weight only when a new one arrives (seen in deepspeed 0.19.8): a weight that a step's tasks do not use
     would be moved by its old gradient again, and the gradient norm would count it.
     """
-    optimizer = wrapped.optimizer
-    getattr(optimizer, "norm_for_param_grads", {}).clear()  # exists with offloading only
-    optimizer.grad_partitions_flat_buffer.zero_()
-    for partition in optimizer.fp32_partitioned_groups_flat:
-        if partition.grad is not None:
-            partition.grad.zero_()
+    forget_zero3_gradients(wrapped.optimizer)
 
 
 @contextmanager
@@ -297,10 +290,7 @@ def _deepspeed_plugin(config: TrainConfig, batch_images: int, on_cpu: bool) -> A
     for name, text in _lone_process().items():
         os.environ.setdefault(name, text)
     if on_cpu:
-        import deepspeed.ops
-
-        # A compiled all-reduce over shared memory takes a minute and a compiler; gloo does without. Private name of deepspeed 0.19.
-        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+        leave_out_shm_comm()
     from accelerate.utils import DeepSpeedPlugin
 
     return DeepSpeedPlugin(hf_ds_config=values, zero3_init_flag=False)
