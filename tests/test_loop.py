@@ -10,9 +10,10 @@ import pytest
 import torch
 from toy_training import ToyModel, losses, toy_batch, toy_config, toy_loss, toy_train
 
+from grex_mllm.data.dataset import epoch_index
 from grex_mllm.errors import GrexError
 from grex_mllm.training import checkpoint
-from grex_mllm.training.batches import TaskMixture, epoch_index, map_tensors, mix, stream
+from grex_mllm.training.batches import TaskMixture, map_tensors, mix, stream
 from grex_mllm.training.engine import determinism
 from grex_mllm.training.log import cut_log
 
@@ -55,7 +56,7 @@ def test_mixture_refuses_what_cannot_be(ratio: float, images: int, ranks: int, n
 
 
 def test_every_epoch_is_another_whole_pass() -> None:
-    epochs = [[epoch_index(position, 10, seed=3) for position in range(10 * epoch, 10 * epoch + 10)] for epoch in range(4)]
+    epochs = [[epoch_index(position, 10, seed=3)[1] for position in range(10 * epoch, 10 * epoch + 10)] for epoch in range(4)]
     assert all(sorted(epoch) == list(range(10)) for epoch in epochs)
     assert len({tuple(epoch) for epoch in epochs}) == 4
 
@@ -155,7 +156,7 @@ def test_a_value_that_is_not_finite_stops_the_run(tmp_path: Path, kind: str) -> 
     with pytest.raises(GrexError) as caught:
         toy_train(config, loss_fn=loss, save=True)
     message = str(caught.value)
-    ids = [index for position in range(24, 28) for index in [f"i{epoch_index(position, 10, 7)}"]]
+    ids = [index for position in range(24, 28) for index in [f"i{epoch_index(position, 10, 7)[1]}"]]
     assert "step 7, task ground" in message and f"image ids {', '.join(ids)}" in message and f"expression ids e{ids[0][1:]}.0" in message
     assert ("bad nan" in message) if kind == "loss" else ("gradient norm nan" in message)
     assert "step_00000004" in message

@@ -33,6 +33,7 @@ LAYERS = {
     "draw": 0,
     "progress": 0,
     "precision": 0,
+    "writing": 0,
     "data": 1,
     "metrics": 1,
     "models": 2,
@@ -51,7 +52,7 @@ LAYERS = {
     "__init__": 6,
 }
 APART = {"data", "metrics"}
-KNOWN: set[tuple[str, str]] = {("grex_mllm.models.describe", "grex_mllm.models.grex")}  # imports that close a circle of modules, to be broken
+KNOWN: set[tuple[str, str]] = {("grex_mllm.models.describe", "grex_mllm.models.grex")}  # imports that close a circle
 RUNS_CODE = {"pickle.load", "pickle.loads", "pickle.Unpickler", "eval", "exec", "os.system"}
 
 

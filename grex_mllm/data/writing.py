@@ -22,6 +22,7 @@ from grex_mllm.data.records import (
 )
 from grex_mllm.errors import fault
 from grex_mllm.types import ExpressionRecord, ImageRecord
+from grex_mllm.writing import take_place
 
 
 def image_to_json(record: ImageRecord) -> dict[str, Any]:
@@ -112,9 +113,7 @@ class DatasetWriter:
             return
         assert self._info is not None, "set_info was not called"
         (self.workspace / INFO).write_text(json.dumps(self._info, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-        if self.folder.exists():
-            shutil.rmtree(self.folder)
-        os.replace(self.workspace, self.folder)
+        take_place(self.workspace, self.folder)
 
 
 def _refuse(name: str, findings: Iterator[Finding]) -> None:

@@ -7,9 +7,7 @@ from __future__ import annotations
 
 import copy
 import json
-import os
 import shutil
-import tempfile
 from dataclasses import replace
 from pathlib import Path
 
@@ -17,6 +15,7 @@ from grex_mllm.config import GeneratorConfig, check_keys, to_dict
 from grex_mllm.errors import fault
 from grex_mllm.models.generator import Generator
 from grex_mllm.models.lm_tokenizer import LMTokenizer
+from grex_mllm.writing import whole_entries
 
 SETTINGS, WEIGHTS, TOKENIZER, LM = "generator.json", "generator.safetensors", "tokenizer", "lm"
 
@@ -35,9 +34,7 @@ def save_generator(generator: Generator, folder: str | Path, merged: bool = Fals
             f"merging adapters into a base quantised as {cfg.quantisation}", "an unquantised base", "load it with quantisation: none"
         )
     target = Path(folder)
-    target.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=target, prefix=".writing-") as name:
-        work = Path(name)
+    with whole_entries(target) as work:
         state = generator.state_dict()
         if merged:
             lm = copy.deepcopy(generator.lm)
@@ -50,11 +47,8 @@ def save_generator(generator: Generator, folder: str | Path, merged: bool = Fals
         (work / SETTINGS).write_text(json.dumps(settings, indent=1), encoding="utf-8")
         save_file({key: value.detach().cpu().contiguous() for key, value in state.items()}, work / WEIGHTS)
         generator.tokenizer.save(work / TOKENIZER)
-        for item in (LM, TOKENIZER, WEIGHTS, SETTINGS):
-            if (target / item).is_dir():
-                shutil.rmtree(target / item)
-            if (work / item).exists():
-                os.replace(work / item, target / item)
+    if not merged:
+        shutil.rmtree(target / LM, ignore_errors=True)  # of an earlier, merged one
 
 
 def load_generator(folder: str | Path) -> Generator:

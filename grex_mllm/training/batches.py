@@ -5,7 +5,6 @@ from __future__ import annotations
 import random
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import fields, is_dataclass, replace
-from functools import lru_cache
 from typing import Any, Protocol
 
 import numpy as np
@@ -17,7 +16,7 @@ from grex_mllm.errors import GrexError, fault
 from grex_mllm.types import Batch
 
 GROUND, GENERATE = "ground", "generate"
-TASK_STREAM, DATA_STREAM, MODEL_STREAM, ORDER_STREAM = 1, 2, 3, 4  # keep the uses of one seed apart
+TASK_STREAM, DATA_STREAM, MODEL_STREAM = 1, 2, 3  # keep the uses of one seed apart
 BLOCK = 4096
 WORD = (1 << 64) - 1
 
@@ -34,7 +33,7 @@ class TaskMixture:
     """Mix grounding and generation batches with a given ratio.
 
     make: task -> function from image positions to a Batch. Positions of one task count 0, 1, 2, ... without gaps over its
-    batches, so a finite dataset is passed through evenly (see `epoch_index`). Rank r of n takes positions r, r + n, ... of a batch.
+    batches, so a finite dataset is passed through evenly (as `data.dataset` does). Rank r of n takes positions r, r + n, ... of a batch.
     """
 
     def __init__(
@@ -92,17 +91,6 @@ class TaskMixture:
             start = (len(self._totals) - 1) * BLOCK
             self._totals.append(self._totals[-1] + int(self._is_ground(start, start + BLOCK).sum()))
         return self._totals[block] + int(self._is_ground(block * BLOCK, index).sum())
-
-
-def epoch_index(position: int, length: int, seed: int) -> int:
-    """Map a position 0, 1, 2, ... to a dataset index: every epoch is another permutation drawn from (seed, epoch)."""
-    epoch, place = divmod(position, length)
-    return int(_permutation(length, mix(seed, ORDER_STREAM, epoch))[place])
-
-
-@lru_cache(maxsize=8)
-def _permutation(length: int, seed: int) -> np.ndarray:
-    return np.random.Generator(np.random.PCG64(seed)).permutation(length)
 
 
 def mix(*numbers: int) -> int:
