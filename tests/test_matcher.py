@@ -7,7 +7,7 @@ import itertools
 import pytest
 import torch
 
-from grex_mllm.ops.boxes import cxcywh_to_xyxy, generalized_box_iou
+from grex_mllm.ops.boxes import cxcywh_to_xyxy, generalized_iou
 from grex_mllm.training.matcher import MatchCost, match, pairing_cost
 
 
@@ -54,7 +54,7 @@ def test_against_brute_force() -> None:
     for e, targets in enumerate(gt):
         table = torch.zeros(5, len(targets))
         for q, n in itertools.product(range(5), range(len(targets))):
-            giou = generalized_box_iou(cxcywh_to_xyxy(boxes[e, q])[None], cxcywh_to_xyxy(targets[n])[None])
+            giou = generalized_iou(cxcywh_to_xyxy(boxes[e, q])[None, None], cxcywh_to_xyxy(targets[n])[None, None])
             entropy = torch.nn.functional.binary_cross_entropy_with_logits(masks[e, q], gt_masks[e][n].float())
             prob = masks[e, q].sigmoid()
             dice = 1 - (2 * (prob * gt_masks[e][n]).sum() + 1) / (prob.sum() + gt_masks[e][n].sum() + 1)
