@@ -125,7 +125,6 @@ def test_a_leak_between_folders_is_found_by_id_and_by_content(tmp_path: Path) ->
     faults = check_mixture([first, second])
     assert [(fault.line, fault.field) for fault in faults] == [(1, "split"), (2, "split")]
     assert '"train"' in faults[0].expected and "second" in faults[0].file
-    assert check_mixture([first, second], disjoint_splits=False) == []
 
 
 def test_the_image_root_can_be_given(tmp_path: Path) -> None:

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from grex_mllm.compat import array_builders
+from grex_mllm.data.pickles import BROKEN_PICKLE
 from grex_mllm.errors import GrexError, fault
 
 TORCH_STREAM_MAGIC = 0x1950A86A20F9469CFC6C
@@ -26,7 +27,6 @@ TORCH_STREAM_MAGIC = 0x1950A86A20F9469CFC6C
 TRAINING_STATE = ("optimizer", "scheduler", "lr_scheduler", "iteration", "epoch", "trainer", "hooks", "grad_scaler", "scaler", "config")
 NOTES = ("__author__", "matching_heuristics", "max_accuracy")
 SEVERAL = 5
-BROKEN_PICKLE = (pickle.UnpicklingError, EOFError, ValueError, TypeError, KeyError, IndexError, AttributeError, OverflowError, MemoryError)
 
 
 def read_checkpoint(path: str | Path) -> tuple[dict[str, Tensor], list[str]]:
