@@ -16,12 +16,11 @@ import numpy as np
 from rich.console import Console
 from rich.progress import track
 
-import grex_mllm
-from grex_mllm.data.coco import check_image_files, count_records, describe_file, image_record, load_instances
-from grex_mllm.data.refs_program import show
+from grex_mllm.data.coco import check_image_files, describe_file, image_record, load_instances
+from grex_mllm.data.refs_program import show, status_of
 from grex_mllm.data.templates import count_cooccurrence, draw_statements, read_scene
 from grex_mllm.data.writing import DatasetWriter
-from grex_mllm.errors import GrexError, fault
+from grex_mllm.errors import fault
 from grex_mllm.types import ExpressionRecord, ImageRecord
 
 PROGRAM = "data_prep/coco_templates.py"
@@ -43,12 +42,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--seed", type=int, default=0, help="of the choice of expressions and of the splits")
     parser.add_argument("--overwrite", action="store_true", help="replace the dataset folder --out")
     options = parser.parse_args(arguments)
-    try:
-        show(convert(options), options.out)
-    except GrexError as error:
-        print(f"{PROGRAM}: {error}", file=sys.stderr)
-        return 2
-    return 0
+    return status_of(PROGRAM, lambda: show(convert(options), options.out))
 
 
 def convert(options: argparse.Namespace) -> dict[str, Any]:
@@ -85,19 +79,14 @@ def convert(options: argparse.Namespace) -> dict[str, Any]:
         check_image_files(images, options.images)
         writer.add_images(images)
         writer.add_expressions(expressions)
-        info = describe(options, images, expressions, skipped)
-        writer.set_info(info)
-    return info
+        return writer.set_info(describe(options, expressions, skipped))
 
 
-def describe(
-    options: argparse.Namespace, images: list[ImageRecord], expressions: list[ExpressionRecord], skipped: Counter[str]
-) -> dict[str, Any]:
-    """Return dataset.json."""
+def describe(options: argparse.Namespace, expressions: list[ExpressionRecord], skipped: Counter[str]) -> dict[str, Any]:
+    """Return dataset.json, without the counts."""
     return {
         "name": options.name,
         "tool": PROGRAM,
-        "tool_version": grex_mllm.__version__,
         "options": {
             "seed": options.seed,
             "splits": options.splits,
@@ -108,11 +97,6 @@ def describe(
         "sources": [describe_file(options.instances)],
         "licence": options.licence,
         "image_root": str(options.images.resolve()),
-        "num_images": len(images),
-        "num_instances": sum(len(record.instances) for record in images),
-        "num_crowd_regions": sum(instance.iscrowd for record in images for instance in record.instances),
-        "num_expressions": len(expressions),
-        "counts": count_records(expressions),
         "kinds": dict(Counter(tag for record in expressions for tag in record.tags).most_common()),
         "skipped": dict(+skipped),
     }

@@ -10,11 +10,10 @@ import random
 import sys
 from pathlib import Path
 
-import grex_mllm
-from grex_mllm.data.coco import count_records
 from grex_mllm.data.records import load_dataset
+from grex_mllm.data.refs_program import status_of
 from grex_mllm.data.writing import DatasetWriter
-from grex_mllm.errors import GrexError, fault
+from grex_mllm.errors import fault
 
 PROGRAM = "data_prep/subset.py"
 
@@ -29,12 +28,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--seed", type=int, default=0, help="which ones; images with several kinds of expressions come first")
     parser.add_argument("--image-root", type=Path, help="where the images lie, when not where dataset.json says")
     given = parser.parse_args(arguments)
-    try:
-        subset(given.folder, given.split, given.out, given.images, given.seed, given.image_root)
-    except GrexError as error:
-        print(f"{PROGRAM}: {error}", file=sys.stderr)
-        return 2
-    return 0
+    return status_of(PROGRAM, lambda: subset(given.folder, given.split, given.out, given.images, given.seed, given.image_root))
 
 
 def subset(folder: Path, split: str, out: Path, num_images: int, seed: int, image_root: Path | None = None) -> None:
@@ -58,19 +52,16 @@ def subset(folder: Path, split: str, out: Path, num_images: int, seed: int, imag
     with DatasetWriter(out) as writer:
         writer.add_images([data.images[image_id] for image_id in by_image if image_id in chosen])
         writer.add_expressions(kept)
-        info = {
-            "name": f"{data.name}-subset",
-            "tool": PROGRAM,
-            "tool_version": grex_mllm.__version__,
-            "sources": [{"folder": folder.name, "split": split, "images": num_images, "seed": seed}],
-            "licence": data.info.get("licence", "as its source"),
-            "image_root": str(data.image_root.resolve()),
-            "num_images": num_images,
-            "num_expressions": len(kept),
-            "counts": count_records(kept),
-            "skipped": {},
-        }
-        writer.set_info(info)
+        writer.set_info(
+            {
+                "name": f"{data.name}-subset",
+                "tool": PROGRAM,
+                "sources": [{"folder": folder.name, "split": split, "images": num_images, "seed": seed}],
+                "licence": data.info.get("licence", "as its source"),
+                "image_root": str(data.image_root.resolve()),
+                "skipped": {},
+            }
+        )
     print(f"{out}: {num_images} images, {len(kept)} expressions")
 
 

@@ -7,7 +7,6 @@ differ with every kind of colour vision; each line carries a dark and a light ed
 
 from __future__ import annotations
 
-import os
 from collections.abc import Sequence
 from functools import lru_cache
 from pathlib import Path
@@ -16,6 +15,7 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
 from grex_mllm.errors import fault
+from grex_mllm.writing import whole_file
 
 Colour = tuple[int, int, int]
 
@@ -140,16 +140,10 @@ def save_mask_png(mask: np.ndarray, path: str | Path) -> Path:
 
 
 def save_png(picture: Image.Image, path: str | Path) -> Path:
-    """Write a picture as PNG through a temporary file beside it, so that nothing half-written stays."""
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        picture.save(temporary, format="PNG")
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
-    return path
+    """Write a picture as PNG, whole or not at all."""
+    with whole_file(path) as work:
+        picture.save(work, format="PNG")
+    return Path(path)
 
 
 def contact_sheet(pictures: Sequence[Image.Image], columns: int = 4, gap: int = 12) -> Image.Image:

@@ -16,8 +16,9 @@ from made_batch import RELEASED, make_batch
 
 from grex_mllm.config import OptimConfig, load_config
 from grex_mllm.convert.check import convert_check, load_grounding
-from grex_mllm.convert.rela import convert_rela, differences, expected_shapes, map_keys, new_name, recognise, unpacked_names
+from grex_mllm.convert.rela import convert_rela, differences, map_keys, new_name, recognise, shapes_of, unpacked_names
 from grex_mllm.errors import GrexError
+from grex_mllm.models import build_grounding
 from grex_mllm.models.decoders.rela.criterion import RelaCriterion
 from grex_mllm.models.grounding import GroundingModel
 from grex_mllm.training.optim import build_optimizer, clip_gradients, optimized_parameters
@@ -63,7 +64,7 @@ def test_full_size_keys_and_shapes(shared: Path, name: str) -> None:
     assert kind == name
     mapped, ignored = map_keys(state, "released")
     assert len(mapped) + sum(ignored.values()) == len(state) + CUT
-    assert not any(differences(mapped, expected_shapes(config.model)).values())
+    assert not any(differences(mapped, shapes_of(lambda: build_grounding(config.model))).values())
 
 
 @pytest.mark.parametrize("name", NANO)
@@ -162,8 +163,6 @@ def assert_same_groups(optimizer: torch.optim.Optimizer, parameters: dict[str, A
 )
 def test_full_size_optimises_as_many_tensors(shared: Path, name: str, tensors: int, groups: int) -> None:
     from accelerate import init_empty_weights
-
-    from grex_mllm.models import build_grounding
 
     _, config = recognise(full_size(shared, name), name)
     with init_empty_weights():

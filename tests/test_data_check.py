@@ -1,4 +1,4 @@
-"""`check_folder` finds every kind of fault, all of them at once, and none in a sound folder."""
+"""`check_mixture` finds every kind of fault, all of them at once, and none in a sound folder."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import pytest
 from PIL import Image
 from tiny_folder import expression, rectangle_mask, tiny_folder, tiny_records, write_folder
 
-from grex_mllm.data.check import check_folder, check_mixture
+from grex_mllm.data.check import check_mixture
 from grex_mllm.data.stats import dataset_stats, sample_sheet
 from grex_mllm.ops.masks import encode_rle
 
@@ -21,7 +21,7 @@ Change = Callable[[Lines, Lines], None]
 
 
 def test_a_sound_folder_has_no_fault(tmp_path: Path) -> None:
-    assert check_folder(tiny_folder(tmp_path)) == []
+    assert check_mixture([tiny_folder(tmp_path)]) == []
 
 
 def edit(part: str, line: int, field: str, value: Any) -> Change:
@@ -69,7 +69,7 @@ def test_each_fault_is_found_where_it_is(tmp_path: Path, number: int) -> None:
     change, file, line, field, words = FAULTS[number]
     images, expressions = tiny_records()
     change(images, expressions)
-    faults = check_folder(write_folder(tmp_path, images, expressions))
+    faults = check_mixture([write_folder(tmp_path, images, expressions)])
     hits = [fault for fault in faults if fault.file.endswith(file) and fault.line == line and field in fault.field]
     assert any(words in fault.found or words in fault.expected for fault in hits), [str(fault) for fault in faults]
 
@@ -81,7 +81,7 @@ def test_all_faults_are_reported_at_once(tmp_path: Path) -> None:
     folder = write_folder(tmp_path, images, expressions)
     with (folder / "expressions.jsonl").open("a") as file:
         file.write("{oops\n")
-    found = [(fault.file.rsplit("/", 1)[-1], fault.line, fault.field.rsplit(".", 1)[-1]) for fault in check_folder(folder)]
+    found = [(fault.file.rsplit("/", 1)[-1], fault.line, fault.field.rsplit(".", 1)[-1]) for fault in check_mixture([folder])]
     assert found == [
         ("images.jsonl", 1, "file"),
         ("images.jsonl", 1, "box_xyxy"),
@@ -95,18 +95,22 @@ def test_swapped_sides_truncated_jpeg_and_missing_files(tmp_path: Path) -> None:
     folder = tiny_folder(tmp_path)
     Image.open(folder / "images" / "a.png").transpose(Image.Transpose.ROTATE_90).save(folder / "images" / "a.png")
     (folder / "images" / "b.png").write_bytes((folder / "images" / "b.png").read_bytes()[:60])
-    swapped, truncated = check_folder(folder)
+    swapped, truncated = check_mixture([folder])
     assert swapped.found == "30x40" and "swapped" in swapped.expected and swapped.line == 1
     assert "cannot be read" in truncated.found and truncated.line == 2
     (folder / "expressions.jsonl").unlink()
-    assert any(fault.found == "missing" for fault in check_folder(folder))
-    assert {Path(fault.file).name for fault in check_folder(tmp_path / "nowhere")} == {"dataset.json", "images.jsonl", "expressions.jsonl"}
+    assert any(fault.found == "missing" for fault in check_mixture([folder]))
+    assert {Path(fault.file).name for fault in check_mixture([tmp_path / "nowhere"])} == {
+        "dataset.json",
+        "images.jsonl",
+        "expressions.jsonl",
+    }
 
 
 def test_a_file_cut_between_lines_is_noticed(tmp_path: Path) -> None:
     folder = tiny_folder(tmp_path)
     (folder / "dataset.json").write_text(json.dumps({"name": "tiny", "image_root": "images", "num_images": 2, "num_expressions": 6}))
-    (fault,) = check_folder(folder)
+    (fault,) = check_mixture([folder])
     assert (fault.field, fault.found) == ("num_expressions", "6") and fault.expected.startswith("5")
 
 
@@ -117,18 +121,17 @@ def test_a_leak_between_folders_is_found_by_id_and_by_content(tmp_path: Path) ->
     second = write_folder(
         tmp_path / "second", images, [expression("f1", "other", "the dog", ["11"], "test"), expression("f2", "2", "cat", ["21"])]
     )
-    assert check_folder(second) == []
+    assert check_mixture([second]) == []
     faults = check_mixture([first, second])
     assert [(fault.line, fault.field) for fault in faults] == [(1, "split"), (2, "split")]
     assert '"train"' in faults[0].expected and "second" in faults[0].file
-    assert check_mixture([first, second], disjoint_splits=False) == []
 
 
 def test_the_image_root_can_be_given(tmp_path: Path) -> None:
     folder = tiny_folder(tmp_path / "folder")
     (folder / "images").rename(tmp_path / "moved")
-    assert len(check_folder(folder)) == 2
-    assert check_folder(folder, tmp_path / "moved") == []
+    assert len(check_mixture([folder])) == 2
+    assert check_mixture([folder], tmp_path / "moved") == []
 
 
 def test_stats_by_hand(tmp_path: Path) -> None:

@@ -28,7 +28,7 @@ def pixels(box: np.ndarray) -> np.ndarray:
 
 def test_overlaps_equal_counting_pixels() -> None:
     first, second = random_boxes(0, 6), random_boxes(1, 7)
-    iou, giou = boxes.box_iou(first, second), boxes.generalized_box_iou(first, second)
+    iou, giou = boxes.box_iou(first, second), boxes.generalized_iou(first[:, None], second[None])
     for i, a in enumerate(first):
         for j, b in enumerate(second):
             union = (pixels(a) | pixels(b)).sum()
@@ -46,7 +46,7 @@ def test_numpy_and_torch_agree_in_value_and_kind() -> None:
         (boxes.box_area, ()),
         (boxes.clip_boxes, (9, 8)),
         (boxes.box_iou, (second,)),
-        (boxes.generalized_box_iou, (second,)),
+        (boxes.generalized_iou, (second[:1],)),
     ]
     for function, rest in calls:
         there = function(torch.from_numpy(first), *(torch.from_numpy(x) if isinstance(x, np.ndarray) else x for x in rest))
@@ -64,7 +64,7 @@ def test_conversions_by_hand() -> None:
 
 def test_degenerate_and_missing_boxes_are_finite_with_gradients() -> None:
     flat = torch.tensor([[3.0, 3.0, 3.0, 3.0], [0.0, 0.0, 4.0, 4.0]], requires_grad=True)
-    giou = boxes.generalized_box_iou(flat, flat)
+    giou = boxes.generalized_iou(flat[:, None], flat[None])
     giou.sum().backward()
     assert torch.isfinite(giou).all() and flat.grad is not None and torch.isfinite(flat.grad).all()
     assert boxes.box_iou(torch.zeros(0, 4), torch.zeros(3, 4)).shape == (0, 3)

@@ -17,7 +17,7 @@ from conftest import ROOT
 from PIL import Image
 from tiny_folder import gradient
 
-from grex_mllm.data.check import check_folder
+from grex_mllm.data.check import check_mixture
 from grex_mllm.data.dataset import FolderDataset
 from grex_mllm.data.pickles import load_plain_pickle
 from grex_mllm.data.records import load_dataset
@@ -128,7 +128,7 @@ def test_the_traps_of_grefcoco(tmp_path: Path) -> None:
     assert dataset.info["counts"]["train"]["by_num_targets"] == {"0": 1, "1": 4, "2": 1}
     assert dataset.info["counts"]["val"] == {"expressions": 1, "images": 1, "refs": 1, "by_num_targets": {"0": 1}}
     assert [len(source["sha256"]) for source in dataset.info["sources"]] == [64, 64]
-    assert check_folder(tmp_path / "out") == []
+    assert check_mixture([tmp_path / "out"]) == []
 
 
 def changed(position: int, **changes: Any) -> list[dict[str, Any]]:
@@ -269,7 +269,7 @@ def test_real_photographs_and_human_expressions(shared: Path, tmp_path: Path) ->
         "refs": 86,
         "by_num_targets": {"0": 4, "1": 117, "2": 6, "3": 6},
     }
-    assert dataset.info["skipped"] == {} and check_folder(tmp_path / "out") == []
+    assert dataset.info["skipped"] == {} and check_mixture([tmp_path / "out"]) == []
 
 
 @pytest.fixture(scope="module")
@@ -291,7 +291,7 @@ def test_templates_over_real_photographs(shared: Path, tmp_path: Path, templates
         assert templates_program.main([*arguments, "--out", str(tmp_path / name)]) == 0
     one = load_dataset(tmp_path / "one")
     assert (tmp_path / "one" / "expressions.jsonl").read_bytes() == (tmp_path / "two" / "expressions.jsonl").read_bytes()
-    assert check_folder(tmp_path / "one") == []
+    assert check_mixture([tmp_path / "one"]) == []
     share = sum(not e.targets for e in one.expressions) / len(one.expressions)
     assert len(one.expressions) > 300 and 0.12 < share < 0.28 and set(one.splits) == {"train", "val", "test"}
     assert {e.source for e in one.expressions} == {"coco_templates"} and "synthetic" in one.info["text"]

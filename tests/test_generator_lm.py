@@ -1,4 +1,4 @@
-"""The language model under the generator: text training, folders, quantisation, merging, files, faults."""
+"""The language model under the generator: text training, folders, quantisation, faults."""
 
 from __future__ import annotations
 
@@ -9,13 +9,13 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from grex_mllm.errors import GrexError
 from grex_mllm.models.generators.region_tokens.config import RegionTokensConfig
-from grex_mllm.models.generators.region_tokens.files import load_generator, save_generator
 from grex_mllm.models.generators.region_tokens.network import RegionTokenGenerator
 from grex_mllm.models.lm_tokenizer import LMTokenizer, train_sentencepiece
-from grex_mllm.training.lm import text_loss, train_language_model
+from grex_mllm.training.lm import train_language_model
 
 LINES = [
     f"the {size} {colour} {shape}"
@@ -68,6 +68,14 @@ def one_step(generator: RegionTokenGenerator, tokenizer: LMTokenizer) -> tuple[f
     return before.item(), generator.likelihood(**inputs(), lm_ids=ids, lm_mask=mask).loss.item()
 
 
+@torch.no_grad()
+def text_loss(lm: torch.nn.Module, tokenizer: LMTokenizer) -> float:
+    """Mean negative log-likelihood of a token of LINES, in nats."""
+    ids, mask = tokenizer.encode(LINES)
+    logits = lm(input_ids=ids).logits[:, :-1]
+    return float(torch.nn.functional.cross_entropy(logits[mask[:, 1:].bool()], ids[:, 1:][mask[:, 1:].bool()]))
+
+
 def test_text_training_learns_the_grammar_and_freezes(tokenizer: LMTokenizer) -> None:
     torch.manual_seed(0)
     generator = RegionTokenGenerator(SMALL, CHANNELS, tokenizer)
@@ -75,12 +83,12 @@ def test_text_training_learns_the_grammar_and_freezes(tokenizer: LMTokenizer) ->
     adapters = {k: v.clone() for k, v in generator.state_dict().items() if "lora_" in k}
     seen: list[float] = []
     with generator.text_only() as lm:
-        before = text_loss(lm, tokenizer, LINES)
-        done = train_language_model(lm, tokenizer, LINES, steps=120, batch=18, lr=5e-3, progress=lambda share, _loss: seen.append(share))
-        after = text_loss(lm, tokenizer, LINES)
+        before = text_loss(lm, tokenizer)
+        train_language_model(lm, tokenizer, LINES, steps=120, batch=18, lr=5e-3, progress=lambda share, _loss: seen.append(share))
+        after = text_loss(lm, tokenizer)
     floor = math.log(len(LINES)) / (sum(len(tokenizer.text_ids(t)) + 1 for t in LINES) / len(LINES))  # entropy of a uniform choice
     assert before > 4 and after < floor + 0.05
-    assert done.steps == 120 and done.tokens > 0 and seen[-1] == 1.0 and len(seen) == 120
+    assert seen[-1] == 1.0 and len(seen) == 120
     assert [p.requires_grad for p in generator.parameters()] == trainable
     assert all(torch.equal(v, generator.state_dict()[k]) for k, v in adapters.items())
     assert generator.region_tokens.to_lm[2].weight[0].item() == pytest.approx(
@@ -93,23 +101,19 @@ def test_text_training_is_reproducible(tokenizer: LMTokenizer) -> None:
     for seed in (0, 0, 1):
         torch.manual_seed(0)
         with RegionTokenGenerator(SMALL, CHANNELS, tokenizer).text_only() as lm:
-            losses.append(train_language_model(lm, tokenizer, LINES, steps=5, batch=4, seed=seed).loss)
+            losses.append(train_language_model(lm, tokenizer, LINES, steps=5, batch=4, seed=seed))
     assert losses[0] == losses[1] != losses[2]
 
 
-def test_text_training_by_the_clock_and_in_bf16(tokenizer: LMTokenizer) -> None:
+def test_text_training_in_bf16(tokenizer: LMTokenizer) -> None:
     with RegionTokenGenerator(SMALL, CHANNELS, tokenizer).text_only() as lm:
-        done = train_language_model(lm, tokenizer, LINES, seconds=0.3, batch=4, precision="bf16")
-    assert done.steps >= 1 and done.seconds >= 0.3 and math.isfinite(done.perplexity)
+        assert math.isfinite(train_language_model(lm, tokenizer, LINES, steps=2, batch=4, precision="bf16"))
 
 
 def test_text_training_faults(tokenizer: LMTokenizer, lm_folder: Path) -> None:
     generator = RegionTokenGenerator(SMALL, CHANNELS, tokenizer)
-    with generator.text_only() as lm:
-        with pytest.raises(GrexError, match="one of the two"):
-            train_language_model(lm, tokenizer, LINES)
-        with pytest.raises(GrexError, match="without text"):
-            train_language_model(lm, tokenizer, [" "], steps=1)
+    with generator.text_only() as lm, pytest.raises(GrexError, match="without text"):
+        train_language_model(lm, tokenizer, [" "], steps=1)
     named = RegionTokenGenerator(replace(SMALL, lm=str(lm_folder)), CHANNELS, LMTokenizer.load(lm_folder))
     with pytest.raises(GrexError, match="lm: tiny"), named.text_only():
         pass
@@ -126,13 +130,13 @@ def test_folder_lm_trains_one_step_and_stores_no_base(quantisation: str, lm_fold
     before, after = one_step(generator, tokenizer)
     assert after < before
     assert all("lora_" in key or key.startswith("region_tokens.") for key in generator.state_dict())
-    save_generator(generator.eval(), tmp_path)
-    again = load_generator(tmp_path).eval()
+    save_file(generator.eval().state_dict(), tmp_path / "generator.safetensors")
+    again = RegionTokenGenerator(cfg, CHANNELS, tokenizer).eval()
+    again.load_state_dict(load_file(tmp_path / "generator.safetensors"), strict=True)
     ids, mask = tokenizer.encode(LINES[:2])
     assert torch.equal(
         again.likelihood(**inputs(), lm_ids=ids, lm_mask=mask).loss, generator.likelihood(**inputs(), lm_ids=ids, lm_mask=mask).loss
     )
-    assert not list(tmp_path.glob("**/*.bin")) and [f.name for f in tmp_path.glob("**/*.safetensors")] == ["generator.safetensors"]
 
 
 def test_gradient_checkpointing_gives_the_same_gradients(lm_folder: Path) -> None:
@@ -154,26 +158,6 @@ def test_missing_key_of_a_named_lm_is_still_found(lm_folder: Path) -> None:
     state.pop("region_tokens.kind.weight")
     with pytest.raises(RuntimeError, match=r"kind\.weight"):
         holder.load_state_dict({f"generator.{k}": v for k, v in state.items()}, strict=True)
-
-
-@pytest.mark.parametrize("merged", [False, True])
-def test_saved_generator_answers_the_same(merged: bool, tokenizer: LMTokenizer, tmp_path: Path) -> None:
-    torch.manual_seed(2)
-    generator = RegionTokenGenerator(SMALL, CHANNELS, tokenizer)
-    one_step(generator, tokenizer)
-    one_step(generator, tokenizer)
-    save_generator(generator.eval(), tmp_path, merged=merged)
-    again = load_generator(tmp_path).eval()
-    ids, mask = tokenizer.encode(LINES)
-    many = inputs() | {"image_index": torch.zeros(len(LINES), dtype=torch.int64), "target_index": [torch.tensor([1])] * len(LINES)}
-    torch.testing.assert_close(
-        again.likelihood(**many, lm_ids=ids, lm_mask=mask).log_likelihood,
-        generator.likelihood(**many, lm_ids=ids, lm_mask=mask).log_likelihood,
-        rtol=1e-4,
-        atol=1e-4,
-    )
-    assert again.generate_batch(**inputs()) == generator.generate_batch(**inputs())
-    assert any("lora_" in key for key in again.state_dict()) != merged
 
 
 def test_float_dtypes_of_a_folder_lm(lm_folder: Path) -> None:
@@ -236,19 +220,7 @@ def test_quantisation_without_bitsandbytes(lm_folder: Path, monkeypatch: pytest.
         RegionTokenGenerator(replace(SMALL, lm=str(lm_folder), quantisation="nf4"), CHANNELS, LMTokenizer.load(lm_folder))
 
 
-def test_merging_a_quantised_base_is_refused(lm_folder: Path, tmp_path: Path) -> None:
-    generator = RegionTokenGenerator(replace(SMALL, lm=str(lm_folder), quantisation="nf4"), CHANNELS, LMTokenizer.load(lm_folder))
-    with pytest.raises(GrexError, match="nf4"):
-        save_generator(generator, tmp_path / "out", merged=True)
-    assert not (tmp_path / "out").exists()
-
-
 def test_tokenizer_of_another_model(lm_folder: Path, tmp_path: Path) -> None:
     larger = train_sentencepiece(["".join(chr(0x4E00 + i) for i in range(300))], tmp_path, 700)
     with pytest.raises(GrexError, match="tokenizer"):
         RegionTokenGenerator(replace(SMALL, lm=str(lm_folder)), CHANNELS, larger)
-
-
-def test_loading_faults(tmp_path: Path) -> None:
-    with pytest.raises(GrexError, match=r"generator\.json"):
-        load_generator(tmp_path)

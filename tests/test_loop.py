@@ -10,9 +10,10 @@ import pytest
 import torch
 from toy_training import ToyModel, ToyStep, losses, toy_batch, toy_config, toy_train
 
+from grex_mllm.data.dataset import epoch_index
 from grex_mllm.errors import GrexError
 from grex_mllm.training import checkpoint
-from grex_mllm.training.batches import BatchStream, epoch_index, map_tensors, mix, stream
+from grex_mllm.training.batches import BatchStream, map_tensors, mix, stream
 from grex_mllm.training.engine import determinism
 from grex_mllm.training.log import cut_log
 
@@ -40,7 +41,7 @@ def test_batches_that_cannot_be_shared_are_refused(images: int, ranks: int) -> N
 
 
 def test_every_epoch_is_another_whole_pass() -> None:
-    epochs = [[epoch_index(position, 10, seed=3) for position in range(10 * epoch, 10 * epoch + 10)] for epoch in range(4)]
+    epochs = [[epoch_index(position, 10, seed=3)[1] for position in range(10 * epoch, 10 * epoch + 10)] for epoch in range(4)]
     assert all(sorted(epoch) == list(range(10)) for epoch in epochs)
     assert len({tuple(epoch) for epoch in epochs}) == 4
 
@@ -141,7 +142,7 @@ def test_a_value_that_is_not_finite_stops_the_run(tmp_path: Path, monkeypatch: p
         patch.setattr(ToyStep, "forward", broken)
         toy_train(config, save=True)
     message = str(caught.value)
-    ids = [index for position in range(24, 28) for index in [f"i{epoch_index(position, 10, 7)}"]]
+    ids = [index for position in range(24, 28) for index in [f"i{epoch_index(position, 10, 7)[1]}"]]
     assert "step 7: not finite" in message and f"image ids {', '.join(ids)}" in message and f"expression ids e{ids[0][1:]}.0" in message
     assert ("bad nan" in message) if kind == "loss" else ("gradient norm nan" in message)
     assert "step_00000004" in message

@@ -16,7 +16,7 @@ import torch
 from conftest import ROOT
 from packaging.requirements import Requirement
 
-from grex_mllm.training import checkpoint
+from grex_mllm import writing
 from grex_mllm.training.log import peak_memory
 
 SYSTEMS = {
@@ -81,13 +81,13 @@ def test_checkpoints_are_flushed_on_windows_too(tmp_path: Path, monkeypatch: pyt
         if not writable[handle]:
             raise OSError(errno.EBADF, "opened to read")
 
-    monkeypatch.setattr(checkpoint.os, "open", windows_open)
-    monkeypatch.setattr(checkpoint.os, "fsync", windows_fsync)
-    checkpoint._flush_entry(file, windows=True)
-    checkpoint._flush_entry(tmp_path, windows=True)
+    monkeypatch.setattr(writing.os, "open", windows_open)
+    monkeypatch.setattr(writing.os, "fsync", windows_fsync)
+    writing.flush_entry(file, windows=True)
+    writing.flush_entry(tmp_path, windows=True)
     assert list(writable.values()) == [True]
     with pytest.raises(OSError):
-        checkpoint._flush_entry(file, windows=False)
+        writing.flush_entry(file, windows=False)
 
 
 def test_peak_memory_without_the_module_resource(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -23,7 +23,7 @@ from grex_mllm.models.decoders.rela.config import RelaConfig
 from grex_mllm.models.decoders.rela.criterion import RelaCriterion
 from grex_mllm.models.decoders.rela.heads import RegionHeads
 from grex_mllm.models.decoders.rela.network import Rela
-from grex_mllm.models.deformable import DeformablePixelDecoder
+from grex_mllm.models.deformable import DeformablePixelDecoder, SamplingOffsets
 from grex_mllm.models.swin import SwinTransformer
 from grex_mllm.types import DecoderInputs, GroundingOutput, PixelFeatures, TextFeatures
 
@@ -125,6 +125,23 @@ def test_swin_stage_with_pixel_word_fusion(parts: Parts, padding: int) -> None:
     found["backbone/res2"] = maps[0][0].flatten(1).T
     assert set(found) == {name for name in EVERY if name.startswith(("swin", "backbone"))}
     parts.compare(found)
+
+
+def test_every_weight_of_the_pixel_decoder_is_read_by_its_own_module() -> None:
+    """ZeRO-3 gathers weights in hooks of `forward`: one that another module reads past it would be empty there."""
+    decoder = DeformablePixelDecoder(PixelDecoderConfig(name="deformable", width=32, num_layers=1, num_heads=4), (16, 32, 64, 128))
+    called: set[str] = set()
+    owners = {name for name, module in decoder.named_modules() if next(module.parameters(recurse=False), None) is not None}
+    for name in owners:
+        decoder.get_submodule(name).register_forward_pre_hook(lambda module, inputs, name=name: called.add(name))
+    decoder([torch.randn(1, c, 32 // 2**k, 32 // 2**k) for k, c in enumerate((16, 32, 64, 128))])
+    assert called == owners and "layers.0.attention.sampling_offsets" in owners
+
+
+def test_sampling_offsets_are_all_x_then_all_y() -> None:
+    layer, x = SamplingOffsets(8, 12), torch.randn(2, 3, 8)
+    plain = torch.nn.functional.linear(x, layer.weight, layer.bias)
+    torch.testing.assert_close(layer(x), torch.cat([plain[..., 0::2], plain[..., 1::2]], dim=-1))
 
 
 def test_pixel_decoder_layer(parts: Parts) -> None:

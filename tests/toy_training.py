@@ -18,10 +18,11 @@ import torch
 from torch import Tensor, nn
 
 from grex_mllm.config import Config
+from grex_mllm.data.dataset import epoch_index
 from grex_mllm.errors import GrexError
 from grex_mllm.precision import autocast
 from grex_mllm.training import loop
-from grex_mllm.training.batches import BatchStream, epoch_index, mix
+from grex_mllm.training.batches import BatchStream, mix
 from grex_mllm.training.engine import leave
 from grex_mllm.types import Batch, Geometry
 
@@ -62,7 +63,7 @@ class ToyStep(nn.Module):
 
 def toy_batch(positions: list[int]) -> Batch:
     """One 2x2 image and two expressions per position, drawn from 10 images in another order each epoch."""
-    indices = [epoch_index(position, 10, 7) for position in positions]
+    indices = [epoch_index(position, 10, 7)[1] for position in positions]
     images = [torch.randint(0, 256, (3, 2, 2), generator=torch.Generator().manual_seed(mix(index))).byte() for index in indices]
     num = 2 * len(indices)
     return Batch(

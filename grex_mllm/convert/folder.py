@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import os
 import shutil
-import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -12,6 +10,7 @@ from torch import Tensor
 
 from grex_mllm.config import Config, save_config
 from grex_mllm.errors import fault
+from grex_mllm.writing import whole_file, whole_folder
 
 WEIGHTS, CONFIG, TOKENIZER, VOCAB = "model.safetensors", "config.yaml", "text_tokenizer", "vocab.txt"
 BERT_NAMES = ("google-bert/bert-base-uncased", "bert-base-uncased")
@@ -25,26 +24,14 @@ def write_model_folder(out: Path, config: Config, tensors: Mapping[str, Tensor],
     Raises:
         GrexError: `out` is a file or a folder with something in it, or the vocabulary is missing or too large for the model.
     """
-    from safetensors.torch import save_file
-
     check_free(out)
     words = _vocabulary(vocab, config.model.text.vocab_size)
-    out.parent.mkdir(parents=True, exist_ok=True)
-    work = Path(tempfile.mkdtemp(dir=out.parent, prefix=f".{out.name}-"))
-    try:
+    with whole_folder(out) as work:
         (work / TOKENIZER).mkdir()
         if words is not None:
             shutil.copyfile(words, work / TOKENIZER / VOCAB)
         save_config(config, work / CONFIG)
-        # copies: safetensors refuses tensors that share storage, as those of a training checkpoint may
-        save_file({name: tensor.clone().contiguous() for name, tensor in tensors.items()}, str(work / WEIGHTS), metadata={"format": "pt"})
-        (work / WEIGHTS).chmod(0o644)
-        work.chmod(0o755)
-        if out.is_dir():
-            out.rmdir()
-        os.replace(work, out)
-    finally:
-        shutil.rmtree(work, ignore_errors=True)
+        _save_tensors(tensors, work / WEIGHTS)
     return [] if words is not None else [f"no vocabulary at hand: put BERT's {VOCAB} into {out / TOKENIZER}, or convert again with --vocab"]
 
 
@@ -54,20 +41,18 @@ def write_weights(target: Path, tensors: Mapping[str, Tensor]) -> None:
     Raises:
         GrexError: the file exists.
     """
-    from safetensors.torch import save_file
-
     if target.exists():
         raise fault(f"output {target} exists", "a new file name", "remove it or choose another --out")
-    target.parent.mkdir(parents=True, exist_ok=True)
-    handle, name = tempfile.mkstemp(dir=target.parent, prefix=f".{target.name}-")
-    os.close(handle)
-    work = Path(name)
-    try:
-        save_file({key: tensor.clone().contiguous() for key, tensor in tensors.items()}, name, metadata={"format": "pt"})
-        work.chmod(0o644)
-        os.replace(work, target)
-    finally:
-        work.unlink(missing_ok=True)
+    with whole_file(target) as work:
+        _save_tensors(tensors, work)
+
+
+def _save_tensors(tensors: Mapping[str, Tensor], file: Path) -> None:
+    from safetensors.torch import save_file
+
+    # copies: safetensors refuses tensors that share storage, as those of a training checkpoint may
+    save_file({name: tensor.clone().contiguous() for name, tensor in tensors.items()}, file, metadata={"format": "pt"})
+    file.chmod(0o644)  # safetensors lets nobody else read
 
 
 def check_free(out: Path) -> None:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import pickle
 import zipfile
 from collections import OrderedDict
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -18,6 +18,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from grex_mllm.compat import array_builders
+from grex_mllm.data.pickles import BROKEN_PICKLE
 from grex_mllm.errors import GrexError, fault
 
 TORCH_STREAM_MAGIC = 0x1950A86A20F9469CFC6C
@@ -25,7 +27,6 @@ TORCH_STREAM_MAGIC = 0x1950A86A20F9469CFC6C
 TRAINING_STATE = ("optimizer", "scheduler", "lr_scheduler", "iteration", "epoch", "trainer", "hooks", "grad_scaler", "scaler", "config")
 NOTES = ("__author__", "matching_heuristics", "max_accuracy")
 SEVERAL = 5
-BROKEN_PICKLE = (pickle.UnpicklingError, EOFError, ValueError, TypeError, KeyError, IndexError, AttributeError, OverflowError, MemoryError)
 
 
 def read_checkpoint(path: str | Path) -> tuple[dict[str, Tensor], list[str]]:
@@ -74,7 +75,7 @@ def _load(file: Path) -> Any:
 
 def _load_torch(file: Path) -> Any:
     try:
-        with torch.serialization.safe_globals(list(_numpy_names())):
+        with torch.serialization.safe_globals([(found, name) for name, found in _numpy_names().items()]):
             return torch.load(file, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
         reason = str(error).replace("\n", " ")
@@ -99,8 +100,7 @@ class _ArrayUnpickler(pickle.Unpickler):
     """Resolve only what arrays and containers need; every other name, and so every call of code, is refused before it is looked up."""
 
     def find_class(self, module: str, name: str) -> Any:
-        known = {dotted: found for found, dotted in _numpy_names()}
-        known |= {"collections.OrderedDict": OrderedDict, "_codecs.encode": _latin1}
+        known = {"collections.OrderedDict": OrderedDict, "_codecs.encode": _latin1} | _numpy_names()
         if f"{module}.{name}" not in known:
             raise _Refused(f"{module}.{name}")
         return known[f"{module}.{name}"]
@@ -129,18 +129,11 @@ def _latin1(text: str, encoding: str) -> bytes:
     return text.encode("latin1")
 
 
-def _numpy_names() -> list[tuple[Callable[..., Any] | type, str]]:
-    """List what rebuilds an array or a scalar, under the module names of numpy 1 and 2."""
-    multiarray = np._core.multiarray  # type: ignore[attr-defined]
-    found: list[tuple[Any, str]] = [(np.ndarray, "numpy.ndarray"), (np.dtype, "numpy.dtype")]
-    for package in ("numpy.core", "numpy._core"):
-        found.append((multiarray._reconstruct, f"{package}.multiarray._reconstruct"))
-        found.append((multiarray.scalar, f"{package}.multiarray.scalar"))
-        found.append((np._core.numeric._frombuffer, f"{package}.numeric._frombuffer"))  # type: ignore[attr-defined]
-    for kind in (np.float64, np.float32, np.float16, np.int64, np.int32, np.uint8, np.bool_):
-        plain = type(np.dtype(kind))
-        found.append((plain, f"numpy.dtypes.{plain.__name__}"))
-    return found
+def _numpy_names() -> dict[str, Any]:
+    """Return what rebuilds an array or a scalar, dotted name -> function, under the module names of numpy 1 and 2."""
+    kinds = [type(np.dtype(kind)) for kind in (np.float64, np.float32, np.float16, np.int64, np.int32, np.uint8, np.bool_)]
+    found = {"numpy.ndarray": np.ndarray, "numpy.dtype": np.dtype, **{f"numpy.dtypes.{kind.__name__}": kind for kind in kinds}}
+    return found | array_builders()
 
 
 def _tensor(value: Any, key: str, file: Path) -> Tensor:

@@ -8,11 +8,12 @@ seen in shapes.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from grex_mllm.config import (
     Config,
@@ -134,7 +135,7 @@ def convert_rela(path: str | Path, out: str | Path, config: str | Path | None = 
     state, beside = read_checkpoint(path)
     kind, settings = recognise(state, str(path)) if config is None else ("given sizes", released_sizes(config))
     mapped, ignored = map_keys(state, str(path))
-    fill(mapped, expected_shapes(settings.model), str(path))
+    fill(mapped, shapes_of(lambda: build_grounding(settings.model)), str(path))
     broken = [name for name, tensor in mapped.items() if not bool(tensor.isfinite().all())]
     if broken:
         raise fault(f"{path} has NaN or infinity in {len(broken)} tensors: {_some(broken)}", "finite weights", "take an earlier checkpoint")
@@ -209,25 +210,16 @@ def map_keys(state: Mapping[str, Tensor], source: str) -> tuple[dict[str, Tensor
     Raises:
         GrexError: lists the keys that no rule knows.
     """
-    mapped: dict[str, Tensor] = {}
-    ignored: dict[str, int] = {}
-    unknown: list[str] = []
-    for key, tensor in state.items():
-        rule = next((name for name, pattern in IGNORED if re.fullmatch(pattern, key)), None)
-        if rule is not None:
-            ignored[rule] = ignored.get(rule, 0) + 1
-            continue
-        name = new_name(key)
-        if name is None:
-            unknown.append(key)
-        else:
-            value = tensor.squeeze(-1) if tensor.ndim == 3 else tensor.reshape(1) if tensor.ndim == 0 else tensor
-            names = unpacked_names(name)
-            mapped |= zip(names, value.chunk(len(names)) if len(names) > 1 else [value], strict=True)
+    named, ignored, unknown = sort_keys(state, IGNORED, new_name)
     if unknown:
         raise fault(
             f"{source} has {len(unknown)} unknown keys: {_some(unknown)}", "the keys of a released ReLA", "give the authors' checkpoint"
         )
+    mapped: dict[str, Tensor] = {}
+    for name, tensor in named.items():
+        value = tensor.squeeze(-1) if tensor.ndim == 3 else tensor.reshape(1) if tensor.ndim == 0 else tensor
+        names = unpacked_names(name)
+        mapped |= zip(names, value.chunk(len(names)) if len(names) > 1 else [value], strict=True)
     return mapped, ignored
 
 
@@ -243,23 +235,40 @@ def unpacked_names(name: str) -> list[str]:
     return names
 
 
-def new_name(key: str) -> str | None:
-    """Rename one released key, or return None."""
-    for pattern, replacement in RULES:
+def sort_keys(
+    state: Mapping[str, Tensor], ignored_rules: Iterable[tuple[str, str]], new_name: Callable[[str], str | None]
+) -> tuple[dict[str, Tensor], dict[str, int], list[str]]:
+    """Return the tensors under the names that `new_name` gives, how many keys each rule (name, pattern) ignores, and the unknown keys."""
+    named: dict[str, Tensor] = {}
+    ignored: Counter[str] = Counter()
+    unknown = []
+    for key, tensor in state.items():
+        rule = next((name for name, pattern in ignored_rules if re.fullmatch(pattern, key)), None)
+        if rule is not None:
+            ignored[rule] += 1
+        elif (name := new_name(key)) is not None:
+            named[name] = tensor
+        else:
+            unknown.append(key)
+    return named, dict(ignored), unknown
+
+
+def new_name(key: str, rules: Iterable[tuple[str, str]] = RULES) -> str | None:
+    """Rename one released key, or return None. In a rule, <n> stands for stage n - 2 (detectron2 counts from 2) and [n] for n - 1."""
+    for pattern, replacement in rules:
         if re.fullmatch(pattern, key):
             name = re.sub(pattern, replacement, key)
-            # detectron2 counts stages from 2
-            return re.sub(r"<(\d)>", lambda stage: str(int(stage.group(1)) - 2), name)
+            name = re.sub(r"<(\d)>", lambda stage: str(int(stage.group(1)) - 2), name)
+            return re.sub(r"\[(\d)\]", lambda stage: str(int(stage.group(1)) - 1), name)
     return None
 
 
-def expected_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
-    """Return name -> shape of every tensor that our model of these sizes saves, without allocating its parameters."""
+def shapes_of(build: Callable[[], nn.Module]) -> dict[str, tuple[int, ...]]:
+    """Return name -> shape of every tensor that the module saves, without allocating its parameters."""
     from accelerate import init_empty_weights
 
     with init_empty_weights():
-        model = build_grounding(config)
-    return {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+        return {name: tuple(tensor.shape) for name, tensor in build().state_dict().items()}
 
 
 def fill(mapped: Mapping[str, Tensor], expected: Mapping[str, tuple[int, ...]], source: str) -> None:

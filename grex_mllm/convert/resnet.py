@@ -15,22 +15,23 @@ from torch import Tensor
 from grex_mllm.config import VisionConfig
 from grex_mllm.convert.folder import write_weights
 from grex_mllm.convert.reader import read_checkpoint
-from grex_mllm.convert.rela import Conversion, fill
+from grex_mllm.convert.rela import Conversion, fill, new_name, shapes_of, sort_keys
 from grex_mllm.errors import fault
+from grex_mllm.models.resnet import ResNet
 
 NORM = "weight|bias|running_mean|running_var"
-# stages are counted from 0 here; <n> stands for torchvision's layer n - 1, [n] for detectron2's res n - 2
+# torchvision counts stages from 1, [n], detectron2 from 2, <n>: see `new_name`
 RULES: tuple[tuple[str, str], ...] = (
     (r"(?:stem\.)?conv1\.weight", r"stem.conv.weight"),
     (rf"(?:bn1|stem\.conv1\.norm)\.({NORM})", r"stem.norm.\1"),
-    (r"layer(\d)\.(\d+)\.conv(\d)\.weight", r"stages.<\1>.\2.conv\3.weight"),
-    (rf"layer(\d)\.(\d+)\.bn(\d)\.({NORM})", r"stages.<\1>.\2.norm\3.\4"),
-    (r"layer(\d)\.(\d+)\.downsample\.0\.weight", r"stages.<\1>.\2.shortcut.conv.weight"),
-    (rf"layer(\d)\.(\d+)\.downsample\.1\.({NORM})", r"stages.<\1>.\2.shortcut.norm.\3"),
-    (r"res(\d)\.(\d+)\.conv(\d)\.weight", r"stages.[\1].\2.conv\3.weight"),
-    (rf"res(\d)\.(\d+)\.conv(\d)\.norm\.({NORM})", r"stages.[\1].\2.norm\3.\4"),
-    (r"res(\d)\.(\d+)\.shortcut\.weight", r"stages.[\1].\2.shortcut.conv.weight"),
-    (rf"res(\d)\.(\d+)\.shortcut\.norm\.({NORM})", r"stages.[\1].\2.shortcut.norm.\3"),
+    (r"layer(\d)\.(\d+)\.conv(\d)\.weight", r"stages.[\1].\2.conv\3.weight"),
+    (rf"layer(\d)\.(\d+)\.bn(\d)\.({NORM})", r"stages.[\1].\2.norm\3.\4"),
+    (r"layer(\d)\.(\d+)\.downsample\.0\.weight", r"stages.[\1].\2.shortcut.conv.weight"),
+    (rf"layer(\d)\.(\d+)\.downsample\.1\.({NORM})", r"stages.[\1].\2.shortcut.norm.\3"),
+    (r"res(\d)\.(\d+)\.conv(\d)\.weight", r"stages.<\1>.\2.conv\3.weight"),
+    (rf"res(\d)\.(\d+)\.conv(\d)\.norm\.({NORM})", r"stages.<\1>.\2.norm\3.\4"),
+    (r"res(\d)\.(\d+)\.shortcut\.weight", r"stages.<\1>.\2.shortcut.conv.weight"),
+    (rf"res(\d)\.(\d+)\.shortcut\.norm\.({NORM})", r"stages.<\1>.\2.shortcut.norm.\3"),
 )
 IGNORED: tuple[tuple[str, str], ...] = (
     ("classifier", r"(?:stem\.)?fc\.(weight|bias)"),
@@ -45,36 +46,23 @@ def convert_resnet(path: str | Path, out: str | Path) -> Conversion:
         GrexError: unreadable or unsafe file, no bottleneck ResNet, unknown, missing or misshapen keys, or an output that exists.
     """
     state, beside = read_checkpoint(path)
-    named: dict[str, Tensor] = {}
-    ignored: dict[str, int] = {f"beside the weights: {entry}": 1 for entry in beside}
-    unknown = []
-    for key, tensor in state.items():
-        rule = next((name for name, pattern in IGNORED if re.fullmatch(pattern, key)), None)
-        name = _ours(key)
-        if rule is not None:
-            ignored[rule] = ignored.get(rule, 0) + 1
-        elif name is not None:
-            named[name] = tensor.float()
-        else:
-            unknown.append(key)
+    found, ignored, unknown = sort_keys(state, IGNORED, lambda key: new_name(key, RULES))
+    named = {name: tensor.float() for name, tensor in found.items()}
     if unknown:
         raise fault(f"{path} has keys that no torchvision ResNet has ({', '.join(unknown[:6])})", "its names", "give torchvision's weights")
     vision = _sizes(named, str(path))
-    fill(named, _expected(vision), str(path))
+    fill(named, shapes_of(lambda: ResNet(vision)), str(path))
     write_weights(Path(out), named)
     sizes = (
         f"depths: {vision.depths}, widths: {vision.widths}, bottleneck_widths: {vision.bottleneck_widths}, stem_width: {vision.stem_width}"
     )
-    return Conversion("resnet", len(named), ignored, Path(out), [f"set under model.vision: {{name: resnet, {sizes}, weights: {out}}}"])
-
-
-def _ours(key: str) -> str | None:
-    for pattern, replacement in RULES:
-        if re.fullmatch(pattern, key):
-            name = re.sub(pattern, replacement, key)
-            name = re.sub(r"<(\d)>", lambda match: str(int(match.group(1)) - 1), name)
-            return re.sub(r"\[(\d)\]", lambda match: str(int(match.group(1)) - 2), name)
-    return None
+    return Conversion(
+        "resnet",
+        len(named),
+        {f"beside the weights: {entry}": 1 for entry in beside} | ignored,
+        Path(out),
+        [f"set under model.vision: {{name: resnet, {sizes}, weights: {out}}}"],
+    )
 
 
 def _sizes(named: Mapping[str, Tensor], source: str) -> VisionConfig:
@@ -90,13 +78,3 @@ def _sizes(named: Mapping[str, Tensor], source: str) -> VisionConfig:
         bottleneck_widths=[int(named[f"stages.{s}.0.conv1.weight"].shape[0]) for s in range(4)],
         depths=[sum(1 for name in named if re.fullmatch(rf"stages\.{s}\.\d+\.conv1\.weight", name)) for s in range(4)],
     )
-
-
-def _expected(vision: VisionConfig) -> dict[str, tuple[int, ...]]:
-    from accelerate import init_empty_weights
-
-    from grex_mllm.models.resnet import ResNet
-
-    with init_empty_weights():
-        own = ResNet(vision).state_dict()
-    return {name: tuple(tensor.shape) for name, tensor in own.items()}

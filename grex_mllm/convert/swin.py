@@ -16,8 +16,9 @@ from torch import Tensor
 from grex_mllm.config import VisionConfig
 from grex_mllm.convert.folder import write_weights
 from grex_mllm.convert.reader import read_checkpoint
-from grex_mllm.convert.rela import Conversion, fill
+from grex_mllm.convert.rela import Conversion, fill, shapes_of, sort_keys
 from grex_mllm.errors import fault
+from grex_mllm.models.swin import SwinTransformer
 
 # name of the rule, keys it covers
 IGNORED: tuple[tuple[str, str], ...] = (
@@ -41,7 +42,9 @@ def convert_swin(path: str | Path, out: str | Path) -> Conversion:
     state, beside = read_checkpoint(path)
     named, ignored = rename(state, str(path))
     vision = sizes(named, str(path))
-    fill(named, _expected(vision, named), str(path))
+    own = shapes_of(lambda: SwinTransformer(vision, text_width=1))
+    # the outputs' norms only where the file has them
+    fill(named, {name: shape for name, shape in own.items() if name in named or not name.startswith("norms.")}, str(path))
     for entry in beside:
         ignored[f"beside the weights: {entry}"] = 1
     write_weights(target, {name: tensor.float() for name, tensor in named.items()})
@@ -61,17 +64,7 @@ def rename(state: Mapping[str, Tensor], source: str) -> tuple[dict[str, Tensor],
     plain = {_plain(key): tensor for key, tensor in state.items()}
     stages = {int(match.group(1)) for key in plain if (match := re.match(r"layers\.(\d+)\.blocks\.", key))}
     moved = any(key.startswith(f"layers.{max(stages, default=0)}.downsample.") for key in plain)
-    named: dict[str, Tensor] = {}
-    ignored: dict[str, int] = {}
-    unknown = []
-    for key, tensor in plain.items():
-        rule = next((name for name, pattern in IGNORED if re.fullmatch(pattern, key)), None)
-        if rule is not None:
-            ignored[rule] = ignored.get(rule, 0) + 1
-        elif re.fullmatch(KEPT, key):
-            named[_ours(key, moved)] = tensor
-        else:
-            unknown.append(key)
+    named, ignored, unknown = sort_keys(plain, IGNORED, lambda key: _ours(key, moved) if re.fullmatch(KEPT, key) else None)
     if unknown or not stages:
         some = ", ".join((unknown or list(plain))[:6])
         raise fault(
@@ -119,14 +112,3 @@ def _ours(key: str, moved: bool) -> str:
         return f"stages.{int(match.group(1)) - 1}.downsample.{match.group(2)}"
     key = re.sub(r"^layers\.", "stages.", key)
     return re.sub(r"^norm(\d)\.", r"norms.\1.", key)
-
-
-def _expected(vision: VisionConfig, named: Mapping[str, Tensor]) -> dict[str, tuple[int, ...]]:
-    """Return the shapes of our Swin without fusion; the outputs' norms only where the file has them."""
-    from accelerate import init_empty_weights
-
-    from grex_mllm.models.swin import SwinTransformer
-
-    with init_empty_weights():
-        own = SwinTransformer(vision, text_width=1).state_dict()
-    return {name: tuple(tensor.shape) for name, tensor in own.items() if name in named or not name.startswith("norms.")}

@@ -46,18 +46,12 @@ class Folder:
         self.faults.append(Fault(str(self.path / file), line, name, found, expected))
 
 
-def check_folder(folder: str | Path, image_root: str | Path | None = None, disjoint_splits: bool = True) -> list[Fault]:
-    """Return every fault of a dataset folder, [] if it is sound.
+def check_mixture(folders: Sequence[str | Path], image_root: str | Path | None = None) -> list[Fault]:
+    """Return every fault of folders that are used together, [] if they are sound: those of each, and images that stand in several splits.
 
     Form of every line; ids unique; images open and have the stated size; segmentations decode to the image's size and at least one pixel;
     boxes lie inside the image and match their mask's extent within BOX_TOLERANCE_PX; targets are instances of their image and no crowd
-    regions; expressions hold 1 to 1,000 characters.  disjoint_splits: no image in two splits.
-    """
-    return check_mixture([folder], image_root, disjoint_splits)
-
-
-def check_mixture(folders: Sequence[str | Path], image_root: str | Path | None = None, disjoint_splits: bool = True) -> list[Fault]:
-    """Return every fault of several folders that are used together: those of each, and images that stand in different splits.
+    regions; expressions hold 1 to 1,000 characters.
 
     Two records are the same image if id and size are equal (COCO's ids are the same in all its descendants) or the files' bytes are.
     """
@@ -69,8 +63,7 @@ def check_mixture(folders: Sequence[str | Path], image_root: str | Path | None =
         _check_expressions(state)
         _check_totals(state)
         states.append(state)
-    if disjoint_splits:
-        _check_splits(states)
+    _check_splits(states)
     return [fault for state in states for fault in state.faults]
 
 

@@ -198,30 +198,12 @@ def check_image_files(images: Iterable[ImageRecord], folder: Path) -> None:
         raise fault(f"{len(missing)} of {len(files)} image files are missing, first {folder / missing[0]}", "all of them", "check --images")
 
 
-def count_records(expressions: Iterable[ExpressionRecord]) -> dict[str, Any]:
-    """Return the numbers of expressions, images and refs by split, and of expressions by number of targets."""
-    splits: dict[str, list[ExpressionRecord]] = {}
-    for record in expressions:
-        splits.setdefault(record.split, []).append(record)
-    return {split: _count(records) for split, records in splits.items()}
-
-
 def describe_file(path: str | Path) -> dict[str, Any]:
     """Return name, size and SHA-256 of a source file."""
     path = Path(path)
     with path.open("rb") as file:
         digest = hashlib.file_digest(file, "sha256").hexdigest()
     return {"file": path.name, "bytes": path.stat().st_size, "sha256": digest}
-
-
-def _count(records: list[ExpressionRecord]) -> dict[str, Any]:
-    by_number = Counter(len(record.targets) for record in records)
-    return {
-        "expressions": len(records),
-        "images": len({record.image_id for record in records}),
-        "refs": len({(record.image_id, record.ref_id) for record in records}),
-        "by_num_targets": {str(number): by_number[number] for number in sorted(by_number)},
-    }
 
 
 def _load_json(path: Path) -> Any:

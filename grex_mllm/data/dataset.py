@@ -82,8 +82,7 @@ class FolderDataset:
             if not 0 <= position < len(self):
                 raise IndexError(position)
             return self._sample(self.groups[position])
-        epoch, place = divmod(position, len(self))
-        index = int(_permutation(len(self), self.seed, epoch)[place])
+        epoch, index = epoch_index(position, len(self), self.seed)
         group, n = self.groups[index], self.expressions_per_image
         if len(group) > n:
             chosen = np.random.default_rng([self.seed, epoch, index]).permutation(len(group))[:n]
@@ -140,6 +139,12 @@ class Mixture:
         owner, rank = _mixture_block(self.shares, self.seed, block)
         which = int(owner[place])
         return which, block * self.shares[which] + int(rank[place])
+
+
+def epoch_index(position: int, length: int, seed: int) -> tuple[int, int]:
+    """Map a position 0, 1, 2, ... to (epoch, index of a sample): every epoch is another permutation drawn from (seed, epoch)."""
+    epoch, place = divmod(position, length)
+    return epoch, int(_permutation(length, seed, epoch)[place])
 
 
 @lru_cache(maxsize=8)

@@ -9,6 +9,7 @@ from typing import Any, NoReturn
 from grex_mllm.errors import GrexError, fault
 
 MAX_PICKLE_BYTES = 1 << 30  # the largest published one has 150 MB
+BROKEN_PICKLE = (pickle.UnpicklingError, EOFError, ValueError, TypeError, KeyError, IndexError, AttributeError, OverflowError, MemoryError)
 
 
 class _PlainUnpickler(pickle.Unpickler):
@@ -39,17 +40,7 @@ def load_plain_pickle(path: str | Path) -> Any:
             return _load(path, "latin-1")
     except GrexError as error:
         raise fault(f"{path} is not plain data: {error}", "lists, dicts, strings and numbers", "fetch the published file again") from None
-    except (
-        pickle.UnpicklingError,
-        EOFError,
-        ValueError,
-        TypeError,
-        AttributeError,
-        IndexError,
-        KeyError,
-        OverflowError,
-        MemoryError,
-    ) as error:
+    except BROKEN_PICKLE as error:
         raise fault(f"{path} is no readable pickle ({error})", "a pickle as published", "fetch the file again") from None
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -11,8 +12,7 @@ from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 
-import grex_mllm
-from grex_mllm.data.coco import check_image_files, convert_refs, count_records, describe_file, load_instances, load_refs
+from grex_mllm.data.coco import check_image_files, convert_refs, describe_file, load_instances, load_refs
 from grex_mllm.data.writing import DatasetWriter
 from grex_mllm.errors import GrexError
 
@@ -48,22 +48,16 @@ def convert(options: argparse.Namespace, program: str) -> dict[str, Any]:
         check_image_files(result.images, options.images)
         writer.add_images(result.images)
         writer.add_expressions(result.expressions)
-        info = {
-            "name": options.name,
-            "tool": program,
-            "tool_version": grex_mllm.__version__,
-            "sources": [describe_file(options.refs), describe_file(options.instances)],
-            "licence": options.licence,
-            "image_root": str(options.images.resolve()),
-            "num_images": len(result.images),
-            "num_instances": sum(len(record.instances) for record in result.images),
-            "num_crowd_regions": sum(instance.iscrowd for record in result.images for instance in record.instances),
-            "num_expressions": len(result.expressions),
-            "counts": count_records(result.expressions),
-            "skipped": dict(result.skipped),
-        }
-        writer.set_info(info)
-    return info
+        return writer.set_info(
+            {
+                "name": options.name,
+                "tool": program,
+                "sources": [describe_file(options.refs), describe_file(options.instances)],
+                "licence": options.licence,
+                "image_root": str(options.images.resolve()),
+                "skipped": dict(result.skipped),
+            }
+        )
 
 
 def show(info: dict[str, Any], out: Path) -> None:
@@ -87,10 +81,15 @@ def show(info: dict[str, Any], out: Path) -> None:
 
 
 def run(parser: argparse.ArgumentParser, program: str, arguments: list[str] | None = None) -> int:
-    """Run the program; a fault of the user's files is one line and status 2."""
+    """Run a program that converts refs."""
     options = parser.parse_args(arguments)
+    return status_of(program, lambda: show(convert(options, program), options.out))
+
+
+def status_of(program: str, work: Callable[[], object]) -> int:
+    """Do a program's work and return its exit status; a fault of the user's files is one line and status 2."""
     try:
-        show(convert(options, program), options.out)
+        work()
     except GrexError as error:
         print(f"{program}: {error}", file=sys.stderr)
         return 2

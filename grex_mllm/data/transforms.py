@@ -131,12 +131,12 @@ def values_to_original(values: Tensor, geometry: Geometry, input_size: tuple[int
     return values[..., low] * (1 - weight) + values[..., high] * weight
 
 
-def mask_to_original(values: Tensor, geometry: Geometry, input_size: tuple[int, int] | None = None, threshold: float = 0.0) -> Tensor:
-    """Return bool [..., H0, W0]: True where the resampled values exceed the threshold (0 for logits, 0.5 for probabilities).
+def mask_to_original(values: Tensor, geometry: Geometry, input_size: tuple[int, int] | None = None) -> Tensor:
+    """Return bool [..., H0, W0]: True where the resampled logits exceed 0.
 
     For two-channel logits pass target minus background: upsampling is linear, so this is the argmax. Sizes as in `values_to_original`.
     """
-    return values_to_original(values, geometry, input_size) > threshold
+    return values_to_original(values, geometry, input_size) > 0
 
 
 def boxes_to_original(boxes_norm: Tensor, geometry: Geometry, input_size: tuple[int, int] | None = None) -> Tensor:

@@ -5,11 +5,13 @@ from __future__ import annotations
 import json
 import os
 import shutil
+from collections import Counter
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from types import TracebackType
 from typing import Any
 
+from grex_mllm import __version__
 from grex_mllm.data.records import (
     EXPRESSION_FIELDS,
     EXPRESSIONS,
@@ -22,6 +24,7 @@ from grex_mllm.data.records import (
 )
 from grex_mllm.errors import fault
 from grex_mllm.types import ExpressionRecord, ImageRecord
+from grex_mllm.writing import take_place
 
 
 def image_to_json(record: ImageRecord) -> dict[str, Any]:
@@ -76,6 +79,8 @@ class DatasetWriter:
         self._images = (self.workspace / IMAGES).open("w", encoding="utf-8")
         self._expressions = (self.workspace / EXPRESSIONS).open("w", encoding="utf-8")
         self._info: dict[str, Any] | None = None
+        self._num_images = self._num_instances = self._num_crowd_regions = 0
+        self._written: list[ExpressionRecord] = []
         return self
 
     def add_images(self, records: Iterable[ImageRecord]) -> None:
@@ -88,6 +93,9 @@ class DatasetWriter:
             value = image_to_json(record)
             _refuse(f"image {record.image_id}", image_findings(value))
             self._images.write(_dump(value))
+            self._num_images += 1
+            self._num_instances += len(record.instances)
+            self._num_crowd_regions += sum(instance.iscrowd for instance in record.instances)
 
     def add_expressions(self, records: Iterable[ExpressionRecord]) -> None:
         """Append lines to expressions.jsonl.
@@ -99,10 +107,19 @@ class DatasetWriter:
             value = expression_to_json(record)
             _refuse(f"expression {record.expression_id}", expression_findings(value))
             self._expressions.write(_dump(value))
+            self._written.append(record)
 
-    def set_info(self, info: dict[str, Any]) -> None:
-        """Set the content of dataset.json: at least name and image_root."""
-        self._info = info
+    def set_info(self, info: dict[str, Any]) -> dict[str, Any]:
+        """Set dataset.json, at least name and image_root, when all is added; return it with our version and the counts of all."""
+        self._info = info | {
+            "tool_version": __version__,
+            "num_images": self._num_images,
+            "num_instances": self._num_instances,
+            "num_crowd_regions": self._num_crowd_regions,
+            "num_expressions": len(self._written),
+            "counts": count_records(self._written),
+        }
+        return self._info
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
         self._images.close()
@@ -112,9 +129,15 @@ class DatasetWriter:
             return
         assert self._info is not None, "set_info was not called"
         (self.workspace / INFO).write_text(json.dumps(self._info, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-        if self.folder.exists():
-            shutil.rmtree(self.folder)
-        os.replace(self.workspace, self.folder)
+        take_place(self.workspace, self.folder)
+
+
+def count_records(expressions: Iterable[ExpressionRecord]) -> dict[str, Any]:
+    """Return the numbers of expressions, images and refs by split, and of expressions by number of targets."""
+    splits: dict[str, list[ExpressionRecord]] = {}
+    for record in expressions:
+        splits.setdefault(record.split, []).append(record)
+    return {split: _count(records) for split, records in splits.items()}
 
 
 def _refuse(name: str, findings: Iterator[Finding]) -> None:
@@ -124,3 +147,13 @@ def _refuse(name: str, findings: Iterator[Finding]) -> None:
 
 def _dump(value: dict[str, Any]) -> str:
     return json.dumps(value, ensure_ascii=False, allow_nan=False) + "\n"
+
+
+def _count(records: list[ExpressionRecord]) -> dict[str, Any]:
+    by_number = Counter(len(record.targets) for record in records)
+    return {
+        "expressions": len(records),
+        "images": len({record.image_id for record in records}),
+        "refs": len({(record.image_id, record.ref_id) for record in records}),
+        "by_num_targets": {str(number): by_number[number] for number in sorted(by_number)},
+    }

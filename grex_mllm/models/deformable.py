@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from grex_mllm.config import PixelDecoderConfig
 from grex_mllm.errors import fault
-from grex_mllm.models.pixel_decoder import NUM_LEVELS, num_groups, upsample_to
+from grex_mllm.models.feature_pyramid import NUM_LEVELS, num_groups, upsample_to
 from grex_mllm.models.positions import sine_positions
 from grex_mllm.ops.deform_attn import Shapes, deformable_attention
 from grex_mllm.ops.feedforward import feedforward
@@ -19,6 +19,17 @@ from grex_mllm.ops.softmax import softmax_of_few
 from grex_mllm.types import PixelFeatures
 
 GROUPS = 32
+
+
+class SamplingOffsets(nn.Linear):
+    """A linear layer with numbers x, y, x, y, ... that returns all x, then all y.
+
+    Neighbouring numbers then meet neighbouring numbers in all that follows. The weights are reordered, which are fewer than the numbers.
+    """
+
+    def forward(self, query: Tensor) -> Tensor:
+        """query: float [..., C] -> [..., 2 * n]."""
+        return F.linear(query, *(p.unflatten(0, (-1, 2)).transpose(0, 1).flatten(0, 1) for p in (self.weight, self.bias)))
 
 
 class DeformableAttention(nn.Module):
@@ -29,7 +40,7 @@ class DeformableAttention(nn.Module):
         if width % num_heads:
             raise fault(f"pixel decoder width {width} with {num_heads} heads", "heads that divide the width", "fix model.pixel_decoder")
         self.num_heads, self.num_points = num_heads, num_points
-        self.sampling_offsets = nn.Linear(width, num_heads * NUM_LEVELS * num_points * 2)
+        self.sampling_offsets = SamplingOffsets(width, num_heads * NUM_LEVELS * num_points * 2)
         self.attention_weights = nn.Linear(width, num_heads * NUM_LEVELS * num_points)
         self.value_proj = nn.Linear(width, width)
         self.output_proj = nn.Linear(width, width)
@@ -60,10 +71,8 @@ class DeformableAttention(nn.Module):
         batch, total, _ = query.shape
         value = self.value_proj(source).view(batch, total, self.num_heads, -1)
         grid = (batch, total, self.num_heads, NUM_LEVELS, self.num_points)
-        # all x, then all y: neighbouring numbers then meet neighbouring numbers everywhere below
-        offsets = F.linear(query, *(p.unflatten(0, (-1, 2)).transpose(0, 1).flatten(0, 1) for p in self.sampling_offsets.parameters()))
         places = centres[:, :, None, :, None].expand(-1, -1, self.num_heads, -1, self.num_points).flatten(1)
-        points = (offsets + places).view(batch, total, 2, *grid[2:])
+        points = (self.sampling_offsets(query) + places).view(batch, total, 2, *grid[2:])
         weights = softmax_of_few(self.attention_weights(query).view(batch, total, self.num_heads, -1)).view(grid)
         # flat rows are a tensor of their own, to which the caller may add in place
         return self.output_proj(deformable_attention(value, shapes, points, weights).flatten(0, 1))

@@ -49,11 +49,6 @@ def box_iou(first_xyxy: Array, second_xyxy: Array) -> Array:
     return intersection / _at_least(union, SMALLEST_AREA)
 
 
-def generalized_box_iou(first_xyxy: Array, second_xyxy: Array) -> Array:
-    """Return the generalized IoU [N, M] in [-1, 1] of every pair of xyxy boxes [N, 4], [M, 4]. See `generalized_iou`."""
-    return generalized_iou(first_xyxy[:, None], second_xyxy[None])
-
-
 def generalized_iou(first_xyxy: Array, second_xyxy: Array) -> Array:
     """Return the generalized IoU [...] in [-1, 1] of xyxy boxes [..., 4] that are broadcast against each other.
 

@@ -1,4 +1,4 @@
-"""Hungarian matching of predicted boxes (and masks) with any number of targets, many small problems at once.
+"""Hungarian matching of predicted boxes with any number of targets, many small problems at once.
 
 The assignment of DETR (Carion et al. 2020, section 3.1): the cheapest one-to-one pairing of targets with queries. The papers of ReLA and
 GREx say "L1 and generalized IoU loss" for boxes and leave the pairing open; this is ours, chosen because a set of boxes has no order to
@@ -13,7 +13,6 @@ from typing import TYPE_CHECKING
 import torch
 from scipy.optimize import linear_sum_assignment
 from torch import Tensor
-from torch.nn.functional import softplus
 
 from grex_mllm.ops.boxes import cxcywh_to_xyxy, generalized_iou
 
@@ -30,8 +29,6 @@ class MatchCost:
     score: float = 1.0
     box_l1: float = 5.0
     box_giou: float = 2.0
-    mask: float = 0.0
-    dice: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -68,8 +65,6 @@ def match(
     gt_boxes_norm: Sequence[Tensor],
     *,
     logits: Tensor | None = None,
-    mask_logits: Tensor | None = None,
-    gt_masks: Sequence[Tensor] | None = None,
     cost: MatchCost | None = None,
 ) -> Matches:
     """Pair every target of every problem with its own query at the least total cost.
@@ -81,7 +76,6 @@ def match(
     Args:
         boxes_norm: float [E, Q, 4] cxcywh.  gt_boxes_norm: E tensors float [n_e, 4], n_e >= 0.
         logits: float [E, Q], score of each query (the cost is minus its sigmoid).
-        mask_logits: float [E, Q, h, w] with gt_masks: E tensors [n_e, h, w], for the mask (binary cross-entropy) and dice terms.
     """
     cost = cost or MatchCost()
     sizes = tuple(int(gt.shape[0]) for gt in gt_boxes_norm)
@@ -91,7 +85,7 @@ def match(
     if most == 0:
         empty = torch.zeros(0, dtype=torch.int64, device=boxes_norm.device)
         return Matches(empty, empty, empty, sizes)
-    total = pairing_cost(boxes_norm, gt_boxes_norm, logits=logits, mask_logits=mask_logits, gt_masks=gt_masks, cost=cost)
+    total = pairing_cost(boxes_norm, gt_boxes_norm, logits, cost)
     host = total.clamp(-WORST_COST, WORST_COST).nan_to_num(nan=WORST_COST).cpu().numpy()
     problems: list[int] = []
     queries: list[int] = []
@@ -106,18 +100,10 @@ def match(
     return Matches(pairs[0], pairs[1], pairs[2], sizes)
 
 
-def pairing_cost(
-    boxes_norm: Tensor,
-    gt_boxes_norm: Sequence[Tensor],
-    *,
-    logits: Tensor | None,
-    mask_logits: Tensor | None,
-    gt_masks: Sequence[Tensor] | None,
-    cost: MatchCost,
-) -> Tensor:
+def pairing_cost(boxes_norm: Tensor, gt_boxes_norm: Sequence[Tensor], logits: Tensor | None, cost: MatchCost) -> Tensor:
     """Compute float32 [E, Q, N] costs, N the most targets of any problem; columns past a problem's own targets mean nothing."""
     boxes = boxes_norm.float()
-    gt = _pad(gt_boxes_norm).to(boxes)
+    gt = torch.nn.utils.rnn.pad_sequence(list(gt_boxes_norm), batch_first=True).to(boxes)
     total = boxes.new_zeros(boxes.shape[0], boxes.shape[1], gt.shape[1])
     if cost.score and logits is not None:
         total = total - cost.score * logits.float().sigmoid()[:, :, None]
@@ -125,20 +111,4 @@ def pairing_cost(
         total = total + cost.box_l1 * (boxes[:, :, None] - gt[:, None]).abs().sum(-1)
     if cost.box_giou:
         total = total - cost.box_giou * generalized_iou(cxcywh_to_xyxy(boxes)[:, :, None], cxcywh_to_xyxy(gt)[:, None])
-    if (cost.mask or cost.dice) and mask_logits is not None and gt_masks is not None:
-        total = total + _mask_cost(mask_logits.float().flatten(2), _pad(gt_masks).to(boxes).flatten(2), cost)
     return total
-
-
-def _mask_cost(logits: Tensor, gt: Tensor, cost: MatchCost) -> Tensor:
-    """logits [E, Q, P] against gt [E, N, P] -> [E, Q, N], with matrix products in place of a [E, Q, N, P] tensor."""
-    prob = logits.sigmoid()
-    # binary cross-entropy with logits is softplus(x) - x * y
-    cross_entropy = softplus(logits).mean(-1)[:, :, None] - logits @ gt.transpose(1, 2) / logits.shape[-1]
-    overlap = 2 * prob @ gt.transpose(1, 2)
-    dice = 1 - (overlap + 1) / (prob.sum(-1)[:, :, None] + gt.sum(-1)[:, None] + 1)
-    return cost.mask * cross_entropy + cost.dice * dice
-
-
-def _pad(tensors: Sequence[Tensor]) -> Tensor:
-    return torch.nn.utils.rnn.pad_sequence(list(tensors), batch_first=True)

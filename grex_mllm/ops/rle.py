@@ -15,7 +15,6 @@ from grex_mllm.ops.masks import check_size, decode_rle, encode_rle, resize_mask_
 
 Rle = dict[str, Any]
 MAX_CHARACTERS_PER_RUN = 7  # 35 bits: far beyond the largest mask
-FEW_CHARACTERS = 24  # below this a plain loop is faster than array operations
 
 
 def check_rle(rle: Any, height: int | None = None, width: int | None = None) -> Rle:

@@ -9,6 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from grex_mllm.compat import foreach
+
 
 class WeightAverage:
     """Keep an exponential moving average of the trainable parameters of a model (Polyak averaging).
@@ -29,7 +31,7 @@ class WeightAverage:
         self.num_updates += 1
         decay = min(self.decay, (1 + self.num_updates) / (10 + self.num_updates))
         live = [parameter.detach() for _, parameter in _averaged(model)]
-        torch._foreach_lerp_(list(self.shadow.values()), live, 1 - decay)
+        foreach("lerp_")(list(self.shadow.values()), live, 1 - decay)
 
     @contextmanager
     def swap(self, model: nn.Module) -> Iterator[None]:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import random
 from collections.abc import Callable, Iterator
 from dataclasses import fields, is_dataclass, replace
-from functools import lru_cache
 from typing import Any, Protocol
 
 import numpy as np
@@ -51,17 +50,6 @@ class BatchStream:
     def at(self, index: int) -> Batch:
         """Make batch number `index`."""
         return self.make(self.positions(index))
-
-
-def epoch_index(position: int, length: int, seed: int) -> int:
-    """Map a position 0, 1, 2, ... to a dataset index: every epoch is another permutation drawn from (seed, epoch)."""
-    epoch, place = divmod(position, length)
-    return int(_permutation(length, mix(seed, ORDER_STREAM, epoch))[place])
-
-
-@lru_cache(maxsize=8)
-def _permutation(length: int, seed: int) -> np.ndarray:
-    return np.random.Generator(np.random.PCG64(seed)).permutation(length)
 
 
 def mix(*numbers: int) -> int:

@@ -23,8 +23,10 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from grex_mllm.compat import deepspeed_state_classes, non_persistent_buffers
 from grex_mllm.errors import fault
 from grex_mllm.training.engine import is_deepspeed, zero_stage
+from grex_mllm.writing import flush, flush_entry, take_place, whole_entries
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -98,7 +100,7 @@ def save(state: RunState, out: str | Path, step: int, keep: int) -> Path:
     accelerator.wait_for_everyone()
     if accelerator.is_main_process:
         _seal(state, building, step)
-        _swap_in(building, target)
+        take_place(building, target)
         prune(root, keep)
     accelerator.wait_for_everyone()
     return target
@@ -137,14 +139,8 @@ def restore(state: RunState, folder: Path) -> int:
 
 def publish(save_model: Callable[[Path], object], out: str | Path) -> None:
     """Let `save_model` write the finished model, then move its files into the run folder, each of them whole."""
-    building = Path(out) / ".model"
-    shutil.rmtree(building, ignore_errors=True)
-    building.mkdir(parents=True)
-    save_model(building)
-    _flush(building)
-    for item in sorted(building.iterdir()):
-        _swap_in(item, Path(out) / item.name)
-    building.rmdir()
+    with whole_entries(out) as building:
+        save_model(building)
 
 
 def weights(model: nn.Module, trainable: bool) -> dict[str, Tensor]:
@@ -152,8 +148,9 @@ def weights(model: nn.Module, trainable: bool) -> dict[str, Tensor]:
     chosen = {name: p.detach() for name, p in model.named_parameters() if p.requires_grad == trainable}
     if trainable:
         for prefix, module in model.named_modules():
+            left_out = non_persistent_buffers(module)
             for local, buffer in module.named_buffers(recurse=False):
-                if local not in module._non_persistent_buffers_set:
+                if local not in left_out:
                     chosen[f"{prefix}.{local}" if prefix else local] = buffer
     return chosen
 
@@ -246,15 +243,11 @@ def prune(root: Path, keep: int) -> None:
 @contextmanager
 def deepspeed_unpickles_tensors_only() -> Iterator[None]:
     """Let DeepSpeed's own torch.load, which asks for unrestricted unpickling, accept tensors, numbers and four harmless classes only."""
-    from deepspeed.runtime.fp16.loss_scaler import DynamicLossScaler, LossScaler
-    from deepspeed.runtime.zero.config import ZeroStageEnum
-    from deepspeed.utils.tensor_fragment import fragment_address
-
     name = "TORCH_FORCE_WEIGHTS_ONLY_LOAD"
     before = os.environ.get(name)
     os.environ[name] = "1"
     try:
-        with torch.serialization.safe_globals([LossScaler, DynamicLossScaler, ZeroStageEnum, fragment_address]):
+        with torch.serialization.safe_globals(deepspeed_state_classes()):
             yield
     finally:
         if before is None:
@@ -276,8 +269,8 @@ def _write_shared(state: RunState, root: Path, building: Path) -> None:
         if frozen and latest(root.parent) is None:
             unfinished = root / f".building_{FROZEN}"
             save_file({name: tensor.contiguous() for name, tensor in frozen.items()}, unfinished)
-            _flush(unfinished)
-            os.replace(unfinished, root / FROZEN)
+            flush(unfinished)
+            take_place(unfinished, root / FROZEN)
     shared = {
         "schedule": state.schedule.state_dict(),
         "average": state.average.state_dict() if state.average is not None else None,
@@ -301,39 +294,10 @@ def _seal(state: RunState, building: Path, step: int) -> None:
         "config": state.config,
         "files": {file.relative_to(building).as_posix(): file.stat().st_size for file in sorted(building.rglob("*")) if file.is_file()},
     }
-    _flush(building)
+    flush(building)
     (building / MARKER).write_text(json.dumps(marker, indent=1), encoding="utf-8")
-    _flush(building / MARKER)
-    _flush_entry(building)
-
-
-def _swap_in(source: Path, target: Path) -> None:
-    """Rename source to target; a folder that is in the way is moved aside first, since folders cannot be overwritten."""
-    if target.is_dir():
-        aside = target.parent / f".old_{target.name}"
-        shutil.rmtree(aside, ignore_errors=True)
-        os.rename(target, aside)
-        os.rename(source, target)
-        shutil.rmtree(aside, ignore_errors=True)
-    else:
-        os.replace(source, target)
-    _flush_entry(target.parent)
-
-
-def _flush(path: Path) -> None:
-    """Write a file, or every file and folder below a folder, through to the disk."""
-    for item in [path, *path.rglob("*")] if path.is_dir() else [path]:
-        _flush_entry(item)
-
-
-def _flush_entry(path: Path, windows: bool = os.name == "nt") -> None:
-    if windows and path.is_dir():
-        return  # Windows opens no folders
-    handle = os.open(path, os.O_RDWR if windows else os.O_RDONLY)  # and flushes only what may be written to
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
+    flush_entry(building / MARKER)
+    flush_entry(building)
 
 
 def _load(path: Path) -> Any:

@@ -16,6 +16,7 @@ import torch
 from torch import nn
 from torch.optim import Optimizer
 
+from grex_mllm.compat import forget_accelerator, leave_out_shm_comm
 from grex_mllm.config import TrainConfig
 from grex_mllm.errors import fault
 from grex_mllm.precision import DTYPES, Resolved, resolve_precision
@@ -38,12 +39,9 @@ def start_accelerator(config: TrainConfig, batch_images: int) -> Accelerator:
     plugin = _deepspeed_plugin(config, batch_images, on_cpu=on_cpu) if config.deepspeed else None
 
     from accelerate import Accelerator
-    from accelerate.state import AcceleratorState, GradientState
     from accelerate.utils import InitProcessGroupKwargs
 
-    # private, but the only way to another precision within one process (a second training run, tests); process groups stay
-    AcceleratorState._reset_state(reset_partial_state="RANK" not in os.environ)
-    GradientState._reset_state()
+    forget_accelerator(processes="RANK" not in os.environ)  # a second run of one process may have another precision; process groups stay
     if config.num_threads:
         torch.set_num_threads(config.num_threads)
     handlers: list[Any] = []
@@ -232,10 +230,7 @@ def _deepspeed_plugin(config: TrainConfig, batch_images: int, on_cpu: bool) -> A
     for name, text in _lone_process().items():
         os.environ.setdefault(name, text)
     if on_cpu:
-        import deepspeed.ops
-
-        # A compiled all-reduce over shared memory takes a minute and a compiler; gloo does without. Private name of deepspeed 0.19.
-        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+        leave_out_shm_comm()
     from accelerate.utils import DeepSpeedPlugin
 
     return DeepSpeedPlugin(hf_ds_config=values, zero3_init_flag=False)

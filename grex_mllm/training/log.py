@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from grex_mllm.types import Batch
+from grex_mllm.writing import whole_file
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -181,9 +182,8 @@ def cut_log(file: Path, last_step: int) -> None:
                 kept.append(line)
         except (ValueError, KeyError, TypeError):
             break
-    whole = file.with_name(f".{file.name}")
-    whole.write_text("".join(f"{line}\n" for line in kept), encoding="utf-8")
-    os.replace(whole, file)
+    with whole_file(file) as work:
+        work.write_text("".join(f"{line}\n" for line in kept), encoding="utf-8")
 
 
 def peak_memory(device: torch.device) -> int:

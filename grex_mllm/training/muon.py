@@ -13,6 +13,8 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
+from grex_mllm.compat import foreach
+
 COEFFICIENTS, NEWTON_SCHULZ_STEPS, EPS = (3.4445, -4.775, 2.0315), 5, 1e-7  # torch.optim.Muon's
 LONG = 1.5  # columns over rows from which the products of rows pay
 
@@ -47,9 +49,9 @@ class BatchedMuon(Optimizer):
                 if not self.state[param]:
                     self.state[param]["momentum_buffer"] = torch.zeros_like(grad)
             buffers: list[Tensor] = [self.state[param]["momentum_buffer"] for param in params]
-            torch._foreach_lerp_(buffers, grads, 1 - group["momentum"])
-            updates = torch._foreach_lerp(grads, buffers, group["momentum"]) if group["nesterov"] else buffers
-            torch._foreach_mul_(params, 1 - group["lr"] * group["weight_decay"])
+            foreach("lerp_")(buffers, grads, 1 - group["momentum"])
+            updates = foreach("lerp")(grads, buffers, group["momentum"]) if group["nesterov"] else buffers
+            foreach("mul_")(params, 1 - group["lr"] * group["weight_decay"])
             matrices = [update.flatten(1) for update in updates]
             by_shape: dict[tuple[int, int], list[int]] = {}
             for i, matrix in enumerate(matrices):

@@ -101,24 +101,15 @@ def released_decays(model: nn.Module, config: OptimConfig) -> Iterator[tuple[str
     encoder, layers 0 to 9 with full decay; embeddings and layers 10, 11 are not optimised (they still receive gradients: clear them with
     `model.zero_grad`). The article says the reverse, that all but the last two layers are frozen; `train.optim.text` chooses.
     """
-    kinds = _kinds(model)
-    for name, parameter in model.named_parameters():
-        if not parameter.requires_grad or not _text_trained(name, config):
-            continue
-        if TEXT.search(name):
-            yield name, config.weight_decay
-            continue
-        table = kinds[name] is nn.Embedding or name.endswith(BIAS_TABLE)
-        yield name, 0.0 if table or kinds[name] in NORMS else config.weight_decay
+    for name, kind, _ in _trained(model, config):
+        plain = kind is nn.Embedding or name.endswith(BIAS_TABLE) or kind in NORMS
+        yield name, 0.0 if plain and not TEXT.search(name) else config.weight_decay
 
 
 def default_decays(model: nn.Module, config: OptimConfig) -> Iterator[tuple[str, float]]:
     """Yield (name, weight decay): matrices and convolution kernels are decayed; norms, biases, embeddings and tables are not."""
-    kinds = _kinds(model)
-    for name, parameter in model.named_parameters():
-        if not parameter.requires_grad or not _text_trained(name, config):
-            continue
-        plain = parameter.ndim < 2 or kinds[name] in NORMS or kinds[name] is nn.Embedding or name.endswith(BIAS_TABLE)
+    for name, kind, parameter in _trained(model, config):
+        plain = parameter.ndim < 2 or kind in NORMS or kind is nn.Embedding or name.endswith(BIAS_TABLE)
         yield name, 0.0 if plain or "embed" in name.rsplit(".", 1)[-1] else config.weight_decay
 
 
@@ -173,6 +164,14 @@ def optimized_parameters(optimizer: Optimizer) -> list[Tensor]:
 def clip_gradients(parameters: Iterable[Tensor], max_norm: float) -> Tensor:
     """Scale the gradients to a global L2 norm of at most max_norm (0 leaves them) and return the norm before, a scalar tensor."""
     return nn.utils.clip_grad_norm_(parameters, max_norm if max_norm > 0 else math.inf)
+
+
+def _trained(model: nn.Module, config: OptimConfig) -> Iterator[tuple[str, type[nn.Module], nn.Parameter]]:
+    """Yield (name, class as in `_kinds`, parameter) of all that is optimised."""
+    kinds = _kinds(model)
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad and _text_trained(name, config):
+            yield name, kinds[name], parameter
 
 
 def _kinds(model: nn.Module) -> dict[str, type[nn.Module]]:

@@ -6,14 +6,11 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from grex_mllm import __version__
-from grex_mllm.data.coco import count_records
 from grex_mllm.data.records import read_info
 from grex_mllm.data.synthetic.dataset import SyntheticDataset
 from grex_mllm.data.synthetic.settings import SyntheticConfig
 from grex_mllm.data.writing import DatasetWriter
 from grex_mllm.errors import fault
-from grex_mllm.types import ExpressionRecord
 
 TOOL = "grex_mllm.data.synthetic.export"  # in dataset.json: the expressions are of this grammar and can be judged by it
 NUM_SCENES, EXPRESSIONS_PER_SCENE = 250, 8  # of a test split
@@ -67,8 +64,6 @@ def export(
     from pycocotools import mask as coco_mask
 
     dataset = SyntheticDataset(config, split, length, expressions_per_image)
-    expressions: list[ExpressionRecord] = []
-    num_instances = 0
     with DatasetWriter(folder, overwrite) as writer:
         (writer.workspace / "images").mkdir()
         for index in range(length):
@@ -81,22 +76,14 @@ def export(
             Image.fromarray(sample.image).save(writer.workspace / sample.record.file, optimize=False, compress_level=6)
             writer.add_images([sample.record])
             writer.add_expressions(sample.expressions)
-            expressions.extend(sample.expressions)
-            num_instances += len(sample.record.instances)
-        info = {
-            "name": f"synthetic-{split}",
-            "tool": TOOL,
-            "tool_version": __version__,
-            "sources": [],
-            "licence": "MIT (drawn by grex-mllm)",
-            "image_root": ".",
-            "num_images": length,
-            "num_instances": num_instances,
-            "num_crowd_regions": 0,
-            "num_expressions": len(expressions),
-            "counts": count_records(expressions),
-            "skipped": {},
-            "generator": settings_of(config, split, length, expressions_per_image),
-        }
-        writer.set_info(info)
-    return info
+        return writer.set_info(
+            {
+                "name": f"synthetic-{split}",
+                "tool": TOOL,
+                "sources": [],
+                "licence": "MIT (drawn by grex-mllm)",
+                "image_root": ".",
+                "skipped": {},
+                "generator": settings_of(config, split, length, expressions_per_image),
+            }
+        )

@@ -1,0 +1,130 @@
+"""Private interfaces of libraries, each with the reason why the public ones do not do and the versions that it was checked with."""
+
+from __future__ import annotations
+
+import re
+import warnings
+from collections.abc import Callable, Collection
+from functools import cache
+from importlib import import_module
+from importlib.metadata import version
+from types import MethodType
+from typing import TYPE_CHECKING, Any
+
+from grex_mllm.errors import fault
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
+
+# package -> (first version checked, first one no longer checked)
+CHECKED = {"accelerate": ("1.15", "1.16"), "deepspeed": ("0.19.8", "0.20"), "numpy": ("2.0", "2.5"), "peft": ("0.21", "0.22")}
+CHECKED["torch"] = ("2.8", "2.14")
+
+
+@cache
+def check_version(package: str) -> None:
+    """Warn, once a process, where a package has another version than those that its private interfaces were checked with."""
+    found, (first, beyond) = version(package), CHECKED[package]
+    if not _numbers(first) <= _numbers(found) < _numbers(beyond):
+        warnings.warn(
+            f"{package} {found} is installed; its private interfaces were checked with versions from {first} to below {beyond}; "
+            f"if something fails, pip install '{package}>={first},<{beyond}'",
+            stacklevel=2,
+        )
+
+
+def private(package: str, owner: Any, name: str) -> Any:
+    """Return a private attribute. owner: an object of the package, or the dotted name of a module.
+
+    Raises:
+        GrexError: this version of the package does not have it.
+    """
+    check_version(package)
+    try:
+        return getattr(import_module(owner) if isinstance(owner, str) else owner, name)
+    except (AttributeError, ImportError):
+        place = owner if isinstance(owner, str) else getattr(owner, "__name__", type(owner).__name__)
+        first, beyond = CHECKED[package]
+        raise fault(
+            f"{package} {version(package)} has no {place}.{name}",
+            f"a version from {first} to below {beyond}, which has",
+            f"pip install '{package}>={first},<{beyond}'",
+        ) from None
+
+
+def foreach(operation: str) -> Callable[..., Any]:
+    """Return torch's operation ("lerp_", "mul_", ...) over lists of tensors; its optimisers run it inside, and nothing public does.
+
+    A loop in Python takes several times as long where tensors are small.
+    """
+    function: Callable[..., Any] = private("torch", "torch", f"_foreach_{operation}")
+    return function
+
+
+def non_persistent_buffers(module: nn.Module) -> Collection[str]:
+    """Name the buffers of a module itself that its state dict leaves out; torch has no public question for it."""
+    names: Collection[str] = private("torch", module, "_non_persistent_buffers_set")
+    return names
+
+
+def array_builders() -> dict[str, Any]:
+    """Return what pickles call to rebuild arrays, dotted name in numpy 1 or 2 -> function; numpy promises only to read its pickles."""
+    found: dict[str, Any] = {}
+    for module, name in (("multiarray", "_reconstruct"), ("multiarray", "scalar"), ("numeric", "_frombuffer")):
+        function = private("numpy", f"numpy._core.{module}", name)
+        found |= {f"{package}.{module}.{name}": function for package in ("numpy.core", "numpy._core")}
+    return found
+
+
+def forget_accelerator(processes: bool) -> None:
+    """Forget Accelerate's settings, so that the next Accelerator of this process may have another precision; processes: forget them, too.
+
+    The public `Accelerator.free_memory` keeps the settings, and `AcceleratorState.destroy_process_group` ends the process group.
+    """
+    private("accelerate", private("accelerate", "accelerate.state", "AcceleratorState"), "_reset_state")(reset_partial_state=processes)
+    private("accelerate", private("accelerate", "accelerate.state", "GradientState"), "_reset_state")()
+
+
+def leave_out_shm_comm() -> None:
+    """Keep DeepSpeed from compiling its all-reduce over shared memory: that takes a minute and a compiler; gloo does without.
+
+    DS_BUILD_SHM_COMM=0, the public switch, is read when DeepSpeed is installed, and not when it compiles at run time.
+    """
+    private("deepspeed", "deepspeed.ops", "__compatible_ops__")["deepspeed_shm_comm"] = False
+
+
+def deepspeed_state_classes() -> list[Any]:
+    """Return the classes whose objects DeepSpeed pickles into its checkpoints; it has no list of them, and they are no public names."""
+    runtime = "deepspeed.runtime"
+    places = [(f"{runtime}.fp16.loss_scaler", "LossScaler"), (f"{runtime}.fp16.loss_scaler", "DynamicLossScaler")]
+    places += [(f"{runtime}.zero.config", "ZeroStageEnum"), ("deepspeed.utils.tensor_fragment", "fragment_address")]
+    return [private("deepspeed", module, name) for module, name in places]
+
+
+def fold_adapters(adapted: nn.Module) -> None:
+    """Let every adapted layer compute x (W + s B A)' instead of x W' + s (x A') B': the same function and gradients, in one product.
+
+    A third less time where weights are small next to the batch, as in a tiny LM; in a large one the sum would cost more than it saves.
+    peft can merge adapters into the weights, but then they get no gradients.
+    """
+    kind = private("peft", "peft.tuners.lora", "Linear")
+    for module in adapted.modules():
+        if isinstance(module, kind):
+            module.forward = MethodType(_folded, module)
+
+
+def _folded(layer: Any, x: Tensor, *_: Any, **__: Any) -> Tensor:
+    import torch.nn.functional as F
+
+    if layer.disable_adapters:
+        return layer.base_layer(x)
+    weight = layer.base_layer.weight
+    for name in layer.active_adapters:
+        weight = weight + layer.scaling[name] * (layer.lora_B[name].weight @ layer.lora_A[name].weight)
+    return F.linear(x, weight, layer.base_layer.bias)
+
+
+def _numbers(text: str) -> tuple[int, ...]:
+    """(major, minor, patch) of a version; what is not there counts as 0."""
+    found = [int(number) for number in re.findall(r"\d+", text.split("+")[0])[:3]]
+    return (*found, 0, 0)[:3]

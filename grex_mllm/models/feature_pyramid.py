@@ -1,0 +1,61 @@
+"""A plain feature pyramid (Lin et al. 2017), and what all pixel decoders share."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from grex_mllm.config import PixelDecoderConfig
+from grex_mllm.types import PixelFeatures
+
+NUM_LEVELS = 3  # that a pixel decoder gives beside the mask features
+GROUPS = 8
+
+
+def num_groups(channels: int, wanted: int) -> int:
+    """Return the largest number of groups up to `wanted` that divides the channels."""
+    return max(g for g in range(1, wanted + 1) if channels % g == 0)
+
+
+def upsample_to(x: Tensor, like: Tensor) -> Tensor:
+    """Resize [.., C, h, w] bilinearly (align_corners False) to the height and width of `like`."""
+    return F.interpolate(x, size=like.shape[-2:], mode="bilinear", align_corners=False)
+
+
+class FeaturePyramid(nn.Module):
+    """Feature pyramid (Lin et al. 2017): 1x1 lateral, upsample and add, 3x3 with group norm; the finest map becomes the mask features.
+
+    The finest map is only `mask_width` wide, so a fine stride stays cheap.
+    """
+
+    def __init__(self, config: PixelDecoderConfig, channels: Sequence[int]) -> None:
+        super().__init__()
+        width, mask_width = config.width, config.mask_width
+        self.width, self.mask_width = width, mask_width
+        self.laterals = nn.ModuleList([nn.Conv2d(c, width, 1) for c in reversed(channels[1:])])
+        self.smooths = nn.ModuleList([_smooth(width) for _ in channels[1:]])
+        self.fine_lateral = nn.Conv2d(channels[0], mask_width, 1)
+        self.fine_down = nn.Conv2d(width, mask_width, 1)
+        self.fine_smooth = _smooth(mask_width)
+        self.mask_features = nn.Conv2d(mask_width, mask_width, 1)
+
+    def forward(self, maps: list[Tensor]) -> PixelFeatures:
+        """Return the mask features at the finest stride and three levels, coarse to fine.
+
+        maps: four float [B, C_i, h_i, w_i], fine to coarse.
+        """
+        levels: list[Tensor] = []
+        for lateral, smooth, x in zip(self.laterals, self.smooths, reversed(maps[1:]), strict=True):
+            y = lateral(x)
+            if levels:
+                y = y + upsample_to(levels[-1], y)
+            levels.append(smooth(y))
+        fine = self.fine_lateral(maps[0])
+        fine = self.fine_smooth(fine + upsample_to(self.fine_down(levels[-1]), fine))
+        return PixelFeatures(self.mask_features(fine), levels)
+
+
+def _smooth(width: int) -> nn.Module:
+    return nn.Sequential(nn.Conv2d(width, width, 3, padding=1, bias=False), nn.GroupNorm(num_groups(width, GROUPS), width), nn.ReLU())
