@@ -15,6 +15,8 @@ if TYPE_CHECKING:
     import numpy as np
     from torch import Tensor
 
+MORE_THAN_FIVE = 6  # the count class ">5"
+
 
 @dataclass
 class Instance:
