@@ -126,8 +126,8 @@ class Bootstrap:
         for start in range(0, num_draws, chunk):
             picks = rng.integers(0, len(ids), (min(chunk, num_draws - start), len(ids)))
             weights = np.stack([np.bincount(p, minlength=len(ids)) for p in picks]).astype(np.float64)
-            for name, columns in sums.items():
-                for key, (above, below) in columns.items():
+            for name, shares in sums.items():
+                for key, (above, below) in shares.items():
                     with np.errstate(divide="ignore", invalid="ignore"):
                         parts.setdefault((name, *key), []).append((weights @ above) / (weights @ below))
         self.values = {key: np.concatenate(found) for key, found in parts.items()}
@@ -223,7 +223,7 @@ def _bucket_tables(runs: list[Run], where: str) -> list[Table]:
         buckets = [b for b in ("0", "1", "2", "3+") if any(task in group.get(b, {}) for group in groups)]
         rows = [[run.name, *(column.text(column.find(group.get(b, {}).get(task))) for b in buckets)]
                 for run, group in zip(runs, groups, strict=True)]  # fmt: skip
-        tables.append(Table(f"{where}: {task} {column.name} by number of targets, strict", ["system", *buckets], rows))
+        tables.append(Table(f"{where}: {_titled(task, column)} by number of targets, strict", ["system", *buckets], rows))
     return tables
 
 
@@ -241,7 +241,7 @@ def _difference_tables(runs: list[Run], draws: Bootstrap | None, where: str) -> 
                 if ends is not None and mine is not None and other is not None:
                     beyond = ends[0] > 0 or ends[1] < 0
                     better = "better" if (mine > other) == column.higher_is_better else "worse"
-                    rows.append([f"{run.name} - {base.name}", f"{task} {column.name}", column.text(mine - other, sign="+")])
+                    rows.append([f"{run.name} - {base.name}", _titled(task, column), column.text(mine - other, sign="+")])
                     rows[-1] += [_interval(column, ends, "+").strip(), f"yes, {better}" if beyond else "no"]
     header = ["difference", "metric (strict)", "points", "95 % interval, paired", "beyond chance"]
     return [Table(f"{where}: differences", header, rows, [f"{draws.num_samples} expressions, the same draws for both"])] if rows else []
@@ -267,6 +267,10 @@ def _named(runs: list[Run]) -> list[Run]:
         if seen[run.name] > 1:
             run.name = f"{run.name} ({seen[run.name]})"
     return runs
+
+
+def _titled(task: str, column: Column) -> str:
+    return column.name if task in column.name.lower() else f"{task} {column.name}"
 
 
 def _interval(column: Column, ends: tuple[float, float] | None, sign: str = "") -> str:

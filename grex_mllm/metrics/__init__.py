@@ -3,26 +3,29 @@
     from grex_mllm.metrics import GRES, GREC, GREG, RES, REC, Count, RVOS
 
 Across processes: exchange `state()` (plain integers), then `whole.merge(GRES(...).load_state(state))`: the result is that of one process.
-GPU tensors add up on their device, without waiting for it before `compute()`. Nothing heavy is imported
-before a metric is used; only `GREG` needs Java.
+GPU tensors add up on their device, without waiting for it before `compute()`. Nothing heavy is imported before a metric is used; only
+`GREG` needs Java.
 
-For scoring: **an entry is a module with plain names**, found by its name in METRICS or by its dotted path in a protocol file
-(`tasks: {my.module: {...}}`). The scorer, the printed table, `grex compare` and the report iterate over entries; none knows a name.
+For scoring, an entry is a module with plain names, found by its name in METRICS or by its dotted path in a protocol file
+(`tasks: {my.module: {...}}`). The scorer, the printed table, `grex compare` and the report go over the entries; none knows a name.
 
-| name | what |
-|---|---|
-| `TITLE` | heading in the report |
-| `Rules` | frozen dataclass of its keys in the protocol file, each with a default; `Literal[...]` lists the choices of a value |
-| `needs(rules)` | {"strict": fields, "official": ...}: the ways of scoring that it has, and the fields that each reads. The first field decides whether predictions answer it, every other must stand in each answered line; "head" is no_target or no_target_prob; "gt_mask" leaves box-only data out |
-| `row(prediction, truth, rules, protocol)` | the numbers of one prediction as a flat dict of plain values, or None where this expression is no part of the metric. prediction: its line, None where it is missing, refused or unreadable (to be counted wrong). truth: `metrics.truth.Truth`. The rows go into `results.samples.jsonl`, in one dict for all entries: give keys a name of their own |
-| `sums(rules, protocol)` | an object with `update_rows(columns)` (of several rows: each key an array [n]; also `num_targets`), `merge`, `state`, `load_state` and `compute`, which gives its block of results.json. `metrics.sums` has two that suit most: `Means` and `IntegerSums` |
-| or `finish(rows, rules)` | the block from all rows at once, in the dataset's order, where sums cannot express it; rows stay in memory |
-| `COLUMNS` | `metrics.columns.Column`: name, key in the block, format, which end is better, how one row enters it (for intervals), where it is shown. The first is the headline |
+- `TITLE`: its heading in the report.
+- `Rules`: a frozen dataclass of its keys in the protocol file, each with a default. `Literal[...]` lists the choices of a value.
+- `needs(rules)` -> {"strict": fields, "official": fields}: its ways of scoring ("strict" alone will do) and what each reads of a line. The
+  first field decides whether predictions answer it; every other must stand in each answered line. "head" is no_target or no_target_prob;
+  "gt_mask" leaves it out where the data have boxes only.
+- `row(prediction, truth, rules, protocol)` -> the numbers of one prediction, a flat dict of plain values with the same keys every time;
+  None where the expression is no part of the metric. prediction: its line, None where it is missing, refused or unreadable (count it as
+  wrong). truth: `metrics.truth.Truth`. Rows of all entries share a dict in `results.samples.jsonl`: give keys names of their own.
+- `sums(rules, protocol)` -> an object with `update_rows(columns)`, `merge`, `state`, `load_state` and `compute`, which returns its block of
+  results.json. columns: each key of the rows as an array [n], and `num_targets`. `sums.Means` suits many, `sums.IntegerSums` most others.
+  Or `finish(rows, rules)` -> the block, from all rows at once, where sums cannot express it (CIDEr); the rows then stay in memory.
+- `COLUMNS`: `columns.Column`s, which name, print and resample the numbers of the block; the first stands for the metric.
 
-Optional: `rows(samples, rules, protocol)`, many (prediction, truth) at once where arrays are faster; `baselines(columns, rules)`, the columns
-that the dummies `always_empty` and `oracle` would give; `UNIT = "object_set"`: it scores generated texts, one line and one row for each set
-of objects, and then needs `finish` (references are pooled by `Rules.group_by`).
-"""  # fmt: skip
+Where it has them: `rows(samples, rules, protocol)`, the rows of many (prediction, truth), where arrays are faster; `LEFT_OUT`, words for
+the expressions without a row; `baselines(columns, rules)`, the columns that the dummies `always_empty` and `oracle` would give;
+`UNIT = "object_set"`: it scores generated texts, and gets one line for each set of objects, whose references are pooled by `Rules.group_by`.
+"""
 
 from __future__ import annotations
 

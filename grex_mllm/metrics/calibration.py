@@ -1,4 +1,6 @@
-"""Entry "calibration" of METRICS: how far the no-target probability can be trusted: expected calibration error, reliability bins, threshold and risk-coverage curves.
+"""Entry "calibration" of METRICS: how far the no-target probability can be trusted.
+
+Expected calibration error, reliability bins, threshold and risk-coverage curves.
 
 The probability axis is cut into NUM_BINS fine bins; counts add up exactly, so shards merge and memory is constant.
 """

@@ -19,7 +19,7 @@ class Truth:
     """name: expression id, or image and targets, for messages. targets: annotation ids; none: no target.
 
     find_image: gives the image's record, when it is needed. texts: the expression, or all references of the set of objects.
-    tasks: rules of all metrics of the protocol. find_mask: `target_mask`, or one that remembers.
+    tasks: rules of all metrics of the protocol. find_mask: (image id, targets, size) -> `target_mask`, by one that remembers.
     """
 
     name: str
@@ -28,7 +28,7 @@ class Truth:
     texts: list[str] = field(default_factory=list)
     ref_id: str = ""
     tasks: dict[str, Any] = field(default_factory=dict)
-    find_mask: Callable[[ImageRecord, list[str], Size | None], Rle | None] | None = None
+    find_mask: Callable[[str, list[str], Size | None], Rle | None] | None = None
 
     @property
     def num_targets(self) -> int:
@@ -46,7 +46,9 @@ class Truth:
 
     def mask(self, size: Size | None = None) -> Rle | None:
         """Return the union of the targets' masks at original size or at `size` = (height, width); None in box-only data."""
-        return (self.find_mask or target_mask)(self.image, self.targets, size)
+        if self.find_mask is not None:
+            return self.find_mask(self.image.image_id, self.targets, size)
+        return target_mask(self.image, self.targets, size)
 
 
 def target_instances(image: ImageRecord, targets: Iterable[str]) -> list[Instance]:

@@ -1,4 +1,4 @@
-"""Entry "rvos" of METRICS, video: region similarity J, contour accuracy F, their mean J&F (Perazzi et al., CVPR 2016, sections 3.1 and 3.2).
+"""Entry "rvos" of METRICS: region similarity J, contour accuracy F, their mean J&F (Perazzi et al., CVPR 2016, sections 3.1 and 3.2).
 
 Averaged over the frames of an expression first, then over expressions. Frames where neither side has a pixel count as right (J = F = 1).
 """

@@ -98,10 +98,10 @@ def judge_grounding(sample: Sample, record: ExpressionRecord, line: dict[str, An
     f1: float | None = None
     if "boxes_xyxy" in line:
         says_none = mask["no_target"] if mask else bool(line.get("no_target"))
-        boxes = {"boxes_xyxy": [], "box_scores": []} if says_none else {}
+        boxes: dict[str, Any] = {"boxes_xyxy": [], "box_scores": []} if says_none else {}
         f1 = detection.row(line | boxes, truth, detection.Rules(select="all"), "strict")["f1"]
     prob = float(line.get("no_target_prob") or 0.0)
-    return GroundingCase(record.image_id, record.expression_id, mask and mask["iou"], f1, abs(prob - 0.5), list(record.tags))
+    return GroundingCase(record.image_id, record.expression_id, mask["iou"] if mask else None, f1, abs(prob - 0.5), list(record.tags))
 
 
 def judge_generation(sample: Sample, key: GenerationKey, ways: dict[str, dict[str, Any]]) -> GenerationCase:

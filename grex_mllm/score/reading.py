@@ -31,7 +31,8 @@ GENERATION_KEYS = {"image_id", "targets", "ref_id", "expression", "candidates", 
 class PredictionFiles:
     """Index of one or more files. numbers, files, offsets [N]: id number, file and byte offset of each grounding line.
 
-    answered: how many "ok" grounding lines carry each field (not null; mask_rle may be), and "head": no_target or no_target_prob. statuses, unknown_keys: counts.
+    answered: how many "ok" grounding lines carry each field (not null; mask_rle may be), and "head", no_target or no_target_prob.
+    statuses, unknown_keys: counts.
     """
 
     paths: list[Path]

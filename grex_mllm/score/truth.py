@@ -70,11 +70,11 @@ class TruthFolder:
         find_image = partial(self.image, record.image_id)
         return Truth(record.expression_id, record.targets, find_image, [record.expression], record.ref_id, tasks, self.mask)
 
-    def mask(self, image: ImageRecord, targets: list[str], size: tuple[int, int] | None = None) -> Rle | None:
-        """Return `target_mask`; the last few are held."""
-        key = (image.image_id, tuple(targets), size)
+    def mask(self, image_id: str, targets: list[str], size: tuple[int, int] | None = None) -> Rle | None:
+        """Return `target_mask` of an image; the last few are held."""
+        key = (image_id, tuple(targets), size)
         if key not in self._masks:
-            self._masks[key] = target_mask(image, targets, size)
+            self._masks[key] = target_mask(self.image(image_id), targets, size)
             if len(self._masks) > MASKS_HELD:
                 self._masks.popitem(last=False)
         return self._masks[key]
