@@ -11,7 +11,7 @@ import pytest
 from score_case import HEIGHT, WIDTH, answer, generation, object_box, object_mask
 
 from grex_mllm.errors import GrexError
-from grex_mllm.metrics import METRICS, entry
+from grex_mllm.metrics import METRICS, entry, needs_of
 from grex_mllm.metrics.columns import Column, find, parts
 from grex_mllm.metrics.sums import empty_sums, stacked
 from grex_mllm.metrics.truth import Truth
@@ -65,7 +65,7 @@ def test_every_entry_has_the_plain_names() -> None:
         assert all(f.default is not None for f in fields(metric.Rules)), name
         assert hasattr(metric, "sums") or hasattr(metric, "finish"), name
         assert hasattr(metric, "finish") or not hasattr(metric, "UNIT"), name
-        needs = metric.needs(metric.Rules())
+        needs = needs_of(metric, metric.Rules())
         assert "strict" in needs and set(needs) <= {"strict", "official"} and all(needs.values()), name
         assert metric.COLUMNS and all(isinstance(column, Column) for column in metric.COLUMNS), name
         assert all(column.format in ("percent", "points", "number") for column in metric.COLUMNS), name
@@ -74,7 +74,7 @@ def test_every_entry_has_the_plain_names() -> None:
 @pytest.mark.parametrize("name", NAMES)
 def test_order_and_sharding_do_not_matter(name: str) -> None:
     samples = samples_of(name)
-    for protocol in entry(name).needs(rules_of(name)):
+    for protocol in needs_of(entry(name), rules_of(name)):
         whole = json.dumps(scored(name, protocol, samples).compute())
         if not hasattr(entry(name), "finish"):  # the scorer hands `finish` the rows in the dataset's order
             mixed = random.Random(0).sample(samples, len(samples))
@@ -89,7 +89,7 @@ def test_order_and_sharding_do_not_matter(name: str) -> None:
 @pytest.mark.parametrize("name", NAMES)
 def test_rows_are_plain_and_alike(name: str) -> None:
     metric, rules, samples = entry(name), rules_of(name), samples_of(name)
-    for protocol in metric.needs(rules):
+    for protocol in needs_of(metric, rules):
         rows = [metric.row(line, truth, rules, protocol) for line, truth in samples]
         present = [row for row in rows if row is not None]
         assert present and json.loads(json.dumps(present, allow_nan=False)) == present
@@ -101,7 +101,7 @@ def test_rows_are_plain_and_alike(name: str) -> None:
 @pytest.mark.parametrize("name", NAMES)
 def test_columns_stand_in_the_results_and_shares_give_them(name: str) -> None:
     metric, rules, samples = entry(name), rules_of(name), samples_of(name)
-    for protocol in metric.needs(rules):
+    for protocol in needs_of(metric, rules):
         block = scored(name, protocol, samples).compute()
         inner = [part for _, part in parts(block)] or [block]
         optional = {"SPICE"} | {column.key for column in metric.COLUMNS if "listener" in column.key}
@@ -120,7 +120,7 @@ def test_right_answers_beat_missing_ones_and_empty_splits_give_nothing(name: str
     right = [(answer(0, k), truth) for k, (_, truth) in enumerate(samples_of(name)[::5])]
     nothing = [(None, truth) for _, truth in right]
     column = entry(name).COLUMNS[0]
-    for protocol in entry(name).needs(rules):
+    for protocol in needs_of(entry(name), rules):
         best, none = (find(scored(name, protocol, chosen).compute(), column.key) for chosen in (right, nothing))
         assert json.loads(json.dumps(scored(name, protocol, []).compute(), allow_nan=False)).get(column.key) is None
         assert best is not None
@@ -131,7 +131,7 @@ def test_right_answers_beat_missing_ones_and_empty_splits_give_nothing(name: str
 @pytest.mark.parametrize("name", NAMES)
 def test_only_metrics_that_say_so_need_masks(name: str) -> None:
     metric, rules = entry(name), rules_of(name)
-    for protocol, needs in metric.needs(rules).items():
+    for protocol, needs in needs_of(metric, rules).items():
         rows = [metric.row(line, truth, rules, protocol) for line, truth in samples_of(name, BOX_ONLY) if truth.targets]
         assert all(row is None for row in rows) == ("gt_mask" in needs)
 

@@ -11,9 +11,9 @@ For scoring, an entry is a module with plain names, found by its name in METRICS
 
 - `TITLE`: its heading in the report.
 - `Rules`: a frozen dataclass of its keys in the protocol file, each with a default. `Literal[...]` lists the choices of a value.
-- `needs(rules)` -> {"strict": fields, "official": fields}: its ways of scoring ("strict" alone will do) and what each reads of a line. The
-  first field decides whether predictions answer it; every other must stand in each answered line. "head" is no_target or no_target_prob;
-  "gt_mask" leaves it out where the data have boxes only.
+- `NEEDS`, or `needs(rules)` where the rules decide: {"strict": fields, "official": fields}, its ways of scoring ("strict" alone will do)
+  and what each reads of a line. The first field decides whether predictions answer it; every other must stand in each answered line.
+  "head" is no_target or no_target_prob; "gt_mask" leaves it out where the data have boxes only.
 - `row(prediction, truth, rules, protocol)` -> the numbers of one prediction, a flat dict of plain values with the same keys every time;
   None where the expression is no part of the metric. prediction: its line, None where it is missing, refused or unreadable (count it as
   wrong). truth: `metrics.truth.Truth`. Rows of all entries share a dict in `results.samples.jsonl`: give keys names of their own.
@@ -24,7 +24,7 @@ For scoring, an entry is a module with plain names, found by its name in METRICS
 
 Where it has them: `rows(samples, rules, protocol)`, the rows of many (prediction, truth), where arrays are faster; `LEFT_OUT`, words for
 the expressions without a row; `baselines(columns, rules)`, the columns that the dummies `always_empty` and `oracle` would give;
-`UNIT = "object_set"`: it scores generated texts, and gets one line for each set of objects, whose references are pooled by `Rules.group_by`.
+`UNIT = "object_set"`: it scores generated texts, and gets one line for each set of objects; `Rules.group_by` pools their references.
 """
 
 from __future__ import annotations
@@ -58,7 +58,7 @@ METRICS = {  # name -> module, and the class that Python users import; in the or
     "calibration": "grex_mllm.metrics.calibration:Calibration",
 }
 _HOMES = {home.split(":")[1]: home.split(":")[0] for home in METRICS.values() if ":" in home}
-__all__ = ["GREC", "GREG", "GRES", "METRICS", "REC", "RES", "RVOS", "Calibration", "Count", "entry", "in_order"]
+__all__ = ["GREC", "GREG", "GRES", "METRICS", "REC", "RES", "RVOS", "Calibration", "Count", "entry", "in_order", "needs_of"]
 
 
 def entry(name: str, where: str = "") -> Any:
@@ -74,6 +74,12 @@ def entry(name: str, where: str = "") -> Any:
     near = difflib.get_close_matches(name, METRICS, n=1)
     hint = "put its folder on PYTHONPATH" if "." in name else f'did you mean "{near[0]}"?' if near else "fix the name"
     raise fault(f'{where}metric "{name}"', f"one of {', '.join(METRICS)}, or the dotted path of a module that can be imported", hint)
+
+
+def needs_of(metric: Any, rules: Any) -> dict[str, tuple[str, ...]]:
+    """Return the ways of scoring of an entry, and the fields that each reads."""
+    found: dict[str, tuple[str, ...]] = metric.needs(rules) if hasattr(metric, "needs") else metric.NEEDS
+    return found
 
 
 def in_order(names: Iterable[str]) -> list[str]:

@@ -22,17 +22,13 @@ NUM_BINS = 1000
 RELIABILITY_BINS = 10
 SCALE = 1 << 40  # probabilities are summed as whole multiples of 2**-40
 TITLE = "No-target probability"
+NEEDS = {"strict": ("no_target_prob",)}
 COLUMNS = (Column("ECE", "ECE", higher_is_better=False),)
 
 
 @dataclass(frozen=True)
 class Rules:
     """Nothing to choose."""
-
-
-def needs(rules: Rules) -> dict[str, tuple[str, ...]]:
-    """Return what it reads."""
-    return {"strict": ("no_target_prob",)}
 
 
 def row(prediction: dict[str, Any] | None, truth: Truth, rules: Rules, protocol: str) -> dict[str, Any] | None:

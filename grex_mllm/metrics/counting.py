@@ -16,6 +16,7 @@ from grex_mllm.types import MORE_THAN_FIVE
 NUM_CLASSES = MORE_THAN_FIVE + 1
 LABELS = ("0", "1", "2", "3", "4", "5", ">5")
 TITLE = "Counts"
+NEEDS = {"strict": ("count",)}
 COLUMNS = (
     Column("accuracy", "count acc", lambda row, num_targets: (row["count_class"] == min(num_targets, MORE_THAN_FIVE), 1.0)),
     Column("mae", "count MAE", format="number", higher_is_better=False, shown=("table", "compare")),
@@ -25,11 +26,6 @@ COLUMNS = (
 @dataclass(frozen=True)
 class Rules:
     """Accuracy over {0..5, >5}: nothing to choose."""
-
-
-def needs(rules: Rules) -> dict[str, tuple[str, ...]]:
-    """Return what it reads."""
-    return {"strict": ("count",)}
 
 
 def row(prediction: dict[str, Any] | None, truth: Truth, rules: Rules, protocol: str) -> dict[str, Any]:
@@ -71,7 +67,7 @@ class Count(IntegerSums):
         pred, gt = _whole(pred_count), _whole(gt_count)
         if wrong is not None:
             pred = np.where(np.atleast_1d(np.asarray(wrong, bool)), NUM_CLASSES, pred)
-        np.add.at(self._sums, (gt, pred), 1)
+        self.update_rows({"num_targets": gt, "count_class": pred})
 
     def update_rows(self, columns: dict[str, np.ndarray]) -> None:
         """Add rows of the scorer."""

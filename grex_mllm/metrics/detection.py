@@ -146,9 +146,9 @@ class GREC(IntegerSums):
     def update_many(self, samples: Sequence[tuple[Any, Any, Any, bool | None, int | None]]) -> list[tuple[int, int, int]]:
         """Add many expressions at once (see `update` for the order of each tuple); one array operation computes all overlaps."""
         matched = self.match(samples)
-        no_target = [bool(s[3]) if s[3] is not None else len(s[2]) == 0 for s in samples]
+        e = np.array([bool(s[3]) if s[3] is not None else len(s[2]) == 0 for s in samples], bool)
         tp, kept, wanted = np.array(matched, np.int64).reshape(-1, 3).T
-        self.update_matches(tp, kept, wanted, np.array(no_target, bool))
+        self._add(e, *judge(tp, kept, wanted, e, e & False))
         return matched
 
     def match(self, samples: Sequence[tuple[Any, Any, Any, bool | None, int | None]]) -> list[tuple[int, int, int]]:
@@ -166,12 +166,6 @@ class GREC(IntegerSums):
         return [
             (find(o, self.iou_threshold) if o is not None else 0, len(k), len(w)) for o, k, w in zip(overlaps, kept, wanted, strict=True)
         ]
-
-    def update_matches(self, true_positives: Any, num_kept: Any, num_gt: Any, no_target: Any, wrong: Any = None) -> None:
-        """Add samples by their numbers, int64 [E]. wrong: bool [E], answers that are missing or unreadable, counted wrong everywhere."""
-        tp, n, m, e = (np.atleast_1d(np.asarray(v)) for v in (true_positives, num_kept, num_gt, no_target))
-        bad = np.zeros(len(tp), bool) if wrong is None else np.asarray(wrong, bool)
-        self._add(e, *judge(tp, n, np.where(e, 0, m), e, bad))
 
     def update_rows(self, columns: dict[str, np.ndarray]) -> None:
         """Add rows of the scorer."""

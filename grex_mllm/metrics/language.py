@@ -16,14 +16,14 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any, Literal, Self, get_args
+from typing import Any, Literal, get_args
 
 import numpy as np
 
 from grex_mllm.errors import GrexError, fault
 from grex_mllm.metrics import detection, segmentation
 from grex_mllm.metrics.columns import Column
-from grex_mllm.metrics.sums import limb_sums, mean
+from grex_mllm.metrics.sums import KeptRows, limb_sums, mean
 from grex_mllm.metrics.truth import Truth
 
 Tokenizer = Literal["ptb", "whitespace"]
@@ -36,6 +36,7 @@ PUNCTUATION = frozenset(["''", "'", "``", "`", "-LRB-", "-RRB-", "-LCB-", "-RCB-
 SINGLE, MULTI, ALL = "single", "multi", "all"
 JUDGEMENTS = ("exact", "wrong", "ambiguous", "unparsable")
 TITLE = "Group expressions (GREG)"
+NEEDS = {"strict": ("expression",)}
 UNIT = "object_set"
 COLUMNS = (
     Column("METEOR", "METEOR"),
@@ -65,11 +66,6 @@ class Rules:
     spice: bool = False
 
 
-def needs(rules: Rules) -> dict[str, tuple[str, ...]]:
-    """Return what it reads: object-set lines."""
-    return {"strict": ("expression",)}
-
-
 def row(prediction: dict[str, Any] | None, truth: Truth, rules: Rules, protocol: str) -> dict[str, Any]:
     """Return text, references, judgement and round trip of one object set; and, under "listener", of the re-ranked answer, if any."""
     found = _answer(prediction or {}, truth)
@@ -83,12 +79,7 @@ def finish(rows: list[dict[str, Any]], rules: Rules) -> dict[str, Any]:
     if any(row["listener"] for row in rows):
         nothing = {"expression": "", "judgement": None, "round_trip": None}
         kinds.append([row | (row["listener"] or nothing) for row in rows])
-    chosen = {
-        SINGLE: [k for k, row in enumerate(rows) if row["num_targets"] == 1],
-        MULTI: [k for k, row in enumerate(rows) if row["num_targets"] > 1],
-        ALL: list(range(len(rows))),
-    }
-    subsets = {f"{n} {name}": [n * len(rows) + k for k in at] for n in range(len(kinds)) for name, at in chosen.items() if at}
+    subsets = {f"{n} {name}": [n * len(rows) + k for k in at] for n in range(len(kinds)) for name, at in _subsets(rows).items()}
     answers = [row for kind in kinds for row in kind]
     texts = score_texts([a["expression"] for a in answers], [a["references"] for a in answers], subsets, rules.tokenizer, rules.spice)
     blocks: list[dict[str, Any]] = [{} for _ in kinds]
@@ -144,18 +135,17 @@ def _beside(rows: list[dict[str, Any]], every: list[dict[str, Any]]) -> dict[str
     return found
 
 
-class GREG:
+class GREG(KeptRows):
     """Accumulate (generated expression, references) pairs; the scores come at the end, as corpora cannot be summed.
 
     tokenizer: "ptb" (the papers' and pycocoevalcap's; needs Java) or "whitespace" (lower case, no punctuation removed; not comparable).
     spice: also SPICE, where its jars are present (`metrics/spice.py`).
     """
 
-    def __init__(self, tokenizer: str = "ptb", spice: bool = False) -> None:
+    def __init__(self, tokenizer: Tokenizer = "ptb", spice: bool = False) -> None:
         if tokenizer not in TOKENIZERS:
             raise fault(f'tokenizer "{tokenizer}"', " or ".join(TOKENIZERS), "choose one of them")
-        self.tokenizer, self.spice = tokenizer, spice
-        self._pairs: list[tuple[str, tuple[str, ...], int]] = []
+        super().__init__(finish, Rules(tokenizer=tokenizer, spice=spice))
 
     def update(self, expression: str, references: Sequence[str], num_targets: int = 1) -> None:
         """Add one generated expression with at least one reference for a set of num_targets >= 1 objects.
@@ -165,38 +155,25 @@ class GREG:
         """
         if not references or num_targets < 1:
             raise fault(f"{len(references)} references for {num_targets} targets", "at least one of each", "leave the sample out")
-        self._pairs.append((expression, tuple(references), num_targets))
-
-    def merge(self, other: GREG) -> Self:
-        """Add the pairs of another object with the same settings."""
-        if (self.tokenizer, self.spice) != (other.tokenizer, other.spice):
-            given, own = (f'tokenizer "{m.tokenizer}", spice {m.spice}' for m in (other, self))
-            raise fault(f"merging {given}", own, "use one setting for all shards")
-        self._pairs += other._pairs
-        return self
-
-    def state(self) -> list[list[Any]]:
-        """Return the pairs as plain lists."""
-        return [[text, list(references), num] for text, references, num in self._pairs]
-
-    def load_state(self, state: Sequence[Sequence[Any]]) -> Self:
-        """Replace the pairs by those of `state()`."""
-        self._pairs = [(text, tuple(references), num) for text, references, num in state]
-        return self
+        self.rows.append({"expression": expression, "references": list(references), "num_targets": num_targets})
 
     def compute(self) -> dict[str, dict[str, Any]]:
         """Return {"single", "multi", "all"}: fractions as pycocoevalcap gives them; subsets without a sample are absent.
 
         Without Java: None for what needs it (with "ptb" that is everything), and the reason under "not_computed".
         """
-        pairs = sorted(self._pairs)  # sums of floats depend on order; the result must not
-        subsets = {
-            SINGLE: [k for k, p in enumerate(pairs) if p[2] == 1],
-            MULTI: [k for k, p in enumerate(pairs) if p[2] > 1],
-            ALL: list(range(len(pairs))),
-        }
-        subsets = {name: members for name, members in subsets.items() if members}
-        return score_texts([p[0] for p in pairs], [p[1] for p in pairs], subsets, self.tokenizer, self.spice)
+        rows = sorted(
+            self.rows, key=lambda row: (row["expression"], row["references"], row["num_targets"])
+        )  # sums of floats depend on order
+        texts = [row["expression"] for row in rows], [row["references"] for row in rows]
+        return score_texts(*texts, _subsets(rows), self.rules.tokenizer, self.rules.spice)
+
+
+def _subsets(rows: list[dict[str, Any]]) -> dict[str, list[int]]:
+    """Return the positions of single targets, several targets and all; those without one are absent."""
+    num = [row["num_targets"] for row in rows]
+    chosen = {SINGLE: [k for k, n in enumerate(num) if n == 1], MULTI: [k for k, n in enumerate(num) if n > 1], ALL: list(range(len(num)))}
+    return {name: at for name, at in chosen.items() if at}
 
 
 def score_texts(

@@ -13,6 +13,7 @@ from grex_mllm.metrics.sums import IntegerSums, ratio
 from grex_mllm.metrics.truth import Truth
 
 TITLE = "Boxes (REC)"
+NEEDS = {"strict": ("boxes_xyxy",)}
 LEFT_OUT = "have no or several targets"
 COLUMNS = (Column("Pr@0.5", "REC Pr@0.5", mean_of("rec_correct")),)
 
@@ -22,11 +23,6 @@ class Rules:
     """iou_threshold: of the best-scored box with the one target; expressions with no or several targets are left out."""
 
     iou_threshold: float = 0.5
-
-
-def needs(rules: Rules) -> dict[str, tuple[str, ...]]:
-    """Return what it reads."""
-    return {"strict": ("boxes_xyxy",)}
 
 
 def row(prediction: dict[str, Any] | None, truth: Truth, rules: Rules, protocol: str) -> dict[str, Any] | None:
@@ -57,7 +53,7 @@ class REC(IntegerSums):
     def update(self, pred_boxes_xyxy: Any, pred_scores: Any, gt_box_xyxy: Any) -> bool:
         """Add one expression: boxes [n, 4], scores [n], the ground-truth box [4]; return whether it is right."""
         right = self.right(pred_boxes_xyxy, pred_scores, gt_box_xyxy)
-        self.update_right([right])
+        self.update_rows({"rec_correct": np.array([right])})
         return right
 
     def right(self, pred_boxes_xyxy: Any, pred_scores: Any, gt_box_xyxy: Any) -> bool:
@@ -73,14 +69,9 @@ class REC(IntegerSums):
         best = checked(np.array([max(zip(scores, boxes, strict=True))[1]], np.float64))
         return bool(pair_iou(best, checked(np.array([plain(gt_box_xyxy)], np.float64)))[0] >= self.iou_threshold)
 
-    def update_right(self, right: Any) -> None:
-        """Add expressions by whether they are right, bool [E]; answers that are missing or unreadable are False."""
-        flags = np.asarray(right, bool)
-        self._sums = self._sums + np.array([flags.size, int(flags.sum())], np.int64)
-
     def update_rows(self, columns: dict[str, np.ndarray]) -> None:
         """Add rows of the scorer."""
-        self.update_right(columns["rec_correct"])
+        self._sums = self._sums + np.array([columns["rec_correct"].size, columns["rec_correct"].sum()], np.int64)
 
     def compute(self) -> dict[str, Any]:
         """Return num_samples and Pr@<threshold>."""

@@ -15,6 +15,7 @@ from grex_mllm.metrics.segmentation import GRES, THRESHOLDS, judge, mask_counts
 from grex_mllm.metrics.truth import Truth
 
 TITLE = "Masks (RES)"
+NEEDS = {"strict": ("mask_rle", "gt_mask")}
 LEFT_OUT = "have no target"
 COLUMNS = (
     Column("mIoU", "mIoU", lambda row, _: (row["res_iou"], 1.0)),
@@ -28,11 +29,6 @@ class Rules:
     """thresholds: X of Pr@X; expressions without a target are no part of RES and are left out, with their number reported."""
 
     thresholds: tuple[float, ...] = THRESHOLDS
-
-
-def needs(rules: Rules) -> dict[str, tuple[str, ...]]:
-    """Return what it reads."""
-    return {"strict": ("mask_rle", "gt_mask")}
 
 
 def row(prediction: dict[str, Any] | None, truth: Truth, rules: Rules, protocol: str) -> dict[str, Any] | None:

@@ -78,10 +78,6 @@ class Means(IntegerSums):
     def __init__(self, *names: str) -> None:
         super().__init__((len(names), 2 + NUM_LIMBS), names)
 
-    def update(self, **values: Any) -> None:
-        """Add samples: a number or an array [E] for each name."""
-        self.update_rows({name: np.atleast_1d(value) for name, value in values.items()})
-
     def update_rows(self, columns: dict[str, np.ndarray]) -> None:
         """Add rows: an array [n] for each name (others are ignored)."""
         for number, name in enumerate(self.settings):
@@ -110,7 +106,9 @@ class KeptRows:
         self.rows += columns["row"].tolist()
 
     def merge(self, other: KeptRows) -> Self:
-        """Add the rows of another object."""
+        """Add the rows of another object with the same rules."""
+        if self.rules != other.rules:
+            raise fault(f"merging {other.rules}", f"the same rules, {self.rules}", "use one protocol for all shards")
         self.rows += other.rows
         return self
 

@@ -20,6 +20,7 @@ from grex_mllm.metrics.truth import Truth
 
 TOLERANCE = 0.008  # of the image diagonal: how far a contour may lie off (the benchmark's own value)
 TITLE = "Video (RVOS)"
+NEEDS = {"strict": ("mask_rle", "gt_mask")}
 COLUMNS = (Column("J&F", "J&F"), Column("J", "J"), Column("F", "F"))
 
 
@@ -28,11 +29,6 @@ class Rules:
     """tolerance: of the contours, as a share of the image diagonal."""
 
     tolerance: float = TOLERANCE
-
-
-def needs(rules: Rules) -> dict[str, tuple[str, ...]]:
-    """Return what it reads."""
-    return {"strict": ("mask_rle", "gt_mask")}
 
 
 def row(prediction: dict[str, Any] | None, truth: Truth, rules: Rules, protocol: str) -> dict[str, Any] | None:

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from grex_mllm.errors import GrexError
-from grex_mllm.metrics import entry
+from grex_mllm.metrics import entry, needs_of
 from grex_mllm.score.protocol import Protocol
 from grex_mllm.score.reading import PredictionFiles, index_predictions
 from grex_mllm.score.tally import Plan, Tally
@@ -30,7 +30,7 @@ def plan_tasks(protocol: Protocol, index: PredictionFiles, notes: list[str]) -> 
     for task, rules in protocol.tasks.items():
         if not len(index) or hasattr(entry(task), "UNIT"):
             continue
-        needs = entry(task).needs(rules)
+        needs = needs_of(entry(task), rules)
         for name, fields in needs.items():
             lacking = {field: index.partial(field) for field in fields if not field.startswith("gt_") and index.partial(field)}
             if name == "strict" and index.answered[fields[0]] == 0:

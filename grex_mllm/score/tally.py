@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from grex_mllm.errors import fault
-from grex_mllm.metrics import Calibration, calibration, entry
+from grex_mllm.metrics import Calibration, calibration, entry, needs_of
 from grex_mllm.metrics.sums import empty_sums, stacked
 from grex_mllm.metrics.truth import Truth
 from grex_mllm.score.protocol import Protocol
@@ -36,7 +36,7 @@ class Plan:
     def needs(self, field: str) -> list[str]:
         """Return the tasks that read a field."""
         rules = self.protocol.tasks
-        return [task for protocol, task in self.tasks if field in entry(task).needs(rules[task])[protocol]]
+        return [task for protocol, task in self.tasks if field in needs_of(entry(task), rules[task])[protocol]]
 
 
 class Tally:

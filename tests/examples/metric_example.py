@@ -19,6 +19,7 @@ from grex_mllm.metrics.sums import Means
 from grex_mllm.metrics.truth import Truth
 
 TITLE = "Centres"
+NEEDS = {"strict": ("boxes_xyxy",)}  # one way of scoring, from boxes
 LEFT_OUT = "have no target"
 COLUMNS = (
     Column("centre_error", "centre error", mean_of("centre_error"), format="number", higher_is_better=False),
@@ -32,11 +33,6 @@ class Rules:
 
     unit: Literal["pixels", "diagonal"] = "diagonal"
     hit_radius: float = 0.1
-
-
-def needs(rules: Rules) -> dict[str, tuple[str, ...]]:
-    """Return what it reads: boxes; it has one way of scoring."""
-    return {"strict": ("boxes_xyxy",)}
 
 
 def row(prediction: dict[str, Any] | None, truth: Truth, rules: Rules, protocol: str) -> dict[str, Any] | None:
