@@ -7,6 +7,7 @@ import random
 from dataclasses import fields, is_dataclass
 from typing import Any
 
+import numpy as np
 import pytest
 from score_case import HEIGHT, WIDTH, answer, generation, object_box, object_mask
 
@@ -50,8 +51,6 @@ def scored(name: str, protocol: str, samples: list[tuple[dict[str, Any] | None, 
     present = [(row, truth) for row, truth in rows if row is not None]
     sums = empty_sums(metric, rules, protocol)
     if present:
-        import numpy as np
-
         num = np.array([truth.num_targets for _, truth in present], np.int64)
         sums.update_rows(stacked(metric, [row for row, _ in present]) | {"num_targets": num})
     return sums
@@ -144,8 +143,6 @@ def test_baselines_are_what_rows_of_such_answers_give() -> None:
         truths = [truth for _, truth in samples_of(name)[::5]]
         empty = [(answer(0, 0) | {"expression_id": truth.name}, truth) for truth in truths]
         right = [(answer(0, k), truth) for k, truth in enumerate(truths)]
-        import numpy as np
-
         rows = [(metric.row(line, truth, rules, "strict"), truth) for line, truth in right]
         present = [(row, truth) for row, truth in rows if row is not None]
         columns = stacked(metric, [row for row, _ in present])

@@ -18,6 +18,10 @@ from grex_mllm.score.truth import TruthFolder, open_truth
 from grex_mllm.types import ExpressionRecord
 
 MANY_TARGETS = 3
+EXPLAINED = {
+    "head": "decision of a no-target head (no_target or no_target_prob)",
+    "mask_rle_input": "mask_rle_input (the mask at the model's input size, before any resize back)",
+}
 
 
 def plan_tasks(protocol: Protocol, index: PredictionFiles, notes: list[str]) -> Plan:
@@ -32,29 +36,21 @@ def plan_tasks(protocol: Protocol, index: PredictionFiles, notes: list[str]) -> 
             continue
         needs = needs_of(entry(task), rules)
         for name, fields in needs.items():
-            lacking = {field: index.partial(field) for field in fields if not field.startswith("gt_") and index.partial(field)}
             if name == "strict" and index.answered[fields[0]] == 0:
                 notes.append(f"{task}: no prediction has {fields[0]}; not scored")
                 break
-            if name != "strict" and fields != needs["strict"] and lacking:
-                notes += [f"{name} {task} not computed: {num} of {index.statuses['ok']} predictions have no {_words(f)}"
-                          for f, num in list(lacking.items())[:1]]  # fmt: skip
+            lacking = [field for field in fields if not field.startswith("gt_") and index.partial(field)]
+            given = f"{index.partial(lacking[0])} of {index.statuses['ok']}" if lacking else ""
+            if lacking and lacking[0] not in needs["strict"]:
+                notes.append(f"{name} {task} not computed: {given} predictions have no {EXPLAINED.get(lacking[0], lacking[0])}")
                 continue
-            for field, num in lacking.items():
+            if lacking:
                 raise GrexError(
-                    f"{num} of {index.statuses['ok']} answered predictions have no {field}, which {task} needs; expected it in all or in "
-                    "none; complete the file, or set the status of unanswered lines"
+                    f"{given} answered predictions have no {lacking[0]}, which {task} needs; expected it in all or in none; complete the "
+                    "file, or set the status of unanswered lines"
                 )
             plan.tasks.append((name, task))
     return plan
-
-
-def _words(field: str) -> str:
-    explained = {
-        "head": "no_target or no_target_prob",
-        "mask_rle_input": "mask_rle_input (the mask at the model's input size, before any resize back)",
-    }
-    return explained.get(field, field)
 
 
 def evaluate(

@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -74,7 +75,7 @@ class Tally:
         self._add_rows(self._probabilities, {ALL: members.get(ALL)}, num, calibration, lambda _: self.calibration)
         for place, (protocol, task, metric, rules) in enumerate(self._entries):
             rows = self._rows[place]
-            columns = self._add_rows(rows, members, num, metric, lambda name, p=protocol, t=task: self.sums_of(name, p, t))  # type: ignore[misc]
+            columns = self._add_rows(rows, members, num, metric, partial(self.sums_of, protocol=protocol, task=task))
             if protocol == "strict" and hasattr(metric, "baselines"):
                 for name in BASELINES:
                     self.sums_of(f"baseline|{name}", protocol, task)
