@@ -16,24 +16,11 @@ from typing import Any
 import numpy as np
 
 from grex_mllm.errors import GrexError, fault
+from grex_mllm.metrics import METRICS, in_order
+from grex_mllm.metrics.columns import Column, columns, headline, parts
 from grex_mllm.shipped import PUBLISHED_FOLDER
 
-COLUMNS = {
-    "gres": ("gIoU", "cIoU", "N_acc", "T_acc", "Pr@0.7", "Pr@0.8", "Pr@0.9"),
-    "res": ("cIoU", "mIoU", "Pr@0.5", "Pr@0.7", "Pr@0.9"),
-    "grec": ("Pr@F1", "mean_F1", "N_acc", "T_acc"),
-    "rec": ("Pr@0.5",),
-    "count": ("accuracy", "mae"),
-    "rvos": ("J&F", "J", "F"),
-    "greg": ("METEOR", "CIDEr", "BLEU-4", "ROUGE-L", "SPICE", "round_trip_gIoU", "round_trip_Pr@F1", "correct"),
-}
-SAMPLED = {
-    "gres": ("gIoU", "cIoU", "N_acc", "T_acc"),
-    "grec": ("Pr@F1", "mean_F1", "N_acc", "T_acc"),
-    "rec": ("Pr@0.5",),
-    "count": ("accuracy",),
-}
-PERCENT_EXCEPT = ("mae",)
+PROTOCOLS = ("strict", "official")
 FORMATS = ("markdown", "latex", "csv")
 NUM_DRAWS = 2000
 CHUNK_CELLS = 4_000_000
@@ -87,8 +74,8 @@ def compare(
         groups.setdefault((str(dataset["name"]), str(dataset["split"])), []).append(run)
     for (dataset_name, split), members in groups.items():
         draws = Bootstrap(members, num_draws, seed) if all(m.rows for m in members) else None
-        for task in COLUMNS:
-            for protocol in ("strict", "official"):
+        for task in in_order({task for m in members for block in m.results["results"].values() for task in block}):
+            for protocol in PROTOCOLS:
                 table = _task_table(members, task, protocol, f"{dataset_name} {split}", draws)
                 if table is not None:
                     tables.append(table)
@@ -132,15 +119,15 @@ class Bootstrap:
         self.values: dict[tuple[str, str, str, str], np.ndarray] = {}
         if not ids:
             return
-        sums = {run.name: _columns([run.rows[k] for k in ids]) for run in runs}
+        sums = {run.name: _shares(run, [run.rows[k] for k in ids]) for run in runs}
         rng = np.random.default_rng(seed)
         chunk = max(1, min(num_draws, CHUNK_CELLS // len(ids)))
         parts: dict[tuple[str, str, str, str], list[np.ndarray]] = {}
         for start in range(0, num_draws, chunk):
             picks = rng.integers(0, len(ids), (min(chunk, num_draws - start), len(ids)))
             weights = np.stack([np.bincount(p, minlength=len(ids)) for p in picks]).astype(np.float64)
-            for name, columns in sums.items():
-                for key, (above, below) in columns.items():
+            for name, shares in sums.items():
+                for key, (above, below) in shares.items():
                     with np.errstate(divide="ignore", invalid="ignore"):
                         parts.setdefault((name, *key), []).append((weights @ above) / (weights @ below))
         self.values = {key: np.concatenate(found) for key, found in parts.items()}
@@ -167,16 +154,16 @@ def published_tables(tasks: Iterable[str], folder: Path = PUBLISHED_FOLDER) -> l
     tables = []
     for file in sorted(folder.glob("*.json")):
         for entry in json.loads(file.read_text(encoding="utf-8"))["tables"]:
-            if entry["task"] not in tasks:
+            if entry["task"] not in tasks or entry["task"] not in METRICS:
                 continue
-            names = [c for c in COLUMNS[entry["task"]] if any(c in row["values"] for row in entry["rows"])]
+            names = [c for c in columns(entry["task"], "compare") if any(c.key in row["values"] for row in entry["rows"])]
             splits = list(dict.fromkeys(row["split"] for row in entry["rows"]))
-            header = ["published", *(f"{split} {_shown(name)}" for split in splits for name in names)]
+            header = ["published", *(f"{split} {column.name}" for split in splits for column in names)]
             cells: dict[str, dict[str, str]] = {}
             for row in entry["rows"]:
-                for name in names:
-                    if name in row["values"]:
-                        cells.setdefault(row["method"], {})[f"{row['split']} {_shown(name)}"] = f"{row['values'][name]:g}"
+                for column in names:
+                    if column.key in row["values"]:
+                        cells.setdefault(row["method"], {})[f"{row['split']} {column.name}"] = f"{row['values'][column.key]:g}"
             used = [h for h in header[1:] if any(h in c for c in cells.values())]
             rows = [[method, *(found.get(h, "") for h in used)] for method, found in cells.items()]
             title = f"published, {entry['dataset']} (other data unless scored on it)"
@@ -184,65 +171,59 @@ def published_tables(tasks: Iterable[str], folder: Path = PUBLISHED_FOLDER) -> l
     return tables
 
 
-def _columns(rows: list[dict[str, Any]]) -> dict[tuple[str, str, str], tuple[np.ndarray, np.ndarray]]:
-    """Return, by (task, protocol, metric), the per-sample numerators and denominators whose sums' ratio is the metric."""
-    none = np.array([row["num_targets"] == 0 for row in rows])
-    ones = np.ones(len(rows))
+def _shares(run: Run, rows: list[dict[str, Any]]) -> dict[tuple[str, str, str], tuple[np.ndarray, np.ndarray]]:
+    """Return, by (task, protocol, column), what each row adds above and below the line of the ratio that the number is."""
     found: dict[tuple[str, str, str], tuple[np.ndarray, np.ndarray]] = {}
-    for protocol in ("strict", "official"):
-        blocks = [row.get(protocol, {}) for row in rows]
-        if all("iou" in b for b in blocks):
-            rejected = np.array([b["no_target"] for b in blocks])
-            found["gres", protocol, "gIoU"] = (np.array([b["iou"] for b in blocks]), ones)
-            found["gres", protocol, "cIoU"] = tuple(np.array([b[k] for b in blocks], np.float64) for k in ("intersection", "union"))  # type: ignore[assignment]
-            found["gres", protocol, "N_acc"] = ((none & rejected).astype(float), none.astype(float))
-            found["gres", protocol, "T_acc"] = ((~none & ~rejected).astype(float), (~none).astype(float))
-        if all("f1" in b for b in blocks):
-            rejected = np.array([b["box_no_target"] for b in blocks])
-            found["grec", protocol, "Pr@F1"] = (np.array([float(b["correct"]) for b in blocks]), ones)
-            found["grec", protocol, "mean_F1"] = (np.array([b["f1"] for b in blocks]), ones)
-            found["grec", protocol, "N_acc"] = ((none & rejected).astype(float), none.astype(float))
-            found["grec", protocol, "T_acc"] = ((~none & ~rejected).astype(float), (~none).astype(float))
-        if any("rec_correct" in b for b in blocks):
-            single = np.array([row["num_targets"] == 1 for row in rows], float)
-            found["rec", protocol, "Pr@0.5"] = (np.array([float(b.get("rec_correct", False)) for b in blocks]), single)
-    if any(row["count"] is not None for row in rows):
-        right = [row["count"] is not None and min(row["count"], 6) == min(row["num_targets"], 6) for row in rows]
-        found["count", "strict", "accuracy"] = (np.array(right, float), ones)
+    for protocol, blocks in run.results["results"].items():
+        for task in blocks:
+            for column in columns(task):
+                values = np.array([share_of(column, row, protocol) for row in rows], np.float64) if column.share else None
+                if values is not None and values.any():
+                    found[task, protocol, column.key] = (values[:, 0].copy(), values[:, 1].copy())
     return found
 
 
+def share_of(column: Column, row: dict[str, Any], protocol: str) -> tuple[float, float]:
+    """Return what one row adds to a column: nothing where the expression is no part of the metric."""
+    assert column.share is not None
+    try:
+        return column.share(row.get(protocol, {}), row["num_targets"])
+    except KeyError:
+        return 0.0, 0.0
+
+
 def _task_table(runs: list[Run], task: str, protocol: str, where: str, draws: Bootstrap | None) -> Table | None:
-    blocks = [(run.name, run.results["results"].get(protocol, {}).get(task)) for run in runs]
-    if task == "greg":
-        blocks = [(f"{name}, {part}", block.get(part)) for name, block in blocks if block for part in ("single", "multi", "all")]
-    if protocol == "strict":
-        for name, baseline in runs[0].results["baselines"].items():
-            blocks.append((f"dummy: {name}", baseline.get(task)))
-    present = [(name, block) for name, block in blocks if block]
-    if not any(not name.startswith("dummy") for name, _ in present):
+    blocks = [(run.name, run.results["results"].get(protocol, {}).get(task) or {}) for run in runs]
+    present = [
+        (f"{name}, {part}" if part else name, inner) for name, block in blocks for part, inner in parts(block) or [("", block)] if inner
+    ]
+    if not present:
         return None
-    names = [c for c in COLUMNS[task] if any(c in block for _, block in present)]
+    if protocol == "strict":
+        present += [(f"dummy: {name}", found[task]) for name, found in runs[0].results["baselines"].items() if found.get(task)]
+    shown = [column for column in columns(task, "compare") if any(column.key in block for _, block in present)]
     rows = []
     for name, block in present:
-        cells = [_number(block.get(c), c) for c in names]
+        cells = [column.text(block.get(column.key)) for column in shown]
         if draws is not None:
-            cells = [cell + _interval(draws.interval(name, task, protocol, c), c) for cell, c in zip(cells, names, strict=True)]
-        rows.append([name, str(block.get("num_samples", "")), _number(block.get("no_target_share"), "f0"), *cells])
-    notes = [] if draws is None or task not in SAMPLED else [f"[95 % intervals, {draws.num_samples} expressions resampled]"]
-    return Table(f"{where}: {task}, {protocol}", ["system", "N", "f0", *map(_shown, names)], rows, notes)
+            found = [draws.interval(name, task, protocol, column.key) for column in shown]
+            cells = [cell + _interval(column, ends) for cell, column, ends in zip(cells, shown, found, strict=True)]
+        share = block.get("no_target_share")
+        rows.append([name, str(block.get("num_samples", "")), "-" if share is None else f"{100 * share:.2f}", *cells])
+    sampled = any(column.share for column in shown)
+    notes = [f"[95 % intervals, {draws.num_samples} expressions resampled]"] if draws is not None and sampled else []
+    return Table(f"{where}: {task}, {protocol}", ["system", "N", "f0", *(column.name for column in shown)], rows, notes)
 
 
 def _bucket_tables(runs: list[Run], where: str) -> list[Table]:
     tables = []
-    for task, metric in (("gres", "gIoU"), ("grec", "Pr@F1"), ("count", "accuracy")):
-        buckets = [b for b in ("0", "1", "2", "3+") if any(task in r.results["by_num_targets"].get(b, {}) for r in runs)]
-        rows = [
-            [run.name, *(_number(run.results["by_num_targets"].get(b, {}).get(task, {}).get(metric), metric) for b in buckets)]
-            for run in runs
-        ]
-        if buckets:
-            tables.append(Table(f"{where}: {task} {_shown(metric)} by number of targets, strict", ["system", *buckets], rows))
+    groups = [run.results["by_num_targets"] for run in runs]
+    for task in in_order({task for group in groups for block in group.values() for task in block}):
+        column = headline(task)
+        buckets = [b for b in ("0", "1", "2", "3+") if any(task in group.get(b, {}) for group in groups)]
+        rows = [[run.name, *(column.text(column.find(group.get(b, {}).get(task))) for b in buckets)]
+                for run, group in zip(runs, groups, strict=True)]  # fmt: skip
+        tables.append(Table(f"{where}: {_titled(task, column)} by number of targets, strict", ["system", *buckets], rows))
     return tables
 
 
@@ -250,17 +231,18 @@ def _difference_tables(runs: list[Run], draws: Bootstrap | None, where: str) -> 
     if draws is None or len(runs) < 2:
         return []
     rows = []
-    base = runs[0].name
+    base = runs[0]
+    theirs = base.results["results"]["strict"]
     for run in runs[1:]:
-        for task, names in SAMPLED.items():
-            for metric in names:
-                interval = draws.interval(run.name, task, "strict", metric, base)
-                mine = run.results["results"]["strict"].get(task, {}).get(metric)
-                other = runs[0].results["results"]["strict"].get(task, {}).get(metric)
-                if interval is not None and mine is not None and other is not None:
-                    verdict = "yes" if interval[0] > 0 or interval[1] < 0 else "no"
-                    rows.append([f"{run.name} - {base}", f"{task} {_shown(metric)}", f"{100 * (mine - other):+.2f}"])
-                    rows[-1] += [f"[{100 * interval[0]:+.2f}, {100 * interval[1]:+.2f}]", verdict]
+        for task in in_order(theirs):
+            for column in columns(task, "compare"):
+                ends = draws.interval(run.name, task, "strict", column.key, base.name)
+                mine, other = column.find(run.results["results"]["strict"].get(task)), column.find(theirs[task])
+                if ends is not None and mine is not None and other is not None:
+                    beyond = ends[0] > 0 or ends[1] < 0
+                    better = "better" if (mine > other) == column.higher_is_better else "worse"
+                    rows.append([f"{run.name} - {base.name}", _titled(task, column), column.text(mine - other, sign="+")])
+                    rows[-1] += [_interval(column, ends, "+").strip(), f"yes, {better}" if beyond else "no"]
     header = ["difference", "metric (strict)", "points", "95 % interval, paired", "beyond chance"]
     return [Table(f"{where}: differences", header, rows, [f"{draws.num_samples} expressions, the same draws for both"])] if rows else []
 
@@ -287,20 +269,12 @@ def _named(runs: list[Run]) -> list[Run]:
     return runs
 
 
-def _shown(name: str) -> str:
-    return {"N_acc": "N-acc", "T_acc": "T-acc", "mean_F1": "mean F1", "accuracy": "acc", "mae": "MAE"}.get(name, name.replace("_", " "))
+def _titled(task: str, column: Column) -> str:
+    return column.name if task in column.name.lower() else f"{task} {column.name}"
 
 
-def _number(value: Any, name: str) -> str:
-    if value is None:
-        return "-"
-    return f"{value:.3f}" if name in PERCENT_EXCEPT else f"{100 * value:.2f}"
-
-
-def _interval(interval: tuple[float, float] | None, name: str) -> str:
-    if interval is None or name in PERCENT_EXCEPT:
-        return ""
-    return f" [{100 * interval[0]:.2f}, {100 * interval[1]:.2f}]"
+def _interval(column: Column, ends: tuple[float, float] | None, sign: str = "") -> str:
+    return "" if ends is None else f" [{column.text(ends[0], sign=sign)}, {column.text(ends[1], sign=sign)}]"
 
 
 def _markdown(tables: list[Table]) -> str:

@@ -10,8 +10,10 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
-from grex_mllm.compare import Run, read_run
+from grex_mllm.compare import Run, read_run, share_of
 from grex_mllm.errors import fault
+from grex_mllm.metrics import in_order
+from grex_mllm.metrics.columns import headline
 from grex_mllm.metrics.selective import no_target_at_thresholds, risk_coverage
 from grex_mllm.score.calibration_plot import write_calibration_plot, write_risk_coverage_plot
 
@@ -74,18 +76,20 @@ def outcome(row: dict[str, Any]) -> str:
     if "kept" in block and block["kept"] != row["num_targets"]:
         return "wrong_count"
     found = block.get("tp", row["num_targets"]) >= row["num_targets"] and block.get("rec_correct", True)
-    if not found or block.get("iou", 1.0) < WRONG_PLACE:
+    iou = block.get("iou", block.get("res_iou", 1.0))
+    if not found or iou < WRONG_PLACE:
         return "wrong_instance"
-    if block.get("iou", 1.0) < POOR_MASK:
+    if iou < POOR_MASK:
         return "poor_mask"
-    return "rough_mask" if block.get("iou", 1.0) < GOOD_MASK else "right"
+    return "rough_mask" if iou < GOOD_MASK else "right"
 
 
 def analyse(run: Run) -> dict[str, Any]:
-    """Return, for every outcome: count, share, points of gIoU and Pr@F1 lost, shares by number of targets and tag, and the worst ids."""
-    rows = list(run.rows.values())
+    """Return, for every outcome: count, share, points of each headline lost, shares by number of targets and tag, and the worst ids."""
+    rows = [row for row in run.rows.values() if "strict" in row]  # others are no part of any metric
     num = len(rows)
-    has_iou, has_boxes = (any(key in row.get("strict", {}) for row in rows) for key in ("iou", "correct"))
+    heads = [column for task in in_order(run.results["results"]["strict"]) if (column := headline(task)).share and column.higher_is_better]
+    whole = {column.key: sum(share_of(column, row, "strict")[1] for row in rows) for column in heads}
     groups: dict[str, list[dict[str, Any]]] = {name: [] for name in OUTCOMES}
     for row in rows:
         groups[outcome(row)].append(row)
@@ -94,10 +98,9 @@ def analyse(run: Run) -> dict[str, Any]:
     for name, members in groups.items():
         members.sort(key=lambda row: (row.get("strict", {}).get("iou", 0.0), row.get("strict", {}).get("f1", 0.0), row["expression_id"]))
         entry: dict[str, Any] = {"meaning": OUTCOMES[name], "count": len(members), "share": len(members) / num}
-        if has_iou:
-            entry["gIoU_lost"] = sum(1 - row["strict"]["iou"] for row in members) / num
-        if has_boxes:
-            entry["Pr@F1_lost"] = sum(not row["strict"]["correct"] for row in members) / num
+        for column in heads:
+            shares = [share_of(column, row, "strict") for row in members]
+            entry[f"{column.key}_lost"] = sum(below - above for above, below in shares) / (whole[column.key] or 1)
         entry["by_num_targets"] = dict(sorted(Counter(str(min(row["num_targets"], 3)) for row in members).items()))
         entry["by_tag_share"] = {tag: c / tags[tag] for tag, c in sorted(Counter(t for row in members for t in row["tags"]).items())}
         entry["examples"] = [row["expression_id"] for row in members[:PER_SHEET]]
@@ -129,7 +132,7 @@ def selection(run: Run) -> dict[str, Any] | None:
 
 def as_text(found: dict[str, Any]) -> str:
     """Return the outcomes as a Markdown table, most points lost first."""
-    names = [key for key in ("gIoU_lost", "Pr@F1_lost") if key in next(iter(found["outcomes"].values()))]
+    names = [key for key in next(iter(found["outcomes"].values())) if key.endswith("_lost")]
     lines = [f"Where the points of {found['num_samples']} expressions are lost (strict protocol, percent)", ""]
     header = ["outcome", "count", "share", *(name.replace("_", " ") for name in names), "meaning"]
     lines += ["| " + " | ".join(header) + " |", "| --- |" + " ---: |" * (len(header) - 2) + " --- |"]

@@ -1,28 +1,53 @@
-"""How far the no-target probability can be trusted: expected calibration error, reliability bins, threshold and risk-coverage curves.
+"""Entry "calibration" of METRICS: how far the no-target probability can be trusted.
+
+Expected calibration error, reliability bins, threshold and risk-coverage curves.
 
 The probability axis is cut into NUM_BINS fine bins; counts add up exactly, so shards merge and memory is constant.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any, Self
+from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
 from grex_mllm.errors import fault
-from grex_mllm.metrics.sums import ratio
+from grex_mllm.metrics.columns import Column
+from grex_mllm.metrics.segmentation import no_target_probability
+from grex_mllm.metrics.sums import IntegerSums, ratio
+from grex_mllm.metrics.truth import Truth
 
 NUM_BINS = 1000
 RELIABILITY_BINS = 10
 SCALE = 1 << 40  # probabilities are summed as whole multiples of 2**-40
+TITLE = "No-target probability"
+NEEDS = {"strict": ("no_target_prob",)}
+COLUMNS = (Column("ECE", "ECE", higher_is_better=False),)
 
 
-class Calibration:
+@dataclass(frozen=True)
+class Rules:
+    """Nothing to choose."""
+
+
+def row(prediction: dict[str, Any] | None, truth: Truth, rules: Rules, protocol: str) -> dict[str, Any] | None:
+    """Return the probability; None where there is none."""
+    if prediction is None or prediction.get("no_target_prob") is None:
+        return None
+    return {"no_target_prob": no_target_probability(prediction)}
+
+
+def sums(rules: Rules, protocol: str) -> Calibration:
+    """Return empty sums."""
+    return Calibration()
+
+
+class Calibration(IntegerSums):
     """Accumulate (no-target probability, truly no target) pairs."""
 
     def __init__(self) -> None:
-        self._sums = np.zeros((3, NUM_BINS), np.int64)  # samples, no-target samples, sum of probabilities * SCALE
+        super().__init__((3, NUM_BINS))  # samples, no-target samples, sum of probabilities * SCALE
 
     def update(self, no_target_prob: Any, gt_no_target: Any) -> None:
         """Add probabilities in [0, 1], [E], and flags, [E] (NumPy, tensors or lists).
@@ -39,19 +64,9 @@ class Calibration:
         np.add.at(self._sums[1], at, truth)
         np.add.at(self._sums[2], at, np.rint(prob * SCALE).astype(np.int64))
 
-    def merge(self, other: Calibration) -> Self:
-        """Add the counts of another object."""
-        self._sums = self._sums + other._sums
-        return self
-
-    def state(self) -> list[list[int]]:
-        """Return the counts as plain integers."""
-        return [[int(v) for v in row] for row in self._sums]
-
-    def load_state(self, state: Sequence[Sequence[int]]) -> Self:
-        """Replace the counts by those of `state()`."""
-        self._sums = np.array(state, np.int64)
-        return self
+    def update_rows(self, columns: dict[str, np.ndarray]) -> None:
+        """Add rows of the scorer."""
+        self.update(columns["no_target_prob"], columns["num_targets"] == 0)
 
     def compute(self) -> dict[str, Any]:
         """Return num_samples, ECE (10 equal bins), `reliability` (mean probability against share of no-target, by bin) and `curve`.

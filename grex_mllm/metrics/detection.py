@@ -1,26 +1,117 @@
-"""Box metrics of generalized (GREC) and classic (REC) referring comprehension.
+"""Entry "grec" of METRICS: boxes of generalized referring comprehension (GREC, arXiv 2308.16182).
 
-GREC (arXiv 2308.16182). `official` equals the evaluator released with gRefCOCO: score threshold, *generalized* box IoU in float32, greedy
+ `official` equals the evaluator released with gRefCOCO: score threshold, *generalized* box IoU in float32, greedy
 matching. `strict` is what the papers' text says: plain IoU, optimal one-to-one matching. F1 of a sample is 2 TP / (kept + wanted).
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, Self
+from dataclasses import dataclass
+from typing import Any, Literal, get_args
 
 import numpy as np
 
 from grex_mllm.errors import fault
+from grex_mllm.metrics.columns import Column, accepted, mean_of, rejected
 from grex_mllm.metrics.segmentation import PROTOCOLS
-from grex_mllm.metrics.sums import NUM_LIMBS, limb_sums, mean, ratio
+from grex_mllm.metrics.sums import NUM_LIMBS, IntegerSums, half, limb_sums, mean, ratio
+from grex_mllm.metrics.truth import Truth
+from grex_mllm.types import MORE_THAN_FIVE
 
-SELECTIONS = ("threshold", "count", "all")
-MORE_THAN_FIVE = 6
+Selection = Literal["threshold", "count", "all"]
+SELECTIONS = get_args(Selection)
 FIELDS = ("num_samples", "correct", "TP", "FN", "TN", "FP")  # then limbs of F1
+TITLE = "Boxes (GREC)"
+COLUMNS = (
+    Column("Pr@F1", "Pr@F1", mean_of("correct")),
+    Column("mean_F1", "mean F1", mean_of("f1"), shown=("table", "compare")),
+    Column("N_acc", "N-acc", rejected("box_no_target"), shown=("table", "compare")),
+    Column("T_acc", "T-acc", accepted("box_no_target"), shown=("table", "compare")),
+    Column("balanced_acc", "bal-acc", shown=("table",)),
+)
 
 
-class GREC:
+@dataclass(frozen=True)
+class Rules:
+    """select: boxes that `strict` counts: "threshold" | "count" (N_O best) | "all"; official_select: the same for `official`."""
+
+    select: Selection = "threshold"
+    official_select: Selection = "threshold"
+    box_threshold: float = 0.7
+    iou_threshold: float = 0.5
+    f1_threshold: float = 1.0
+
+
+def needs(rules: Rules) -> dict[str, tuple[str, ...]]:
+    """Return what it reads: the predicted count too, where it selects boxes."""
+    fields = ("boxes_xyxy", "count") if "count" in (rules.select, rules.official_select) else ("boxes_xyxy",)
+    return {"strict": fields, "official": fields}
+
+
+def rows(samples: Sequence[tuple[dict[str, Any] | None, Truth]], rules: Rules, protocol: str) -> list[dict[str, Any]]:
+    """Return tp, kept, f1, correct and box_no_target (said) of each answer; one array operation computes all overlaps."""
+    given = [
+        ([], [], [], not truth.targets, 0) if line is None else (*prediction_boxes(line), truth.boxes, not truth.targets, line.get("count"))
+        for line, truth in samples
+    ]
+    found = []
+    for (tp, kept, _), (line, truth) in zip(sums(rules, protocol).match(given), samples, strict=True):
+        f1, says_none = judge(tp, kept, truth.num_targets, not truth.targets, line is None)
+        found.append({"tp": tp, "kept": kept, "f1": f1, "correct": f1 >= rules.f1_threshold, "box_no_target": says_none})
+    return found
+
+
+def row(prediction: dict[str, Any] | None, truth: Truth, rules: Rules, protocol: str) -> dict[str, Any]:
+    """Return the row of one answer, see `rows`."""
+    return rows([(prediction, truth)], rules, protocol)[0]
+
+
+def sums(rules: Rules, protocol: str) -> GREC:
+    """Return empty sums."""
+    select = rules.select if protocol == "strict" else rules.official_select
+    return GREC(protocol, rules.box_threshold, rules.iou_threshold, rules.f1_threshold, select)
+
+
+def baselines(columns: dict[str, np.ndarray], rules: Rules) -> dict[str, dict[str, np.ndarray]]:
+    """Return the columns of an answer without boxes, and of the right ones."""
+    num = columns["num_targets"]
+    found = {}
+    for name, kept in (("always_empty", num * 0), ("oracle", num)):
+        f1, says_none = judge(kept, kept, num, num == 0, num < 0)
+        found[name] = columns | {"f1": f1, "correct": f1 >= rules.f1_threshold, "box_no_target": says_none}
+    return found
+
+
+def judge(tp: Any, kept: Any, num: Any, e: Any, wrong: Any) -> tuple[Any, Any]:
+    """Return F1 = 2 TP / (kept + wanted), and whether the answer is "no target": the one place where boxes get their score.
+
+    tp: matched boxes. kept, num: predicted and wanted ones. e: there is no target: right where nothing is kept. wrong: no usable answer,
+    which is wrong everywhere. Plain numbers or arrays [E] alike (hence `^ True`: not).
+    """
+    answers, both = wrong ^ True, kept + num
+    f1 = (2 * tp + (e & (kept == 0))) / (both + (both == 0)) * answers
+    return f1, (wrong & (e ^ True)) | (answers & (kept == 0))
+
+
+def prediction_boxes(line: dict[str, Any]) -> tuple[list[list[float]], list[float]]:
+    """Return boxes and scores of a line (absent scores = 1).
+
+    Raises:
+        GrexError: not [n, 4] numbers, or another number of scores.
+    """
+    boxes, scores = line.get("boxes_xyxy"), line.get("box_scores")
+    name = line.get("expression_id") or line.get("image_id")
+    if not isinstance(boxes, list) or not all(isinstance(b, list) and len(b) == 4 and all(_number(v) for v in b) for b in boxes):
+        raise fault(f"{name}: boxes_xyxy {str(boxes)[:60]}", "a list of [x1, y1, x2, y2]", "fix the line")
+    if scores is None:
+        scores = [1.0] * len(boxes)
+    if not isinstance(scores, list) or len(scores) != len(boxes) or not all(_number(s) for s in scores):
+        raise fault(f"{name}: box_scores {str(scores)[:60]}", f"{len(boxes)} numbers, one for each box", "fix the line")
+    return boxes, scores
+
+
+class GREC(IntegerSums):
     """Accumulate Pr@F1 (share of samples with F1 >= f1_threshold), mean F1, N_acc and T_acc over expressions.
 
     protocol: "strict" | "official". iou_threshold: least overlap of a match.
@@ -41,7 +132,7 @@ class GREC:
             raise fault(f"iou_threshold {iou_threshold}", "a number above 0", "use the papers' 0.5")
         self.protocol, self.select = protocol, select
         self.score_threshold, self.iou_threshold, self.f1_threshold = score_threshold, iou_threshold, f1_threshold
-        self._sums = np.zeros(len(FIELDS) + NUM_LIMBS, np.int64)
+        super().__init__(len(FIELDS) + NUM_LIMBS, (protocol, score_threshold, iou_threshold, f1_threshold, select))
 
     def update(
         self, pred_boxes_xyxy: Any, pred_scores: Any, gt_boxes_xyxy: Any, no_target: bool | None = None, count: int | None = None
@@ -55,9 +146,9 @@ class GREC:
     def update_many(self, samples: Sequence[tuple[Any, Any, Any, bool | None, int | None]]) -> list[tuple[int, int, int]]:
         """Add many expressions at once (see `update` for the order of each tuple); one array operation computes all overlaps."""
         matched = self.match(samples)
-        no_target = [bool(s[3]) if s[3] is not None else len(s[2]) == 0 for s in samples]
+        e = np.array([bool(s[3]) if s[3] is not None else len(s[2]) == 0 for s in samples], bool)
         tp, kept, wanted = np.array(matched, np.int64).reshape(-1, 3).T
-        self.update_matches(tp, kept, wanted, np.array(no_target, bool))
+        self._add(e, *judge(tp, kept, wanted, e, e & False))
         return matched
 
     def match(self, samples: Sequence[tuple[Any, Any, Any, bool | None, int | None]]) -> list[tuple[int, int, int]]:
@@ -66,42 +157,24 @@ class GREC:
         Raises:
             GrexError: NaN in scores or boxes, inverted boxes, or unequal numbers of boxes and scores.
         """
-        kept = [self._keep(_plain(s[0]), _plain(s[1]), s[4]) for s in samples]
+        kept = [self._keep(plain(s[0]), plain(s[1]), s[4]) for s in samples]
         if boxes := [box for k in kept for box in k]:
-            _checked(np.array(boxes, np.float64))  # those of no-target samples, too, which meet no other box below
-        wanted = [[] if s[3] else _plain(s[2]) for s in samples]
+            checked(np.array(boxes, np.float64))  # those of no-target samples, too, which meet no other box below
+        wanted = [[] if s[3] else plain(s[2]) for s in samples]
         overlaps = self._overlaps(kept, wanted)
         find = greedy_matches if self.protocol == "official" else most_matches
         return [
             (find(o, self.iou_threshold) if o is not None else 0, len(k), len(w)) for o, k, w in zip(overlaps, kept, wanted, strict=True)
         ]
 
-    def update_matches(self, true_positives: Any, num_kept: Any, num_gt: Any, no_target: Any, wrong: Any = None) -> None:
-        """Add samples by their numbers, int64 [E]. wrong: bool [E], answers that are missing or unreadable, counted wrong everywhere."""
-        tp, n, m, e = (np.atleast_1d(np.asarray(v)) for v in (true_positives, num_kept, num_gt, no_target))
-        bad = np.zeros(len(tp), bool) if wrong is None else np.asarray(wrong, bool)
-        f1 = np.where(e, np.where(n == 0, 1.0, 0.0), 2 * tp / np.maximum(n + m, 1))
-        f1 = np.where(bad, 0.0, f1)
-        says_none = np.where(bad, ~e, n == 0)
+    def update_rows(self, columns: dict[str, np.ndarray]) -> None:
+        """Add rows of the scorer."""
+        self._add(columns["num_targets"] == 0, columns["f1"], columns["box_no_target"])
+
+    def _add(self, e: np.ndarray, f1: np.ndarray, says_none: np.ndarray) -> None:
         flags = (e & says_none, e & ~says_none, ~e & ~says_none, ~e & says_none)
-        parts = [len(tp), (f1 >= self.f1_threshold).sum(), *(f.sum() for f in flags), *limb_sums(f1)]
+        parts = [len(f1), (f1 >= self.f1_threshold).sum(), *(f.sum() for f in flags), *limb_sums(f1)]
         self._sums = self._sums + np.array([int(p) for p in parts], np.int64)
-
-    def merge(self, other: GREC) -> Self:
-        """Add the sums of another object with the same settings."""
-        if self._settings() != other._settings():
-            raise fault(f"merging {other._settings()}", f"the same settings, {self._settings()}", "use one protocol for all shards")
-        self._sums = self._sums + other._sums
-        return self
-
-    def state(self) -> list[int]:
-        """Return the sums as plain integers."""
-        return [int(v) for v in self._sums]
-
-    def load_state(self, state: Sequence[int]) -> Self:
-        """Replace the sums by those of `state()`."""
-        self._sums = np.array(state, np.int64)
-        return self
 
     def compute(self) -> dict[str, Any]:
         """Return num_samples, no_target_share, Pr@F1, mean_F1, N_acc, T_acc, balanced_acc; None where there is nothing to be a share of."""
@@ -114,14 +187,11 @@ class GREC:
             "mean_F1": mean(self._sums[len(FIELDS) :], s["num_samples"]),
             "N_acc": n_acc,
             "T_acc": t_acc,
-            "balanced_acc": None if n_acc is None or t_acc is None else (n_acc + t_acc) / 2,
+            "balanced_acc": half(n_acc, t_acc),
         }
 
-    def _settings(self) -> tuple[Any, ...]:
-        return type(self).__name__, self.protocol, self.score_threshold, self.iou_threshold, self.f1_threshold, self.select
-
     def _keep(self, boxes: list[list[float]], scores: list[float], count: int | None) -> list[list[float]]:
-        _check_scores(boxes, scores)
+        check_scores(boxes, scores)
         if self.select == "threshold":
             chosen = [(s, b) for s, b in zip(scores, boxes, strict=True) if s >= self.score_threshold]
             return [b for _, b in (sorted(chosen, reverse=True) if len(chosen) > 1 else chosen)]
@@ -141,7 +211,7 @@ class GREC:
             return [None] * len(kept)
         first = np.array([b for k in used for b in kept[k] for _ in wanted[k]], np.float64)
         second = np.array([b for k in used for _ in kept[k] for b in wanted[k]], np.float64)
-        flat = (pair_giou_float32 if self.protocol == "official" else pair_iou)(_checked(first), _checked(second)).tolist()
+        flat = (pair_giou_float32 if self.protocol == "official" else pair_iou)(checked(first), checked(second)).tolist()
         result: list[list[list[float]] | None] = [None] * len(kept)
         start = 0
         for k in used:
@@ -149,56 +219,6 @@ class GREC:
             result[k] = [flat[start + r * m : start + (r + 1) * m] for r in range(len(kept[k]))]
             start += len(kept[k]) * m
         return result
-
-
-class REC:
-    """Accumulate classic REC: share of expressions whose best-scored box overlaps the one target by IoU >= 0.5."""
-
-    def __init__(self, iou_threshold: float = 0.5) -> None:
-        self.iou_threshold = iou_threshold
-        self._sums = np.zeros(2, np.int64)
-
-    def update(self, pred_boxes_xyxy: Any, pred_scores: Any, gt_box_xyxy: Any) -> bool:
-        """Add one expression: boxes [n, 4], scores [n], the ground-truth box [4]; return whether it is right."""
-        right = self.right(pred_boxes_xyxy, pred_scores, gt_box_xyxy)
-        self.update_right([right])
-        return right
-
-    def right(self, pred_boxes_xyxy: Any, pred_scores: Any, gt_box_xyxy: Any) -> bool:
-        """Tell whether an expression is answered right, without adding it; among equal scores the box that sorts last is the answer.
-
-        Raises:
-            GrexError: NaN in scores or boxes, inverted boxes, or unequal numbers of boxes and scores.
-        """
-        boxes, scores = _plain(pred_boxes_xyxy), _plain(pred_scores)
-        _check_scores(boxes, scores)
-        if not boxes:
-            return False
-        best = _checked(np.array([max(zip(scores, boxes, strict=True))[1]], np.float64))
-        return bool(pair_iou(best, _checked(np.array([_plain(gt_box_xyxy)], np.float64)))[0] >= self.iou_threshold)
-
-    def update_right(self, right: Any) -> None:
-        """Add expressions by whether they are right, bool [E]; answers that are missing or unreadable are False."""
-        flags = np.asarray(right, bool)
-        self._sums = self._sums + np.array([flags.size, int(flags.sum())], np.int64)
-
-    def merge(self, other: REC) -> Self:
-        """Add the sums of another object."""
-        self._sums = self._sums + other._sums
-        return self
-
-    def state(self) -> list[int]:
-        """Return the sums as plain integers."""
-        return [int(v) for v in self._sums]
-
-    def load_state(self, state: Sequence[int]) -> Self:
-        """Replace the sums by those of `state()`."""
-        self._sums = np.array(state, np.int64)
-        return self
-
-    def compute(self) -> dict[str, Any]:
-        """Return num_samples and Pr@<threshold>."""
-        return {"num_samples": int(self._sums[0]), f"Pr@{self.iou_threshold:g}": ratio(self._sums[1], self._sums[0])}
 
 
 def pair_iou(first_xyxy: np.ndarray, second_xyxy: np.ndarray) -> np.ndarray:
@@ -264,19 +284,26 @@ def _pair_parts(a: np.ndarray, b: np.ndarray) -> tuple[np.ndarray, np.ndarray, n
     return inter, union, outer_width * outer_height
 
 
-def _check_scores(boxes: list[Any], scores: list[float]) -> None:
+def _number(value: Any) -> bool:
+    return type(value) is int or type(value) is float
+
+
+def check_scores(boxes: list[Any], scores: list[float]) -> None:
+    """Raise GrexError where scores are not one finite number for each box."""
     if len(boxes) != len(scores):
         raise fault(f"{len(boxes)} boxes with {len(scores)} scores", "one score for each box", "write them together")
     if any(score != score for score in scores):
         raise fault("a box score that is NaN", "finite scores", "look for the first NaN in the model's outputs")
 
 
-def _checked(boxes: np.ndarray) -> np.ndarray:
+def checked(boxes: np.ndarray) -> np.ndarray:
+    """Return boxes [n, 4]; raise GrexError where they are none."""
     if boxes.ndim != 2 or boxes.shape[1] != 4 or not np.isfinite(boxes).all() or (boxes[:, 2:] < boxes[:, :2]).any():
         wrong = boxes[~np.isfinite(boxes).all(1) | (boxes[:, 2:] < boxes[:, :2]).any(1)][:1].tolist() if boxes.ndim == 2 else boxes.shape
         raise fault(f"box {wrong}", "[x1, y1, x2, y2] with finite x1 <= x2, y1 <= y2", "convert xywh or cxcywh boxes to xyxy")
     return boxes
 
 
-def _plain(values: Any) -> list[Any]:
+def plain(values: Any) -> list[Any]:
+    """Return a list of a list, tuple, array or tensor."""
     return values if isinstance(values, list) else list(values) if isinstance(values, tuple) else values.tolist()

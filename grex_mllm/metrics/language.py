@@ -1,4 +1,4 @@
-"""Text metrics of expression generation (GREG): METEOR, CIDEr, BLEU-1..4, ROUGE-L with pycocoevalcap's implementations.
+"""Entry "greg" of METRICS: text of expression generation, METEOR, CIDEr, BLEU-1..4, ROUGE-L with pycocoevalcap's implementations.
 
 Subsets (single target, multi target, all) are corpora of their own: CIDEr's document frequencies, BLEU's lengths, METEOR's aggregate. The
 Java parts still run once for all of them: the PTB tokenizer over all distinct texts, METEOR over all distinct pairs; METEOR's aggregate of
@@ -13,33 +13,139 @@ import tempfile
 import threading
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, Literal, get_args
+
+import numpy as np
 
 from grex_mllm.errors import GrexError, fault
+from grex_mllm.metrics import detection, segmentation
+from grex_mllm.metrics.columns import Column
+from grex_mllm.metrics.sums import KeptRows, limb_sums, mean
+from grex_mllm.metrics.truth import Truth
 
-TOKENIZERS = ("ptb", "whitespace")
+Tokenizer = Literal["ptb", "whitespace"]
+TOKENIZERS = get_args(Tokenizer)
 NAMES = ("METEOR", "CIDEr", "BLEU-1", "BLEU-2", "BLEU-3", "BLEU-4", "ROUGE-L")
 NEEDS_JAVA = "no Java runtime: install one (Debian, Ubuntu: apt-get install default-jre-headless; macOS: brew install openjdk)"
 METEOR_TOKENS = 200  # its alignment search explodes when both sides repeat; referring expressions have under 50 words
 JAVA_OPTIONS = ["-XX:+UseSerialGC", "-Dfile.encoding=UTF-8", "-Duser.language=en", "-Duser.country=US"]
 PUNCTUATION = frozenset(["''", "'", "``", "`", "-LRB-", "-RRB-", "-LCB-", "-RCB-", ".", "?", "!", ",", ":", "-", "--", "...", ";"])
 SINGLE, MULTI, ALL = "single", "multi", "all"
+JUDGEMENTS = ("exact", "wrong", "ambiguous", "unparsable")
+TITLE = "Group expressions (GREG)"
+NEEDS = {"strict": ("expression",)}
+UNIT = "object_set"
+COLUMNS = (
+    Column("METEOR", "METEOR"),
+    Column("CIDEr", "CIDEr", format="points"),
+    Column("BLEU-1", "BLEU-1", shown=("table",)),
+    *(Column(name, name, shown=("table", "compare")) for name in ("BLEU-4", "ROUGE-L", "SPICE")),
+    *(Column(f"round_trip_{name}", f"round-trip {name}", shown=("table", "compare")) for name in ("gIoU", "Pr@F1")),
+    Column("correct", "exact set", shown=("table", "compare")),
+    Column("distinct", "distinct", shown=("table",)),
+    Column("all.correct", "exact set, greedy", shown=("report",)),
+    Column("listener.all.correct", "exact set, listener", shown=("report",)),
+    Column("all.round_trip_gIoU", "round-trip gIoU", shown=("report",)),
+    Column("all.METEOR", "METEOR", shown=("report",)),
+    Column("all.CIDEr", "CIDEr", format="points", shown=("report",)),
+)
 
 
-class GREG:
+@dataclass(frozen=True)
+class Rules:
+    """group_by: references pooled by "target_set" or "ref_id". tokenizer: "ptb" (needs Java) or "whitespace" (not comparable).
+
+    spice: also SPICE, which needs Java and two CoreNLP 3.6.0 jars.
+    """
+
+    group_by: Literal["target_set", "ref_id"] = "target_set"
+    tokenizer: Tokenizer = "ptb"
+    spice: bool = False
+
+
+def row(prediction: dict[str, Any] | None, truth: Truth, rules: Rules, protocol: str) -> dict[str, Any]:
+    """Return text, references, judgement and round trip of one object set; and, under "listener", of the re-ranked answer, if any."""
+    found = _answer(prediction or {}, truth)
+    again = (prediction or {}).get("listener")
+    return found | {"listener": _answer(again, truth) if again else None}
+
+
+def finish(rows: list[dict[str, Any]], rules: Rules) -> dict[str, Any]:
+    """Return the block: single, multi, all; the same of the listener's answers where a row has one. Java runs once for all of them."""
+    kinds = [rows]
+    if any(row["listener"] for row in rows):
+        nothing = {"expression": "", "judgement": None, "round_trip": None}
+        kinds.append([row | (row["listener"] or nothing) for row in rows])
+    subsets = {f"{n} {name}": [n * len(rows) + k for k in at] for n in range(len(kinds)) for name, at in _subsets(rows).items()}
+    answers = [row for kind in kinds for row in kind]
+    texts = score_texts([a["expression"] for a in answers], [a["references"] for a in answers], subsets, rules.tokenizer, rules.spice)
+    blocks: list[dict[str, Any]] = [{} for _ in kinds]
+    for key, members in subsets.items():
+        number, _, name = key.partition(" ")
+        blocks[int(number)][name] = texts[key] | _beside([answers[k] for k in members], kinds[int(number)])
+    again = {"listener": blocks[1]} if len(blocks) > 1 else {}
+    return blocks[0] | again | {"group_by": rules.group_by, "tokenizer": rules.tokenizer}
+
+
+def _answer(answer: dict[str, Any], truth: Truth) -> dict[str, Any]:
+    text, judgement, trip = answer.get("expression"), answer.get("judgement"), answer.get("round_trip")
+    if text is not None and not isinstance(text, str):
+        raise fault(f"{truth.name}: expression {text!r}", "a string", "fix the line")
+    if judgement is not None and judgement not in JUDGEMENTS:
+        raise fault(f"{truth.name}: judgement {judgement!r}", f"one of {', '.join(JUDGEMENTS)}", "fix the line")
+    found = {"expression": text or "", "references": truth.texts, "num_targets": truth.num_targets, "judgement": judgement}
+    return found | {"round_trip": round_trip(trip, truth) if trip else None}
+
+
+def round_trip(trip: dict[str, Any], truth: Truth) -> dict[str, Any]:
+    """Return how well grounding the text gives back the chosen set (strict): iou, None without masks; correct, None without boxes.
+
+    Boxes are chosen by the "grec" rules of the same protocol; one without them takes the answer's own.
+    """
+    masks = {"mask_rle": trip.get("mask_rle"), "no_target": bool(trip.get("no_target"))}
+    found = segmentation.row(masks, truth, segmentation.Rules(), "strict") if "mask_rle" in trip else None
+    boxes = {"count": len(trip.get("boxes_xyxy") or [])} | trip
+    rules = truth.tasks.get("grec", detection.Rules(select="all"))
+    right = detection.row(boxes, truth, rules, "strict")["correct"] if "boxes_xyxy" in trip else None
+    return {"iou": found and found["iou"], "correct": right}
+
+
+def _beside(rows: list[dict[str, Any]], every: list[dict[str, Any]]) -> dict[str, Any]:
+    """Return what stands beside the text metrics of some rows; `every`: of all object sets. No answer counts as wrong."""
+    written = [row["expression"] for row in rows]
+    found: dict[str, Any] = {
+        "distinct": len(set(written)) / len(written),
+        "mean_words": sum(len(text.split()) for text in written) / len(written),
+        "empty": sum(not text.strip() for text in written) / len(written),
+    }
+    judged = [row["judgement"] for row in rows]
+    if any(row["judgement"] is not None for row in every):
+        found["correct"] = judged.count("exact") / len(judged)
+        found["judgements"] = {j: judged.count(j) for j in JUDGEMENTS} | {"unjudged": judged.count(None)}
+    if any(row["round_trip"] for row in every):
+        trips = [row["round_trip"] or {"iou": None, "correct": None} for row in rows]
+        if any(trip["iou"] is not None for trip in trips):
+            found["round_trip_gIoU"] = mean(limb_sums(np.array([trip["iou"] or 0.0 for trip in trips])), len(trips))
+        if any(trip["correct"] is not None for trip in trips):
+            found["round_trip_Pr@F1"] = sum(bool(trip["correct"]) for trip in trips) / len(trips)
+        found["round_trip_share"] = sum(bool(row["round_trip"]) for row in rows) / len(rows)
+    return found
+
+
+class GREG(KeptRows):
     """Accumulate (generated expression, references) pairs; the scores come at the end, as corpora cannot be summed.
 
     tokenizer: "ptb" (the papers' and pycocoevalcap's; needs Java) or "whitespace" (lower case, no punctuation removed; not comparable).
     spice: also SPICE, where its jars are present (`metrics/spice.py`).
     """
 
-    def __init__(self, tokenizer: str = "ptb", spice: bool = False) -> None:
+    def __init__(self, tokenizer: Tokenizer = "ptb", spice: bool = False) -> None:
         if tokenizer not in TOKENIZERS:
             raise fault(f'tokenizer "{tokenizer}"', " or ".join(TOKENIZERS), "choose one of them")
-        self.tokenizer, self.spice = tokenizer, spice
-        self._pairs: list[tuple[str, tuple[str, ...], int]] = []
+        super().__init__(finish, Rules(tokenizer=tokenizer, spice=spice))
 
     def update(self, expression: str, references: Sequence[str], num_targets: int = 1) -> None:
         """Add one generated expression with at least one reference for a set of num_targets >= 1 objects.
@@ -49,38 +155,25 @@ class GREG:
         """
         if not references or num_targets < 1:
             raise fault(f"{len(references)} references for {num_targets} targets", "at least one of each", "leave the sample out")
-        self._pairs.append((expression, tuple(references), num_targets))
-
-    def merge(self, other: GREG) -> Self:
-        """Add the pairs of another object with the same settings."""
-        if (self.tokenizer, self.spice) != (other.tokenizer, other.spice):
-            given, own = (f'tokenizer "{m.tokenizer}", spice {m.spice}' for m in (other, self))
-            raise fault(f"merging {given}", own, "use one setting for all shards")
-        self._pairs += other._pairs
-        return self
-
-    def state(self) -> list[list[Any]]:
-        """Return the pairs as plain lists."""
-        return [[text, list(references), num] for text, references, num in self._pairs]
-
-    def load_state(self, state: Sequence[Sequence[Any]]) -> Self:
-        """Replace the pairs by those of `state()`."""
-        self._pairs = [(text, tuple(references), num) for text, references, num in state]
-        return self
+        self.rows.append({"expression": expression, "references": list(references), "num_targets": num_targets})
 
     def compute(self) -> dict[str, dict[str, Any]]:
         """Return {"single", "multi", "all"}: fractions as pycocoevalcap gives them; subsets without a sample are absent.
 
         Without Java: None for what needs it (with "ptb" that is everything), and the reason under "not_computed".
         """
-        pairs = sorted(self._pairs)  # sums of floats depend on order; the result must not
-        subsets = {
-            SINGLE: [k for k, p in enumerate(pairs) if p[2] == 1],
-            MULTI: [k for k, p in enumerate(pairs) if p[2] > 1],
-            ALL: list(range(len(pairs))),
-        }
-        subsets = {name: members for name, members in subsets.items() if members}
-        return score_texts([p[0] for p in pairs], [p[1] for p in pairs], subsets, self.tokenizer, self.spice)
+        rows = sorted(
+            self.rows, key=lambda row: (row["expression"], row["references"], row["num_targets"])
+        )  # sums of floats depend on order
+        texts = [row["expression"] for row in rows], [row["references"] for row in rows]
+        return score_texts(*texts, _subsets(rows), self.rules.tokenizer, self.rules.spice)
+
+
+def _subsets(rows: list[dict[str, Any]]) -> dict[str, list[int]]:
+    """Return the positions of single targets, several targets and all; those without one are absent."""
+    num = [row["num_targets"] for row in rows]
+    chosen = {SINGLE: [k for k, n in enumerate(num) if n == 1], MULTI: [k for k, n in enumerate(num) if n > 1], ALL: list(range(len(num)))}
+    return {name: at for name, at in chosen.items() if at}
 
 
 def score_texts(

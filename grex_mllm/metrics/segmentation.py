@@ -1,26 +1,152 @@
-"""Mask metrics of generalized (GRES) and classic (RES) referring segmentation, from masks, logits or run-length codes.
+"""Entry "gres" of METRICS: masks of generalized referring segmentation, from masks, logits or run-length codes.
 
 GRES (CVPR 2023) section 5.1. Two protocols from the same counts: `official` equals the released ReLA evaluator (after its fix of
 2023-08-26), `strict` follows the paper's text. They differ where a targeted expression is rejected and in who says "no target".
-Everything reduces to four numbers a sample: pixels in both masks, pixels of each, and two flags; all state is one int64 vector.
+Everything reduces to three numbers a sample, pixels in both masks and of each, and two flags (`judge`); all state is one int64 vector.
 """
 
 from __future__ import annotations
 
 import warnings
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any, Self
 
 import numpy as np
 
 from grex_mllm.errors import GrexError, fault
-from grex_mllm.metrics.sums import NUM_LIMBS, limb_sums, mean, ratio
+from grex_mllm.metrics.columns import Column, accepted, mean_of, rejected
+from grex_mllm.metrics.sums import NUM_LIMBS, half, limb_sums, mean, ratio
+from grex_mllm.metrics.truth import Truth
 
 MANY_WAITING = 1024
 CACHED_NUMBERS = 160_000  # 640 KiB of float32
 PROTOCOLS = ("strict", "official")
 THRESHOLDS = (0.5, 0.6, 0.7, 0.8, 0.9)
 FIELDS = ("num_samples", "TP", "FN", "TN", "FP", "intersection", "union")  # then limbs of all IoUs, limbs of targeted IoUs, Pr counts
+
+
+ARGMAX = 0.5  # the larger of two probabilities
+TITLE = "Masks (GRES)"
+COLUMNS = (
+    Column("gIoU", "gIoU", mean_of("iou")),
+    Column("cIoU", "cIoU", lambda row, _: (row["intersection"], row["union"])),
+    Column("N_acc", "N-acc", rejected("no_target")),
+    Column("T_acc", "T-acc", accepted("no_target")),
+    Column("balanced_acc", "bal-acc", shown=("table",)),
+    *(Column(f"Pr@{x}", f"Pr@{x}", shown=("compare",)) for x in THRESHOLDS[2:]),
+)
+
+
+@dataclass(frozen=True)
+class Rules:
+    """thresholds: X of Pr@X. min_mask_pixels: smaller masks count as "no target" (0 = off)."""
+
+    thresholds: tuple[float, ...] = THRESHOLDS
+    min_mask_pixels: int = 0
+
+
+def needs(rules: Rules) -> dict[str, tuple[str, ...]]:
+    """Return what each protocol reads: `official` the mask at the model's input size and, unless masks are sieved, the head's decision."""
+    return {"strict": ("mask_rle", "gt_mask"), "official": ("mask_rle_input", *(() if rules.min_mask_pixels else ("head",)), "gt_mask")}
+
+
+def row(prediction: dict[str, Any] | None, truth: Truth, rules: Rules, protocol: str) -> dict[str, Any] | None:
+    """Return iou, intersection, union, no_target (said) and gt_area of one answer; None in box-only data."""
+    counts = mask_counts(prediction, truth, protocol)
+    if counts is None:
+        return None
+    iou, i, u, says_none = judge(
+        *counts, says_no_target(prediction or {}), not truth.targets, prediction is None, protocol == "official", rules.min_mask_pixels
+    )
+    return {"iou": iou, "intersection": i, "union": u, "no_target": says_none, "gt_area": counts[2]}
+
+
+def sums(rules: Rules, protocol: str) -> GRES:
+    """Return empty sums."""
+    return GRES(protocol, rules.thresholds, rules.min_mask_pixels)
+
+
+def baselines(columns: dict[str, np.ndarray], rules: Rules) -> dict[str, dict[str, np.ndarray]]:
+    """Return the columns of an answer that is always "no target", and of the right one (strict)."""
+    area, none = columns["gt_area"], columns["num_targets"] == 0
+    never = none & False
+    answers = {"always_empty": (area * 0, area * 0, area, ~never), "oracle": (area, area, area, none)}
+    names = ("iou", "intersection", "union", "no_target")
+    return {name: columns | dict(zip(names, judge(*given, none, never, False, 0), strict=True)) for name, given in answers.items()}
+
+
+def judge(inter: Any, pred_n: Any, gt_n: Any, head: Any, e: Any, wrong: Any, official: bool, smallest: int) -> tuple[Any, Any, Any, Any]:
+    """Apply the table of the protocol (`eval/protocols/README.md`): the one place where an answer gets its IoU.
+
+    inter, pred_n, gt_n: pixels in both masks, of each. head: says "no target". e: there is none. wrong: no usable answer: IoU 0 and the
+    no-target decision counted as the wrong one. Plain numbers, arrays [E] or tensors [E] alike (hence `^ True`: not).
+    Returns IoU, I, U, and whether the answer is "no target".
+    """
+    answers = wrong ^ True
+    says_none = (wrong & (e ^ True)) | (answers & (head | (pred_n < (smallest if official else max(1, smallest)))))
+    counted = answers & (pred_n >= smallest)
+    inter, pred_n = inter * counted, pred_n * counted
+    given, whole = (says_none | e) ^ True, pred_n + gt_n - inter
+    i = inter * given
+    u = pred_n * (e & (says_none ^ True)) + (whole if official else gt_n) * (says_none & (e ^ True)) + whole * given
+    return _double(i) / _double(u + (u == 0)) + (e & says_none), i, u, says_none
+
+
+def mask_counts(prediction: dict[str, Any] | None, truth: Truth, protocol: str = "strict") -> tuple[int, int, int] | None:
+    """Return pixels in both masks, of the prediction, of the ground truth, where the protocol compares them; None in box-only data.
+
+    Raises:
+        GrexError: a malformed mask, or one of another size.
+    """
+    from grex_mllm.ops.rle import area, empty_rle, overlap_counts
+
+    gt, name = truth.mask(), "mask_rle_input" if protocol == "official" else "mask_rle"
+    if gt is None:
+        return None
+    given = (prediction or {}).get(name)
+    if prediction is None or given is None:  # what it missed is known at the original size only
+        return 0, 0, area(gt)
+    code = checked_mask(prediction, truth, name)
+    if protocol == "official":
+        shape = (code["size"][0], code["size"][1])
+        gt = truth.mask(shape) or empty_rle(*shape)
+    return overlap_counts(code, gt)
+
+
+def checked_mask(prediction: dict[str, Any], truth: Truth, name: str = "mask_rle") -> dict[str, Any]:
+    """Return the run-length code of a line: at original size (nothing given: an empty mask), or at its own size under another name.
+
+    Raises:
+        GrexError: a malformed mask, or one of another size.
+    """
+    from grex_mllm.ops.rle import check_rle, empty_rle
+
+    size = (truth.image.height, truth.image.width) if name == "mask_rle" else (None, None)
+    if prediction.get(name) is None:
+        return empty_rle(truth.image.height, truth.image.width)
+    try:
+        return check_rle(prediction[name], *size)
+    except GrexError as error:
+        raise GrexError(f"prediction {truth.name} (image {truth.image.image_id}): {error}") from None
+
+
+def says_no_target(prediction: dict[str, Any]) -> bool:
+    """Return what the no-target head says: its decision, or its probability's argmax (a tie, or neither: "has a target")."""
+    value = prediction.get("no_target")
+    if value is None:
+        return prediction.get("no_target_prob") is not None and no_target_probability(prediction) > ARGMAX
+    if not isinstance(value, bool):
+        raise fault(f"{prediction.get('expression_id')}: no_target {value!r}", "true or false", "fix the line")
+    return value
+
+
+def no_target_probability(prediction: dict[str, Any]) -> float:
+    """Return the probability of a line that has one."""
+    value = prediction["no_target_prob"]
+    if not isinstance(value, int | float) or not 0 <= value <= 1:
+        raise fault(f"{prediction.get('expression_id')}: no_target_prob {value!r}", "a number in [0, 1]", "fix the line")
+    return float(value)
 
 
 class GRES:
@@ -102,6 +228,11 @@ class GRES:
         if len(self._waiting) >= MANY_WAITING or len(inter) >= MANY_WAITING:
             self._add_waiting()
 
+    def update_rows(self, columns: dict[str, np.ndarray]) -> None:
+        """Add rows of the scorer."""
+        iou, i, u, says_none = (columns[key] for key in ("iou", "intersection", "union", "no_target"))
+        self._add(np, iou, i, u, says_none, columns["num_targets"] == 0)
+
     def merge(self, other: GRES) -> Self:
         """Add the sums of another object with the same settings."""
         if self._settings() != other._settings():
@@ -138,7 +269,7 @@ class GRES:
             "cIoU": (ratio(s["intersection"], s["union"]) or 0.0) if s["num_samples"] else None,
             "N_acc": n_acc,
             "T_acc": t_acc,
-            "balanced_acc": None if n_acc is None or t_acc is None else (n_acc + t_acc) / 2,
+            "balanced_acc": half(n_acc, t_acc),
             **{f"Pr@{x:g}": ratio(hits, n_some) for x, hits in zip(self.thresholds, s["hits"], strict=True)},
         }
 
@@ -165,27 +296,9 @@ class GRES:
             self._add_samples(np, *columns)
 
     def _add_samples(self, module: Any, inter: Any, pred_n: Any, gt_n: Any, head: Any, e: Any, bad: Any) -> None:
-        smallest = self.min_mask_pixels if self.protocol == "official" else max(1, self.min_mask_pixels)
-        says_none = pred_n < smallest if head is None else head | (pred_n < smallest)
-        if self.min_mask_pixels:
-            kept = pred_n >= self.min_mask_pixels
-            inter, pred_n = inter * kept, pred_n * kept
-        if bad is not None:
-            inter, pred_n = inter * ~bad, pred_n * ~bad
-            says_none = module.where(bad, ~e, says_none)
-        self._add(*self._rules(module, inter, pred_n, gt_n, says_none, e))
-
-    def _rules(self, module: Any, inter: Any, pred_n: Any, gt_n: Any, says_none: Any, e: Any) -> tuple[Any, ...]:
-        """Apply the table of the protocol: returns module, IoU, I, U, says_none, e, all [E]."""
-        answered = ~says_none & ~e
-        rejected_union = pred_n + gt_n - inter if self.protocol == "official" else gt_n
-        zero = inter * 0
-        i = module.where(answered, inter, zero)
-        u = module.where(e, module.where(says_none, zero, pred_n), module.where(says_none, rejected_union, pred_n + gt_n - inter))
-        denominator = module.where(u > 0, u, zero + 1)
-        iou = _double(i) / _double(denominator)
-        iou = module.where(e, _double(e & says_none), iou)
-        return module, iou, i, u, says_none, e
+        never = e & False
+        head, bad = never if head is None else head, never if bad is None else bad
+        self._add(module, *judge(inter, pred_n, gt_n, head, e, bad, self.protocol == "official", self.min_mask_pixels), e)
 
     def _add(self, module: Any, iou: Any, i: Any, u: Any, says_none: Any, e: Any) -> None:
         flags = [e & says_none, e & ~says_none, ~e & ~says_none, ~e & says_none]
@@ -214,27 +327,6 @@ class GRES:
         k = len(FIELDS)
         named.update(iou=v[k : k + NUM_LIMBS], targeted_iou=v[k + NUM_LIMBS : k + 2 * NUM_LIMBS], hits=v[k + 2 * NUM_LIMBS :])
         return named
-
-
-class RES(GRES):
-    """Accumulate classic referring segmentation over expressions that all have a target: mIoU, cIoU (also called oIoU), Pr@X."""
-
-    def __init__(self, thresholds: Sequence[float] = THRESHOLDS) -> None:
-        super().__init__("strict", thresholds, 0)
-
-    def compute(self) -> dict[str, Any]:
-        """Return num_samples, mIoU, cIoU and Pr@X as fractions.
-
-        Raises:
-            GrexError: an expression without a target was added.
-        """
-        s = self._named()
-        if s["TP"] + s["FN"]:
-            raise GrexError(f"{s['TP'] + s['FN']} expressions have no target; RES expects a target for each; use GRES for this data")
-        whole = super().compute()
-        return {"num_samples": s["num_samples"], "mIoU": whole["gIoU"], "cIoU": whole["cIoU"]} | {
-            key: value for key, value in whole.items() if key.startswith("Pr@")
-        }
 
 
 def _compare_channels(logits: np.ndarray, pred: np.ndarray) -> None:
@@ -283,4 +375,4 @@ def _flags(values: Any, reference: Any) -> Any:
 
 
 def _double(values: Any) -> Any:
-    return values.astype(np.float64) if isinstance(values, np.ndarray) else values.double()
+    return values.double() if hasattr(values, "double") else values * 1.0

@@ -1,4 +1,4 @@
-"""Video metrics (RVOS): region similarity J, contour accuracy F, their mean J&F (Perazzi et al., CVPR 2016, sections 3.1 and 3.2).
+"""Entry "rvos" of METRICS: region similarity J, contour accuracy F, their mean J&F (Perazzi et al., CVPR 2016, sections 3.1 and 3.2).
 
 Averaged over the frames of an expression first, then over expressions. Frames where neither side has a pixel count as right (J = F = 1).
 """
@@ -7,14 +7,44 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any, Self
 
 import numpy as np
 
 from grex_mllm.errors import fault
-from grex_mllm.metrics.sums import NUM_LIMBS, limb_sums, mean
+from grex_mllm.metrics.columns import Column
+from grex_mllm.metrics.segmentation import checked_mask
+from grex_mllm.metrics.sums import NUM_LIMBS, half, limb_sums, mean
+from grex_mllm.metrics.truth import Truth
 
 TOLERANCE = 0.008  # of the image diagonal: how far a contour may lie off (the benchmark's own value)
+TITLE = "Video (RVOS)"
+NEEDS = {"strict": ("mask_rle", "gt_mask")}
+COLUMNS = (Column("J&F", "J&F"), Column("J", "J"), Column("F", "F"))
+
+
+@dataclass(frozen=True)
+class Rules:
+    """tolerance: of the contours, as a share of the image diagonal."""
+
+    tolerance: float = TOLERANCE
+
+
+def row(prediction: dict[str, Any] | None, truth: Truth, rules: Rules, protocol: str) -> dict[str, Any] | None:
+    """Return J and F of one frame, and its expression over the video; None in box-only data."""
+    from grex_mllm.ops.masks import decode_rle
+
+    gt = truth.mask()
+    if gt is None or prediction is None:
+        return None if gt is None else {"video": truth.ref_id, "J": 0.0, "F": 0.0}
+    pixels = decode_rle(checked_mask(prediction, truth)), decode_rle(gt)
+    return {"video": truth.ref_id, "J": region(*pixels), "F": contour(*pixels, rules.tolerance)}
+
+
+def sums(rules: Rules, protocol: str) -> RVOS:
+    """Return empty sums."""
+    return RVOS(rules.tolerance)
 
 
 class RVOS:
@@ -37,6 +67,10 @@ class RVOS:
         self.update_frames(
             [expression_id] * len(pred), *zip(*((region(p, g), contour(p, g, self.tolerance)) for p, g in frames), strict=True)
         )
+
+    def update_rows(self, columns: dict[str, np.ndarray]) -> None:
+        """Add rows of the scorer."""
+        self.update_frames(columns["video"].tolist(), columns["J"].tolist(), columns["F"].tolist())
 
     def update_frames(self, expression_ids: Sequence[str], j: Sequence[float], f: Sequence[float]) -> None:
         """Add frames by their J and F in [0, 1]."""
@@ -68,8 +102,13 @@ class RVOS:
         f = [mean(row[1 + NUM_LIMBS :], row[0]) or 0.0 for row in rows]
         mean_j = math.fsum(j) / len(j) if j else None
         mean_f = math.fsum(f) / len(f) if f else None
-        both = None if mean_j is None or mean_f is None else (mean_j + mean_f) / 2
-        return {"num_expressions": len(rows), "num_frames": sum(row[0] for row in rows), "J": mean_j, "F": mean_f, "J&F": both}
+        return {
+            "num_expressions": len(rows),
+            "num_frames": sum(row[0] for row in rows),
+            "J": mean_j,
+            "F": mean_f,
+            "J&F": half(mean_j, mean_f),
+        }
 
 
 def region(pred: np.ndarray, gt: np.ndarray) -> float:

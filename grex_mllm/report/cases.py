@@ -11,7 +11,8 @@ from typing import Any
 import numpy as np
 
 from grex_mllm.errors import GrexError
-from grex_mllm.metrics.detection import GREC
+from grex_mllm.metrics import detection, language, segmentation
+from grex_mllm.metrics.truth import Truth, target_mask
 from grex_mllm.ops.masks import decode_rle, segmentation_to_mask
 from grex_mllm.report.run_files import GenerationKey, RunFiles
 from grex_mllm.types import ExpressionRecord, ImageRecord, Instance, Sample
@@ -91,22 +92,16 @@ def scan(run: RunFiles, get_sample: GetSample, image_ids: Iterable[str], max_ima
 
 
 def judge_grounding(sample: Sample, record: ExpressionRecord, line: dict[str, Any]) -> GroundingCase:
-    """Score one answer by the strict rules: an empty mask also says "no target"; boxes match at an IoU of 0.5, one to one."""
-    truth = union_mask(sample.record, record.targets)
-    answer = answer_mask(sample.record, line)
-    none_true, none_said = not record.targets, says_none(line, answer)
-    iou: float | None = None
-    if truth is not None and answer is not None:
-        iou = float(none_true and none_said) if none_true or none_said else mask_iou(truth, answer)
+    """Score the final answer to one expression by the strict rules of the metrics; an answer "no target" has no boxes."""
+    truth = truth_of(sample.record, record.targets)
+    mask = segmentation.row(line, truth, segmentation.Rules(), "strict") if isinstance(line.get("mask_rle"), dict) else None
     f1: float | None = None
     if "boxes_xyxy" in line:
-        boxes = [] if none_said else line["boxes_xyxy"]
-        scores = line.get("box_scores") or [1.0] * len(line["boxes_xyxy"])
-        wanted = [instance.box_xyxy for instance in instances_of(sample.record, record.targets)]
-        hits, kept, num = GREC("strict", select="all").match([(boxes, scores[: len(boxes)], wanted, none_true, None)])[0]
-        f1 = 1.0 if kept + num == 0 else 2 * hits / (kept + num)
+        says_none = mask["no_target"] if mask else bool(line.get("no_target"))
+        boxes: dict[str, Any] = {"boxes_xyxy": [], "box_scores": []} if says_none else {}
+        f1 = detection.row(line | boxes, truth, detection.Rules(select="all"), "strict")["f1"]
     prob = float(line.get("no_target_prob") or 0.0)
-    return GroundingCase(record.image_id, record.expression_id, iou, f1, abs(prob - 0.5), list(record.tags))
+    return GroundingCase(record.image_id, record.expression_id, mask["iou"] if mask else None, f1, abs(prob - 0.5), list(record.tags))
 
 
 def judge_generation(sample: Sample, key: GenerationKey, ways: dict[str, dict[str, Any]]) -> GenerationCase:
@@ -128,13 +123,8 @@ def final_way(ways: dict[str, dict[str, Any]]) -> str:
 def round_trip_iou(record: ImageRecord, targets: Iterable[str], line: dict[str, Any]) -> float | None:
     """Return the IoU of the grounded generated text with the chosen objects, where the line holds it."""
     back = line.get("round_trip")
-    truth = union_mask(record, targets)
-    if not isinstance(back, dict) or truth is None:
-        return None
-    answer = answer_mask(record, back)
-    if answer is None:
-        return None
-    return 0.0 if says_none(back, answer) else mask_iou(truth, answer)
+    iou: float | None = language.round_trip(back, truth_of(record, list(targets)))["iou"] if isinstance(back, dict) else None
+    return iou
 
 
 def worst(cases: list[Any], number: int) -> list[Any]:
@@ -151,19 +141,9 @@ def worst(cases: list[Any], number: int) -> list[Any]:
     return sorted(taken + rest[: number - len(taken)], key=lambda case: case.score)
 
 
-def instances_of(record: ImageRecord, targets: Iterable[str]) -> list[Instance]:
-    """Return the instances with these annotation ids, in the order of the ids.
-
-    Raises:
-        GrexError: an id that the image does not have.
-    """
-    known = {instance.annotation_id: instance for instance in record.instances}
-    missing = [target for target in targets if target not in known]
-    if missing:
-        raise GrexError(
-            f"image {record.image_id} has no annotation {missing[0]}; expected one of its instances; report on the data it was made from"
-        )
-    return [known[target] for target in targets]
+def truth_of(record: ImageRecord, targets: list[str]) -> Truth:
+    """Return what is true of an expression or object set with these targets."""
+    return Truth(record.image_id, targets, lambda: record)
 
 
 def instance_mask(record: ImageRecord, instance: Instance) -> np.ndarray | None:
@@ -175,13 +155,8 @@ def instance_mask(record: ImageRecord, instance: Instance) -> np.ndarray | None:
 
 def union_mask(record: ImageRecord, targets: Iterable[str]) -> np.ndarray | None:
     """Return the union of the targets' masks, bool [H, W]; None where one of them has none."""
-    union = np.zeros((record.height, record.width), bool)
-    for instance in instances_of(record, list(targets)):
-        mask = instance_mask(record, instance)
-        if mask is None:
-            return None
-        union |= mask
-    return union
+    code = target_mask(record, list(targets))
+    return None if code is None else decode_rle(code)
 
 
 def answer_mask(record: ImageRecord, line: dict[str, Any]) -> np.ndarray | None:
@@ -193,8 +168,3 @@ def answer_mask(record: ImageRecord, line: dict[str, Any]) -> np.ndarray | None:
 def says_none(line: dict[str, Any], answer: np.ndarray | None) -> bool:
     """Return the final answer to "is nothing meant?": the head says so, or the mask is empty."""
     return bool(line.get("no_target")) or (answer is not None and not answer.any())
-
-
-def mask_iou(first: np.ndarray, second: np.ndarray) -> float:
-    union = np.count_nonzero(first | second)
-    return np.count_nonzero(first & second) / union if union else 0.0

@@ -19,12 +19,6 @@ NAMES = {
     "N_acc": "N-acc",
     "T_acc": "T-acc",
     "balanced_acc": "balanced acc",
-    "Pr@F1": "Pr@(F1=1)",
-    "mean_F1": "mean F1",
-    "mae": "mean abs. error",
-    "correct": "exact set",
-    "round_trip_gIoU": "round-trip gIoU",
-    "round_trip_Pr@F1": "round-trip Pr@(F1=1)",
 }
 JPEG_QUALITY = 84
 ALLOWED_CONTROLS = "\n\t\u200c\u200d"  # joiners: several scripts and emoji need them

@@ -151,10 +151,10 @@ def _lead(run: RunFiles) -> str:
 
 def _data_line(results: dict[str, Any]) -> str:
     block = tables.protocol_block(results)
-    size, share = tables.lookup(block, "gres", "num_samples"), tables.lookup(block, "gres", "no_target_share")
+    size, shares = tables.size_of(block), [found for inner in block.values() if is_number(found := inner.get("no_target_share"))]
     if not is_number(size):
         return ""
-    none = f", {100 * share:.1f} % of them without target" if is_number(share) else ""
+    none = f", {100 * shares[0]:.1f} % of them without target" if shares else ""
     return f'<p class="note">{number_text("num_samples", size)} expressions{none}.</p>'
 
 

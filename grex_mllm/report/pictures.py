@@ -8,10 +8,11 @@ import numpy as np
 from PIL import Image
 
 from grex_mllm import draw
+from grex_mllm.metrics.truth import target_instances
 from grex_mllm.report import cases
 from grex_mllm.report.html import data_uri, escape
 from grex_mllm.report.run_files import RunFiles
-from grex_mllm.types import ExpressionRecord, Sample
+from grex_mllm.types import MORE_THAN_FIVE, ExpressionRecord, Sample
 
 PANEL_SIDE = 320  # pixels of a picture in the page
 MAX_TEXT = 320
@@ -20,7 +21,7 @@ MAX_REFERENCES = 6
 
 def grounding_card(sample: Sample, record: ExpressionRecord, line: dict[str, Any], case: cases.GroundingCase) -> str:
     """Return one card: ground truth, answer and minimap, the expression, and the numbers of the case."""
-    wanted = cases.instances_of(sample.record, record.targets)
+    wanted = target_instances(sample.record, record.targets)
     answer = cases.answer_mask(sample.record, line)
     none_said = cases.says_none(line, answer)
     truth = draw.overlay(
@@ -48,7 +49,7 @@ def grounding_card(sample: Sample, record: ExpressionRecord, line: dict[str, Any
         badges.append(
             badge(
                 f"count {draw.count_name(int(line['count']))} of {draw.count_name(len(wanted))}",
-                min(int(line["count"]), 6) == min(len(wanted), 6),
+                min(int(line["count"]), MORE_THAN_FIVE) == min(len(wanted), MORE_THAN_FIVE),
             )
         )
     if line.get("no_target_prob") is not None:
@@ -62,7 +63,7 @@ def grounding_card(sample: Sample, record: ExpressionRecord, line: dict[str, Any
 def generation_card(sample: Sample, ways: dict[str, dict[str, Any]], case: cases.GenerationCase) -> str:
     """Return one card: the chosen objects, where the final text leads back to, every text, its judgement, and the references."""
     targets = list(case.key[1])
-    chosen = cases.instances_of(sample.record, targets)
+    chosen = target_instances(sample.record, targets)
     picture = draw.draw_objects(
         sample.image,
         [cases.instance_mask(sample.record, instance) for instance in chosen],

@@ -2,52 +2,20 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
-from grex_mllm.report.html import escape, is_share, metric_name, number_text
+from grex_mllm.errors import GrexError
+from grex_mllm.metrics import entry, in_order
+from grex_mllm.metrics.columns import Column, columns, find, headline
+from grex_mllm.metrics.counting import LABELS
+from grex_mllm.report.html import escape, metric_name, number_text
 from grex_mllm.report.run_files import is_number
 
 PROTOCOLS = {"strict": "strict: the papers' text, at original size", "official": "official: as the benchmark's released evaluators print"}
-TASK_NAMES = {
-    "gres": "Masks (GRES)",
-    "grec": "Boxes (GREC)",
-    "count": "Counts",
-    "greg": "Group expressions (GREG)",
-}
 OTHER_SPLITS = {"testA", "testB"}  # of published rows: val is enough beside other data; `grex compare` shows all
-COUNT_NAMES = ("0", "1", "2", "3", "4", "5", ">5")
-CAPTIONS = {"greg": "generated text against all references of an object set", "count": "number of objects, 0 to 5 and more"}
-COLUMN_ORDER = [
-    *("num_samples", "no_target_share", "gIoU", "cIoU", "mIoU", "Pr@F1", "mean_F1", "N_acc", "T_acc", "balanced_acc", "accuracy", "mae"),
-    *("Pr@0.5", "Pr@0.6", "Pr@0.7", "Pr@0.8", "Pr@0.9", "METEOR", "CIDEr", "ROUGE-L", "BLEU-1", "BLEU-2", "BLEU-3", "BLEU-4"),
-    *("correct", "round_trip_gIoU", "round_trip_Pr@F1"),
-]
-# (label, task, metric): what a reader wants first
-TILES = [
-    ("gIoU", "gres", "gIoU"),
-    ("Pr@(F1=1)", "grec", "Pr@F1"),
-    ("N-acc", "gres", "N_acc"),
-    ("T-acc", "gres", "T_acc"),
-    ("count accuracy", "count", "accuracy"),
-    ("exact set, greedy", "greg.all", "correct"),
-    ("exact set, listener", "greg.listener.all", "correct"),
-    ("round-trip gIoU", "greg.all", "round_trip_gIoU"),
-    ("METEOR", "greg.all", "METEOR"),
-    ("CIDEr", "greg.all", "CIDEr"),
-]
 TALLIES = {"judgements", "statuses"}  # dictionaries of counts, told in a line below the table
-UNBOUNDED = {"CIDEr"}  # can exceed 1, so that a bar would mislead
 DUMMIES = ("always_empty", "oracle")
-BREAKDOWN = [
-    ("gIoU", "gres", "gIoU"),
-    ("Pr@(F1=1)", "grec", "Pr@F1"),
-    ("N-acc", "gres", "N_acc"),
-    ("T-acc", "gres", "T_acc"),
-    ("count acc.", "count", "accuracy"),
-    ("METEOR", "greg.all", "METEOR"),
-    ("CIDEr", "greg.all", "CIDEr"),
-    ("round-trip gIoU", "greg.all", "round_trip_gIoU"),
-]
 
 
 def protocol_block(block: Any, protocol: str = "strict") -> dict[str, Any]:
@@ -63,34 +31,47 @@ def protocol_block(block: Any, protocol: str = "strict") -> dict[str, Any]:
 
 def lookup(block: dict[str, Any], task: str, metric: str) -> Any:
     """Return block[task][metric], where a dotted task goes deeper; None where it is absent."""
-    inner: Any = block
-    for part in task.split("."):
-        inner = inner.get(part) if isinstance(inner, dict) else None
-        if inner is None:
-            return None
-    return inner.get(metric) if isinstance(inner, dict) else None
+    return find(find(block, task), metric)
+
+
+def known_tasks(blocks: list[dict[str, Any]]) -> list[str]:
+    """Return the metrics that some blocks hold and whose module is at hand, in their order."""
+    return [task for task in in_order({task for block in blocks for task in block}) if _at_hand(task)]
+
+
+def size_of(block: dict[str, Any]) -> Any:
+    """Return the number of samples of the first metric that says it."""
+    sizes = (find(block[task], key) for task in in_order(block) for key in ("num_samples", "all.num_samples"))
+    return next((size for size in sizes if size is not None), None)
 
 
 def tiles(results: dict[str, Any]) -> str:
     """Return the key numbers, each with a bar on which the dummies are marked."""
     ours = protocol_block(results)
     dummies = {name: protocol_block(block) for name, block in results.get("baselines", {}).items() if name in DUMMIES}
-    cells = []
-    for label, task, metric in TILES:
-        value = lookup(ours, task, metric)
-        if not is_number(value):
-            continue
-        beside = {name: lookup(block, task, metric) for name, block in dummies.items()}
-        cells.append(_tile(label, metric, value, {name: number for name, number in beside.items() if is_number(number)}))
-    return f'<div class="tiles">{"".join(cells)}</div>' if cells else ""
+    cells: dict[str, str] = {}
+    for task in known_tasks([ours]):
+        for column in columns(task, "report"):
+            value = column.find(ours[task])
+            beside = {name: column.find(block.get(task)) for name, block in dummies.items()}
+            if is_number(value) and column.name not in cells:
+                cells[column.name] = _tile(column, value, {name: number for name, number in beside.items() if is_number(number)})
+    return f'<div class="tiles">{"".join(cells.values())}</div>' if cells else ""
 
 
-def _tile(label: str, metric: str, value: float, dummies: dict[str, float]) -> str:
-    beside = " · ".join(f"{escape(metric_name(name))} {number_text(metric, number)}" for name, number in dummies.items())
+def _tile(column: Column, value: float, dummies: dict[str, float]) -> str:
+    beside = " · ".join(f"{escape(metric_name(name))} {column.text(number, 1)}" for name, number in dummies.items())
     return (
-        f'<div class="tile"><div class="name">{escape(label)}</div><div class="value">{number_text(metric, value)}</div>'
-        f'{_meter(value, list(dummies.values())) if metric not in UNBOUNDED else ""}<div class="beside">{beside or "&nbsp;"}</div></div>'
+        f'<div class="tile"><div class="name">{escape(column.name)}</div><div class="value">{column.text(value, 1)}</div>'
+        f'{_meter(value, list(dummies.values())) if column.format == "percent" else ""}<div class="beside">{beside or "&nbsp;"}</div></div>'
     )
+
+
+def _at_hand(task: str) -> bool:
+    try:
+        return bool(entry(task))
+    except GrexError:
+        return False
 
 
 def _meter(value: float, dummies: list[float]) -> str:
@@ -105,8 +86,9 @@ def result_tables(results: dict[str, Any], published: list[dict[str, Any]]) -> s
     """Return one table for each task and protocol: our rows, the dummies, and published rows set apart as other data."""
     blocks = []
     all_tasks = list(dict.fromkeys(task for protocol in PROTOCOLS for task in protocol_block(results, protocol)))
-    for task in sorted(all_tasks, key=lambda name: (list(TASK_NAMES).index(name) if name in TASK_NAMES else 99, name)):
-        parts = []
+    for task in in_order(all_tasks):
+        parts, known = [], {column.key: column for column in columns(task)} if _at_hand(task) else {}
+        title, about = (entry(task).TITLE, str(entry(task).__doc__).split("\n")[0]) if known else (task, "")
         scored = [protocol for protocol in PROTOCOLS if task in protocol_block(results, protocol)]
         for protocol, meaning in PROTOCOLS.items():
             rows, notes = _rows(task, "this run", protocol_block(results, protocol).get(task))
@@ -115,13 +97,13 @@ def result_tables(results: dict[str, Any], published: list[dict[str, Any]]) -> s
             for name, block in results.get("baselines", {}).items():
                 more, _ = _rows(task, f"dummy: {metric_name(name)}", protocol_block(block, protocol).get(task))
                 rows += more
-            parts.append(_table(rows, CAPTIONS.get(task, meaning)))
+            parts.append(_table(rows, meaning if len(scored) > 1 or not about else about, known))
             parts += [f'<p class="note">{escape(note)}</p>' for note in notes]
             parts.append(_confusion(protocol_block(results, protocol).get(task)))
             if protocol == scored[-1]:
                 parts += [_published_table(table, _columns(rows)) for table in published if table.get("task") == task]
         if parts:
-            blocks.append(f'<h3>{escape(TASK_NAMES.get(task, task))}</h3><div class="tables">{"".join(parts)}</div>')
+            blocks.append(f'<h3>{escape(title)}</h3><div class="tables">{"".join(parts)}</div>')
     return "".join(blocks)
 
 
@@ -143,16 +125,20 @@ def _rows(task: str, label: str, block: Any) -> tuple[list[tuple[str, dict[str, 
 
 
 def _columns(rows: list[tuple[str, dict[str, Any]]]) -> list[str]:
-    present = list(dict.fromkeys(key for _, row in rows for key in row))
-    return [key for key in COLUMN_ORDER if key in present] + [key for key in present if key not in COLUMN_ORDER]
+    return list(dict.fromkeys(key for _, row in rows for key in row))
 
 
-def _table(rows: list[tuple[str, dict[str, Any]]], caption: str) -> str:
-    columns = _columns(rows)
-    head = "".join(f'<th scope="col">{escape(metric_name(column))}</th>' for column in columns)
+def _table(rows: list[tuple[str, dict[str, Any]]], caption: str, known: dict[str, Column]) -> str:
+    """Return a table of all numbers of the rows, those of known columns in their names and formats."""
+    keys = _columns(rows)
+
+    def text(key: str, value: Any) -> str:
+        return known[key].text(value, 1) if key in known and is_number(value) else number_text(key, value)
+
+    head = "".join(f'<th scope="col">{escape(known[key].name if key in known else metric_name(key))}</th>' for key in keys)
     body = "".join(
         f'<tr class="{"dummy" if label.startswith("dummy") else "ours"}"><th scope="row">{escape(label)}</th>'
-        + "".join(f"<td>{escape(number_text(column, row.get(column)))}</td>" for column in columns)
+        + "".join(f"<td>{escape(text(key, row.get(key)))}</td>" for key in keys)
         + "</tr>"
         for label, row in rows
     )
@@ -192,8 +178,8 @@ def _confusion(block: Any) -> str:
     )
     if not matrix or not all(isinstance(row, list) and all(is_number(cell) for cell in row) for row in matrix):
         return ""
-    columns = [*COUNT_NAMES, "no answer"][: len(matrix[0])]
-    if len(columns) > len(COUNT_NAMES) and not any(row[-1] for row in matrix):
+    columns = [*LABELS, "no answer"][: len(matrix[0])]
+    if len(columns) > len(LABELS) and not any(row[-1] for row in matrix):
         columns = columns[:-1]
     head = "".join(f'<th scope="col">{escape(name)}</th>' for name in columns)
     body = "".join(
@@ -203,7 +189,7 @@ def _confusion(block: Any) -> str:
             for _, cell in zip(columns, row)
         )
         + "</tr>"
-        for name, row in zip(COUNT_NAMES, matrix)
+        for name, row in zip(LABELS, matrix)
     )
     return _framed("confusion", "true count (rows) against predicted count (columns)", head, f"<tbody>{body}</tbody>")
 
@@ -213,26 +199,27 @@ def breakdown(groups: Any, caption: str, worst_first: bool = False) -> str:
     if not isinstance(groups, dict) or not groups:
         return ""
     blocks = {name: protocol_block(block) for name, block in groups.items()}
-    columns = [column for column in BREAKDOWN if any(is_number(lookup(block, column[1], column[2])) for block in blocks.values())]
-    if not columns:
+    tasks = known_tasks(list(blocks.values()))
+    found = [(task, column) for task in tasks for column in columns(task, "report")]
+    shown = {c.name: (task, c) for task, c in reversed(found) if any(is_number(c.find(block.get(task))) for block in blocks.values())}
+    chosen = [pair for pair in found if pair in shown.values()]
+    if not chosen:
         return ""
 
-    def badness(name: str) -> float:
-        values = (lookup(blocks[name], task, metric) for task, metric in (("grec", "Pr@F1"), ("gres", "gIoU")))
-        return next((float(value) for value in values if is_number(value)), 2.0)
+    def goodness(name: str) -> float:
+        pairs = ((headline(task), headline(task).find(blocks[name].get(task))) for task in tasks)
+        return next((float(value) if column.higher_is_better else -float(value) for column, value in pairs if is_number(value)), math.inf)
 
-    names = sorted(blocks, key=badness) if worst_first else list(blocks)
-    head = "".join(f'<th scope="col">{escape(label)}</th>' for label, _, _ in columns)
+    head = "".join(f'<th scope="col">{escape(column.name)}</th>' for _, column in chosen)
     body = ""
-    for name in names:
-        sizes = (lookup(blocks[name], task, "num_samples") for task in ("gres", "grec", "count", "greg.all"))
-        size = next((value for value in sizes if value is not None), None)
-        cells = "".join(_bar_cell(metric, lookup(blocks[name], task, metric)) for _, task, metric in columns)
-        body += f'<tr><th scope="row">{escape(metric_name(name))}</th><td>{escape(number_text("num_samples", size))}</td>{cells}</tr>'
+    for name in sorted(blocks, key=goodness) if worst_first else blocks:
+        cells = "".join(_bar_cell(column, column.find(blocks[name].get(task))) for task, column in chosen)
+        size = escape(number_text("num_samples", size_of(blocks[name])))
+        body += f'<tr><th scope="row">{escape(metric_name(name))}</th><td>{size}</td>{cells}</tr>'
     return _framed("breakdown", caption, f'<th scope="col">N</th>{head}', f"<tbody>{body}</tbody>")
 
 
-def _bar_cell(metric: str, value: Any) -> str:
-    if not is_share(metric, value) or metric in UNBOUNDED:
-        return f"<td>{escape(number_text(metric, value))}</td>"
-    return f'<td class="bar" style="--share:{min(max(float(value), 0.0), 1.0):.3f}">{number_text(metric, value)}</td>'
+def _bar_cell(column: Column, value: Any) -> str:
+    if not is_number(value) or column.format != "percent":
+        return f"<td>{escape(column.text(value, 1) if is_number(value) else '–')}</td>"
+    return f'<td class="bar" style="--share:{min(max(float(value), 0.0), 1.0):.3f}">{column.text(value, 1)}</td>'

@@ -9,10 +9,10 @@ from pathlib import Path
 from typing import Any
 
 from grex_mllm.errors import GrexError, fault
-from grex_mllm.metrics import Calibration
+from grex_mllm.metrics import entry
 from grex_mllm.score.formats import as_jsonl
-from grex_mllm.score.generation import score_generation
-from grex_mllm.score.grounding import Outcome, evaluate_in_processes, plan_tasks
+from grex_mllm.score.generation import score_generation, set_tasks
+from grex_mllm.score.grounding import evaluate_in_processes, plan_tasks
 from grex_mllm.score.protocol import Protocol, load_protocol
 from grex_mllm.score.reading import PredictionFiles, index_predictions, match_ids
 from grex_mllm.score.results import assemble, describe_run, write_results
@@ -90,8 +90,8 @@ def _score_index(
     trip: RoundTrip | None,
 ) -> dict[str, Any]:
     plan = plan_tasks(protocol, index, notes)
-    answers_text = "greg" in protocol.tasks and index.num_generation > 0
-    if not plan.tasks and not answers_text:
+    of_sets = set_tasks(protocol) if index.num_generation else []
+    if not plan.tasks and not of_sets:
         raise GrexError(
             f"{', '.join(p.name for p in index.paths)} answers none of {', '.join(protocol.tasks)}; expected fields of a task of protocol "
             f'"{protocol.name}"; {"; ".join(notes) or "the file is empty or holds other lines"}'
@@ -99,20 +99,20 @@ def _score_index(
     num_missing = match_ids(index, truth, allow_missing) if plan.tasks else 0
     if num_missing:
         notes.append(f"{num_missing} of {len(truth)} expressions have no prediction and count as wrong")
-    if index.unknown_keys:
-        named = ", ".join(f"{key} ({count})" for key, count in sorted(index.unknown_keys.items()))
+    unknown = {key: count for key, count in sorted(index.unknown_keys.items()) if not plan.needs(key)}
+    if unknown:
+        named = ", ".join(f"{key} ({count})" for key, count in unknown.items())
         notes.append(f"fields that were not understood and are ignored: {named}")
-    outcome = Outcome(Tally(plan), Calibration())
+    tally = Tally(plan)
     if plan.tasks:
-        outcome = evaluate_in_processes(truth, index, plan, num_processes, rows_path, progress)
-    _tell_left_out(outcome.tally, plan, len(truth), notes)
-    _drop_maskless(outcome.tally, notes)
-    boxes = protocol.tasks.get("grec")
-    greg = score_generation(truth, index, protocol.tasks["greg"], boxes, allow_missing, notes, trip) if answers_text else None
+        tally = evaluate_in_processes(truth, index, plan, num_processes, rows_path, progress)
+    _tell_left_out(tally, plan, len(truth), notes)
+    _drop_maskless(tally, plan, notes)
+    blocks = {task: score_generation(truth, index, protocol, task, allow_missing, notes, trip) for task in of_sets}
     provenance = describe_run(protocol, truth, index, num_missing, config, notes)
     if trip is not None:
         provenance["round_trip"] = trip.provenance()
-    return assemble(outcome, greg, provenance)
+    return assemble(tally, blocks, provenance)
 
 
 def _open_round_trip(
@@ -130,9 +130,11 @@ def _open_round_trip(
     """
     if model is None:
         return None
-    if "greg" not in protocol.tasks or not index.num_generation:
+    if not set_tasks(protocol) or not index.num_generation:
         given = f'a round trip with {index.num_generation} generated texts under protocol "{protocol.name}"'
-        raise fault(given, "generation lines and a protocol with greg", "leave --round-trip out, or take eval/protocols/greg.yaml")
+        raise fault(
+            given, "generation lines and a protocol with a metric of texts", "leave --round-trip out, or take eval/protocols/greg.yaml"
+        )
     return RoundTrip(model, truth, image_root, device)
 
 
@@ -142,27 +144,24 @@ def samples_path(out: Path) -> Path:
 
 
 def _tell_left_out(tally: Tally, plan: Plan, num_expressions: int, notes: list[str]) -> None:
-    """Say how many expressions the classic tasks, which know no empty and no plural target, leave out."""
-    for task, words in (("res", "have no target"), ("rec", "have no or several targets")):
-        if plan.has("strict", task):
-            metric = tally.metrics.get((ALL, "strict", task))
-            left_out = num_expressions - (metric.compute()["num_samples"] if metric is not None else 0)
-            if left_out:
-                notes.append(f"{task}: {left_out} of {num_expressions} expressions {words} and are left out")
+    """Say how many expressions a metric leaves out that has words for it (`LEFT_OUT`)."""
+    for protocol, task in plan.tasks:
+        sums, words = tally.sums.get((ALL, protocol, task)), getattr(entry(task), "LEFT_OUT", "")
+        left_out = num_expressions - (sums.compute()["num_samples"] if words and sums is not None else 0)
+        if words and left_out:
+            notes.append(f"{task}: {left_out} of {num_expressions} expressions {words} and are left out")
 
 
-def _drop_maskless(tally: Tally, notes: list[str]) -> None:
-    """Take the mask tasks out of box-only data.
+def _drop_maskless(tally: Tally, plan: Plan, notes: list[str]) -> None:
+    """Take the metrics of masks out of box-only data.
 
     Raises:
         GrexError: some targets have segmentations and others do not.
     """
-    absent = tally.num_masks_absent
-    if not absent:
-        return
-    if tally.num_masks_found:
-        given = f"{absent} of {absent + tally.num_masks_found} targeted expressions whose targets have no segmentation"
+    absent, found = tally.num_masks["absent"], tally.num_masks["found"]
+    if absent and found:
+        given = f"{absent} of {absent + found} targeted expressions whose targets have no segmentation"
         raise fault(given, "masks for all or for none", "fix the data")
-    notes.append("masks: the dataset has no segmentations; not scored")
-    for key in [k for k in tally.metrics if k[2] in ("gres", "res")]:
-        del tally.metrics[key]
+    if absent:
+        notes.append("masks: the dataset has no segmentations; not scored")
+        tally.drop(plan.needs("gt_mask"))

@@ -4,94 +4,20 @@ from __future__ import annotations
 
 import difflib
 import hashlib
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 import yaml
 
 from grex_mllm.errors import fault
+from grex_mllm.metrics import entry
 from grex_mllm.shipped import find_file
 
 
 @dataclass(frozen=True)
-class GresRules:
-    """thresholds: X of Pr@X. min_mask_pixels: smaller masks count as "no target" (0 = off)."""
-
-    thresholds: tuple[float, ...] = (0.5, 0.6, 0.7, 0.8, 0.9)
-    min_mask_pixels: int = 0
-
-
-@dataclass(frozen=True)
-class ResRules:
-    """thresholds: X of Pr@X; expressions without a target are no part of RES and are left out, with their number reported."""
-
-    thresholds: tuple[float, ...] = (0.5, 0.6, 0.7, 0.8, 0.9)
-
-
-@dataclass(frozen=True)
-class GrecRules:
-    """select: boxes that `strict` counts: "threshold" | "count" (N_O best) | "all"; official_select: the same for `official`."""
-
-    select: str = "threshold"
-    official_select: str = "threshold"
-    box_threshold: float = 0.7
-    iou_threshold: float = 0.5
-    f1_threshold: float = 1.0
-
-
-@dataclass(frozen=True)
-class RecRules:
-    """iou_threshold: of the best-scored box with the one target; expressions with no or several targets are left out."""
-
-    iou_threshold: float = 0.5
-
-
-@dataclass(frozen=True)
-class CountRules:
-    """Accuracy over {0..5, >5}: nothing to choose."""
-
-
-@dataclass(frozen=True)
-class GregRules:
-    """group_by: references pooled by "target_set" or "ref_id". tokenizer: "ptb" (needs Java) or "whitespace" (not comparable).
-
-    spice: also SPICE, which needs Java and two CoreNLP 3.6.0 jars.
-    """
-
-    group_by: str = "target_set"
-    tokenizer: str = "ptb"
-    spice: bool = False
-
-
-@dataclass(frozen=True)
-class RvosRules:
-    """tolerance: of the contours, as a share of the image diagonal."""
-
-    tolerance: float = 0.008
-
-
-RULES: dict[str, type] = {
-    "gres": GresRules,
-    "res": ResRules,
-    "grec": GrecRules,
-    "rec": RecRules,
-    "count": CountRules,
-    "greg": GregRules,
-    "rvos": RvosRules,
-}
-CHOICES: dict[str, tuple[Any, ...]] = {
-    "select": ("threshold", "count", "all"),
-    "official_select": ("threshold", "count", "all"),
-    "group_by": ("target_set", "ref_id"),
-    "tokenizer": ("ptb", "whitespace"),
-    "spice": (False, True),
-}
-
-
-@dataclass(frozen=True)
 class Protocol:
-    """A protocol file. tasks: task name -> its rules. thresholds_chosen: how the thresholds came about, in words."""
+    """A protocol file. tasks: entry of METRICS or dotted path -> its rules. thresholds_chosen: how the thresholds came about, in words."""
 
     name: str
     version: int
@@ -123,23 +49,30 @@ def load_protocol(path: str | Path) -> Protocol:
     if not isinstance(raw, dict) or not isinstance(raw.get("tasks"), dict) or "name" not in raw or not isinstance(raw.get("version"), int):
         raise fault(f"{path} without name, version or tasks", "all three", "see eval/protocols/README.md")
     _known(raw, ["name", "version", "tasks", "thresholds_chosen", "description"], path, "")
-    _known(raw["tasks"], list(RULES), path, "tasks.")
-    tasks = {}
-    for task, given in raw["tasks"].items():
-        given = given or {}
-        _known(given, [f.name for f in fields(RULES[task])], path, f"tasks.{task}.")
-        for key, value in given.items():
-            if key in CHOICES and value not in CHOICES[key]:
-                raise fault(f"{path}: tasks.{task}.{key} is {value!r}", f"one of {', '.join(map(str, CHOICES[key]))}", "fix the file")
-        tasks[task] = RULES[task](**{k: tuple(v) if isinstance(v, list) else v for k, v in given.items()})
+    tasks = {task: _rules(task, given or {}, path) for task, given in raw["tasks"].items()}
     words = {key: str(raw[key]).strip() for key in ("thresholds_chosen", "description") if key in raw}
     return Protocol(str(raw["name"]), raw["version"], tasks, sha256=hashlib.sha256(text).hexdigest(), **words)
+
+
+def _rules(task: str, given: Any, path: Path) -> Any:
+    """Return the rules of one metric, an instance of its `Rules`."""
+    kind = entry(task, f"{path}: ").Rules
+    hints = get_type_hints(kind)
+    if not isinstance(given, dict):
+        raise fault(f"{path}: tasks.{task} is {given!r}", "a mapping of its rules", f"write {task}: {{}}")
+    _known(given, list(hints), path, f"tasks.{task}.")
+    for key, value in given.items():
+        choices = get_args(hints[key]) if get_origin(hints[key]) is Literal else (False, True) if hints[key] is bool else None
+        if choices is not None and not any(value is choice or (value == choice and type(value) is type(choice)) for choice in choices):
+            raise fault(f"{path}: tasks.{task}.{key} is {value!r}", f"one of {', '.join(map(str, choices))}", "fix the file")
+        if hints[key] in (int, float) and (type(value) is bool or not isinstance(value, int | float)):
+            raise fault(f"{path}: tasks.{task}.{key} is {value!r}", "a number", "fix the file")
+    return kind(**{k: tuple(v) if isinstance(v, list) else v for k, v in given.items()})
 
 
 def _known(given: dict[str, Any], names: list[str], path: Path, where: str) -> None:
     for key in given:
         if key not in names:
             near = difflib.get_close_matches(str(key), names, n=1)
-            raise fault(
-                f'{path}: unknown key "{where}{key}"', f"one of {', '.join(names)}", f'did you mean "{near[0]}"?' if near else "remove it"
-            )
+            expected = f"one of {', '.join(names)}" if names else "no key"
+            raise fault(f'{path}: unknown key "{where}{key}"', expected, f'did you mean "{near[0]}"?' if near else "remove it")

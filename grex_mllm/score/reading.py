@@ -31,7 +31,8 @@ GENERATION_KEYS = {"image_id", "targets", "ref_id", "expression", "candidates", 
 class PredictionFiles:
     """Index of one or more files. numbers, files, offsets [N]: id number, file and byte offset of each grounding line.
 
-    answered: how many "ok" grounding lines carry each field (null counts only for no field). statuses, unknown_keys: counts.
+    answered: how many "ok" grounding lines carry each field (not null; mask_rle may be), and "head", no_target or no_target_prob.
+    statuses, unknown_keys: counts.
     """
 
     paths: list[Path]
@@ -113,7 +114,7 @@ def index_predictions(paths: list[Path]) -> PredictionFiles:
             offsets.append(offset)
             statuses[status] += 1
             if status == "ok":
-                answered.update(key for key in ANSWERS if key in value and (value[key] is not None or key == "mask_rle"))
+                answered.update(key for key in value if value[key] is not None or key == "mask_rle")
                 answered["mask"] += value.get("mask_rle") is not None
                 answered["head"] += value.get("no_target") is not None or value.get("no_target_prob") is not None
             unknown.update(value.keys() - GROUNDING_KEYS)
@@ -124,6 +125,8 @@ def index_predictions(paths: list[Path]) -> PredictionFiles:
             raise fault(
                 f"{where} with fields {', '.join(sorted(value)) or '(none)'}", "expression_id, or image_id and targets", "fix the line"
             )
+    if not answered["mask"] and answered["boxes_xyxy"]:
+        del answered["mask_rle"]  # nothing but nulls, beside boxes: masks were not asked for
     index = PredictionFiles(
         paths,
         _array(numbers, np.uint64),
@@ -168,27 +171,6 @@ def match_ids(index: PredictionFiles, truth: TruthFolder, allow_missing: bool) -
             "check --split and the file, or count missing ones as wrong with --allow-missing"
         )
     return len(absent)
-
-
-def prediction_boxes(line: dict[str, Any]) -> tuple[list[list[float]], list[float]]:
-    """Return boxes and scores of a line (absent scores = 1).
-
-    Raises:
-        GrexError: not [n, 4] numbers, or another number of scores.
-    """
-    boxes, scores = line.get("boxes_xyxy"), line.get("box_scores")
-    name = line.get("expression_id") or line.get("image_id")
-    if not isinstance(boxes, list) or not all(isinstance(b, list) and len(b) == 4 and all(_number(v) for v in b) for b in boxes):
-        raise fault(f"{name}: boxes_xyxy {str(boxes)[:60]}", "a list of [x1, y1, x2, y2]", "fix the line")
-    if scores is None:
-        scores = [1.0] * len(boxes)
-    if not isinstance(scores, list) or len(scores) != len(boxes) or not all(_number(s) for s in scores):
-        raise fault(f"{name}: box_scores {str(scores)[:60]}", f"{len(boxes)} numbers, one for each box", "fix the line")
-    return boxes, scores
-
-
-def _number(value: Any) -> bool:
-    return type(value) is int or type(value) is float
 
 
 def _lines(paths: list[Path]) -> Iterator[tuple[int, int, int, dict[str, Any]]]:

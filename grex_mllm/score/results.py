@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any
 
 import grex_mllm
-from grex_mllm.score.grounding import Outcome
 from grex_mllm.score.protocol import Protocol
 from grex_mllm.score.reading import PredictionFiles
 from grex_mllm.score.tally import ALL, BASELINES, Tally
@@ -21,13 +20,10 @@ PACKAGES = ("numpy", "pycocotools", "pycocoevalcap", "torch", "transformers")
 NUM_BUCKETS = ("0", "1", "2", "3+")
 
 
-def assemble(outcome: Outcome, greg: dict[str, Any] | None, provenance: dict[str, Any]) -> dict[str, Any]:
-    """Return the whole results dictionary."""
-    tally = outcome.tally
-    strict, official = group_scores(tally, ALL, "strict"), group_scores(tally, ALL, "official")
-    if greg is not None:
-        strict["greg"] = greg
-    groups = sorted({key[0] for key in tally.metrics})
+def assemble(tally: Tally, of_sets: dict[str, Any], provenance: dict[str, Any]) -> dict[str, Any]:
+    """Return the whole results dictionary. of_sets: blocks of the metrics of object sets."""
+    strict, official = group_scores(tally, ALL, "strict") | of_sets, group_scores(tally, ALL, "official")
+    groups = sorted({key[0] for key in tally.sums})
     named = {kind: [g.partition("|")[2] for g in groups if g.startswith(f"{kind}|")] for kind in ("tag", "source")}
     results = {
         "provenance": provenance,
@@ -42,7 +38,7 @@ def assemble(outcome: Outcome, greg: dict[str, Any] | None, provenance: dict[str
             name: group_scores(tally, f"baseline|{name}", "strict") for name in BASELINES if any(g == f"baseline|{name}" for g in groups)
         },
     }
-    calibration = outcome.calibration.compute()
+    calibration = tally.calibration.compute()
     if calibration["num_samples"]:
         results["calibration"] = calibration
     return results
@@ -53,7 +49,7 @@ def group_scores(tally: Tally, group: str, protocol: str) -> dict[str, Any]:
     with warnings.catch_warnings():
         if group != ALL:
             warnings.simplefilter("ignore")  # a group without any pixel is nothing to warn of: its cIoU is 0 as stated
-        return {task: metric.compute() for (name, p, task), metric in tally.metrics.items() if name == group and p == protocol}
+        return {task: sums.compute() for (name, p, task), sums in tally.sums.items() if name == group and p == protocol}
 
 
 def describe_run(

@@ -7,40 +7,11 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-COLUMNS = (
-    ("N", None, "num_samples"),
-    ("f0", None, "no_target_share"),
-    ("gIoU", "gres", "gIoU"),
-    ("cIoU", "gres", "cIoU"),
-    ("mIoU", "res", "mIoU"),
-    ("Pr@F1", "grec", "Pr@F1"),
-    ("REC Pr@0.5", "rec", "Pr@0.5"),
-    ("mean F1", "grec", "mean_F1"),
-    ("N-acc", None, "N_acc"),
-    ("T-acc", None, "T_acc"),
-    ("bal-acc", None, "balanced_acc"),
-    ("J", "rvos", "J"),
-    ("F", "rvos", "F"),
-    ("J&F", "rvos", "J&F"),
-    ("count acc", "count", "accuracy"),
-    ("count MAE", "count", "mae"),
-)
-ORDER = ("gres", "grec", "res", "rec", "count", "rvos")
-TEXT_COLUMNS = (
-    "num_samples",
-    "METEOR",
-    "CIDEr",
-    "BLEU-1",
-    "BLEU-4",
-    "ROUGE-L",
-    "SPICE",
-    "round_trip_gIoU",
-    "round_trip_Pr@F1",
-    "correct",
-    "distinct",
-)
+from grex_mllm.metrics import entry, in_order
+from grex_mllm.metrics.columns import Column, columns, parts
+
+COMMON = (Column("num_samples", "N", format="count"), Column("no_target_share", "f0"))
 MIN_WIDTH = 150
-PLAIN = ("num_samples", "mae")
 
 
 def print_results(results: dict[str, Any], console: Console | None = None) -> None:
@@ -50,7 +21,7 @@ def print_results(results: dict[str, Any], console: Console | None = None) -> No
     protocol, dataset = provenance["protocol"], provenance["dataset"]
     rows = table_rows(results)
     if rows:
-        names = [name for name, *_ in COLUMNS if any(name in cells for _, cells in rows)]
+        names = list(dict.fromkeys(name for _, cells in rows for name in cells))
         table = Table(title=f"{dataset['name']} {dataset['split']}, protocol {protocol['name']} v{protocol['version']} (percent)")
         table.add_column("", no_wrap=True)
         for name in names:
@@ -60,9 +31,10 @@ def print_results(results: dict[str, Any], console: Console | None = None) -> No
                 label, *(cells.get(name, "") for name in names), end_section=label in ("official", "always_empty", "oracle", "3+ targets")
             )
         console.print(table)
-    greg = results["results"]["strict"].get("greg")
-    if greg:
-        console.print(_text_table(greg))
+    strict = results["results"]["strict"]
+    for task in in_order(strict):
+        if hasattr(entry(task), "UNIT"):
+            console.print(_parts_table(task, strict[task]))
     for note in provenance["notes"]:
         console.print(f"note: {note}", highlight=False)
     console.print(f"thresholds: {provenance['thresholds']['chosen']}", highlight=False)
@@ -85,36 +57,30 @@ def table_rows(results: dict[str, Any]) -> list[tuple[str, dict[str, str]]]:
     return [(label, cells) for label, block in blocks if (cells := _cells(block))]
 
 
-def cell(value: Any, key: str) -> str:
-    """Return a number as it is printed: shares in percent with two digits, counts as they are, nothing as a dash."""
-    if value is None:
-        return "-"
-    if key == "num_samples":
-        return str(value)
-    return f"{value:.3f}" if key in PLAIN else f"{100 * value:.2f}"
-
-
 def _cells(block: dict[str, Any]) -> dict[str, str]:
-    tasks = [task for task in ORDER if task in block]
-    cells = {}
-    for name, task, key in COLUMNS:
-        for candidate in [task] if task else tasks:
-            if candidate in block and key in block[candidate]:
-                cells[name] = cell(block[candidate][key], key)
-                break
+    """Return the cells of a row; a column of several metrics (N-acc) is filled by the first that has it."""
+    cells: dict[str, str] = {}
+    for task in in_order(block):
+        for column in (*COMMON, *columns(task, "table")):
+            if column.key in block[task]:
+                cells.setdefault(column.name, _text(column, block[task][column.key]))
     return cells
 
 
-def _text_table(greg: dict[str, Any]) -> Table:
-    rows: list[tuple[str, dict[str, Any]]] = [(name, greg[name]) for name in ("single", "multi", "all") if name in greg]
-    rows += [(f"listener {name}", greg["listener"][name]) for name in ("single", "multi", "all") if name in greg.get("listener", {})]
-    keys = [key for key in TEXT_COLUMNS if any(key in row for _, row in rows)]
+def _text(column: Column, value: Any) -> str:
+    return str(value) if column.format == "count" and value is not None else column.text(value)
+
+
+def _parts_table(task: str, block: dict[str, Any]) -> Table:
+    """Return the table of a metric of object sets: a row for each part of its block, its texts in the title."""
+    rows = parts(block)
+    shown = [column for column in (COMMON[0], *columns(task, "table")) if any(column.key in row for _, row in rows)]
     reasons = sorted({reason for _, row in rows for reason in row.get("not_computed", {}).values()})
-    title = f"generation (percent), references by {greg['group_by']}, tokenizer {greg['tokenizer']}"
-    table = Table(title=title, caption="; ".join(f"- : {reason}" for reason in reasons) or None)
+    settings = [f", {key.replace('_', ' ')} {value}" for key, value in block.items() if isinstance(value, str)]
+    table = Table(title=f"{entry(task).TITLE} (percent){''.join(settings)}", caption="; ".join(f"- : {r}" for r in reasons) or None)
     table.add_column("")
-    for key in keys:
-        table.add_column("N" if key == "num_samples" else key, justify="right")
+    for column in shown:
+        table.add_column(column.name, justify="right")
     for name, row in rows:
-        table.add_row(name, *(cell(row.get(key), key) for key in keys))
+        table.add_row(name, *(_text(column, row.get(column.key)) for column in shown))
     return table

@@ -7,6 +7,7 @@ from array import array
 from collections import OrderedDict
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,9 +15,10 @@ import numpy as np
 
 from grex_mllm.data.records import EXPRESSIONS, IMAGES, INFO, ImageTable, decode_line, expression_findings, read_info, read_lines
 from grex_mllm.errors import GrexError, fault
-from grex_mllm.ops.rle import Rle, empty_rle, segmentation_to_rle, union
+from grex_mllm.metrics.truth import Truth, target_mask
+from grex_mllm.ops.rle import Rle
 from grex_mllm.score.identity import id_number
-from grex_mllm.types import ExpressionRecord, ImageRecord, Instance
+from grex_mllm.types import ExpressionRecord, ImageRecord
 
 IMAGES_HELD = 64
 MASKS_HELD = 512
@@ -63,33 +65,16 @@ class TruthFolder:
                 self._images.popitem(last=False)
         return self._images[image_id]
 
-    def instances(self, image_id: str, targets: list[str]) -> list[Instance]:
-        """Return the target instances, in the order of `targets`.
-
-        Raises:
-            GrexError: a target that the image does not have.
-        """
-        by_id = {instance.annotation_id: instance for instance in self.image(image_id).instances}
-        unknown = [t for t in targets if t not in by_id]
-        if unknown:
-            raise fault(f'target "{unknown[0]}" of image {image_id}', "an annotation id of that image", "run grex data check")
-        return [by_id[t] for t in targets]
+    def about(self, record: ExpressionRecord, tasks: dict[str, Any]) -> Truth:
+        """Return what is true of an expression, for the metrics of a protocol (`tasks`: their rules)."""
+        find_image = partial(self.image, record.image_id)
+        return Truth(record.expression_id, record.targets, find_image, [record.expression], record.ref_id, tasks, self.mask)
 
     def mask(self, image_id: str, targets: list[str], size: tuple[int, int] | None = None) -> Rle | None:
-        """Return the union of the targets' masks at the original size, or rasterised at `size` = (height, width).
-
-        None where a target has no segmentation (box-only data).
-        """
+        """Return `target_mask` of an image; the last few are held."""
         key = (image_id, tuple(targets), size)
         if key not in self._masks:
-            record = self.image(image_id)
-            height, width = size or (record.height, record.width)
-            found = self.instances(image_id, targets)
-            if any(i.segmentation is None for i in found):
-                self._masks[key] = None
-            else:
-                codes = [segmentation_to_rle(i.segmentation, record.height, record.width, height, width) for i in found]
-                self._masks[key] = union(codes) if codes else empty_rle(height, width)
+            self._masks[key] = target_mask(self.image(image_id), targets, size)
             if len(self._masks) > MASKS_HELD:
                 self._masks.popitem(last=False)
         return self._masks[key]
