@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -19,8 +19,9 @@ from torch.nn import functional as F
 from grex_mllm.data.images import load_image
 from grex_mllm.data.transforms import mask_to_original
 from grex_mllm.errors import fault
+from grex_mllm.models.answer import EncodedImage
 from grex_mllm.models.decoders.image_regions import Regions
-from grex_mllm.models.grex import EncodedImage, GrexModel
+from grex_mllm.models.grounding import ImageFeatures
 from grex_mllm.models.region_tokens import mask_boxes, selection_masks
 from grex_mllm.ops.boxes import box_iou
 from grex_mllm.ops.masks import resize_mask_nearest
@@ -34,6 +35,26 @@ LISTENER_TEMPERATURE = 0.7  # of the candidates to choose from; demo, validation
 RARITY = 0.15  # 0: agreement alone, 3 points fewer exact sets on the demo's validation scenes (0.25 and 0.35: no better)
 
 
+class Speaker(Protocol):
+    """What describing needs of a model: a generator, and grounding as its listener. `GrexModel` is one."""
+
+    generator: Any
+    grounding: Any
+
+    @property
+    def device(self) -> torch.device:
+        """Where its weights lie."""
+
+    def encode(self, image: Any) -> EncodedImage:
+        """Encode an image once."""
+
+    def encode_text(self, expressions: Sequence[str]) -> tuple[Tensor, Tensor]:
+        """Return ids and mask int64 [E, L]."""
+
+    def generator_features(self, features: ImageFeatures) -> list[Tensor]:
+        """Return the feature maps that the generator reads."""
+
+
 @dataclass
 class Description:
     """expression: the chosen text.  score: agreement in [0, 1], see `rerank_by_grounding`; None without re-ranking.
@@ -45,7 +66,7 @@ class Description:
 
 
 def describe(
-    model: GrexModel,
+    model: Speaker,
     image: Any,
     masks: Any = None,
     boxes_xyxy: Any = None,
@@ -92,7 +113,7 @@ def describe(
 
 @torch.inference_mode()
 def describe_encoded(
-    model: GrexModel,
+    model: Speaker,
     encoded: EncodedImage,
     masks: np.ndarray,
     sets: list[list[int]],
@@ -169,7 +190,7 @@ def found_objects(encoded: EncodedImage, least: float) -> list[np.ndarray]:
         return []
     sure, order = regions.objectness[-1][0].sigmoid().sort(descending=True)
     logits = regions.masks()[0]
-    masks = [mask_to_original(logits[k], encoded.geometry, encoded.canvas).cpu().numpy() for k in order[sure > least].tolist()]
+    masks = [mask_to_original(logits[k], encoded.geometry, encoded.canvas).cpu().numpy() for k in order[sure >= least].tolist()]
     return [mask for mask in masks if mask.any()]
 
 
@@ -178,7 +199,7 @@ def _overlap(first: np.ndarray, second: np.ndarray) -> float:
     return float((first & second).sum() / max(1, min(first.sum(), second.sum())))
 
 
-def input_masks(masks: np.ndarray, geometry: Geometry, input_size: tuple[int, int], model: GrexModel) -> Tensor:
+def input_masks(masks: np.ndarray, geometry: Geometry, input_size: tuple[int, int], model: Speaker) -> Tensor:
     """Bring bool masks [N, H0, W0] to the network input [N, H, W]; a mask that vanishes there keeps the pixel nearest to its middle."""
     placed = np.zeros((len(masks), *input_size), bool)
     for i, mask in enumerate(masks):
@@ -191,7 +212,7 @@ def input_masks(masks: np.ndarray, geometry: Geometry, input_size: tuple[int, in
 
 
 def rerank_by_grounding(
-    model: GrexModel, encoded: EncodedImage, masks: Tensor, sets: list[list[int]], texts: list[list[str]]
+    model: Speaker, encoded: EncodedImage, masks: Tensor, sets: list[list[int]], texts: list[list[str]]
 ) -> list[Description]:
     """Ground every candidate once and order each set's candidates by their agreement times the share of them that say the same, to the
     power RARITY (ties: the earlier one, so greedy wins them).
