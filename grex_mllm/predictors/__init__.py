@@ -61,7 +61,7 @@ def _place(name: str) -> str:
     if MODULE.fullmatch(head):
         near = difflib.get_close_matches(head, PREDICTORS, n=1)
         if os.getcwd() not in sys.path:
-            sys.path.append(os.getcwd())
+            sys.path.insert(0, os.getcwd())
         if _is_module(head):
             return name
         if near:
