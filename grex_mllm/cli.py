@@ -13,7 +13,8 @@ from grex_mllm.errors import GrexError, fault
 
 POSITIONAL = "positional"  # given without a flag
 AS_WRITTEN = "as written"  # read by the verb itself, not as YAML
-Place, Places = Annotated[str, POSITIONAL], Annotated[list[str], POSITIONAL]
+Place = Annotated[str, POSITIONAL]
+Places = Annotated[list[str], POSITIONAL]
 
 
 def demo(out: str = "runs/demo", config: str | None = None, overrides: list[str] | None = None) -> int:
@@ -358,7 +359,8 @@ def _parser(verb: str) -> Any:
     description = (function.__doc__ or "").split("Args:")[0].strip()
     parser = ArgumentParser(prog=f"grex {verb}", description=description, exit_on_error=False)
     parameters, hints = inspect.signature(function).parameters, get_type_hints(function, include_extras=True)
-    texts, special = _argument_texts(function), {"overrides"}
+    texts = _argument_texts(function)
+    special: set[str | int] = {"overrides"}
     for name, parameter in parameters.items():
         marks, required = getattr(hints[name], "__metadata__", ()), parameter.default is inspect.Parameter.empty
         many = "list[" in str(hints[name])
