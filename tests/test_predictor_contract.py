@@ -233,7 +233,7 @@ def test_round_trips_take_any_predictor_that_does_not_know_the_answer(place: Pat
     block = score(place / "said.jsonl", place / "d", "val", **options, round_trip="all", device="cpu")
     greg, shown = block["results"]["strict"]["greg"], block["provenance"]["round_trip"]
     assert shown == {"model": "all", "sha256": None, "num_grounded": 15} and greg["all"]["round_trip_Pr@F1"] == pytest.approx(1 / 3)
-    with pytest.raises(GrexError, match="oracle, which reads the targets"):
+    with pytest.raises(GrexError, match="oracle, which reads the targets"):  # nor does grex ground
         score(place / "said.jsonl", place / "d", "val", **options, round_trip="oracle", device="cpu")
 
 

@@ -45,8 +45,24 @@ def open_predictor(name: str, options: Options) -> Predictor:
     if predictor.can.config is None:
         given = [item.split("=")[0] for item in options.overrides if not item.startswith("--data.")]
         given += [f"--{key}" for key, value in (("listener", options.listener), ("threshold", options.threshold)) if value]
+        given += [f"--{key}" for key in options.speech]
         if given:
             raise fault(f"{', '.join(given)} with {name}", "a predictor that has this option (a trained model)", "leave it out")
+    return predictor
+
+
+def open_blind(name: str, options: Options, task: str) -> Predictor:
+    """Return a predictor for questions to which nobody has written down the answer. task: ground or generate.
+
+    Raises:
+        GrexError: what `open_predictor` raises; a predictor that cannot do the task, or that reads the targets.
+    """
+    predictor = open_predictor(name, options)
+    if task not in predictor.can.tasks and task == "generate":
+        raise fault("a model without a generator", "one trained with model.generator.lm", "train with a generator, or use ground")
+    if task not in predictor.can.tasks or predictor.can.truth == "targets":
+        given = f"{name}, which {'reads the targets' if predictor.can.truth else 'does not ground'}"
+        raise fault(given, "a predictor that answers without knowing them", "give another one")
     return predictor
 
 

@@ -47,6 +47,7 @@ class GrexPredictor:
         tasks = ("ground",) if self.net.generator is None else ("ground", "generate")
         how = f"in {self.chosen.precision} on {place} ({self.chosen.reason})"
         self.can = Abilities(tasks, how=how, ahead=config.data.num_workers, config=config, remarks=self._remarks)
+        self.speech = options.speech
         self._last: tuple[Item, EncodedImage] | None = None
 
     def fingerprint(self) -> str:
@@ -78,7 +79,9 @@ class GrexPredictor:
     def describe(self, items: Iterable[Item]) -> Iterator[Answer]:
         """Describe the object sets of one image after another."""
         for item in items:
-            if item.open_sets:
+            if not item.complete:
+                yield from (_described(self.net, item, targets, self.speech) for targets in item.open_sets)
+            elif item.open_sets:
                 with autocast(self.chosen.precision, self.net.device.type):
                     answers = describe_sets(self.net, item, self._encoded(item), item.open_sets, self.listener)
                 yield from answers
@@ -114,6 +117,15 @@ def describe_sets(net: GrexModel, item: Item, encoded: EncodedImage, sets: list[
             fields["candidates"] = [text for text, _ in best.candidates]
         answers.append(Answer(set_key(item.record.image_id, targets), expression=first.expression, status=fields["status"], fields=fields))
     return answers
+
+
+def _described(net: GrexModel, item: Item, targets: ObjectSet, speech: dict[str, Any]) -> Answer:
+    """Describe objects that a user pointed at; the model finds the others itself."""
+    chosen = [instance for instance in item.instances if instance.annotation_id in targets]
+    boxes = [instance.box_xyxy for instance in chosen if instance.mask is None]
+    result = net.describe(item.image, boxes_xyxy=boxes or None, masks=None if boxes else [i.mask for i in chosen], details=True, **speech)
+    fields = {"score": result.score, "candidates": result.candidates}
+    return Answer(set_key(item.record.image_id, targets), expression=result.expression, fields=fields)
 
 
 def _said(net: GrexModel, encoded: EncodedImage, text: str) -> dict[str, Any]:

@@ -35,6 +35,7 @@ class Item:
     expressions: of the image, in the order of the split.  object_sets: annotation ids, sorted, of every set to describe.
     done: keys that an earlier run answered; the open questions are the others. What they are asked beside may matter to a batch, so that
     done ones are listed, too.
+    complete: false where a user pointed at some objects, as masks or boxes alone: the image may hold others that the record does not list.
     """
 
     record: ImageRecord
@@ -43,6 +44,7 @@ class Item:
     expressions: list[ExpressionRecord] = field(default_factory=list)
     object_sets: list[ObjectSet] = field(default_factory=list)
     done: Collection[str] = ()
+    complete: bool = True
 
     @property
     def open_expressions(self) -> list[ExpressionRecord]:
@@ -130,14 +132,18 @@ class Abilities:
 
 @dataclass
 class Options:
-    """What the command line asks of a predictor: device, overrides of its configuration, number of the listener's candidates (0 = none),
-    precision and no-target threshold (None = as configured)."""
+    """What the command line asks of a predictor.
+
+    overrides: of its configuration, as --a.b=c.  listener: number of the listener's candidates, 0 = none.
+    precision, threshold (of "no target"): None = as configured.  speech: further options of `GrexModel.describe`, where they are given.
+    """
 
     device: str = "auto"
     overrides: list[str] = field(default_factory=list)
     listener: int = 0
     precision: str | None = None
     threshold: float | None = None
+    speech: dict[str, Any] = field(default_factory=dict)
 
 
 class Predictor(Protocol):

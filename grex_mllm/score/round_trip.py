@@ -11,6 +11,9 @@ import numpy as np
 from grex_mllm.data.images import load_image, resolve_image
 from grex_mllm.data.records import MAX_EXPRESSION_CHARACTERS, find_image_root
 from grex_mllm.errors import GrexError, fault
+from grex_mllm.predictors import open_blind
+from grex_mllm.predictors.lines import round_trip_fields
+from grex_mllm.predictors.protocol import Item, Options
 from grex_mllm.score.truth import TruthFolder
 from grex_mllm.types import ExpressionRecord, ImageRecord
 
@@ -26,17 +29,11 @@ class RoundTrip:
     """
 
     def __init__(self, model: str | Path, truth: TruthFolder, image_root: str | Path | None = None, device: str = "auto") -> None:
-        from grex_mllm.predictors import open_predictor
-        from grex_mllm.predictors.protocol import Options
-
         self.model, self.truth = str(model), truth
         self.image_root = find_image_root(truth.folder, truth.info, image_root)
         if not self.image_root.is_dir():
             raise fault(f"image folder {self.image_root} does not exist", "the images that the texts describe", "give --image-root")
-        self.predictor = open_predictor(self.model, Options(device, precision="fp32"))
-        if "ground" not in self.predictor.can.tasks or self.predictor.can.truth == "targets":
-            given = f"a round trip with {model}, which {'reads the targets' if self.predictor.can.truth else 'does not ground'}"
-            raise fault(given, "a predictor that grounds what a text says", "give another one")
+        self.predictor = open_blind(self.model, Options(device, precision="fp32"), "ground")
         self.num_grounded = 0
 
     def ground(self, image_id: str, texts: list[str]) -> list[dict[str, Any]]:
@@ -45,9 +42,6 @@ class RoundTrip:
         Raises:
             GrexError: the image is missing, unreadable or of another size than its record says.
         """
-        from grex_mllm.predictors.lines import round_trip_fields
-        from grex_mllm.predictors.protocol import Item
-
         record = self.truth.image(image_id)
         said = [text.strip()[:MAX_EXPRESSION_CHARACTERS] for text in texts]
         records = [ExpressionRecord(f"{n}", f"{n}", image_id, text, text, [], self.truth.split, "generated") for n, text in enumerate(said)]
