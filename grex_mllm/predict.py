@@ -185,7 +185,9 @@ def _answers(predictor: Predictor, items: Iterator[Item], tasks: list[str]) -> I
             taken[n] += 1
             yield item
 
-    streams = {n: getattr(predictor, TASKS[task])(counted(n, feed)) for n, (task, feed) in enumerate(zip(tasks, tee(items, len(tasks))))}
+    streams = {
+        n: iter(getattr(predictor, TASKS[task])(counted(n, feed))) for n, (task, feed) in enumerate(zip(tasks, tee(items, len(tasks))))
+    }
     while streams:
         n = min(streams, key=taken.__getitem__)
         answer = next(streams[n], None)
@@ -207,7 +209,7 @@ def _items(source: FolderDataset, positions: list[int], tasks: list[str], done: 
             record, load = sample.record, lambda image=sample.image: image
         file = resolve_image(source.dataset.image_root, record.file)
         sets = object_sets(group) if "generate" in tasks else []
-        item = Item(record, file, load, group if "ground" in tasks else [], sets, done)
+        item = Item(record, file, load, group, sets, done)
         if ahead is not None and item.open_sets:
             _ = item.masks
         yield item

@@ -42,3 +42,20 @@ def test_a_module_of_ones_own_predicts_and_is_scored(
     results = json.loads((tmp_path / "r.json").read_text())
     assert results["provenance"]["predictions"]["statuses"] == {"ok": 2, "unparsable": 1}
     assert results["results"]["strict"]["gres"]["gIoU"] == pytest.approx(100 / 600 / 3)  # a dog of 10 x 10 pixels in a half of 20 x 30
+
+
+def test_grex_ground_takes_it_and_refuses_who_knows_the_answer(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(ROOT)
+    picture = str(folder(tmp_path) / "images" / "a.png")
+    words = ["ground", "--image", picture, "--out", str(tmp_path / "o"), "--model"]
+    assert main([*words, "tests.examples.predictor_example", "--expression", "left", "right"]) == 0
+    assert [answer["mask_pixels"] for answer in json.loads(capsys.readouterr().out)] == [600, 600]
+    for model, text, said in (
+        ("tests.examples.predictor_example", "the dog", "answers unparsable (it names no side)"),
+        ("oracle", "the dog", "oracle, which reads the targets"),
+    ):
+        assert main([*words, model, "--expression", text]) == 2 and said in capsys.readouterr().err
+    assert main(["describe", "--image", picture, "--boxes", "[[2,3,12,13]]", "--model", "largest"]) == 2
+    assert "without a generator" in capsys.readouterr().err

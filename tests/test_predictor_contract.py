@@ -109,6 +109,16 @@ def test_a_killed_run_goes_on(place: Path, name: str, monkeypatch: pytest.Monkey
     assert len(written) == len(set(written)) == whole.count(b"\n") and written[:7] == before
 
 
+def test_processes_share_the_images_and_keep_the_order(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    whole = run(place, "oracle", "alone.jsonl")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    for rank in ("1", "0"):  # process 0 joins what the others have finished
+        monkeypatch.setenv("RANK", rank)
+        (place / "both.jsonl").touch() if rank == "1" else (place / "both.jsonl").unlink()
+        shared = run(place, "oracle", "both.jsonl")
+    assert shared == whole and not list(place.glob("both.jsonl.*"))
+
+
 def test_oracle_and_always_empty_score_what_the_scorer_says_of_them(place: Path) -> None:
     for name in ("oracle", "always_empty"):
         run(place, name, f"{name}.jsonl")
@@ -117,6 +127,11 @@ def test_oracle_and_always_empty_score_what_the_scorer_says_of_them(place: Path)
         assert strict == results["baselines"][name]
     strict = score(place / "oracle.jsonl", place / "d", "val", PROTOCOLS / "all.yaml")["results"]["strict"]
     assert strict["gres"]["gIoU"] == strict["gres"]["N_acc"] == strict["grec"]["Pr@F1"] == strict["count"]["accuracy"] == 1.0
+
+
+def test_one_task_alone_answers_what_both_do(place: Path) -> None:
+    alone = [set(run(place, "oracle", f"{task}.jsonl", tasks=[task]).splitlines()) for task in TASKS]
+    assert [len(lines) for lines in alone] == [20, 15] and alone[0] | alone[1] == set((place / "said.jsonl").read_bytes().splitlines())
 
 
 def test_results_name_a_predictor_that_reads_the_truth(place: Path) -> None:
