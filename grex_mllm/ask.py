@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import re
 from pathlib import Path
 from typing import Any
@@ -12,33 +11,9 @@ from typing import Any
 import numpy as np
 
 from grex_mllm.errors import GrexError, fault
+from grex_mllm.types import ExpressionRecord, ImageRecord, Instance
 
 MAX_SHOWN = 80
-
-
-def pick_device(name: str) -> str:
-    """Return the torch device of a name; "auto" takes a GPU where there is one.
-
-    Of several processes on one machine (`torchrun`), each takes a GPU of its own for "auto" and "cuda": that of its LOCAL_RANK, from the
-    first again where there are fewer GPUs than processes.
-
-    Raises:
-        GrexError: a device that this machine lacks.
-    """
-    import torch
-
-    if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "cpu"
-    if name == "cuda" and int(os.environ.get("WORLD_SIZE", 1)) > 1 and torch.cuda.device_count() > 0:
-        local_rank = int(os.environ.get("LOCAL_RANK", os.environ.get("RANK", 0)))
-        return f"cuda:{local_rank % torch.cuda.device_count()}"
-    if name == "cpu":
-        return name
-    try:
-        torch.zeros(1, device=name)
-    except (RuntimeError, AssertionError) as error:
-        raise fault(f'device "{name}" ({str(error).splitlines()[0]})', "cpu, cuda or auto", "choose one that this machine has") from None
-    return name
 
 
 def ground_image(model: str, image: str, expressions: list[str], out: Path, device: str, threshold: float | None) -> list[dict[str, Any]]:
@@ -51,13 +26,23 @@ def ground_image(model: str, image: str, expressions: list[str], out: Path, devi
     """
     from grex_mllm.data.images import load_image
     from grex_mllm.draw import overlay, save_mask_png, save_png
-    from grex_mllm.models.grex import GrexModel, check_expression
+    from grex_mllm.models.grex import check_expression
+    from grex_mllm.predictors import open_blind
+    from grex_mllm.predictors.protocol import Item, Options
 
     for expression in expressions:
         check_expression(expression)
     pixels = load_image(image)
-    net = GrexModel.from_pretrained(model, device=pick_device(device))
-    results = net.ground(pixels, expressions, threshold=threshold)
+    predictor = open_blind(model, Options(device, precision="fp32", threshold=threshold), "ground")
+    record = ImageRecord("0", image, pixels.shape[0], pixels.shape[1])
+    asked = [ExpressionRecord(f"{n}", f"{n}", "0", text, text, [], "", "") for n, text in enumerate(expressions)]
+    given = {answer.key: answer for answer in predictor.ground([Item(record, Path(image), lambda: pixels, asked)])}
+    results = []
+    for question in asked:
+        answer = given[question.expression_id]
+        if answer.grounding is None:
+            raise fault(f"{model} answers {answer.status} ({answer.reason})", "a grounding", "ask otherwise, or another model")
+        results.append(answer.grounding)
     out.mkdir(parents=True, exist_ok=True)
     stem = re.sub(r"[^\w.-]", "_", Path(image).stem)
     answers = []
@@ -102,20 +87,32 @@ def describe_objects(
         GrexError: neither or both given, boxes in another form, files that are no masks, and all that `describe` raises.
     """
     from grex_mllm.data.images import load_image
-    from grex_mllm.models.grex import GrexModel
+    from grex_mllm.ops.masks import mask_to_box_xyxy
+    from grex_mllm.ops.selection import selection_masks
+    from grex_mllm.predictors import open_blind
+    from grex_mllm.predictors.protocol import Item, Options
 
     corners = None if boxes is None else parse_boxes(boxes)
     pixels = load_image(image)
     chosen = None if masks is None else [_read_mask(file, pixels.shape[:2]) for file in masks]
-    net = GrexModel.from_pretrained(model, device=pick_device(device))
-    result = net.describe(
-        pixels, masks=chosen, boxes_xyxy=corners, mode=mode, candidates=candidates, rerank=rerank, seed=seed, details=True
-    )
-    printed: dict[str, Any] = {"expression": result.expression}
-    if result.score is not None:
-        printed["listener_score"] = round(result.score, 4)
-    if result.candidates:
-        printed["candidates"] = [{"expression": t} | ({"listener_score": round(v, 4)} if v == v else {}) for t, v in result.candidates]
+    height, width = pixels.shape[:2]
+    selection_masks(height, width, chosen, corners)
+    objects = [Instance(f"{n}", "", box) for n, box in enumerate(corners or [])]
+    objects += [Instance(f"{n}", "", mask_to_box_xyxy(mask), mask=mask) for n, mask in enumerate(chosen or [])]
+    given = {"mode": (mode, "greedy"), "candidates": (candidates, 1), "rerank": (rerank, None), "seed": (seed, 0)}
+    speech = {name: value for name, (value, usual) in given.items() if value != usual}
+    predictor = open_blind(model, Options(device, precision="fp32", speech=speech), "generate")
+    targets = tuple(item.annotation_id for item in objects)
+    record = ImageRecord("0", image, height, width, objects)
+    (answer,) = predictor.describe([Item(record, Path(image), lambda: pixels, object_sets=[targets], complete=False)])
+    if answer.expression is None:
+        raise fault(f"{model} answers {answer.status} ({answer.reason})", "an expression", "ask otherwise, or another model")
+    printed: dict[str, Any] = {"expression": answer.expression}
+    if answer.fields.get("score") is not None:
+        printed["listener_score"] = round(answer.fields["score"], 4)
+    if answer.fields.get("candidates"):
+        options = answer.fields["candidates"]
+        printed["candidates"] = [{"expression": t} | ({"listener_score": round(v, 4)} if v == v else {}) for t, v in options]
     return printed
 
 

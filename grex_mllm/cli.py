@@ -7,9 +7,14 @@ import json
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, get_type_hints
 
 from grex_mllm.errors import GrexError, fault
+
+POSITIONAL = "positional"  # given without a flag
+AS_WRITTEN = "as written"  # read by the verb itself, not as YAML
+Place = Annotated[str, POSITIONAL]
+Places = Annotated[list[str], POSITIONAL]
 
 
 def demo(out: str = "runs/demo", config: str | None = None, overrides: list[str] | None = None) -> int:
@@ -58,7 +63,7 @@ def predict(
     """Answer every expression and describe every object set of a split; resumable.
 
     Args:
-        model: a model folder or hub id.
+        model: a model folder or hub id, always_empty, oracle, largest, all, random:SEED, replay:FILE, or a module of your own.
         data: a dataset folder, or "synthetic": scenes are drawn into the folder x.data beside x.jsonl; give that to grex score --data.
         out: the predictions.jsonl to write; an interrupted run goes on from its .part file.
         split: which split.
@@ -75,7 +80,7 @@ def predict(
 
 
 def score(
-    predictions: list[str],
+    predictions: Places,
     data: str,
     split: str,
     protocol: str | None = None,
@@ -98,7 +103,7 @@ def score(
         per_sample: also write one row per sample.
         allow_missing: count missing predictions as wrong instead of stopping.
         num_processes: how many processes share the split; the results are the same.
-        round_trip: a model folder that grounds generated texts whose lines carry no round trip.
+        round_trip: a model folder, or any --model of grex predict, that grounds generated texts whose lines carry no round trip.
         image_root: round_trip: where the images lie, when not where dataset.json says.
         device: round_trip: auto, cpu, cuda.
     """
@@ -142,7 +147,7 @@ def ground(model: str, image: str, expression: list[str], out: str = ".", device
 def describe(
     model: str,
     image: str,
-    boxes: str | None = None,
+    boxes: Annotated[str | None, AS_WRITTEN] = None,
     masks: list[str] | None = None,
     mode: str = "greedy",
     candidates: int = 1,
@@ -170,8 +175,8 @@ def describe(
 
 
 def data(
-    action: str,
-    folders: list[str],
+    action: Place,
+    folders: Places,
     image_root: str | None = None,
     out: str | None = None,
     split: str = "test",
@@ -195,8 +200,8 @@ def data(
 
 
 def convert(
-    kind: str,
-    source: list[str],
+    kind: Place,
+    source: Places,
     out: str | None = None,
     config: str | None = None,
     vocab: str | None = None,
@@ -216,7 +221,7 @@ def convert(
 
 
 def compare(
-    results: list[str], out: str | None = None, format: str = "markdown", no_published: bool = False, any_protocol: bool = False
+    results: Places, out: str | None = None, format: str = "markdown", no_published: bool = False, any_protocol: bool = False
 ) -> int:
     """Set results side by side, with paired bootstrap intervals where per-sample rows exist.
 
@@ -237,7 +242,7 @@ def compare(
     return 0
 
 
-def errors(results: str, out: str = "errors", data: str | None = None, predictions: str | None = None) -> int:
+def errors(results: Place, out: str = "errors", data: str | None = None, predictions: str | None = None) -> int:
     """Tell where the points are lost, with picture sheets of each kind of error.
 
     Args:
@@ -252,7 +257,7 @@ def errors(results: str, out: str = "errors", data: str | None = None, predictio
     return 0
 
 
-def report(run: str) -> int:
+def report(run: Place) -> int:
     """Write report.html of a finished run.
 
     Args:
@@ -268,10 +273,6 @@ VERBS: dict[str, Callable[..., int]] = {
     "demo": demo, "train": train, "predict": predict, "score": score, "ground": ground, "describe": describe,
     "data": data, "convert": convert, "compare": compare, "errors": errors, "report": report,
 }  # fmt: skip
-POSITIONAL = {"predictions", "action", "folders", "kind", "source", "results", "run"}
-MANY = {"expression", "masks", "folders", "source"}
-AS_WRITTEN = {"boxes"}  # read by the verb itself, not as YAML
-WITH_OVERRIDES = {"demo", "train", "predict"}
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -314,12 +315,10 @@ def _run(verb: str, arguments: list[str]) -> int:
 
         near = difflib.get_close_matches(verb, VERBS, n=1)
         raise fault(f'unknown verb "{verb}"', f"one of {', '.join(VERBS)}", f'did you mean "{near[0]}"?' if near else "see grex --help")
-    own, overrides = _split_overrides(arguments) if verb in WITH_OVERRIDES else (arguments, [])
-    own = [_underscores(item) for item in own]
-    given = _parsed(verb, own)
-    if verb in WITH_OVERRIDES:
-        given["overrides"] = overrides
-    return VERBS[verb](**given)
+    if "overrides" not in get_type_hints(VERBS[verb]):
+        return VERBS[verb](**_parsed(verb, arguments))
+    own, overrides = _split_overrides(arguments)
+    return VERBS[verb](**_parsed(verb, own), overrides=overrides)
 
 
 def _split_overrides(arguments: list[str]) -> tuple[list[str], list[str]]:
@@ -346,7 +345,7 @@ def _parsed(verb: str, arguments: list[str]) -> dict[str, Any]:
     from jsonargparse import ArgumentError
 
     try:
-        return vars(_parser(verb).parse_args(arguments))
+        return vars(_parser(verb).parse_args([_underscores(item) for item in arguments]))
     except ArgumentError as error:
         raise fault(f"{error}".rstrip("."), "the options of this verb", f"see grex {verb} --help") from None
 
@@ -359,24 +358,24 @@ def _parser(verb: str) -> Any:
     function = VERBS[verb]
     description = (function.__doc__ or "").split("Args:")[0].strip()
     parser = ArgumentParser(prog=f"grex {verb}", description=description, exit_on_error=False)
-    parameters = inspect.signature(function).parameters
-    switches = {name for name, parameter in parameters.items() if parameter.default is False}
-    special = ((POSITIONAL | MANY | AS_WRITTEN) & set(parameters)) | switches
+    parameters, hints = inspect.signature(function).parameters, get_type_hints(function, include_extras=True)
     texts = _argument_texts(function)
+    special: set[str | int] = {"overrides"}
     for name, parameter in parameters.items():
-        if name in switches:
-            parser.add_argument(f"--{name}", action="store_true", help=texts.get(name, ""))
-        if name not in special - switches:
-            continue
-        required = parameter.default is inspect.Parameter.empty
-        many = name in MANY or "list" in str(parameter.annotation)
+        marks, required = getattr(hints[name], "__metadata__", ()), parameter.default is inspect.Parameter.empty
+        many = "list[" in str(hints[name])
         options: dict[str, Any] = {"help": texts.get(name, "")} | ({"nargs": "+"} if many else {})
-        if name in POSITIONAL and required:
+        if name == "overrides" or not (marks or many or parameter.default is False):
+            continue
+        special.add(name)
+        if parameter.default is False:
+            parser.add_argument(f"--{name}", action="store_true", **options)
+        elif POSITIONAL in marks:
             parser.add_argument(name, **options)
         else:
             options["required" if required else "default"] = True if required else None
             parser.add_argument(f"--{name}", **options)
-    parser.add_function_arguments(function, as_group=False, skip={*special, "overrides"})
+    parser.add_function_arguments(function, as_group=False, skip=special)
     return parser
 
 

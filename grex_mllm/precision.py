@@ -1,10 +1,11 @@
-"""Which floating-point type a machine computes in: bfloat16 where it multiplies that natively, else float32.
+"""Which device a machine computes on, and in which floating-point type: bfloat16 where it multiplies that natively, else float32.
 
 Processors without bfloat16 units emulate it at a hundredth of float32's speed, so `auto` asks the machine instead of assuming.
 """
 
 from __future__ import annotations
 
+import os
 import time
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
@@ -19,6 +20,29 @@ DTYPES: dict[str, torch.dtype] = {"fp32": torch.float32, "bf16": torch.bfloat16,
 ROUGH_SIDE, TRIAL_SIDE, TRIAL_RUNS = 96, 256, 5  # of the square matrices; a few milliseconds in all
 NATIVE_SPEEDUP = 1.2  # of bfloat16 over float32; units in hardware give 2 and more, emulation 0.01 to 1
 WARNED_SLOWDOWN = 2.0
+
+
+def pick_device(name: str) -> str:
+    """Return the torch device of a name; "auto" takes a GPU where there is one.
+
+    Of several processes on one machine (`torchrun`), each takes a GPU of its own for "auto" and "cuda": that of its LOCAL_RANK, from the
+    first again where there are fewer GPUs than processes.
+
+    Raises:
+        GrexError: a device that this machine lacks.
+    """
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    if name == "cuda" and int(os.environ.get("WORLD_SIZE", 1)) > 1 and torch.cuda.device_count() > 0:
+        local_rank = int(os.environ.get("LOCAL_RANK", os.environ.get("RANK", 0)))
+        return f"cuda:{local_rank % torch.cuda.device_count()}"
+    if name == "cpu":
+        return name
+    try:
+        torch.zeros(1, device=name)
+    except (RuntimeError, AssertionError) as error:
+        raise fault(f'device "{name}" ({str(error).splitlines()[0]})', "cpu, cuda or auto", "choose one that this machine has") from None
+    return name
 
 
 @dataclass(frozen=True)

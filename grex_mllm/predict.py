@@ -1,7 +1,7 @@
-"""Model and records -> predictions.jsonl: resumable, and shared out over processes.
+"""Predictor and records -> predictions.jsonl: resumable, and shared out over processes.
 
-Lines are written to `<out>.part` and flushed image by image; an interrupted run goes on from there. The finished file appears under its
-own name in one step. Started by `torchrun`, process r of n takes every n-th image and process 0 joins the parts.
+Answers are written to `<out>.part` as they come, in any order; an interrupted run goes on from there. The finished file appears under its
+own name in one step, in the order of the split. Started by `torchrun`, process r of n takes every n-th image and process 0 joins the parts.
 """
 
 from __future__ import annotations
@@ -11,33 +11,27 @@ import json
 import os
 import sys
 import time
-from collections.abc import Iterator
-from dataclasses import replace
+from collections.abc import Iterable, Iterator
+from contextlib import ExitStack
+from dataclasses import dataclass
+from itertools import tee
 from pathlib import Path
-from typing import Any
+from types import ModuleType
+from typing import Any, BinaryIO
 
-import numpy as np
-import torch
-
-from grex_mllm.ask import pick_device
-from grex_mllm.config import Config, load_config, to_dict
+from grex_mllm.config import Config, load_config
 from grex_mllm.data.dataset import FolderDataset
-from grex_mllm.data.records import IMAGES
-from grex_mllm.data.sources import options_of
-from grex_mllm.data.synthetic.export import NUM_SCENES, export_once, is_synthetic
-from grex_mllm.data.transforms import instance_mask, selectable_instances
+from grex_mllm.data.images import resolve_image
+from grex_mllm.data.judges import Judge, find_judge
+from grex_mllm.data.sources import options_of, source_of
 from grex_mllm.errors import GrexError, fault
-from grex_mllm.models.answer import check_rules
-from grex_mllm.models.describe import Description, describe_encoded
-from grex_mllm.models.grex import CONFIG, EncodedImage, GrexModel
-from grex_mllm.ops.masks import encode_rle
-from grex_mllm.precision import autocast, resolve_precision
+from grex_mllm.predictors import open_predictor
+from grex_mllm.predictors.lines import answer_fields
+from grex_mllm.predictors.protocol import STATUSES, TASKS, Answer, Item, ObjectSet, Options, Predictor, object_sets, set_key
 from grex_mllm.progress import list_ids, progress_bar
-from grex_mllm.types import Geometry, Grounding, Sample
+from grex_mllm.types import Sample
 
-TASKS = ("ground", "generate")
 BARRIER_S = 24 * 3600.0
-SYNTHETIC = "synthetic"
 
 
 def predict_split(
@@ -52,14 +46,15 @@ def predict_split(
     device: str,
     overrides: list[str],
 ) -> Path:
-    """Predict a split of a dataset folder with a model folder and write `out`.
+    """Predict a split of a dataset folder with any predictor and write `out`.
 
-    data: the folder, or "synthetic": scenes as the model's configuration says, which are written to `synthetic_folder(out)`.
+    model: what `open_predictor` takes.  data: the folder, or an entry of SOURCES ("synthetic": scenes as the model's configuration says),
+    which is written to `synthetic_folder(out)`.
     listener: candidates for the listener-chosen expressions, 0 = greedy only.  limit: only the first images; how many synthetic scenes.
 
     Raises:
-        GrexError: unknown task, model or split; a model without a generator for "generate"; a part file of another model or split; a
-            precision or rule of `predict` that does not exist.
+        GrexError: unknown task, predictor or split; a predictor that can do none of the tasks, or that answers otherwise than it is asked;
+            a part file of another predictor or split; what the predictor raises.
     """
     for task in tasks:
         if task not in TASKS:
@@ -69,43 +64,45 @@ def predict_split(
         raise fault(f"{out} exists", "a new file", "remove it, or choose another --out")
     if limit is not None and limit < 1:
         raise fault(f"--limit {limit}", "at least 1 image", "give another number, or leave it out")
-    place = torch.device(pick_device(device))
-    if place.index is not None and place.type == "cuda":
-        torch.cuda.set_device(place)  # kernels start on the current GPU, wherever their tensors lie
-    net = GrexModel.from_pretrained(model, device=str(place))
-    if overrides:
-        changed = load_config(Path(model) / CONFIG if Path(model).is_dir() else None, overrides)
-        data_config = replace(net.config.data, num_workers=changed.data.num_workers, sources=changed.data.sources)
-        net.config = replace(net.config, predict=changed.predict, data=data_config)
-    check_rules(net.config.predict)
-    chosen = resolve_precision(net.config.predict.precision, place)
-    if "generate" in tasks and net.generator is None:
-        tasks = [t for t in tasks if t != "generate"]
-        if not tasks:
-            raise fault(f"{model} has no generator", "a model with one for task generate", "use --tasks ground")
-    if data == SYNTHETIC:
-        data = _synthetic_scenes(net, out, split, image_root, limit, rank)
+    predictor = open_predictor(model, Options(device, overrides, listener))
+    tasks = _tasks_of(predictor, model, tasks)
+    drawn = source_of(data)
+    if drawn is not None:
+        config = predictor.can.config or load_config(None, overrides)
+        data = _drawn_scenes(drawn, data, config, out, split, image_root, limit, rank)
     source = FolderDataset(data, split, 10**9, num_images=limit, image_root=image_root)
-    writer = _Part(out, rank, world, _fingerprint(net, data, split, tasks, listener, limit, chosen.precision))
-    mine = range(rank, len(source), world)
-    with writer, progress_bar(f"predict {split}") as advance, autocast(chosen.precision, place.type):
-        for done, sample in enumerate(_samples(source, mine, net.config.data.num_workers)):
-            writer.write(_image_lines(net, sample, tasks, listener, writer.done, is_synthetic(source.dataset.info)))
-            advance((done + 1) / len(mine), f"{sample.record.image_id}")
+    text = json.dumps([predictor.fingerprint(), str(data), split, tasks, limit], sort_keys=True)
+    writer = _Part(out, rank, world, hashlib.sha256(text.encode()).hexdigest())
+    asked = _questions(source, tasks)
+    with writer, progress_bar(f"predict {split}") as advance:
+        _predict(predictor, model, source, tasks, asked, writer, advance)
     if rank == 0:
-        _tell(net, source, f"predicted {split} in {chosen.precision} on {place} ({chosen.reason})")
-    return writer.finish()
+        remarks = predictor.can.remarks([record for group in source.groups for record in group])
+        print(f"predicted {split} {predictor.can.how}", *remarks, sep="\n", file=sys.stderr, flush=True)
+    return writer.finish(asked)
+
+
+def _tasks_of(predictor: Predictor, model: str, tasks: list[str]) -> list[str]:
+    """Return the tasks that the predictor can do."""
+    possible = [task for task in tasks if task in predictor.can.tasks]
+    if not possible and "generate" in tasks:
+        raise fault(f"{model} has no generator", "a model with one for task generate", "use --tasks ground")
+    if not possible:
+        raise fault(f"{model} does not ground", "a model that does for task ground", "use --tasks generate")
+    return possible
 
 
 def synthetic_folder(out: Path) -> Path:
-    """Return where the scenes of predictions on synthetic data are written: runs/x.jsonl -> runs/x.data."""
+    """Return where the scenes of predictions on drawn data are written: runs/x.jsonl -> runs/x.data."""
     return out.with_name(f"{out.stem}.data")
 
 
-def _synthetic_scenes(net: GrexModel, out: Path, split: str, image_root: str | None, limit: int | None, rank: int) -> str:
+def _drawn_scenes(
+    source: ModuleType, name: str, config: Config, out: Path, split: str, image_root: str | None, limit: int | None, rank: int
+) -> str:
     """Write the scenes to predict (process 0; the others wait for them) and return their folder."""
     if image_root is not None:
-        raise fault(f"--image-root {image_root} with --data synthetic", "no image root: the scenes are drawn", "leave --image-root out")
+        raise fault(f"--image-root {image_root} with --data {name}", "no image root: the scenes are drawn", "leave --image-root out")
     folder = synthetic_folder(out)
     start = time.monotonic()
     while rank != 0 and not folder.exists():
@@ -113,22 +110,112 @@ def _synthetic_scenes(net: GrexModel, out: Path, split: str, image_root: str | N
             raise fault(f"no {folder} within a day", "the scenes that process 0 writes there", "look at its output, then run again")
         time.sleep(0.2)
     folder.parent.mkdir(parents=True, exist_ok=True)
-    export_once(options_of(net.config.data, SYNTHETIC), split, limit or NUM_SCENES, folder)
+    source.export_for_prediction(options_of(config.data, name), split, limit, folder)
     return str(folder)
 
 
-def _tell(net: GrexModel, source: FolderDataset, head: str) -> None:
-    """Print how the prediction was computed, and which expressions are longer than the model reads."""
-    print(head, file=sys.stderr, flush=True)
-    records = [record for group in source.groups for record in group]
-    most = net.config.model.text.max_tokens
-    cut = net.text_tokenizer.too_long([record.raw for record in records], most)
-    if cut:
-        what = f"expressions of more than model.text.max_tokens = {most} tokens were cut there"
-        print(list_ids(what, [records[i].expression_id for i in cut]), file=sys.stderr, flush=True)
+@dataclass(frozen=True)
+class _Question:
+    """What a key stands for. position: of its image in the split.  targets: of an object set; None = an expression."""
+
+    position: int
+    image_id: str
+    targets: ObjectSet | None = None
 
 
-def _samples(source: FolderDataset, positions: range, num_workers: int) -> Iterator[Sample]:
+def _questions(source: FolderDataset, tasks: list[str]) -> dict[str, _Question]:
+    """Return key -> question of the whole split, in the order of the finished file."""
+    asked: dict[str, _Question] = {}
+    for position, group in enumerate(source.groups):
+        image_id = group[0].image_id
+        if "ground" in tasks:
+            asked |= {e.expression_id: _Question(position, image_id) for e in group}
+        if "generate" in tasks:
+            asked |= {set_key(image_id, targets): _Question(position, image_id, targets) for targets in object_sets(group)}
+    return asked
+
+
+def _predict(
+    predictor: Predictor, model: str, source: FolderDataset, tasks: list[str], asked: dict[str, _Question], writer: _Part, advance: Any
+) -> None:
+    """Write an answer to every question of this process's images that has none yet."""
+    mine = range(writer.rank, len(source), writer.world)
+    wanted = {key for key, question in asked.items() if question.position % writer.world == writer.rank} - writer.done
+    left = dict.fromkeys(mine, 0)
+    for key in wanted:
+        left[asked[key].position] += 1
+    judge, finished = find_judge(source.dataset.info), sum(not num for num in left.values())
+    items = _items(source, [position for position, num in left.items() if num], tasks, frozenset(writer.done), predictor.can.ahead)
+    for answer in _answers(predictor, items, tasks):
+        if answer.key not in wanted or answer.status not in STATUSES:
+            what = f'status "{answer.status}"' if answer.key in wanted else "an answer more"
+            raise fault(f'{what} of {model} for "{answer.key}"', "one answer, with a known status, to each open question", "fix it")
+        wanted.discard(answer.key)
+        question = asked[answer.key]
+        writer.write(answer.key, _line(answer, question, source, judge, predictor.can.truth))
+        left[question.position] -= 1
+        if not left[question.position]:
+            finished += 1
+            advance(finished / len(mine), question.image_id)
+    if wanted:
+        given = list_ids(f"questions without an answer of {model}", [key for key in asked if key in wanted])
+        raise fault(given, "one for each, with status error where there is none", "fix the predictor")
+
+
+def _line(answer: Answer, question: _Question, source: FolderDataset, judge: Judge | None, truth: str) -> dict[str, Any]:
+    """Return the prediction line of an answer, with what the data's judge makes of the expression and of the listener's choice."""
+    fields = answer_fields(answer)
+    if truth:
+        fields["reads_truth"] = truth
+    if question.targets is None:
+        return {"expression_id": answer.key, **fields}
+    for said in (fields, fields.get("listener")):
+        if judge is not None and said and "expression" in said:
+            said["judgement"] = judge(said["expression"], source.dataset.images[question.image_id], question.targets)
+    return {"image_id": question.image_id, "targets": list(question.targets), **fields}
+
+
+def _answers(predictor: Predictor, items: Iterator[Item], tasks: list[str]) -> Iterator[Answer]:
+    """Yield the answers to all tasks. The one that has taken fewer images goes on, so that a predictor that works image by image has both
+    questions about one image in turn; one that looks ahead may do so."""
+    taken = [0] * len(tasks)
+
+    def counted(n: int, feed: Iterable[Item]) -> Iterator[Item]:
+        for item in feed:
+            taken[n] += 1
+            yield item
+
+    streams = {
+        n: iter(getattr(predictor, TASKS[task])(counted(n, feed))) for n, (task, feed) in enumerate(zip(tasks, tee(items, len(tasks))))
+    }
+    while streams:
+        n = min(streams, key=taken.__getitem__)
+        answer = next(streams[n], None)
+        if answer is None:
+            del streams[n]
+        else:
+            yield answer
+
+
+def _items(source: FolderDataset, positions: list[int], tasks: list[str], done: frozenset[str], ahead: int | None) -> Iterator[Item]:
+    """Yield an item for each image. ahead: see `Abilities`; then faults of an image come before any answer about it."""
+    samples = iter(()) if ahead is None else _samples(source, positions, ahead)
+    for position in positions:
+        group = source.groups[position]
+        if ahead is None:
+            record, load = source.dataset.images[group[0].image_id], lambda position=position: source[position].image
+        else:
+            sample = next(samples)
+            record, load = sample.record, lambda image=sample.image: image
+        file = resolve_image(source.dataset.image_root, record.file)
+        sets = object_sets(group) if "generate" in tasks else []
+        item = Item(record, file, load, group, sets, done)
+        if ahead is not None and item.open_sets:
+            _ = item.masks
+        yield item
+
+
+def _samples(source: FolderDataset, positions: list[int], num_workers: int) -> Iterator[Sample]:
     """Yield the samples in order, read by `num_workers` processes (0: by this one).
 
     Raises:
@@ -149,7 +236,7 @@ def _samples(source: FolderDataset, positions: range, num_workers: int) -> Itera
 class _Caught:
     """The samples at some positions; a fault comes as a value, because a loader would wrap what its worker raises in a traceback."""
 
-    def __init__(self, source: FolderDataset, positions: range) -> None:
+    def __init__(self, source: FolderDataset, positions: list[int]) -> None:
         self.source, self.positions = source, positions
 
     def __len__(self) -> int:
@@ -164,140 +251,6 @@ class _Caught:
 
 def _same(item: Any) -> Any:
     return item
-
-
-def _image_lines(
-    net: GrexModel, sample: Sample, tasks: list[str], listener: int, done: set[str], judged: bool
-) -> Iterator[tuple[str, dict[str, Any]]]:
-    """Yield (key, line) of what is not done yet for one image. judged: the synthetic grammar judges the generated expressions.
-
-    All expressions go through the same chunks, done or not, so that a resumed run gives the same numbers.
-    """
-    wanted = [e for e in sample.expressions if e.expression_id not in done] if "ground" in tasks else []
-    sets = object_sets(sample) if "generate" in tasks else []
-    sets = [s for s in sets if _set_key(sample, s) not in done]
-    if not wanted and not sets:
-        return
-    masks = object_masks(sample) if sets else None  # first: a fault in it comes before any line of the image
-    encoded = net.encode(sample.image)
-    if wanted:
-        chunk = net.config.predict.batch
-        for start in range(0, len(sample.expressions), chunk):
-            part = sample.expressions[start : start + chunk]
-            if all(e.expression_id in done for e in part):
-                continue
-            for record, result in zip(part, net.ground(encoded, [e.raw for e in part], chunk), strict=True):
-                if record.expression_id not in done:
-                    yield record.expression_id, {"expression_id": record.expression_id, **grounding_line(result, net.config.predict.masks)}
-    if masks is not None:
-        for targets, line in zip(sets, describe_lines(net, sample, encoded, masks, sets, listener), strict=True):
-            if judged:
-                _judge(line, sample, targets)
-            yield _set_key(sample, targets), line
-
-
-def grounding_line(result: Grounding, masks: bool = True) -> dict[str, Any]:
-    """Return the fields of a prediction line (`eval/README.md`).
-
-    `no_target` is what the head alone says, which the official protocol reads.  masks: false leaves them out, so that they are not scored.
-    """
-    line: dict[str, Any] = {"mask_rle": encode_rle(result.mask)} if masks else {}
-    line |= {
-        "boxes_xyxy": np.round(result.boxes_xyxy.astype(np.float64), 3).tolist(),
-        "box_scores": np.round(result.box_scores.astype(np.float64), 5).tolist(),
-        "count": result.count,
-        "no_target_prob": round(result.no_target_prob, 6),
-        "no_target": result.head_no_target,
-        "status": "ok",
-    }
-    if masks and result.mask_input is not None:
-        line["mask_rle_input"] = encode_rle(result.mask_input)
-    if result.minimap is not None:
-        line["minimap"] = np.round(result.minimap.astype(np.float64), 2).tolist()
-    return line
-
-
-def object_sets(sample: Sample) -> list[tuple[str, ...]]:
-    """Return the distinct object sets that the expressions of an image refer to, in order; annotation ids sorted."""
-    return list(dict.fromkeys(tuple(sorted(e.targets)) for e in sample.expressions if e.targets))
-
-
-def object_masks(sample: Sample) -> np.ndarray:
-    """Return bool [N, H0, W0]: the masks of the selectable instances of an image.
-
-    Raises:
-        GrexError: a segmentation of another size than the image, or a malformed one; names the image and the annotation.
-    """
-    record, masks = sample.record, []
-    whole = Geometry(record.height, record.width, record.height, record.width)
-    for instance in selectable_instances(record):
-        try:
-            masks.append(instance_mask(instance, whole))
-        except GrexError as error:
-            place = f"{IMAGES}, image {record.image_id}, annotation {instance.annotation_id}, field segmentation"
-            raise GrexError(f"{place}: {error}") from None
-    return np.stack(masks)
-
-
-def describe_lines(
-    net: GrexModel, sample: Sample, encoded: EncodedImage, masks: np.ndarray, sets: list[tuple[str, ...]], listener: int
-) -> list[dict[str, Any]]:
-    """Describe object sets greedily and, with `listener` > 0, also by choosing among that many candidates; ground what was written.
-
-    masks: bool [N, H0, W0], as `object_masks` returns them.
-    """
-    instances = selectable_instances(sample.record)
-    place = {instance.annotation_id: n for n, instance in enumerate(instances)}
-    positions = [[place[t] for t in targets] for targets in sets]
-    greedy = describe_encoded(net, encoded, masks, positions, "greedy", 1, None)
-    reranked: list[Description | None] = [None] * len(sets)
-    if listener:
-        texts = [answer.expression for answer in greedy]
-        reranked = list(describe_encoded(net, encoded, masks, positions, "sample", listener, "listener", greedy=texts))
-    lines = []
-    for targets, first, best in zip(sets, greedy, reranked, strict=True):
-        line: dict[str, Any] = {
-            "image_id": sample.record.image_id,
-            "targets": list(targets),
-            **_with_round_trip(net, encoded, first),
-        }
-        if best is not None:
-            line["listener"] = {"score": round(best.score or 0.0, 5), **_with_round_trip(net, encoded, best)}
-            line["candidates"] = [t for t, _ in best.candidates]
-        lines.append(line)
-    return lines
-
-
-def _with_round_trip(net: GrexModel, encoded: EncodedImage, description: Description) -> dict[str, Any]:
-    text = description.expression
-    line: dict[str, Any] = {"expression": text, "status": "ok" if text.strip() else "unparsable"}
-    if text.strip():
-        result = net.ground(encoded, text[:1000])
-        found = grounding_line(result, net.config.predict.masks)
-        line["round_trip"] = {k: v for k, v in found.items() if k in ("mask_rle", "boxes_xyxy", "box_scores", "no_target")}
-    return line
-
-
-def _judge(line: dict[str, Any], sample: Sample, targets: tuple[str, ...]) -> None:
-    """Add what the synthetic grammar makes of the greedy expression and of the listener's choice."""
-    from grex_mllm.data.synthetic import check_expression
-
-    for answer in (line, line["listener"]) if "listener" in line else (line,):
-        answer["judgement"] = check_expression(answer["expression"], sample, list(targets))
-
-
-def _set_key(sample: Sample, targets: tuple[str, ...]) -> str:
-    return f"set:{sample.record.image_id}:{','.join(targets)}"
-
-
-def _fingerprint(net: GrexModel, data: str, split: str, tasks: list[str], listener: int, limit: int | None, precision: str) -> str:
-    weights = hashlib.sha256()
-    for name, value in net.saved_state().items():
-        weights.update(name.encode())
-        weights.update(value.flatten()[:64].float().numpy().tobytes())
-    settings: Config = net.config
-    text = json.dumps([weights.hexdigest(), str(data), split, tasks, listener, limit, precision, to_dict(settings.predict)], sort_keys=True)
-    return hashlib.sha256(text.encode()).hexdigest()
 
 
 def part_file(out: Path, rank: int, world: int) -> Path:
@@ -329,7 +282,7 @@ class _Part:
         """Keep the whole lines of an interrupted run; a cut last line is taken off."""
         content = self.path.read_bytes()
         whole = content[: content.rfind(b"\n") + 1]
-        lines = whole.decode("utf-8").splitlines()
+        lines = whole.splitlines()  # of bytes: U+2028 in a text ends no line
         if not lines:
             self.path.write_text(json.dumps({"fingerprint": self.fingerprint}) + "\n", encoding="utf-8")
             return
@@ -341,9 +294,8 @@ class _Part:
         if len(whole) != len(content):
             os.truncate(self.path, len(whole))
 
-    def write(self, lines: Iterator[tuple[str, dict[str, Any]]]) -> None:
-        for key, line in lines:
-            self.file.write(json.dumps({"key": key, "line": line}, ensure_ascii=False) + "\n")
+    def write(self, key: str, line: dict[str, Any]) -> None:
+        self.file.write(json.dumps({"key": key, "line": line}, ensure_ascii=False) + "\n")
         self.file.flush()
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
@@ -351,8 +303,8 @@ class _Part:
         if kind is not None and self.path.read_bytes().count(b"\n") == 1:
             self.path.unlink()  # nothing but the fingerprint: no answer to go on from
 
-    def finish(self) -> Path:
-        """Join the parts of all processes into the finished file (process 0), in one step."""
+    def finish(self, order: Iterable[str]) -> Path:
+        """Join the parts of all processes into the finished file (process 0), in one step and in the order of the keys."""
         marker = self.path.with_name(self.path.name + ".done")
         if self.world > 1:
             marker.touch()
@@ -360,12 +312,13 @@ class _Part:
                 return self.out
             self._wait()
         work = self.out.with_name(self.out.name + ".joining")
-        with work.open("w", encoding="utf-8") as joined:
-            for r in range(self.world):
-                with self._name(r).open(encoding="utf-8") as part:
-                    next(part)
-                    for line in part:
-                        joined.write(json.dumps(json.loads(line)["line"], ensure_ascii=False) + "\n")
+        with work.open("w", encoding="utf-8") as joined, ExitStack() as opened:
+            parts = [opened.enter_context(self._name(r).open("rb")) for r in range(self.world)]
+            places = {key: place for part in parts for key, place in _places(part)}
+            for key in order:
+                part, offset = places[key]
+                part.seek(offset)
+                joined.write(json.dumps(json.loads(part.readline())["line"], ensure_ascii=False) + "\n")
             joined.flush()
             os.fsync(joined.fileno())
         os.replace(work, self.out)
@@ -381,3 +334,11 @@ class _Part:
             if time.monotonic() - start > BARRIER_S:
                 raise fault("another process did not finish", f"all {self.world} within a day", "look at its output, then run again")
             time.sleep(0.2)
+
+
+def _places(part: BinaryIO) -> Iterator[tuple[str, tuple[BinaryIO, int]]]:
+    """Yield key and place (file, byte offset) of every answer of a part file."""
+    offset = len(part.readline())
+    for line in part:
+        yield json.loads(line)["key"], (part, offset)
+        offset += len(line)

@@ -22,7 +22,7 @@ from grex_mllm.config import PROTOCOL_FOLDER
 from grex_mllm.metrics import language
 from grex_mllm.models.grex import GrexModel
 from grex_mllm.ops.masks import encode_rle
-from grex_mllm.predict import grounding_line
+from grex_mllm.predictors.lines import grounding_fields
 
 HEIGHT, WIDTH = 36, 60  # of the picture that most tests ask about
 Capture = pytest.CaptureFixture[str]
@@ -371,7 +371,7 @@ def test_round_trip_with_any_model(place: Path, model: Path, capsys: Capture, mo
     lines, recorded = [], []
     for targets, text in ((["11"], "the dog"), (["11", "12"], "the dog and the cat" + " x" * 600)):
         line = {"image_id": "1", "targets": targets, "expression": text, "listener": {"expression": text[:9]}}
-        answered = [grounding_line(net.ground(place / "d" / "images" / "a.png", said[:1000])) for said in (text, text[:9])]
+        answered = [grounding_fields(net.ground(place / "d" / "images" / "a.png", said[:1000])) for said in (text, text[:9])]
         trips = [{key: trip[key] for key in ("mask_rle", "boxes_xyxy", "box_scores", "no_target")} for trip in answered]
         lines.append(line)
         recorded.append(line | {"round_trip": trips[0], "listener": {"expression": text[:9], "round_trip": trips[1]}})

@@ -30,11 +30,11 @@ def test_the_test_split_is_byte_for_byte_that_of_the_first_figures(tmp_path: Pat
 
 def test_the_object_sets_are_counted_as_reported(tmp_path: Path) -> None:
     from grex_mllm.data.dataset import FolderDataset
-    from grex_mllm.predict import object_sets
+    from grex_mllm.predictors.protocol import object_sets
 
     export(load_config(demo.DEMO_CONFIG).data.sources["synthetic"], "test", demo.TEST_SCENES, tmp_path / "data", demo.EXPRESSIONS_PER_SCENE)
     source = FolderDataset(tmp_path / "data", "test", 10**9)
-    assert sum(len(object_sets(source[i])) for i in range(len(source))) == NUM_SETS
+    assert sum(len(object_sets(group)) for group in source.groups) == NUM_SETS
 
 
 def digest(folder: Path) -> str:

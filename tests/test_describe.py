@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -16,7 +17,9 @@ from grex_mllm.data.synthetic import SyntheticDataset
 from grex_mllm.data.synthetic.settings import SyntheticConfig
 from grex_mllm.models.describe import LISTENER_TEMPERATURE, agreements, describe, describe_encoded, rerank_by_grounding
 from grex_mllm.models.grex import EncodedImage, GrexModel
-from grex_mllm.predict import describe_lines, object_masks, object_sets
+from grex_mllm.predictors.grex import describe_sets
+from grex_mllm.predictors.lines import answer_fields
+from grex_mllm.predictors.protocol import Item, object_sets
 from grex_mllm.types import Geometry, GroundingOutput
 
 SIDE = 16
@@ -254,7 +257,8 @@ def test_without_reranking_the_first_answer_is_taken_and_nothing_is_grounded(ask
 def test_predicted_lines_hold_the_greedy_answer_and_the_chosen_one(ask: Any) -> None:
     """`grex predict --listener 3`: the annotation ids of a set become positions, and each set gets the candidate that it grounds best."""
     sample = SyntheticDataset(SyntheticConfig(image_size=64), "train", 3, 6)[0]
-    masks = torch.from_numpy(object_masks(sample))
+    item = Item(sample.record, Path(sample.record.file), lambda: sample.image, sample.expressions)
+    masks = torch.from_numpy(item.masks)
     texts = {
         "greedy": torch.zeros(64, 64),
         "s0": masks[0].float(),
@@ -273,8 +277,8 @@ def test_predicted_lines_hold_the_greedy_answer_and_the_chosen_one(ask: Any) -> 
     model.encode_text = lambda said: (torch.tensor([[list(texts).index(t)] for t in said]), torch.ones(len(said), 1))
     names = [i.annotation_id for i in sample.record.instances]
     sets = [(names[2],), (names[0],), (names[1],)]
-    assert len(object_sets(sample)) > 1
-    lines = describe_lines(model, sample, image, masks.numpy(), sets, 3)
+    assert len(object_sets(sample.expressions)) > 1
+    lines = [answer_fields(answer) for answer in describe_sets(model, item, image, sets, 3)]
     assert [(c["mode"], c["num"]) for c in speech.calls] == [("greedy", 1), ("sample", 3)]  # greedy once
     assert [t.tolist() for t in speech.calls[1]["target_index"]] == [[2], [0], [1]]
     assert [line["expression"] for line in lines] == ["greedy"] * 3

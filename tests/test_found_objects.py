@@ -61,6 +61,7 @@ def test_found_objects_are_the_sure_ones_surest_first() -> None:
     assert which(found_objects(seen, 0.2), FIVE) == [1, 4, 0, 3]
     assert which(found_objects(seen, 0.7), FIVE) == [1, 4]
     assert found_objects(seen, 0.96) == []
+    assert found_objects(image(FIVE[:1], [0.5]), 0.5)  # at least
     one = found_objects(seen, 0.9)[0]
     assert one.dtype == bool and one.shape == (HEIGHT, WIDTH)
 

@@ -14,13 +14,13 @@ from tiny import tiny_speaker
 from tiny_folder import tiny_records, write_folder
 
 import grex_mllm.demo as demo
-from grex_mllm.ask import pick_device
 from grex_mllm.cli import main
 from grex_mllm.data.synthetic.export import EXPRESSIONS_PER_SCENE, NUM_SCENES, export
 from grex_mllm.data.synthetic.settings import SyntheticConfig
 from grex_mllm.errors import GrexError
 from grex_mllm.models.grex import GrexModel
 from grex_mllm.ops.masks import decode_rle
+from grex_mllm.precision import pick_device
 from grex_mllm.predict import predict_split, synthetic_folder
 
 

@@ -38,6 +38,7 @@ LAYERS = {
     "data": 1,
     "metrics": 1,
     "models": 2,
+    "predictors": 2,
     "zeroshot": 2,
     "ask": 3,
     "convert": 3,

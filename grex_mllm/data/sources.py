@@ -1,7 +1,8 @@
 """Where samples come from: dataset folders, and drawn sources by name. A source by name registers itself in `SOURCES`.
 
-A source module gives `Config` (a dataclass of its own knobs, `data.sources.<name>`), `training_samples(data, config, purpose, positions)`
-and `text(data, config, num_lines, purpose)`.
+A source module gives `Config` (a dataclass of its own knobs, `data.sources.<name>`), `training_samples(data, config, purpose, positions,
+generates)`, `text(data, config, num_lines, generation)`, and `export_for_prediction(config, split, length, folder)`, which writes samples
+as a dataset folder, or finds them there.
 """
 
 from __future__ import annotations

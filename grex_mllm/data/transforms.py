@@ -161,3 +161,17 @@ def _cells(original: int, valid: int, total: int, cells: int, like: Tensor) -> t
     place = place.clamp(0, last)
     low = place.floor().long()
     return low, (low + 1).clamp(max=last), (place - low).to(like.dtype if like.is_floating_point() else torch.float32)
+
+
+def input_masks(masks: np.ndarray, geometry: Geometry, input_size: tuple[int, int]) -> Tensor:
+    """Bring bool masks [N, H0, W0] to the network input [N, H, W]; a mask that vanishes there keeps the pixel nearest to its middle."""
+    import torch
+
+    placed = np.zeros((len(masks), *input_size), bool)
+    for i, mask in enumerate(masks):
+        small = resize_mask_nearest(mask, geometry.input_height, geometry.input_width)
+        if not small.any():
+            y, x = (int(np.median(v)) for v in np.nonzero(mask))
+            small[min(int(y * geometry.scale_y), small.shape[0] - 1), min(int(x * geometry.scale_x), small.shape[1] - 1)] = True
+        placed[i, : geometry.input_height, : geometry.input_width] = small
+    return torch.from_numpy(placed)

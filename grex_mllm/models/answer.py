@@ -8,6 +8,7 @@ best boxes (GREx article, count head); the benchmark keeps boxes above a score.
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -17,11 +18,25 @@ from torch.nn import functional as F
 from grex_mllm.config import PredictConfig
 from grex_mllm.data.transforms import boxes_to_original, mask_to_original
 from grex_mllm.errors import GrexError, fault
+from grex_mllm.models.grounding import ImageFeatures
 from grex_mllm.types import MORE_THAN_FIVE, Geometry, Grounding, GroundingOutput
 
 BOX_RULES = ("count", "threshold", "both")
 NO_TARGET_RULES = ("head", "pixels")
 DEFAULT_THRESHOLD = PredictConfig.no_target_threshold
+
+
+@dataclass
+class EncodedImage:
+    """One image, encoded once for many expressions and object sets.
+
+    canvas: (H, W) of the network input, padding included.  original: uint8 [H0, W0, 3].
+    """
+
+    features: ImageFeatures
+    geometry: Geometry
+    canvas: tuple[int, int]
+    original: np.ndarray | None = None
 
 
 def answers(

@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -18,12 +18,11 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from grex_mllm.data.images import load_image
-from grex_mllm.data.transforms import mask_to_original
+from grex_mllm.data.transforms import input_masks, mask_to_original
 from grex_mllm.errors import fault
-from grex_mllm.models.generators.region_tokens.network import input_masks
-from grex_mllm.models.generators.region_tokens.tokens import mask_boxes, selection_masks
-from grex_mllm.models.grex import EncodedImage, GrexModel
+from grex_mllm.models.answer import EncodedImage
 from grex_mllm.ops.boxes import box_iou
+from grex_mllm.ops.selection import mask_boxes, selection_masks
 from grex_mllm.types import GroundingOutput
 
 RERANKERS = (None, "listener")
@@ -32,6 +31,23 @@ SURE, UNSURE = 0.5, 0.2  # objectness of an object that is there anyway, and of 
 LEAST_FIT = 0.5  # IoU of a given box with the extent of the object in it
 LISTENER_TEMPERATURE = 0.7  # of the candidates to choose from; demo, validation: 0.6 to 0.8 alike, at 1.0 one point fewer exact sets
 RARITY = 0.15  # 0: agreement alone, 3 points fewer exact sets on the demo's validation scenes (0.25 and 0.35: no better)
+
+
+class Describing(Protocol):
+    """What describing needs of a model: a generator, and grounding as its listener. `GrexModel` is one."""
+
+    generator: Any
+    grounding: Any
+
+    @property
+    def device(self) -> torch.device:
+        """Where its weights lie."""
+
+    def encode(self, image: Any) -> EncodedImage:
+        """Encode an image once."""
+
+    def encode_text(self, expressions: Sequence[str]) -> tuple[Tensor, Tensor]:
+        """Return ids and mask int64 [E, L]."""
 
 
 @dataclass
@@ -45,7 +61,7 @@ class Description:
 
 
 def describe(
-    model: GrexModel,
+    model: Describing,
     image: Any,
     masks: Any = None,
     boxes_xyxy: Any = None,
@@ -72,7 +88,7 @@ def describe(
         GrexError: no generator; an empty set; a box outside the image; a mask of another size or without a pixel; an unknown mode.
     """
     if model.generator is None:
-        raise fault("a model without a generator", "one trained with model.generator.lm", "train with a generator, or use ground")
+        raise fault("a model without a generator", "one trained with model.generator", "train with a generator, or use ground")
     if rerank not in RERANKERS:
         raise fault(f'rerank "{rerank}"', 'None or "listener"', "fix the call")
     if candidates > 1 and rerank is None and mode == "greedy":
@@ -92,7 +108,7 @@ def describe(
 
 @torch.inference_mode()
 def describe_encoded(
-    model: GrexModel,
+    model: Describing,
     encoded: EncodedImage,
     masks: np.ndarray,
     sets: list[list[int]],
@@ -126,7 +142,7 @@ def describe_encoded(
 
 
 @torch.inference_mode()
-def other_objects(model: GrexModel, encoded: EncodedImage, selected: np.ndarray) -> np.ndarray:
+def other_objects(model: Describing, encoded: EncodedImage, selected: np.ndarray) -> np.ndarray:
     """Return bool [M, H0, W0]: objects that the grounding model finds beside the selected ones, for the generator to tell them apart from.
 
     Only decoders that know instances find any. selected: bool [n, H0, W0].
@@ -139,7 +155,7 @@ def other_objects(model: GrexModel, encoded: EncodedImage, selected: np.ndarray)
 
 
 @torch.inference_mode()
-def masks_in_boxes(model: GrexModel, encoded: EncodedImage, boxes: np.ndarray) -> np.ndarray:
+def masks_in_boxes(model: Describing, encoded: EncodedImage, boxes: np.ndarray) -> np.ndarray:
     """Return bool [n, H0, W0]: in each box the object that the grounding model finds there, the box itself where none fits it.
 
     A full box is a square to the generator, which learned from masks. Only decoders that know instances find any. boxes: bool [n, H0, W0].
@@ -154,14 +170,14 @@ def masks_in_boxes(model: GrexModel, encoded: EncodedImage, boxes: np.ndarray) -
     return result
 
 
-def found_objects(model: GrexModel, encoded: EncodedImage, least: float) -> list[np.ndarray]:
+def found_objects(model: Describing, encoded: EncodedImage, least: float) -> list[np.ndarray]:
     """Return masks bool [H0, W0] of the decoder's proposals above this score, surest first; none where it proposes nothing."""
     proposals = model.grounding.proposals(encoded.features)
     if proposals is None:
         return []
     scores, order = proposals.scores[0].sort(descending=True)
     logits = proposals.mask_logits[0]
-    masks = [mask_to_original(logits[k], encoded.geometry, encoded.canvas).cpu().numpy() for k in order[scores > least].tolist()]
+    masks = [mask_to_original(logits[k], encoded.geometry, encoded.canvas).cpu().numpy() for k in order[scores >= least].tolist()]
     return [mask for mask in masks if mask.any()]
 
 
@@ -171,7 +187,7 @@ def _overlap(first: np.ndarray, second: np.ndarray) -> float:
 
 
 def rerank_by_grounding(
-    model: GrexModel, encoded: EncodedImage, masks: Tensor, sets: list[list[int]], texts: list[list[str]]
+    model: Describing, encoded: EncodedImage, masks: Tensor, sets: list[list[int]], texts: list[list[str]]
 ) -> list[Description]:
     """Ground every candidate once and order each set's candidates by their agreement times the share of them that say the same, to the
     power RARITY (ties: the earlier one, so greedy wins them).

@@ -6,11 +6,10 @@ import os
 import shutil
 import tempfile
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from huggingface_hub import ModelHubMixin, snapshot_download
 from torch import Tensor, nn
@@ -21,24 +20,14 @@ from grex_mllm.data.transforms import resize_image
 from grex_mllm.entries import entry
 from grex_mllm.errors import GrexError, fault
 from grex_mllm.models import build_grounding
-from grex_mllm.models.answer import answers, check_rules
-from grex_mllm.models.grounding import ImageFeatures
+from grex_mllm.models.answer import EncodedImage, answers, check_rules
+from grex_mllm.models.describe import describe
 from grex_mllm.models.pixel_decoder import NUM_LEVELS
 from grex_mllm.models.text import TextTokenizer, load_text_tokenizer
-from grex_mllm.types import Geometry, Grounding
+from grex_mllm.types import Grounding
 
 WEIGHTS, CONFIG, TEXT_TOKENIZER, LM_TOKENIZER = "model.safetensors", "config.yaml", "text_tokenizer", "lm_tokenizer"
 MAX_EXPRESSION_CHARACTERS = 1000
-
-
-@dataclass
-class EncodedImage:
-    """One image, encoded once for many expressions and object sets. original: uint8 [H0, W0, 3]."""
-
-    features: ImageFeatures
-    geometry: Geometry
-    canvas: tuple[int, int]
-    original: np.ndarray | None = None
 
 
 class GrexModel(nn.Module, ModelHubMixin):
@@ -124,8 +113,6 @@ class GrexModel(nn.Module, ModelHubMixin):
 
     def describe(self, image: Any, masks: Any = None, boxes_xyxy: Any = None, **options: Any) -> Any:
         """Write one expression for a set of objects. See `grex_mllm.models.describe.describe` for the options and the errors."""
-        from grex_mllm.models.describe import describe
-
         return describe(self, image, masks, boxes_xyxy, **options)
 
     def saved_state(self) -> dict[str, Tensor]:
@@ -253,10 +240,3 @@ def check_expression(text: Any) -> None:
         raise fault("an empty expression", "a phrase that names objects", "write what to look for")
     if len(text) > MAX_EXPRESSION_CHARACTERS:
         raise fault(f"an expression of {len(text):,} characters", f"at most {MAX_EXPRESSION_CHARACTERS:,}", "shorten it")
-
-
-def selected_masks(masks: Any, boxes_xyxy: Any, height: int, width: int) -> np.ndarray:
-    """Return bool [n, H0, W0] of one selected object set given as masks or boxes; see `selection_masks` for the errors."""
-    from grex_mllm.models.generators.region_tokens.tokens import selection_masks
-
-    return selection_masks(height, width, masks, boxes_xyxy).numpy()

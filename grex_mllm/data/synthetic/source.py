@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import random
 from dataclasses import replace
+from pathlib import Path
 
 from grex_mllm.config import DataConfig
 from grex_mllm.data.synthetic.canonical import canonical_expression
 from grex_mllm.data.synthetic.dataset import SyntheticDataset, corpus
+from grex_mllm.data.synthetic.export import NUM_SCENES, export_once
 from grex_mllm.data.synthetic.expressions import KINDS
 from grex_mllm.data.synthetic.meaning import scene_from_record
 from grex_mllm.data.synthetic.settings import SyntheticConfig as Config
 from grex_mllm.types import Sample
 
-__all__ = ["Config", "TrainingStream", "text", "training_samples"]
+__all__ = ["Config", "TrainingStream", "export_for_prediction", "text", "training_samples"]
 
 ENDLESS = 1 << 40
 PRETRAINING_OFFSET = 1 << 37  # a pre-training sees other scenes
@@ -70,3 +72,12 @@ def text(data: DataConfig, config: Config, num_lines: int, generation: bool) -> 
     while len(lines) < num_lines:
         lines += [record.expression for record in samples[len(lines)].expressions]
     return lines
+
+
+def export_for_prediction(config: Config, split: str, length: int | None, folder: Path) -> None:
+    """Write scenes to predict into `folder`, or find these very scenes there. length: how many; None = as many as the demo's test split.
+
+    Raises:
+        GrexError: the folder holds anything else; an unknown split; settings out of range.
+    """
+    export_once(config, split, length or NUM_SCENES, folder)

@@ -16,16 +16,17 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from grex_mllm.data.transforms import input_masks
 from grex_mllm.errors import fault
 from grex_mllm.models.generators.region_tokens.config import RegionTokensConfig
 from grex_mllm.models.generators.region_tokens.parts import GenerationPart
-from grex_mllm.models.generators.region_tokens.tokens import ObjectTokens, RegionTokens, boxes_to_masks, mask_boxes
+from grex_mllm.models.generators.region_tokens.tokens import ObjectTokens, RegionTokens
 from grex_mllm.models.language_model import base_parameters, build_language_model, embedding_scale, is_base_key
 from grex_mllm.models.lm_decoding import Prefix, beam_search, decode, position_ids, stratified_uniforms
 from grex_mllm.models.lm_tokenizer import LMTokenizer
 from grex_mllm.ops.losses import shared_count
-from grex_mllm.ops.masks import resize_mask_nearest
-from grex_mllm.types import Batch, Geometry
+from grex_mllm.ops.selection import boxes_to_masks, mask_boxes
+from grex_mllm.types import Batch
 
 MODES = ("greedy", "beam", "sample")
 PLACE = "{regions}"
@@ -365,15 +366,3 @@ def _excuse_named_base(module: nn.Module, incompatible: Any) -> None:
     if module.cfg.lm != "tiny":
         own = _named_base_keys(module, "")
         incompatible.missing_keys[:] = [key for key in incompatible.missing_keys if not any(key.endswith(name) for name in own)]
-
-
-def input_masks(masks: np.ndarray, geometry: Geometry, input_size: tuple[int, int]) -> Tensor:
-    """Bring bool masks [N, H0, W0] to the network input [N, H, W]; a mask that vanishes there keeps the pixel nearest to its middle."""
-    placed = np.zeros((len(masks), *input_size), bool)
-    for i, mask in enumerate(masks):
-        small = resize_mask_nearest(mask, geometry.input_height, geometry.input_width)
-        if not small.any():
-            y, x = (int(np.median(v)) for v in np.nonzero(mask))
-            small[min(int(y * geometry.scale_y), small.shape[0] - 1), min(int(x * geometry.scale_x), small.shape[1] - 1)] = True
-        placed[i, : geometry.input_height, : geometry.input_width] = small
-    return torch.from_numpy(placed)

@@ -1,0 +1,26 @@
+"""Who judges what a generated expression means: `tool` of dataset.json names the program that wrote the data, and so its judge."""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from grex_mllm.types import ImageRecord
+
+Judge = Callable[[str, ImageRecord, Sequence[str]], str]
+
+JUDGES: dict[str, str] = {"grex_mllm.data.synthetic.export": "grex_mllm.data.synthetic.meaning:check_expression"}
+
+
+def find_judge(info: dict[str, Any]) -> Judge | None:
+    """Return the judge of a dataset folder, or None where what its expressions mean cannot be computed.
+
+    info: dataset.json.  The judge takes (expression, image, target ids) and says exact, wrong, ambiguous or unparsable.
+    """
+    place = JUDGES.get(str(info.get("tool")))
+    if place is None:
+        return None
+    module, _, name = place.partition(":")
+    judge: Judge = getattr(importlib.import_module(module), name)
+    return judge

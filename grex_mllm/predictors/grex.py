@@ -1,0 +1,141 @@
+"""`GrexModel` as a predictor: an image is encoded once for all that is asked about it, and expressions are answered in batches."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterable, Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from grex_mllm.config import load_config, to_dict
+from grex_mllm.models.answer import EncodedImage, check_rules
+from grex_mllm.models.describe import Description, describe_encoded
+from grex_mllm.models.grex import CONFIG, MAX_EXPRESSION_CHARACTERS, GrexModel
+from grex_mllm.precision import autocast, pick_device, resolve_precision
+from grex_mllm.predictors.lines import round_trip_fields
+from grex_mllm.predictors.protocol import Abilities, Answer, Item, ObjectSet, Options, set_key
+from grex_mllm.progress import list_ids
+from grex_mllm.types import ExpressionRecord
+
+
+class GrexPredictor:
+    """A trained model on a device, in one precision.
+
+    Raises:
+        GrexError: no such model or device; a precision or rule of `predict` that does not exist.
+    """
+
+    def __init__(self, name: str, options: Options) -> None:
+        place = torch.device(pick_device(options.device))
+        if place.index is not None and place.type == "cuda":
+            torch.cuda.set_device(place)  # kernels start on the current GPU, wherever their tensors lie
+        self.net, self.listener = GrexModel.from_pretrained(name, device=str(place)), options.listener
+        config = self.net.config
+        if options.overrides:
+            changed = load_config(Path(name) / CONFIG if Path(name).is_dir() else None, options.overrides)
+            data = replace(config.data, num_workers=changed.data.num_workers, sources=changed.data.sources)
+            config = replace(config, predict=changed.predict, data=data)
+        given: dict[str, Any] = {"precision": options.precision, "no_target_threshold": options.threshold}
+        self.rules = replace(config.predict, **{key: value for key, value in given.items() if value is not None})
+        config = self.net.config = replace(config, predict=self.rules)
+        check_rules(self.rules)
+        self.chosen = resolve_precision(self.rules.precision, place)
+        tasks = ("ground",) if self.net.generator is None else ("ground", "generate")
+        how = f"in {self.chosen.precision} on {place} ({self.chosen.reason})"
+        self.can = Abilities(tasks, how=how, ahead=config.data.num_workers, config=config, remarks=self._remarks)
+        self.speech = options.speech
+        self._last: tuple[Item, EncodedImage] | None = None
+
+    def fingerprint(self) -> str:
+        """Return a hash of weights, rules, precision and listener."""
+        weights = hashlib.sha256()
+        for name, value in self.net.saved_state().items():
+            weights.update(name.encode())
+            weights.update(value.flatten()[:64].float().numpy().tobytes())
+        settings = [weights.hexdigest(), self.listener, self.chosen.precision, to_dict(self.rules)]
+        return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()
+
+    def ground(self, items: Iterable[Item]) -> Iterator[Answer]:
+        """Answer the expressions of one image after another.
+
+        All expressions go through the same batches, done or not, so that a resumed run gives the same numbers.
+        """
+        size = self.rules.batch
+        for item in items:
+            for start in range(0, len(item.expressions), size):
+                part = item.expressions[start : start + size]
+                if all(e.expression_id in item.done for e in part):
+                    continue
+                with autocast(self.chosen.precision, self.net.device.type):
+                    results = self.net.ground(self._encoded(item), [e.raw for e in part], size)
+                for record, result in zip(part, results, strict=True):
+                    if record.expression_id not in item.done:
+                        yield Answer(record.expression_id, result, masks=self.rules.masks)
+
+    def describe(self, items: Iterable[Item]) -> Iterator[Answer]:
+        """Describe the object sets of one image after another."""
+        for item in items:
+            if not item.complete:
+                yield from (_described(self.net, item, targets, self.speech) for targets in item.open_sets)
+            elif item.open_sets:
+                with autocast(self.chosen.precision, self.net.device.type):
+                    answers = describe_sets(self.net, item, self._encoded(item), item.open_sets, self.listener)
+                yield from answers
+
+    def _encoded(self, item: Item) -> EncodedImage:
+        """Encode the image of an item; both tasks ask for the same one in turn, so the last one is kept."""
+        if self._last is None or self._last[0] is not item:
+            self._last = item, self.net.encode(item.image)
+        return self._last[1]
+
+    def _remarks(self, records: list[ExpressionRecord]) -> list[str]:
+        """Tell which expressions are longer than the model reads."""
+        most = self.net.config.model.text.max_tokens
+        cut = self.net.text_tokenizer.too_long([record.raw for record in records], most)
+        what = f"expressions of more than model.text.max_tokens = {most} tokens were cut there"
+        return [list_ids(what, [records[i].expression_id for i in cut])] if cut else []
+
+
+def describe_sets(net: GrexModel, item: Item, encoded: EncodedImage, sets: list[ObjectSet], listener: int) -> list[Answer]:
+    """Describe object sets greedily and, with `listener` > 0, also by choosing among that many candidates; ground what was written."""
+    place = {instance.annotation_id: n for n, instance in enumerate(item.instances)}
+    positions = [[place[t] for t in targets] for targets in sets]
+    greedy = describe_encoded(net, encoded, item.masks, positions, "greedy", 1, None)
+    reranked: list[Description | None] = [None] * len(sets)
+    if listener:
+        texts = [answer.expression for answer in greedy]
+        reranked = list(describe_encoded(net, encoded, item.masks, positions, "sample", listener, "listener", greedy=texts))
+    answers = []
+    for targets, first, best in zip(sets, greedy, reranked, strict=True):
+        fields = _said(net, encoded, first.expression)
+        if best is not None:
+            fields["listener"] = {"score": round(best.score or 0.0, 5), **_said(net, encoded, best.expression)}
+            fields["candidates"] = [text for text, _ in best.candidates]
+        answers.append(Answer(set_key(item.record.image_id, targets), expression=first.expression, status=fields["status"], fields=fields))
+    return answers
+
+
+def _described(net: GrexModel, item: Item, targets: ObjectSet, speech: dict[str, Any]) -> Answer:
+    """Describe objects that a user pointed at; the model finds the others itself."""
+    chosen = [instance for instance in item.instances if instance.annotation_id in targets]
+    boxes = [instance.box_xyxy for instance in chosen if instance.mask is None]
+    result = net.describe(item.image, boxes_xyxy=boxes or None, masks=None if boxes else [i.mask for i in chosen], details=True, **speech)
+    fields = {"score": result.score, "candidates": result.candidates}
+    return Answer(set_key(item.record.image_id, targets), expression=result.expression, fields=fields)
+
+
+def _said(net: GrexModel, encoded: EncodedImage, text: str) -> dict[str, Any]:
+    """Return a generated expression with its status and, where it says anything, its grounding."""
+    if not text.strip():
+        return {"expression": text, "status": "unparsable"}
+    answer = Answer("", net.ground(encoded, text[:MAX_EXPRESSION_CHARACTERS]), masks=net.config.predict.masks)
+    return {"expression": text, "status": "ok", "round_trip": round_trip_fields(answer)}
+
+
+def build(argument: str, options: Options) -> GrexPredictor:
+    """Return the predictor of a model folder or hub id."""
+    return GrexPredictor(argument, options)
