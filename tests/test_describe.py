@@ -105,10 +105,10 @@ def test_sure_answers_are_bounded_and_ranked() -> None:
     assert more == pytest.approx((1e-3 * 20 / 56) ** (1 / 3), rel=0.01) and fewer == pytest.approx((1e-3 * 4 / 20) ** (1 / 3), rel=0.01)
 
 
-def test_what_lies_in_the_padding_is_not_heard() -> None:
+def test_what_lies_in_the_padding_is_not_read() -> None:
     answer, wide = answer_of([(0.8, 0.3, 0.1)]), answer_of([(0.8, 0.3, 0.1)])
     padding = torch.tensor([-20.0, 20.0]).view(1, 2, 1, 1).expand(1, 2, SIDE, 8)
-    wide.mask_logits = torch.cat([wide.mask_logits, padding], dim=3)
+    wide = wide._replace(mask_logits=torch.cat([wide.mask_logits, padding], dim=3))
     sets = [[0], [1, 2]]
     np.testing.assert_allclose(
         agreements(wide, objects(), sets, encoded((SIDE, SIDE + 8))), agreements(answer, objects(), sets, encoded()), rtol=1e-6
@@ -116,8 +116,8 @@ def test_what_lies_in_the_padding_is_not_heard() -> None:
 
 
 def test_small_logits_are_brought_to_the_canvas() -> None:
-    answer = answer_of([(0.5,)])
-    answer.mask_logits = torch.tensor([0.0, math.log(0.6 / 0.4)]).view(1, 2, 1, 1).expand(1, 2, 4, 4)
+    small = torch.tensor([0.0, math.log(0.6 / 0.4)]).view(1, 2, 1, 1).expand(1, 2, 4, 4)
+    answer = answer_of([(0.5,)])._replace(mask_logits=small)
     overlap, total = 0.6 * 4, 0.6 * SIDE**2
     expected = (0.6 * 0.4 * 0.4 * overlap / (total + 4 - overlap) * TARGETED) ** (1 / 3)
     assert agreements(answer, objects(), [[0]], encoded())[0, 0] == pytest.approx(expected, rel=1e-5)
@@ -193,9 +193,11 @@ class Speech:
     def __init__(self, drawn: list[str], greedy: str) -> None:
         self.drawn, self.greedy, self.calls = drawn, greedy, []
 
-    def __call__(self, *, mode: str, num_candidates: int = 1, **arguments: Any) -> list[list[str]]:
-        self.calls.append({"mode": mode, "num": num_candidates, **arguments})
-        num_sets = len(arguments["target_index"])
+    def __call__(
+        self, features: Any, encoded: Any, masks: Any, sets: list[list[int]], *, mode: str, num_candidates: int = 1, **options: Any
+    ) -> list[list[str]]:
+        self.calls.append({"mode": mode, "num": num_candidates, "sets": sets, **options})
+        num_sets = len(sets)
         return [[self.greedy]] * num_sets if mode == "greedy" else [self.drawn[:num_candidates]] * num_sets
 
 
@@ -206,7 +208,7 @@ def ask(speaker: GrexModel, monkeypatch: pytest.MonkeyPatch) -> Any:
     def prepare(answers: dict[str, Sequence[float]], drawn: list[str], greedy: str) -> tuple[GrexModel, EncodedImage, Speech]:
         listener, speech = Listener(answers), Speech(drawn, greedy)
         image = speaker.encode(np.full((64, 64, 3), 90, np.uint8))
-        image.features.regions = None  # no objects but the given ones
+        image.features.decoded = None  # no objects but the given ones
         monkeypatch.setattr(speaker, "encode_text", listener.encode_text)
         monkeypatch.setattr(speaker.grounding, "ground", listener.ground)
         monkeypatch.setattr(speaker.generator, "generate", speech)
@@ -240,9 +242,9 @@ def test_beams_are_judged_without_a_greedy_answer(ask: Any) -> None:
     model, image, speech = ask(ANSWERS, DRAWN, "greedy")
     best = describe(model, image, large(objects()), object_sets=[[0], [1, 2]], mode="beam", candidates=4, num_beams=2, rerank="listener")
     assert [(c["mode"], c["num"], c["num_beams"]) for c in speech.calls] == [("beam", 4, 4)]
-    assert best[0] == "s3" and [t.tolist() for t in speech.calls[0]["target_index"]] == [[0], [1, 2]]
+    assert best[0] == "s3" and speech.calls[0]["sets"] == [[0], [1, 2]]
     describe(model, image, large(objects()), mode="beam", candidates=2, num_beams=3, rerank="listener")
-    assert speech.calls[1]["num_beams"] == 3 and speech.calls[1]["target_index"][0].tolist() == [0, 1, 2]
+    assert speech.calls[1]["num_beams"] == 3 and speech.calls[1]["sets"] == [[0, 1, 2]]
 
 
 def test_without_reranking_the_first_answer_is_taken_and_nothing_is_grounded(ask: Any) -> None:
@@ -280,7 +282,7 @@ def test_predicted_lines_hold_the_greedy_answer_and_the_chosen_one(ask: Any) -> 
     assert len(object_sets(sample.expressions)) > 1
     lines = [answer_fields(answer) for answer in describe_sets(model, item, image, sets, 3)]
     assert [(c["mode"], c["num"]) for c in speech.calls] == [("greedy", 1), ("sample", 3)]  # greedy once
-    assert [t.tolist() for t in speech.calls[1]["target_index"]] == [[2], [0], [1]]
+    assert speech.calls[1]["sets"] == [[2], [0], [1]]
     assert [line["expression"] for line in lines] == ["greedy"] * 3
     assert [line["listener"]["expression"] for line in lines] == ["s2", "s0", "s1"]
     for line in lines:

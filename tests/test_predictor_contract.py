@@ -253,7 +253,7 @@ def test_round_trips_take_any_predictor_that_does_not_know_the_answer(place: Pat
 
 
 def test_baselines_on_synthetic_scenes(tmp_path: Path) -> None:
-    words = ["predict", "--model", "oracle", "--data", "synthetic", "--limit", "2", "--data.synthetic.image_size=64"]
+    words = ["predict", "--model", "oracle", "--data", "synthetic", "--limit", "2", "--data.sources.synthetic.image_size=64"]
     assert main([*words, "--out", str(tmp_path / "x.jsonl")]) == 0
     lines = [json.loads(line) for line in (tmp_path / "x.jsonl").read_text().splitlines()]
     judged = [line["judgement"] for line in lines if "targets" in line]

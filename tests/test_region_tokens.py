@@ -8,15 +8,8 @@ import torch
 
 from grex_mllm.errors import GrexError
 from grex_mllm.models.generators.region_tokens.comparison import compare
-from grex_mllm.models.generators.region_tokens.tokens import (
-    GEOMETRY_WIDTH,
-    RegionTokens,
-    boxes_to_masks,
-    geometry_code,
-    interval_weights,
-    mask_boxes,
-    selection_masks,
-)
+from grex_mllm.models.generators.region_tokens.tokens import GEOMETRY_WIDTH, RegionTokens, geometry_code, interval_weights
+from grex_mllm.ops.selection import boxes_to_masks, mask_boxes, selection_masks
 
 
 def test_interval_weights_by_hand() -> None:
