@@ -226,8 +226,10 @@ def check_keys(given: dict[str, Any], kind: type, where: str, source: str) -> No
             check_keys(value, type(nested), full, source)
 
 
-def load_config(path: str | Path | None = None, overrides: list[str] | None = None) -> Config:
+def load_config(path: str | Path | None = None, overrides: list[str] | None = None, *, trusted: bool = True) -> Config:
     """Read a YAML file, apply `--a.b=c` overrides, and return a checked Config.
+
+    trusted: False for a file that may come from the net; see `entry`.
 
     Raises:
         GrexError: file missing, unknown key (with a suggestion), or a value of the wrong type.
@@ -239,7 +241,7 @@ def load_config(path: str | Path | None = None, overrides: list[str] | None = No
     for field_name in CONTRACTS:
         own = [item for item in changes if item.partition("=")[0] == f"--{field_name}" or item.startswith(f"--{field_name}.")]
         changes = [item for item in changes if item not in own]
-        chosen[field_name] = _entry_config(field_name, _take(data, field_name), own, source)
+        chosen[field_name] = _entry_config(field_name, _take(data, field_name), own, source, trusted)
     sources = {}
     for name, module in SOURCES.items():
         where = f"data.sources.{name}"
@@ -249,6 +251,7 @@ def load_config(path: str | Path | None = None, overrides: list[str] | None = No
         if given is not None or own:
             sources[name] = parsed(import_module(module).Config, given or {}, own, where, source)
     unknown = sorted((data.get("data") or {}).get("sources", {}))
+    unknown += [item.split(".")[2].partition("=")[0] for item in changes if item.startswith("--data.sources.")]
     if unknown:
         raise fault(f"{source}: data.sources.{unknown[0]}", f"one of {', '.join(SOURCES)}", "fix the name")
     config = parsed(Config, data, changes, "", source)
@@ -314,7 +317,7 @@ def _take(data: dict[str, Any], field_name: str) -> Any:
     return inner[name]
 
 
-def _entry_config(field_name: str, given: Any, changes: list[str], source: str) -> Any:
+def _entry_config(field_name: str, given: Any, changes: list[str], source: str, trusted: bool) -> Any:
     """Return the `Config` of the entry that `name` in the data or in the changes chooses; None for a field that is left out."""
     import yaml
 
@@ -331,7 +334,7 @@ def _entry_config(field_name: str, given: Any, changes: list[str], source: str) 
         if item.startswith(f"--{field_name}.name="):
             name = item.partition("=")[2]
     data["name"] = name
-    return parsed(entry(field_name, name).Config, data, changes, field_name, source)
+    return parsed(entry(field_name, name, trusted).Config, data, changes, field_name, source)
 
 
 def _nest(dotted: str) -> dict[str, Any]:

@@ -6,6 +6,8 @@ An entry is a module with the names of its contract; CONTRIBUTING.md says what e
 
 from __future__ import annotations
 
+import os
+import sys
 from importlib import import_module
 from types import ModuleType
 
@@ -31,16 +33,22 @@ CONTRACTS: dict[str, tuple[dict[str, str], tuple[str, ...]]] = {
 }
 
 
-def entry(field: str, name: str) -> ModuleType:
+def entry(field: str, name: str, trusted: bool = True) -> ModuleType:
     """Import the entry of a configuration field ("model.decoder", ...) by its name or dotted path.
 
+    trusted: False for a file that may come from the net. It may name entries of the table only, and modules that are imported already or
+    that the environment variable GREX_MODULES allows (their paths, with colons between): importing a module runs it.
+
     Raises:
-        GrexError: no such entry or module, or a module that lacks a name of the contract.
+        GrexError: no such entry or module, one that is not allowed, or a module that lacks a name of the contract.
     """
     table, needed = CONTRACTS[field]
     path = table.get(name, name)
     if name not in table and "." not in name:
         raise fault(f'{field}.name "{name}"', f"one of {', '.join(sorted(table))}, or the dotted path of a module", "fix the name")
+    if not trusted and name not in table and name not in sys.modules and name not in os.environ.get("GREX_MODULES", "").split(":"):
+        given = f"{field}.name {name}: a module that the model's configuration names"
+        raise fault(given, "one that you trust, because importing runs it", f"set GREX_MODULES={name}, or import {name} before")
     try:
         module = import_module(path)
     except ModuleNotFoundError as error:

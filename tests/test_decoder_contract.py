@@ -186,6 +186,22 @@ def test_a_knob_of_another_decoder_is_an_error() -> None:
     check(load_config(None, ["--model.decoder.loss.mask=3"]).train)
 
 
+def test_a_model_folder_runs_no_module_that_nobody_trusts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(tmp_path))
+    code = (Path(__file__).parent / "examples" / "decoder_example.py").read_text(encoding="utf-8")
+    (tmp_path / "planted_decoder.py").write_text(code + f"\nopen({str(tmp_path / 'ran')!r}, 'w').close()\n", encoding="utf-8")
+    (tmp_path / "m").mkdir()
+    (tmp_path / "m" / "config.yaml").write_text("model: {decoder: {name: planted_decoder.x}}\n", encoding="utf-8")
+    for name in ("model.safetensors", "text_tokenizer"):
+        (tmp_path / "m" / name).mkdir()
+    with pytest.raises(GrexError, match=r"planted_decoder\.x.*importing runs it; set GREX_MODULES=planted_decoder\.x"):
+        GrexModel.from_pretrained(tmp_path / "m")
+    assert not (tmp_path / "ran").exists()
+    monkeypatch.setenv("GREX_MODULES", "another:planted_decoder.x")
+    with pytest.raises(GrexError, match=r"no module planted_decoder\.x"):
+        GrexModel.from_pretrained(tmp_path / "m")
+
+
 def test_nothing_outside_an_entry_tests_its_name() -> None:
     """No general module names an entry, its classes or its type."""
     package = Path(entry("model.decoder", "rela").__file__ or "").parents[3]

@@ -1,7 +1,7 @@
 """Every field of the configuration is read by code: as an attribute of its own class, not as a word that occurs somewhere.
 
-A copy of the package gets every plain field of config.py renamed; mypy then reports each place that reads a field of a configuration
-object under its old name. Fields that are read by name, in a loop, are tried at run time instead.
+A copy of the package gets every plain field of config.py, and of the configurations of its entries, renamed; mypy then reports each place
+that reads a field of a configuration object under its old name. Fields that are read by name, in a loop, are tried at run time instead.
 """
 
 from __future__ import annotations
@@ -18,19 +18,29 @@ from typing import Any
 import pytest
 import torch
 from conftest import ROOT
+from test_step import built
 from tiny import tiny_model
 
-from grex_mllm.config import Config, LossConfig
+from grex_mllm.config import LossConfig
 from grex_mllm.data.collate import collate
 from grex_mllm.data.synthetic import SyntheticDataset
 from grex_mllm.data.synthetic.settings import SyntheticConfig
-from grex_mllm.models.decoders.instance_selection.config import InstanceLossConfig
+from grex_mllm.models.decoders.instance_selection.config import InstanceLossConfig, InstanceSelectionConfig
 from grex_mllm.models.decoders.instance_selection.criterion import InstanceSelectionCriterion
+from grex_mllm.models.decoders.rela.config import RelaConfig
 from grex_mllm.models.decoders.rela.criterion import TERMS, RelaCriterion
+from grex_mllm.training.step import Step
 
 RENAMED = "__renamed"
 MISSING = re.compile(r'^(?P<file>[^:]+):(?P<line>\d+):(?P<column>\d+): error: "(?P<kind>\w+)" has no attribute "(?P<field>\w+)"')
-BY_NAME = {("LossConfig", name) for name in TERMS} | {("InstanceLossConfig", f.name) for f in fields(InstanceLossConfig)}
+BY_NAME = {("RelaLossConfig", name) for name in TERMS} | {("InstanceLossConfig", f.name) for f in fields(InstanceLossConfig)}
+BY_NAME |= {("LossConfig", "ground"), ("LossConfig", "generate")}
+# what chooses an entry; the contract tests build every one by its name
+BY_NAME |= {("ModelConfig", "decoder"), *((f"{kind}Config", "name") for kind in ("Rela", "InstanceSelection", "RegionTokens"))}
+FILES = (
+    "config.py", "models/decoders/rela/config.py", "models/decoders/instance_selection/config.py",
+    "models/generators/region_tokens/config.py", "data/synthetic/settings.py", "training/pretraining.py",
+)  # fmt: skip
 
 
 def plain_fields(config: Path) -> list[tuple[str, ast.AnnAssign]]:
@@ -57,18 +67,20 @@ def is_read(file: Path, line: int, column: int, field: str) -> bool:
 
 
 def unread(package: Path) -> set[tuple[str, str]]:
-    """Return class and field of everything in package/config.py that no other module reads. Changes the package."""
-    config = package / "config.py"
-    known = {(kind, field_name(line)) for kind, line in plain_fields(config)}
-    lines = config.read_text(encoding="utf-8").splitlines()
-    for _, line in plain_fields(config):
-        lines[line.lineno - 1] = re.sub(r"^(\s+\w+):", rf"\1{RENAMED}:", lines[line.lineno - 1])
-    config.write_text("\n".join(lines) + "\n", encoding="utf-8")
+    """Return class and field of everything in FILES of the package that no module reads. Changes the package."""
+    known: set[tuple[str, str]] = set()
+    for file in (package / name for name in FILES):
+        found = plain_fields(file)
+        known |= {(kind, field_name(line)) for kind, line in found}
+        lines = file.read_text(encoding="utf-8").splitlines()
+        for _, line in found:
+            lines[line.lineno - 1] = re.sub(r"^(\s+\w+):", rf"\1{RENAMED}:", lines[line.lineno - 1])
+        file.write_text("\n".join(lines) + "\n", encoding="utf-8")
     options = ["--config-file=", "--check-untyped-defs", "--ignore-missing-imports", "--follow-imports=skip", "--show-column-numbers"]
     command = [sys.executable, "-m", "mypy", *options, "--no-error-summary", "--cache-dir", str(package.parent / "cache"), package.name]
     shown = subprocess.run(command, cwd=package.parent, capture_output=True, text=True, check=False)
     assert shown.returncode == 1, shown.stderr
-    hits = [hit for line in shown.stdout.splitlines() if (hit := MISSING.match(line)) and not hit["file"].endswith("config.py")]
+    hits = [hit for line in shown.stdout.splitlines() if (hit := MISSING.match(line)) and not hit["file"].endswith("/config.py")]
     read = {
         (hit["kind"], hit["field"])
         for hit in hits
@@ -84,7 +96,7 @@ def package(tmp_path: Path) -> Path:
 
 def test_every_knob_is_read_and_an_unread_one_is_found(package: Path) -> None:
     """Two planted fields are found, though their words occur: one as a string and on another class, one that is only set."""
-    assert len(plain_fields(package / "config.py")) > 100
+    assert sum(len(plain_fields(package / name)) for name in FILES) > 150
     config = package / "config.py"
     planted = "class PredictConfig:\n    unread_knob: int = 0\n    only_set: int = 0\n"
     config.write_text(config.read_text(encoding="utf-8").replace("class PredictConfig:\n", planted), encoding="utf-8")
@@ -94,15 +106,27 @@ def test_every_knob_is_read_and_an_unread_one_is_found(package: Path) -> None:
     assert unread(package) - BY_NAME == {("PredictConfig", "unread_knob"), ("PredictConfig", "only_set")}
 
 
-def test_loss_weights_that_are_read_by_name_arrive() -> None:
-    def weights(section: Any, name: str) -> dict[str, float]:
-        config = Config().loss
-        setattr(config.instances if section is InstanceLossConfig else config, name, 123.0)
-        return (InstanceSelectionCriterion if section is InstanceLossConfig else RelaCriterion)(config).weights
+@pytest.mark.parametrize(
+    ("decoder", "criterion", "names"),
+    [
+        (RelaConfig(), RelaCriterion, TERMS),
+        (InstanceSelectionConfig(), InstanceSelectionCriterion, [f.name for f in fields(InstanceLossConfig)]),
+    ],
+    ids=["rela", "instance_selection"],
+)
+def test_loss_weights_that_are_read_by_name_arrive(decoder: Any, criterion: Any, names: list[str]) -> None:
+    for name in names:
+        weights = criterion(replace(decoder, loss=replace(decoder.loss, **{name: 123.0}))).weights
+        assert [key for key, value in weights.items() if value == 123.0] == [name]
 
-    for section, names in ((LossConfig, TERMS), (InstanceLossConfig, [f.name for f in fields(InstanceLossConfig)])):
-        for name in names:
-            assert [key for key, value in weights(section, name).items() if value == 123.0] == [name]
+
+def test_the_weights_of_both_parts_of_a_step_arrive(tmp_path: Path) -> None:
+    model, batches = built("rela", tmp_path)
+    batch, step = batches.at(0), Step(model, model.config).eval()
+    terms = step(batch)
+    for name in ("ground", "generate"):
+        step.loss = replace(LossConfig(), **{name: 3.0})
+        assert torch.allclose(step(batch)["total"] - terms["total"], 2 * terms[f"{name}/total"], rtol=1e-3)
 
 
 def test_every_weight_of_the_instance_losses_moves_the_total() -> None:
@@ -112,8 +136,8 @@ def test_every_weight_of_the_instance_losses_moves_the_total() -> None:
     batch = collate([data[i] for i in range(3)], model.encode_text, image_size=64)
     with torch.no_grad():
         output = model.grounding.ground(model.grounding.encode_image(batch.image), batch.image_index, batch.text_ids, batch.text_mask)
-    config = LossConfig()
+    config = InstanceSelectionConfig()
     before = InstanceSelectionCriterion(config)(output, batch)["total"]
     for f in fields(InstanceLossConfig):
-        changed = replace(config.instances, **{f.name: getattr(config.instances, f.name) + 10.0})
-        assert InstanceSelectionCriterion(replace(config, instances=changed))(output, batch)["total"] > before + 1e-3, f.name
+        changed = replace(config.loss, **{f.name: getattr(config.loss, f.name) + 10.0})
+        assert InstanceSelectionCriterion(replace(config, loss=changed))(output, batch)["total"] > before + 1e-3, f.name

@@ -79,7 +79,7 @@ def load_grounding(folder: Path) -> GroundingModel:
     for name in (CONFIG, WEIGHTS):
         if not (folder / name).is_file():
             raise fault(f"model folder {folder} has no {name}", "a folder that `grex convert rela` wrote", "fix the path")
-    model = build_grounding(load_config(folder / CONFIG).model)
+    model = build_grounding(load_config(folder / CONFIG, trusted=False).model)
     try:
         state = load_file(str(folder / WEIGHTS))
         model.load_state_dict({name.removeprefix("grounding."): value for name, value in state.items() if name.startswith("grounding.")})

@@ -211,7 +211,7 @@ class GrexModel(nn.Module, ModelHubMixin):
                     f"{CONFIG}, {WEIGHTS} and {TEXT_TOKENIZER}/",
                     "train a model into it, or give another folder",
                 )
-        config = load_config(folder / CONFIG)
+        config = load_config(folder / CONFIG, trusted=False)
         config.model.vision.weights = config.model.text.path = None  # the checkpoint holds them
         lm_tokenizer = None
         if config.model.generator is not None:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import importlib.util
 import logging
 import warnings
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
@@ -17,11 +17,14 @@ from grex_mllm.compat import fold_adapters
 from grex_mllm.errors import fault
 from grex_mllm.models.lm_tokenizer import LMTokenizer
 
+if TYPE_CHECKING:
+    from grex_mllm.models.generators.region_tokens.config import RegionTokensConfig
+
 DTYPES: dict[str, Any] = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, "auto": "auto"}
 QUANTISATIONS = ("none", "nf4", "int8")
 
 
-def build_language_model(cfg: Any, tokenizer: LMTokenizer) -> Any:
+def build_language_model(cfg: RegionTokensConfig, tokenizer: LMTokenizer) -> Any:
     """Return the frozen base LM with LoRA adapters (a PeftModel), or the bare frozen LM for `lora_rank: 0`.
 
     Raises:
@@ -61,7 +64,7 @@ def embedding_scale(lm: Any) -> float:
     return float(weight.detach()[:4096].float().square().mean().sqrt())
 
 
-def _tiny(cfg: Any, tokenizer: LMTokenizer) -> Any:
+def _tiny(cfg: RegionTokensConfig, tokenizer: LMTokenizer) -> Any:
     from transformers import LlamaConfig, LlamaForCausalLM
 
     if cfg.quantisation != "none":
@@ -93,7 +96,7 @@ def _tiny(cfg: Any, tokenizer: LMTokenizer) -> Any:
     return LlamaForCausalLM(sizes)
 
 
-def _pretrained(cfg: Any) -> Any:
+def _pretrained(cfg: RegionTokensConfig) -> Any:
     from transformers import AutoModelForCausalLM
 
     if cfg.lm == "none":
@@ -113,7 +116,7 @@ def _pretrained(cfg: Any) -> Any:
         ) from None
 
 
-def _quantisation(cfg: Any) -> Any:
+def _quantisation(cfg: RegionTokensConfig) -> Any:
     if cfg.quantisation not in QUANTISATIONS:
         raise fault(f"model.generator.quantisation {cfg.quantisation!r}", f"one of {', '.join(QUANTISATIONS)}", "fix the value")
     if cfg.quantisation == "none":
@@ -132,7 +135,7 @@ def _quantisation(cfg: Any) -> Any:
     return BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=compute)
 
 
-def _with_lora(lm: Any, cfg: Any) -> Any:
+def _with_lora(lm: Any, cfg: RegionTokensConfig) -> Any:
     # bitsandbytes, which peft imports, reports at each start that a kernel package for 4-bit models is not there
     logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
     from peft import LoraConfig, get_peft_model

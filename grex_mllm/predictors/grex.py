@@ -36,7 +36,7 @@ class GrexPredictor:
         self.net, self.listener = GrexModel.from_pretrained(name, device=str(place)), options.listener
         config = self.net.config
         if options.overrides:
-            changed = load_config(Path(name) / CONFIG if Path(name).is_dir() else None, options.overrides)
+            changed = load_config(Path(name) / CONFIG if Path(name).is_dir() else None, options.overrides, trusted=False)
             data = replace(config.data, num_workers=changed.data.num_workers, sources=changed.data.sources)
             config = replace(config, predict=changed.predict, data=data)
         given: dict[str, Any] = {"precision": options.precision, "no_target_threshold": options.threshold}

@@ -29,7 +29,7 @@ def adopt_start(config: Config) -> None:
     for name in (CONFIG, WEIGHTS):
         if not (folder / name).is_file():
             raise fault(f"train.start {folder} has no {name}", "a model folder", "convert or train one, or fix train.start")
-    text, theirs = config.model.text, load_config(folder / CONFIG).model.text
+    text, theirs = config.model.text, load_config(folder / CONFIG, trusted=False).model.text
     if any((folder / TOKENIZER / name).is_file() for name in ("tokenizer.json", "vocab.txt")):
         text.tokenizer = str(folder / TOKENIZER)
     elif text.tokenizer is None:
