@@ -243,11 +243,11 @@ def test_a_box_stands_for_the_object_found_in_it(monkeypatch: pytest.MonkeyPatch
     disc = np.hypot(*np.mgrid[-10:30, -20:40]) < 8  # rows 3 to 17, columns 13 to 27
     far = np.zeros_like(disc)
     far[30:, 50:] = True
-    monkeypatch.setattr(describe, "found_objects", lambda encoded, least: [far, disc])
+    monkeypatch.setattr(describe, "found_objects", lambda model, encoded, least: [far, disc])
     boxes = np.zeros((3, 40, 60), bool)
     boxes[0, 3:18, 13:28] = boxes[1, 3:18, 40:55] = boxes[2, 3:8, 13:18] = True
-    found = describe.masks_in_boxes(None, boxes)
+    found = describe.masks_in_boxes(None, None, boxes)
     assert np.array_equal(found[0], disc & boxes[0]) and found[0].sum() < 0.95 * boxes[0].sum()
     assert np.array_equal(found[1], boxes[1]) and np.array_equal(found[2], boxes[2])  # nothing there; a part of something larger
-    monkeypatch.setattr(describe, "found_objects", lambda encoded, least: [])
-    assert np.array_equal(describe.masks_in_boxes(None, boxes), boxes)
+    monkeypatch.setattr(describe, "found_objects", lambda model, encoded, least: [])
+    assert np.array_equal(describe.masks_in_boxes(None, None, boxes), boxes)

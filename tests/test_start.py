@@ -51,7 +51,10 @@ def joint(data: Path, start: Path, out: Path) -> Config:
 def test_a_joint_training_starts_from_a_released_model_alone(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     theirs = released(tmp_path / "released").saved_state()
     train_from_config(joint(tiny_folder(tmp_path / "data"), tmp_path / "released", tmp_path / "run"))
-    assert "decoder.heads.box (6 tensors), decoder.heads.box_score (2 tensors), decoder.heads.count (4 tensors)" in capsys.readouterr().out
+    assert (
+        "language_part.heads.box (6 tensors), decoder.language_part.heads.box_score (2 tensors), decoder.language_part.heads.count (4"
+        in capsys.readouterr().out
+    )
     ours = GrexModel.from_pretrained(tmp_path / "run")
     assert ours.config.model.text.vocab_size == ROWS and ours.encode_text(WORDS)[0].tolist()
     state = ours.saved_state()
