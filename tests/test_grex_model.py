@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
@@ -236,6 +238,14 @@ def test_import_is_light():
 
     code = "import sys, grex_mllm; from grex_mllm import load_config; assert not {'torch', 'transformers'} & set(sys.modules)"
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_a_folder_of_an_earlier_version_says_what_it_is(tmp_path: Path) -> None:
+    tiny_model().save_pretrained(tmp_path / "m")
+    file = tmp_path / "m" / "config.yaml"
+    file.write_text(file.read_text(encoding="utf-8").replace("\nloss:\n", "\nloss:\n  mask: 2.0\n", 1), encoding="utf-8")
+    with pytest.raises(GrexError, match=r'unknown key "loss\.mask".*of another version does not load: train or convert it again'):
+        GrexModel.from_pretrained(tmp_path / "m")
 
 
 def test_a_box_stands_for_the_object_found_in_it(monkeypatch: pytest.MonkeyPatch) -> None:

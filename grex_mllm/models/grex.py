@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import shutil
-import tempfile
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -25,6 +22,7 @@ from grex_mllm.models.describe import describe
 from grex_mllm.models.pixel_decoder import NUM_LEVELS
 from grex_mllm.models.text import TextTokenizer, load_text_tokenizer
 from grex_mllm.types import Grounding
+from grex_mllm.writing import whole_entries
 
 WEIGHTS, CONFIG, TEXT_TOKENIZER, LM_TOKENIZER = "model.safetensors", "config.yaml", "text_tokenizer", "lm_tokenizer"
 MAX_EXPRESSION_CHARACTERS = 1000
@@ -156,19 +154,12 @@ class GrexModel(nn.Module, ModelHubMixin):
     def _save_pretrained(self, save_directory: Path) -> None:
         from safetensors.torch import save_file
 
-        with tempfile.TemporaryDirectory(dir=save_directory, prefix=".writing-") as name:
-            work = Path(name)
+        with whole_entries(save_directory) as work:
             self.text_tokenizer.save(work / TEXT_TOKENIZER)
             if self.generator is not None and self.generator.tokenizer is not None:
                 self.generator.tokenizer.save(work / LM_TOKENIZER)
             save_config(self.config, work / CONFIG)
             save_file(self.saved_state(), str(work / WEIGHTS), metadata={"format": "pt"})
-            for item in (TEXT_TOKENIZER, LM_TOKENIZER, CONFIG, WEIGHTS):
-                if not (work / item).exists():
-                    continue
-                if (work / item).is_dir() and (save_directory / item).is_dir():
-                    shutil.rmtree(save_directory / item)
-                os.replace(work / item, save_directory / item)
 
     @classmethod
     def from_pretrained(  # type: ignore[override]
@@ -211,7 +202,10 @@ class GrexModel(nn.Module, ModelHubMixin):
                     f"{CONFIG}, {WEIGHTS} and {TEXT_TOKENIZER}/",
                     "train a model into it, or give another folder",
                 )
-        config = load_config(folder / CONFIG, trusted=False)
+        try:
+            config = load_config(folder / CONFIG, trusted=False)
+        except GrexError as error:
+            raise GrexError(f"{error} (a model folder of another version does not load: train or convert it again)") from None
         config.model.vision.weights = config.model.text.path = None  # the checkpoint holds them
         lm_tokenizer = None
         if config.model.generator is not None:

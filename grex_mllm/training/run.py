@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Callable
 from dataclasses import replace
 from functools import cache, partial
@@ -31,6 +30,7 @@ from grex_mllm.training.stages import Stage
 from grex_mllm.training.start import adopt_start, describe_new, start_from
 from grex_mllm.training.step import GENERATE, Step, tasks_of
 from grex_mllm.types import Batch, Sample
+from grex_mllm.writing import whole_folder
 
 TOKENIZERS = "tokenizers"
 CORPUS_LINES = 20_000
@@ -175,8 +175,5 @@ def _whole(folder: Path, write: Callable[[Path], Any]) -> None:
     """Write a folder under another name, then give it its own: nothing half-written is ever read."""
     if not is_main_process():
         return wait_for(folder)
-    work = folder.with_name(folder.name + ".writing")
-    shutil.rmtree(work, ignore_errors=True)
-    work.mkdir(parents=True)
-    write(work)
-    work.replace(folder)
+    with whole_folder(folder) as work:
+        write(work)
