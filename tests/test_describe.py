@@ -249,9 +249,9 @@ def test_beams_are_judged_without_a_greedy_answer(ask: Any) -> None:
 
 def test_without_reranking_the_first_answer_is_taken_and_nothing_is_grounded(ask: Any) -> None:
     model, image, speech = ask({}, DRAWN, "greedy")
-    one = describe_encoded(model, image, large(objects()), [[0]], "greedy", 1, None)[0]
+    one = describe_encoded(model, image, large(objects()), [[0]], mode="greedy", candidates=1, rerank=None)[0]
     assert (one.expression, one.score, one.candidates) == ("greedy", None, [])
-    many = describe_encoded(model, image, large(objects()), [[0]], "sample", 3, None, seed=2)[0]
+    many = describe_encoded(model, image, large(objects()), [[0]], mode="sample", candidates=3, rerank=None, seed=2)[0]
     assert many.expression == "s0" and [t for t, _ in many.candidates] == DRAWN[:3]
     assert [(c["mode"], c["num"], c["temperature"]) for c in speech.calls] == [("greedy", 1, 1.0), ("sample", 3, 1.0)]
 

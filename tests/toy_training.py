@@ -117,7 +117,7 @@ def toy_train(
     def save_model(folder: Path) -> None:
         torch.save(model.state_dict(), folder / "toy.pt")
 
-    return loop.train(ToyStep(model, poison), model, source, config, save_model if save else None, on_step), model
+    return loop.train(ToyStep(model, poison), model, source, config, save_model=save_model if save else None, on_step=on_step), model
 
 
 def losses(out: str | Path) -> list[dict[str, Any]]:

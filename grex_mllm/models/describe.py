@@ -101,7 +101,18 @@ def describe(
     if boxes_xyxy is not None:
         selected = masks_in_boxes(model, encoded, selected)
     known = np.concatenate([selected, other_objects(model, encoded, selected)])
-    results = describe_encoded(model, encoded, known, sets, mode, candidates, rerank, num_beams, temperature, seed)
+    results = describe_encoded(
+        model,
+        encoded,
+        known,
+        sets,
+        mode=mode,
+        candidates=candidates,
+        rerank=rerank,
+        num_beams=num_beams,
+        temperature=temperature,
+        seed=seed,
+    )
     given: list[Any] = list(results) if details else [r.expression for r in results]
     return given[0] if object_sets is None else given
 
@@ -112,6 +123,7 @@ def describe_encoded(
     encoded: EncodedImage,
     masks: np.ndarray,
     sets: list[list[int]],
+    *,
     mode: str,
     candidates: int,
     rerank: str | None,

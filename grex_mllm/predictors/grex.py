@@ -104,11 +104,13 @@ def describe_sets(net: GrexModel, item: Item, encoded: EncodedImage, sets: list[
     """Describe object sets greedily and, with `listener` > 0, also by choosing among that many candidates; ground what was written."""
     place = {instance.annotation_id: n for n, instance in enumerate(item.instances)}
     positions = [[place[t] for t in targets] for targets in sets]
-    greedy = describe_encoded(net, encoded, item.masks, positions, "greedy", 1, None)
+    greedy = describe_encoded(net, encoded, item.masks, positions, mode="greedy", candidates=1, rerank=None)
     reranked: list[Description | None] = [None] * len(sets)
     if listener:
         texts = [answer.expression for answer in greedy]
-        reranked = list(describe_encoded(net, encoded, item.masks, positions, "sample", listener, "listener", greedy=texts))
+        reranked = list(
+            describe_encoded(net, encoded, item.masks, positions, mode="sample", candidates=listener, rerank="listener", greedy=texts)
+        )
     answers = []
     for targets, first, best in zip(sets, greedy, reranked, strict=True):
         fields = _said(net, encoded, first.expression)

@@ -76,13 +76,13 @@ def seed_all(*numbers: int) -> None:
     torch.manual_seed(seed & (WORD >> 1))
 
 
-def stream(source: BatchSource, start: int, stop: int, num_workers: int, seed: int, rank: int = 0) -> Iterator[Batch]:
+def stream(source: BatchSource, start: int, stop: int, num_workers: int, *, seed: int, rank: int = 0) -> Iterator[Batch]:
     """Yield the batches start .. stop - 1 in order, made by `num_workers` processes (0: by this one).
 
     Raises:
         GrexError: what the data raised, with its own message also from a worker.
     """
-    steps = _Steps(source, start, stop, seed, rank, packed=num_workers > 0)
+    steps = _Steps(source, start, stop, seed, rank=rank, packed=num_workers > 0)
     loader: DataLoader[Any] = DataLoader(
         steps, batch_size=None, shuffle=False, num_workers=num_workers, collate_fn=_same, prefetch_factor=2 if num_workers else None
     )
@@ -109,7 +109,7 @@ def map_tensors(tree: Any, change: Callable[[Any], Any], kind: type = Tensor) ->
 class _Steps(Dataset[Any]):
     """A map-style dataset over steps; the sequential sampler of the loader keeps their order."""
 
-    def __init__(self, source: BatchSource, start: int, stop: int, seed: int, rank: int, packed: bool) -> None:
+    def __init__(self, source: BatchSource, start: int, stop: int, seed: int, *, rank: int, packed: bool) -> None:
         self.source, self.start, self.stop, self.seed, self.rank, self.packed = source, start, stop, seed, rank, packed
 
     def __len__(self) -> int:

@@ -25,6 +25,7 @@ def train_language_model(
     lm: Any,
     tokenizer: LMTokenizer,
     lines: Sequence[str],
+    *,
     steps: int,
     batch: int = 64,
     lr: float = 2e-3,

@@ -51,6 +51,7 @@ def train(
     model: nn.Module,
     batches: BatchSource,
     config: Config,
+    *,
     save_model: Callable[[Path], object] | None = None,
     on_step: Callable[[int, dict[str, float]], None] | None = None,
 ) -> TrainResult:
@@ -125,7 +126,7 @@ class _Run:
         """Run the steps that are left, then publish."""
         settings, rank = self.config, self.accelerator.process_index
         micro = settings.accumulation
-        numbered = iter(stream(self.batches, self.first * micro, settings.steps * micro, self.num_workers, settings.seed, rank))
+        numbered = iter(stream(self.batches, self.first * micro, settings.steps * micro, self.num_workers, seed=settings.seed, rank=rank))
         self.state.wrapped.train()
         log, window = RunLog(settings.out, self.first, settings.steps, self.accelerator.is_main_process), Window()
         log.say(f"precision: {self.precision.precision} on {self.accelerator.device.type} ({self.precision.reason})")

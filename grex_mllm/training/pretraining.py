@@ -113,7 +113,7 @@ def pretrain_on_attributes(
     with model.generator.base_training():
         optimizer = build_optimizer(model.generator, optim, precision)
         schedule = build_schedule(optimizer, optim, steps)
-        for step, batch in enumerate(stream(source, 0, steps, config.data.num_workers, config.train.seed)):
+        for step, batch in enumerate(stream(source, 0, steps, config.data.num_workers, seed=config.train.seed)):
             loss = _loss(model, batch, precision)
             value = float(loss.detach())
             if not math.isfinite(value):

@@ -80,6 +80,7 @@ class RegionTokenGenerator(nn.Module):
         instance_masks: list[Tensor],
         image_index: Tensor,
         target_index: list[Tensor],
+        *,
         valid_sizes: Tensor | None = None,
         instance_boxes_norm: list[Tensor] | None = None,
         weight: Tensor | None = None,
@@ -114,17 +115,16 @@ class RegionTokenGenerator(nn.Module):
         if early:
             ids, mask, index, targets, weight = part
             part = GenerationPart(ids[:1], mask[:1], index[:1], targets[:1], torch.zeros_like(weight[:1]))
-        sizes = batch.image_index.new_tensor(batch.input_sizes)
         out = self.likelihood(
             features,
             batch.instance_masks,
             part.image_index,
             part.target_index,
-            part.lm_ids,
-            part.lm_mask,
-            sizes,
-            batch.instance_boxes_norm,
-            part.weight,
+            lm_ids=part.lm_ids,
+            lm_mask=part.lm_mask,
+            valid_sizes=batch.image_index.new_tensor(batch.input_sizes),
+            instance_boxes_norm=batch.instance_boxes_norm,
+            weight=part.weight,
         )
         terms = {} if early else {"lm": out.loss}
         total = out.loss
@@ -149,6 +149,7 @@ class RegionTokenGenerator(nn.Module):
         instance_masks: list[Tensor],
         image_index: Tensor,
         target_index: list[Tensor],
+        *,
         lm_ids: Tensor,
         lm_mask: Tensor,
         valid_sizes: Tensor | None = None,
@@ -165,7 +166,8 @@ class RegionTokenGenerator(nn.Module):
         Raises:
             GrexError: an empty object set, a target that does not exist or has no pixel, masks that do not fit the feature maps.
         """
-        prefix = self.prefix(features, instance_masks, image_index, target_index, valid_sizes, instance_boxes_norm, weight)
+        drawn = {"valid_sizes": valid_sizes, "instance_boxes_norm": instance_boxes_norm}
+        prefix = self.prefix(features, instance_masks, image_index, target_index, **drawn, weight=weight)  # type: ignore[arg-type]
         return self.score_text(prefix, lm_ids, lm_mask, weight)
 
     def score_text(self, prefix: Prefix, lm_ids: Tensor, lm_mask: Tensor, weight: Tensor | None = None) -> GeneratorOutput:
@@ -213,6 +215,7 @@ class RegionTokenGenerator(nn.Module):
         instance_masks: list[Tensor],
         image_index: Tensor,
         target_index: list[Tensor],
+        *,
         mode: str = "greedy",
         num_candidates: int = 1,
         num_beams: int = 4,
@@ -234,14 +237,17 @@ class RegionTokenGenerator(nn.Module):
         was_training = self.training
         self.eval()
         try:
-            prefix = self.prefix(features, instance_masks, image_index, target_index, valid_sizes, instance_boxes_norm)
+            drawn = {"valid_sizes": valid_sizes, "instance_boxes_norm": instance_boxes_norm}
+            prefix = self.prefix(features, instance_masks, image_index, target_index, **drawn)  # type: ignore[arg-type]
             self._check_length(int(prefix.mask.sum(1).max()) + 1 + steps)
             answers: list[list[str]] = []
             copies = max(num_beams, num_candidates) if mode == "beam" else num_candidates
             chunk = max(1, self.cfg.max_rows // copies)
             for start in range(0, len(prefix.embeds), chunk):
                 part = Prefix(*(t[start : start + chunk] for t in (prefix.embeds, prefix.mask, prefix.summary)))
-                tokens = self._write(part, mode, num_candidates, copies, temperature, steps, seed)
+                tokens = self._write(
+                    part, mode, num_candidates=num_candidates, num_beams=copies, temperature=temperature, steps=steps, seed=seed
+                )
                 answers += [[self.tokenizer.decode(row) for row in rows] for rows in tokens.tolist()]
             return answers
         finally:
@@ -282,7 +288,9 @@ class RegionTokenGenerator(nn.Module):
         for p in learning:
             p.requires_grad_(True)
 
-    def _write(self, prefix: Prefix, mode: str, num_candidates: int, num_beams: int, temperature: float, steps: int, seed: int) -> Tensor:
+    def _write(
+        self, prefix: Prefix, mode: str, *, num_candidates: int, num_beams: int, temperature: float, steps: int, seed: int
+    ) -> Tensor:
         tok = self.tokenizer
         if mode == "beam":
             return beam_search(self.lm, prefix, tok.bos_id, tok.eos_id, tok.pad_id, self.banned, steps, num_beams, num_candidates)

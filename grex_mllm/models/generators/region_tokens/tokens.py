@@ -56,6 +56,7 @@ class RegionTokens(nn.Module):
         self,
         channels: Sequence[int],
         width: int,
+        *,
         hidden: int = 256,
         image_grid: int = 2,
         max_distractors: int = 16,
