@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 import sys
 from importlib import import_module
+from importlib.util import find_spec
 from types import ModuleType
 
 from grex_mllm.errors import GrexError, fault
@@ -44,7 +45,7 @@ def entry(field: str, name: str, trusted: bool = True) -> ModuleType:
     """
     table, needed = CONTRACTS[field]
     path = table.get(name, name)
-    if name not in table and "." not in name:
+    if name not in table and "." not in name and (not name.isidentifier() or find_spec(name) is None):
         raise fault(f'{field}.name "{name}"', f"one of {', '.join(sorted(table))}, or the dotted path of a module", "fix the name")
     if not trusted and name not in table and name not in sys.modules and name not in os.environ.get("GREX_MODULES", "").split(":"):
         given = f"{field}.name {name}: a module that the model's configuration names"

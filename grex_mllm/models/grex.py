@@ -205,7 +205,8 @@ class GrexModel(nn.Module, ModelHubMixin):
         try:
             config = load_config(folder / CONFIG, trusted=False)
         except GrexError as error:
-            raise GrexError(f"{error} (a model folder of another version does not load: train or convert it again)") from None
+            hint = " (a model folder of another version does not load: train or convert it again)" if "unknown key" in str(error) else ""
+            raise GrexError(f"{error}{hint}") from None
         config.model.vision.weights = config.model.text.path = None  # the checkpoint holds them
         lm_tokenizer = None
         if config.model.generator is not None:
