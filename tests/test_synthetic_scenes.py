@@ -142,7 +142,7 @@ def test_the_bytes_of_this_version() -> None:
 def test_another_process_draws_the_same_bytes() -> None:
     """A fresh interpreter with another hash seed and another order."""
     code = (
-        "from grex_mllm.config import SyntheticConfig\n"
+        "from grex_mllm.data.synthetic.settings import SyntheticConfig\n"
         "from grex_mllm.data.synthetic import SyntheticDataset\n"
         "from tests.test_synthetic_scenes import digest\n"
         "d = SyntheticDataset(SyntheticConfig(), 'compositional', 6, 8)\n"

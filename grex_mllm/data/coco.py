@@ -103,7 +103,7 @@ def image_record(instances: CocoInstances, image_id: int, skipped: Counter[str])
             Instance(
                 annotation_id=str(annotation["id"]),
                 category=instances.categories[annotation["category_id"]],
-                box_xyxy=_box(box),
+                box_xyxy=xywh_to_xyxy(np.asarray(box)).tolist(),
                 segmentation=segmentation,
                 iscrowd=bool(annotation.get("iscrowd", 0)),
             )
@@ -213,10 +213,6 @@ def _load_json(path: Path) -> Any:
         return json.loads(path.read_bytes())
     except ValueError as error:
         raise fault(f"{path} is not JSON ({error})", "a JSON file as published", "fetch the file again") from None
-
-
-def _box(box_xywh: list[float]) -> list[float]:
-    return [float(number) for number in xywh_to_xyxy(np.asarray(box_xywh, np.float64))]
 
 
 def _targets(ref: dict[str, Any], instances: CocoInstances, place: str, skipped: Counter[str]) -> list[int]:

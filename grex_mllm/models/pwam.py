@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from grex_mllm.ops.softmax import softmax_of_few
+from grex_mllm.ops.attention import softmax_of_few
 from grex_mllm.types import TextFeatures
 
 # released: how far the logit of a padding token is pushed down
