@@ -265,8 +265,8 @@ def _label_box(picture: Image.Image, text: str, box: Sequence[float], colour: Co
     font = _font(size)
     width, height = round(font.getlength(text)) + size // 2, round(size * 1.25)
     left = min(max(0, round(box[0] * factor)), max(0, picture.width - width))
-    above = round(box[1] * factor) - height
-    top = above if above >= 0 else max(0, round(box[1] * factor))
+    edge = max(0, round(box[1] * factor))
+    top = edge - height if edge >= height else edge
     draw = ImageDraw.Draw(picture)
     draw.rectangle((left, top, left + width, top + height), fill=colour, outline=INK)
     draw.text((left + width / 2, top + height / 2), text, font=font, fill=INK, anchor="mm")

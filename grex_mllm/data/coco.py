@@ -248,9 +248,9 @@ def _sentence(sentence: Any) -> tuple[str, str, str]:
 
 def _expression_id(source: str, ref: dict[str, Any], sentence: dict[str, Any], number: int, used: set[str]) -> str:
     """Return source:sentence id; without one, or where it is taken (ids repeat in published files), source:ref.number, and so on."""
-    first = [f"{source}:{sentence['sent_id']}"] if "sent_id" in sentence else []
     by_ref = f"{source}:{ref['ref_id']}.{number}"
-    candidates = chain(first, [by_ref], (f"{by_ref}.{copy}" for copy in count(2)))
+    first = [f"{source}:{sentence['sent_id']}", by_ref] if "sent_id" in sentence else [by_ref]
+    candidates = chain(first, (f"{by_ref}.{copy}" for copy in count(2)))
     chosen = next(candidate for candidate in candidates if candidate not in used)
     used.add(chosen)
     return chosen

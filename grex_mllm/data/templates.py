@@ -16,7 +16,7 @@ from operator import attrgetter
 import numpy as np
 
 from grex_mllm.data.plurals import number_word, plural_phrase, singular_phrase
-from grex_mllm.ops.masks import mask_area, segmentation_to_mask
+from grex_mllm.ops.masks import segmentation_to_mask
 from grex_mllm.types import ImageRecord
 
 MARGIN_POSITION = 0.05
@@ -97,7 +97,7 @@ def read_scene(record: ImageRecord) -> Scene:
             blocked.add(instance.category)
             continue
         mask = segmentation_to_mask(instance.segmentation, record.height, record.width)
-        area = mask_area(mask)
+        area = int(np.count_nonzero(mask))
         if area < SMALLEST_SHARE * record.height * record.width:
             blocked.add(instance.category)
         x1, y1, x2, y2 = instance.box_xyxy

@@ -30,3 +30,8 @@ def softmax_of_few(x: Tensor) -> Tensor:
         return x.softmax(dim=-1)
     share = (x - x.amax(dim=-1, keepdim=True)).exp()
     return share / share.sum(dim=-1, keepdim=True)
+
+
+def split_heads(x: Tensor, num_heads: int) -> Tensor:
+    """Return [B, heads, S, C / heads] of [B, S, C]."""
+    return x.unflatten(-1, (num_heads, -1)).transpose(1, 2)

@@ -122,11 +122,6 @@ def mask_to_box_xyxy(mask: np.ndarray) -> list[float]:
     return [float(columns[0]), float(rows[0]), float(columns[-1] + 1), float(rows[-1] + 1)]
 
 
-def mask_area(mask: np.ndarray) -> int:
-    """Return the number of True pixels."""
-    return int(np.count_nonzero(mask))
-
-
 def resize_mask_nearest(mask: np.ndarray, height: int, width: int) -> np.ndarray:
     """Return bool [height, width]: each output pixel takes the input pixel that its centre falls on."""
     if mask.shape == (height, width):

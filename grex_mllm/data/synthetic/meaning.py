@@ -14,18 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
-from grex_mllm.data.synthetic.grammar import (
-    ALL,
-    THE,
-    Description,
-    Exclusion,
-    Expression,
-    Extreme,
-    Ordinal,
-    Reference,
-    Shared,
-    Union,
-)
+from grex_mllm.data.synthetic.grammar import ALL, THE, Description, Exclusion, Expression, Extreme, Ordinal, Reference, Shared, Union
 from grex_mllm.data.synthetic.parser import parse
 from grex_mllm.data.synthetic.scenes import Scene, SceneObject, bits
 from grex_mllm.errors import fault

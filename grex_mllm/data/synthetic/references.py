@@ -39,12 +39,6 @@ MAX_PARTS = 3
 MAX_TREES = 400  # that are tried for one set
 
 
-def expression_for(scene: Scene | Sample | ImageRecord, targets: Iterable[int | str], rng: random.Random) -> str | None:
-    """Return one expression that denotes exactly `targets` (positions or annotation ids), or None where the grammar has no short one."""
-    found = references_for(scene, targets, rng, 1)
-    return found[0] if found else None
-
-
 def references_for(scene: Scene | Sample | ImageRecord, targets: Iterable[int | str], rng: random.Random, number: int) -> list[str]:
     """Return up to `number` different expressions that each denote exactly `targets`; simple ones are likelier.
 
