@@ -46,13 +46,7 @@ def dataset_stats(folder: str | Path, image_root: str | Path | None = None) -> d
     }
 
 
-def sample_sheet(
-    folder: str | Path,
-    out_png: str | Path,
-    num: int = 12,
-    seed: int = 0,
-    image_root: str | Path | None = None,
-) -> Path:
+def sample_sheet(folder: str | Path, out_png: str | Path, num: int = 12, seed: int = 0, image_root: str | Path | None = None) -> Path:
     """Draw expressions with their targets' masks and boxes, the text below each picture; the choice depends on the seed alone.
 
     Kinds (no target, one, several) take turns, so that a small sheet shows all that the folder has.

@@ -42,10 +42,7 @@ class TextEncoder(nn.Module):
             if not (Path(config.path) / "config.json").is_file():
                 raise fault(f"model.text.path {config.path}", "a folder with config.json and weights", "fix the path, or leave it out")
             self.bert = BertModel.from_pretrained(
-                config.path,
-                add_pooling_layer=False,
-                hidden_dropout_prob=config.dropout,
-                attention_probs_dropout_prob=config.dropout,
+                config.path, add_pooling_layer=False, hidden_dropout_prob=config.dropout, attention_probs_dropout_prob=config.dropout
             )
         else:
             sizes = {theirs: getattr(config, ours) for ours, theirs in BERT_SIZES.items()}

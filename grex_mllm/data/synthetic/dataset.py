@@ -9,7 +9,7 @@ from collections.abc import Iterator, Mapping
 from grex_mllm.data.synthetic.expressions import draw_kind, sample_expression, word_expression
 from grex_mllm.data.synthetic.scenes import DrawnScene, bits, draw_scene, held_out_pairs, scene_seed
 from grex_mllm.data.synthetic.settings import SyntheticConfig
-from grex_mllm.data.synthetic.shapes import ATTRIBUTES, SHAPE, SHAPES
+from grex_mllm.data.synthetic.shapes import SHAPES
 from grex_mllm.errors import fault
 from grex_mllm.types import ExpressionRecord, ImageRecord, Instance, Sample
 
@@ -95,16 +95,13 @@ def check_config(config: SyntheticConfig) -> None:
 
 def _image_record(drawn: DrawnScene, image_id: str) -> ImageRecord:
     scene = drawn.scene
-    instances = [
-        Instance(
-            f"{image_id}:{k}",
-            SHAPES[item.values[SHAPE]],
-            [float(edge) for edge in item.box],
-            mask=mask,
-            attributes=dict(zip(ATTRIBUTES, (*item.values, item.scale), strict=True)),
-        )
-        for k, (item, mask) in enumerate(zip(scene.objects, drawn.masks, strict=True))
-    ]
+    instances = []
+    for k, item in enumerate(scene.objects):
+        shape, colour, size, texture = item.values
+        x1, y1, x2, y2 = item.box
+        box = [float(x1), float(y1), float(x2), float(y2)]
+        attributes = {"shape": shape, "colour": colour, "size": size, "texture": texture, "scale": item.scale}
+        instances.append(Instance(f"{image_id}:{k}", SHAPES[shape], box, mask=drawn.masks[k], attributes=attributes))
     return ImageRecord(image_id, f"images/{image_id}.png", scene.height, scene.width, instances)
 
 

@@ -27,7 +27,7 @@ def draw_object(scene: Scene, r: Draw) -> int:
 
 def keep(scene: Scene, item: int, attributes: list[int]) -> Description:
     """Describe an object by these attributes."""
-    return Description(tuple(value if k in attributes else None for k, value in enumerate(scene.objects[item].values)))
+    return Description(tuple([value if k in attributes else None for k, value in enumerate(scene.objects[item].values)]))
 
 
 def some_attributes(r: Draw) -> list[int]:

@@ -30,12 +30,7 @@ PLACES = {
     "top": ("at the top", "in the top half"),
     "bottom": ("at the bottom", "in the bottom half"),
 }
-RELATIONS = {
-    "left": ("to the left of", "left of"),
-    "right": ("to the right of", "right of"),
-    "top": ("above",),
-    "bottom": ("below",),
-}
+RELATIONS = {"left": ("to the left of", "left of"), "right": ("to the right of", "right of"), "top": ("above",), "bottom": ("below",)}
 EXCEPTS = ("except", "except for", "but")
 
 

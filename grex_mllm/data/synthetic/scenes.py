@@ -325,6 +325,8 @@ def _hidden(under: np.ndarray, mask: np.ndarray, number: int) -> list[int] | Non
     """Return how many pixels of every label the mask would cover (label 0 counted as 0), or None where it covers no object."""
     if not under.any():
         return None
+    if not under.any():
+        return None
     covered = under[mask]
     if not covered.any():
         return None
@@ -346,4 +348,7 @@ def _finish(r: Callable[[], float], canvas: np.ndarray, noise: int) -> np.ndarra
     bank = _noise(int(r() * (noise + 1)))
     start = int(r() * (bank.size - canvas.size))
     np.add(canvas, bank[start : start + canvas.size].reshape(canvas.shape), out=canvas)
-    return np.stack(list(canvas), axis=2)
+    image = np.empty((*canvas.shape[1:], 3), dtype=np.uint8)
+    for k in range(3):
+        image[:, :, k] = canvas[k]
+    return image

@@ -163,5 +163,6 @@ def paint(colour: int, draws: tuple[float, float, float, float]) -> list[list[in
     palette = []
     for value in fill:
         mark = value + (250 - value) * 3 // 4 if light else value * 5 // 16
-        palette.append([min(max(shade, 14), 241) for shade in (value, mark, value * 11 // 16)])
+        edge = value * 11 // 16
+        palette.append([min(max(value, 14), 241), min(max(mark, 14), 241), min(max(edge, 14), 241)])
     return palette

@@ -112,10 +112,7 @@ def selection_terms(output: GroundingOutput, batch: Batch, owner: Tensor) -> dic
     num_expressions = shared_count(len(wanted), wanted)
     assert output.no_target_logits is not None
     no_target = F.cross_entropy(output.no_target_logits, batch.no_target.long(), reduction="sum")
-    terms = {
-        "target": torch.stack(each).sum() / (len(layers) * num_expressions * 4.0),
-        "no_target": no_target / num_expressions,
-    }
+    terms = {"target": torch.stack(each).sum() / (len(layers) * num_expressions * 4.0), "no_target": no_target / num_expressions}
     if output.count_logits is not None:
         terms["count"] = count_cross_entropy(output.count_logits, batch.gt_count)
     return terms
