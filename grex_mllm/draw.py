@@ -21,15 +21,8 @@ Colour = tuple[int, int, int]
 
 PREDICTED: Colour = (230, 159, 0)  # orange
 TRUTH: Colour = (86, 180, 233)  # sky blue
-OBJECT_COLOURS: tuple[Colour, ...] = (
-    (230, 159, 0),
-    (86, 180, 233),
-    (0, 158, 115),
-    (240, 228, 66),
-    (204, 121, 167),
-    (213, 94, 0),
-    (0, 114, 178),
-)
+GREEN, YELLOW, PURPLE, RED, BLUE = (0, 158, 115), (240, 228, 66), (204, 121, 167), (213, 94, 0), (0, 114, 178)
+OBJECT_COLOURS: tuple[Colour, ...] = (PREDICTED, TRUTH, GREEN, YELLOW, PURPLE, RED, BLUE)
 READABLE_SIDE = 384  # small images are enlarged up to this side
 PIXELS_PER_LINE = 240  # a line of one pixel for every so many pixels of the longer side
 FILL_OPACITY = 0.36
@@ -136,7 +129,7 @@ def save_mask_png(mask: np.ndarray, path: str | Path) -> Path:
     """Write a bool [H, W] mask as an 8-bit PNG of the same size, 255 where True; whole or not at all."""
     if mask.ndim != 2:
         raise fault(f"mask of shape {tuple(mask.shape)}", "[height, width]", "pass one mask at a time")
-    return save_png(Image.fromarray(mask.astype(np.uint8) * 255), path)
+    return save_png(_stencil(mask), path)
 
 
 def save_png(picture: Image.Image, path: str | Path) -> Path:
@@ -200,11 +193,8 @@ def _canvas(image: np.ndarray, factor: int | None) -> tuple[Image.Image, int]:
 
 def _checked_mask(mask: np.ndarray, image: np.ndarray) -> np.ndarray:
     if mask.shape != image.shape[:2]:
-        raise fault(
-            f"mask of shape {tuple(mask.shape)}",
-            f"{image.shape[0]}x{image.shape[1]}, the image's height x width",
-            "resize the mask to the image",
-        )
+        expected = f"{image.shape[0]}x{image.shape[1]}, the image's height x width"
+        raise fault(f"mask of shape {tuple(mask.shape)}", expected, "resize the mask to the image")
     return mask.astype(bool)
 
 
@@ -224,7 +214,7 @@ def _paint_mask(picture: Image.Image, mask: np.ndarray, colour: Colour, factor: 
     shapes = [inside]
     for radius in (max(1, width // 2), width, max(1, width // 2)):
         shapes.append(_erode(shapes[-1], radius))
-    stencils = [Image.fromarray(shape.astype(np.uint8) * 255) for shape in shapes]
+    stencils = [_stencil(shape) for shape in shapes]
     tinted = picture.crop(area)
     if tint:
         tinted = Image.blend(tinted, Image.new("RGB", tinted.size, colour), FILL_OPACITY)
@@ -235,10 +225,12 @@ def _paint_mask(picture: Image.Image, mask: np.ndarray, colour: Colour, factor: 
 
 
 def _darken_outside(picture: Image.Image, mask: np.ndarray, factor: int) -> Image.Image:
-    stencil = Image.fromarray(mask.astype(np.uint8) * 255).resize(
-        (mask.shape[1] * factor, mask.shape[0] * factor), Image.Resampling.NEAREST
-    )
+    stencil = _stencil(mask.repeat(factor, axis=0).repeat(factor, axis=1))
     return Image.composite(picture, picture.point(lambda value: value * OUTSIDE_LIGHT), stencil)
+
+
+def _stencil(mask: np.ndarray) -> Image.Image:
+    return Image.fromarray(mask.astype(np.uint8) * 255)
 
 
 def _erode(mask: np.ndarray, radius: int) -> np.ndarray:
@@ -273,8 +265,8 @@ def _label_box(picture: Image.Image, text: str, box: Sequence[float], colour: Co
     font = _font(size)
     width, height = round(font.getlength(text)) + size // 2, round(size * 1.25)
     left = min(max(0, round(box[0] * factor)), max(0, picture.width - width))
-    above = round(box[1] * factor) - height
-    top = above if above >= 0 else max(0, round(box[1] * factor))
+    edge = max(0, round(box[1] * factor))
+    top = edge - height if edge >= height else edge
     draw = ImageDraw.Draw(picture)
     draw.rectangle((left, top, left + width, top + height), fill=colour, outline=INK)
     draw.text((left + width / 2, top + height / 2), text, font=font, fill=INK, anchor="mm")

@@ -57,10 +57,10 @@ def inputs() -> dict:
 def one_step(generator: RegionTokenGenerator, tokenizer: LMTokenizer) -> tuple[float, float]:
     """Loss before and after one step of training."""
     ids, mask = tokenizer.encode(LINES[:2])
-    optimizer = torch.optim.AdamW(generator.trainable_parameters(), lr=1e-2)
+    optimizer = torch.optim.AdamW([p for p in generator.parameters() if p.requires_grad], lr=1e-2)
     before = generator.likelihood(**inputs(), lm_ids=ids, lm_mask=mask).loss
     before.backward()
-    gradients = [p.grad for p in generator.trainable_parameters()]
+    gradients = [p.grad for p in generator.parameters() if p.requires_grad]
     assert all(g is not None and bool(g.isfinite().all()) for g in gradients)
     # LoRA's A gets its first gradient in the second step, when B is no longer zero
     assert sum(bool(g.any()) for g in gradients) >= len(gradients) - len([n for n, _ in generator.named_parameters() if "lora_A" in n])
@@ -164,7 +164,7 @@ def test_float_dtypes_of_a_folder_lm(lm_folder: Path) -> None:
     tokenizer = LMTokenizer.load(lm_folder)
     generator = RegionTokenGenerator(replace(SMALL, lm=str(lm_folder), dtype="bfloat16", attn_implementation="eager"), CHANNELS, tokenizer)
     assert generator.lm.get_input_embeddings().weight.dtype == torch.bfloat16
-    assert all(p.dtype == torch.float32 for p in generator.trainable_parameters())
+    assert all(p.dtype == torch.float32 for p in generator.parameters() if p.requires_grad)
     ids, mask = tokenizer.encode(LINES[:2])
     with torch.autocast("cpu", dtype=torch.bfloat16):
         generator.likelihood(**inputs(), lm_ids=ids, lm_mask=mask).loss.backward()

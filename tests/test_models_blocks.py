@@ -16,8 +16,8 @@ from grex_mllm.models.pwam import normalise_positions
 from grex_mllm.models.resnet import FrozenBatchNorm, ResNet, append_coordinates
 from grex_mllm.models.swin import SwinTransformer, WindowAttention
 from grex_mllm.models.windows import from_windows, relative_index, to_windows, window_layout
+from grex_mllm.ops.attention import softmax_of_few
 from grex_mllm.ops.deform_attn import deformable_attention_bags, deformable_attention_reference
-from grex_mllm.ops.softmax import softmax_of_few
 from grex_mllm.types import TextFeatures
 
 SHAPES = [(2, 3), (4, 5)]

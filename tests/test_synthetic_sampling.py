@@ -19,7 +19,6 @@ from grex_mllm.data.synthetic import (
     corpus,
     evaluate,
     export,
-    expression_for,
     parse,
     references_for,
     scene_from_record,
@@ -142,9 +141,9 @@ def test_references_denote_exactly_the_set() -> None:
             for text in texts:
                 assert check_expression(text, sample, targets) == "exact", text
     assert answered >= 0.97 * asked
-    assert expression_for(sample, [], rng) is None
-    one = expression_for(scene_from_record(sample.record), [0], random.Random(4))
-    assert one is not None and one == expression_for(sample, [names[0]], random.Random(4))
+    assert references_for(sample, [], rng, 1) == []
+    one = references_for(scene_from_record(sample.record), [0], random.Random(4), 1)
+    assert len(one) == 1 and one == references_for(sample, [names[0]], random.Random(4), 1)
 
 
 def test_export_equals_the_samples_and_repeats(tmp_path: Path) -> None:

@@ -89,7 +89,7 @@ def load_grounding(folder: Path) -> GroundingModel:
 
 
 def read_recording(folder: Path) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Return what `oracle.pt` holds and the recorded float32 errors, by path.
+    """Return what `oracle.pt` holds, and the recorded float32 errors: path -> {"max": ...} or {"flips": ...}.
 
     Raises:
         GrexError: a file is missing or cannot be read.
@@ -97,7 +97,8 @@ def read_recording(folder: Path) -> tuple[dict[str, Any], dict[str, Any]]:
     try:
         recorded = torch.load(folder / "oracle.pt", weights_only=True)
         meta = json.loads((folder / "meta.json").read_text(encoding="utf-8"))
-        return recorded, _errors(meta["fp32_vs_fp64"])
+        noted = _flat(meta["fp32_vs_fp64"], lambda tree: isinstance(tree, Mapping) and ("max" in tree or "flips" in tree))
+        return recorded, dict(noted)
     except (OSError, ValueError, KeyError, RuntimeError) as error:
         raise fault(f"recording {folder} cannot be read ({str(error)[:120]})", "oracle.pt and meta.json", "fix the path") from None
 
@@ -131,7 +132,7 @@ def watched(model: GroundingModel, found: dict[str, Tensor]) -> Iterator[None]:
         handles.append(layer.register_forward_pre_hook(_note_mask(found, f"decoder.{stage}.attn_mask_head0")))
     for s, stage in enumerate(getattr(model.vision, "stages", ())):
         if getattr(stage, "fusion", None) is not None:
-            handles.append(stage.fusion.register_forward_hook(_note_fusion(found, f"swin.{s}.pwam_lang")))
+            handles.append(stage.fusion.register_forward_hook(_note(found, f"swin.{s}.pwam_lang")))
     try:
         yield
     finally:
@@ -162,13 +163,11 @@ def compare32(found: Mapping[str, Tensor], recorded: Any, errors: Mapping[str, A
             yield Line(f"{name} (decision)", _share(ours.argmax(-1) != expected.argmax(-1)), 0.0)
 
 
-def compare64(found: Mapping[str, Tensor], recorded: Any) -> list[Line]:
+def compare64(found: Mapping[str, Tensor], recorded: Any) -> Iterator[Line]:
     """Compare float64 tensors with the recorded ones, within SCALE64 of their largest value."""
-    lines = []
     for name, expected in _flat(recorded):
         error = _distance(found[name], expected) if name in found else float("inf")
-        lines.append(Line(f"{name} (float64)", error, SCALE64 * float(expected.abs().max())))
-    return lines
+        yield Line(f"{name} (float64)", error, SCALE64 * float(expected.abs().max()))
 
 
 def _watch_list(model: GroundingModel) -> Iterator[tuple[str, Any]]:
@@ -202,6 +201,8 @@ def _note(found: dict[str, Tensor], name: str) -> Callable[..., None]:
         elif name == "pixels":
             found["mask_features"] = output.mask_features
             found.update({f"multi_scale_features/{i}": level for i, level in enumerate(output.levels)})
+        elif name.endswith("pwam_lang"):
+            found[name] = module.attend(*args)
         elif name.startswith("decoder.") and name != "decoder.lang_proj":
             found[name] = output.transpose(0, 1)  # recorded as [Q, B, C]
         else:
@@ -213,13 +214,6 @@ def _note(found: dict[str, Tensor], name: str) -> Callable[..., None]:
 def _note_mask(found: dict[str, Tensor], name: str) -> Callable[..., None]:
     def hook(module: Any, args: tuple[Any, ...]) -> None:
         found[name] = ~args[-1][:, 0]  # ours tells what is allowed, theirs what is blocked
-
-    return hook
-
-
-def _note_fusion(found: dict[str, Tensor], name: str) -> Callable[..., None]:
-    def hook(module: Any, args: tuple[Any, ...], output: Any) -> None:
-        found[name] = module.attend(*args)
 
     return hook
 
@@ -245,23 +239,17 @@ def _answers(model: GroundingModel, output: GroundingOutput, padded: tuple[int, 
     return made
 
 
-def _flat(tree: Any, path: str = "") -> Iterator[tuple[str, Tensor]]:
-    """Walk nested dicts and lists of tensors; a path joins the keys with slashes."""
-    if isinstance(tree, Tensor):
+def _is_tensor(value: Any) -> bool:
+    return isinstance(value, Tensor)
+
+
+def _flat(tree: Any, is_leaf: Callable[[Any], bool] = _is_tensor, path: str = "") -> Iterator[tuple[str, Any]]:
+    """Walk nested dicts and lists down to the leaves; a path joins the keys with slashes."""
+    if is_leaf(tree):
         yield path, tree
     elif isinstance(tree, Mapping | list | tuple):
         for key, value in tree.items() if isinstance(tree, Mapping) else enumerate(tree):
-            yield from _flat(value, f"{path}/{key}" if path else str(key))
-
-
-def _errors(tree: Any, path: str = "") -> dict[str, Any]:
-    """Flatten the recorded errors: path -> {"max": ...} or {"flips": ...}."""
-    if isinstance(tree, Mapping) and ("max" in tree or "flips" in tree):
-        return {path: tree}
-    found: dict[str, Any] = {}
-    for key, value in tree.items() if isinstance(tree, Mapping) else enumerate(tree):
-        found.update(_errors(value, f"{path}/{key}" if path else str(key)))
-    return found
+            yield from _flat(value, is_leaf, f"{path}/{key}" if path else str(key))
 
 
 def _distance(ours: Tensor, expected: Tensor) -> float:

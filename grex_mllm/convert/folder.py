@@ -24,7 +24,8 @@ def write_model_folder(out: Path, config: Config, tensors: Mapping[str, Tensor],
     Raises:
         GrexError: `out` is a file or a folder with something in it, or the vocabulary is missing or too large for the model.
     """
-    check_free(out)
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise fault(f"output {out} exists and is not empty", "a new or empty folder", "remove it or choose another --out")
     words = _vocabulary(vocab, config.model.text.vocab_size)
     with whole_folder(out) as work:
         (work / TOKENIZER).mkdir()
@@ -53,16 +54,6 @@ def _save_tensors(tensors: Mapping[str, Tensor], file: Path) -> None:
     # copies: safetensors refuses tensors that share storage, as those of a training checkpoint may
     save_file({name: tensor.clone().contiguous() for name, tensor in tensors.items()}, file, metadata={"format": "pt"})
     file.chmod(0o644)  # safetensors lets nobody else read
-
-
-def check_free(out: Path) -> None:
-    """Raise unless `out` is free: absent, or an empty folder.
-
-    Raises:
-        GrexError: names the path.
-    """
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise fault(f"output {out} exists and is not empty", "a new or empty folder", "remove it or choose another --out")
 
 
 def _vocabulary(vocab: str | Path | None, limit: int) -> Path | None:

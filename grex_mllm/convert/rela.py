@@ -99,6 +99,7 @@ RELEASED_LOSS = RelaLossConfig(
 )
 SWIN_TINY = VisionConfig(name="swin", embed_width=96, swin_depths=[2, 2, 6, 2], swin_heads=[3, 6, 12, 24], window=7, fusion="pwam")
 SWIN_BASE = VisionConfig(name="swin", embed_width=128, swin_depths=[2, 2, 18, 2], swin_heads=[4, 8, 16, 32], window=12, fusion="pwam")
+SWIN_BLOCKS, RESNET_BLOCKS = r"backbone\.layers\.(\d+)\.blocks\.(\d+)\.norm1\.weight", r"backbone\.res([2-5])\.(\d+)\.conv1\.weight"
 BACKBONES = {"swin_tiny": SWIN_TINY, "swin_base": SWIN_BASE, "r50": VisionConfig(name="resnet")}
 
 
@@ -188,9 +189,9 @@ def recognise(state: Mapping[str, Tensor], source: str) -> tuple[str, Config]:
     stem, patch = state.get("backbone.stem.conv1.weight"), state.get("backbone.patch_embed.proj.weight")
     for kind, vision in BACKBONES.items():
         if vision.name == "swin":
-            fits = patch is not None and patch.shape[0] == vision.embed_width and _swin_depths(state) == vision.swin_depths
+            fits = patch is not None and patch.shape[0] == vision.embed_width and _counts(state, SWIN_BLOCKS) == vision.swin_depths
         else:
-            fits = stem is not None and stem.shape[0] == vision.stem_width and _resnet_depths(state) == vision.depths
+            fits = stem is not None and stem.shape[0] == vision.stem_width and _counts(state, RESNET_BLOCKS) == vision.depths
         queries = state.get("sem_seg_head.predictor.query_feat.weight")
         config = released_config(vision)
         if fits and queries is not None and tuple(queries.shape) == (config.model.decoder.minimap_side**2, config.model.decoder.width):
@@ -287,29 +288,17 @@ def fill(mapped: Mapping[str, Tensor], expected: Mapping[str, tuple[int, ...]], 
 
 def differences(mapped: Mapping[str, Tensor], expected: Mapping[str, tuple[int, ...]]) -> dict[str, list[str]]:
     """Return the names that are missing, superfluous, and of another shape (with both shapes)."""
-    shapes = [
-        f"{name} {tuple(mapped[name].shape)} for {shape}"
-        for name, shape in expected.items()
-        if name in mapped and tuple(mapped[name].shape) != shape
-    ]
+    both = [(name, tuple(mapped[name].shape), shape) for name, shape in expected.items() if name in mapped]
     return {
         "missing": [name for name in expected if name not in mapped],
         "superfluous": [name for name in mapped if name not in expected],
-        "of another shape": shapes,
+        "of another shape": [f"{name} {given} for {shape}" for name, given, shape in both if given != shape],
     }
 
 
 def _some(names: Iterable[str]) -> str:
     listed = list(names)
     return ", ".join(listed[:SEVERAL]) + (f" and {len(listed) - SEVERAL} more" if len(listed) > SEVERAL else "")
-
-
-def _swin_depths(state: Mapping[str, Tensor]) -> list[int]:
-    return _counts(state, r"backbone\.layers\.(\d+)\.blocks\.(\d+)\.norm1\.weight")
-
-
-def _resnet_depths(state: Mapping[str, Tensor]) -> list[int]:
-    return _counts(state, r"backbone\.res([2-5])\.(\d+)\.conv1\.weight")
 
 
 def _counts(state: Mapping[str, Tensor], pattern: str) -> list[int]:

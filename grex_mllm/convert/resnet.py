@@ -53,16 +53,10 @@ def convert_resnet(path: str | Path, out: str | Path) -> Conversion:
     vision = _sizes(named, str(path))
     fill(named, shapes_of(lambda: ResNet(vision)), str(path))
     write_weights(Path(out), named)
-    sizes = (
-        f"depths: {vision.depths}, widths: {vision.widths}, bottleneck_widths: {vision.bottleneck_widths}, stem_width: {vision.stem_width}"
-    )
-    return Conversion(
-        "resnet",
-        len(named),
-        {f"beside the weights: {entry}": 1 for entry in beside} | ignored,
-        Path(out),
-        [f"set under model.vision: {{name: resnet, {sizes}, weights: {out}}}"],
-    )
+    sizes = f"depths: {vision.depths}, widths: {vision.widths}, bottleneck_widths: {vision.bottleneck_widths}"
+    note = f"set under model.vision: {{name: resnet, {sizes}, stem_width: {vision.stem_width}, weights: {out}}}"
+    ignored = {f"beside the weights: {entry}": 1 for entry in beside} | ignored
+    return Conversion("resnet", len(named), ignored, Path(out), [note])
 
 
 def _sizes(named: Mapping[str, Tensor], source: str) -> VisionConfig:

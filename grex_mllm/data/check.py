@@ -103,9 +103,9 @@ def _check_images(state: Folder, root: Path | None) -> None:
             continue
         instances = [item for item in _list(value.get("instances")) if isinstance(item, dict)]
         state.crowd[image_id] = {str(item.get("annotation_id")): item.get("iscrowd") is True for item in instances}
-        repeated = [name for name, times in Counter(str(item.get("annotation_id")) for item in instances).items() if times > 1]
-        for name in repeated:
-            state.report(IMAGES, line, "instances.annotation_id", f'"{name}" more than once', "ids that are unique within the image")
+        for name, times in Counter(str(item.get("annotation_id")) for item in instances).items():
+            if times > 1:
+                state.report(IMAGES, line, "instances.annotation_id", f'"{name}" more than once', "ids that are unique within the image")
         if findings:
             continue  # the claims of a malformed record cannot be checked
         state.keys[image_id] = [f"{image_id} of {value['height']}x{value['width']}"]
@@ -167,13 +167,8 @@ def _check_expressions(state: Folder) -> None:
             continue
         expression_id = value.get("expression_id")
         if isinstance(expression_id, str) and first_lines.setdefault(expression_id, line) != line:
-            state.report(
-                EXPRESSIONS,
-                line,
-                "expression_id",
-                f'"{expression_id}"',
-                f"an id of its own (line {first_lines[expression_id]} has the same)",
-            )
+            first = first_lines[expression_id]
+            state.report(EXPRESSIONS, line, "expression_id", f'"{expression_id}"', f"an id of its own (line {first} has the same)")
         image_id, split = value.get("image_id"), value.get("split")
         if not isinstance(image_id, str):
             continue
@@ -216,14 +211,8 @@ def _check_splits(states: list[Folder]) -> None:
                 place = f"{state.path / EXPRESSIONS} line {line}"
                 clashes = [seen[key] for key in state.keys.get(image_id, []) if key in seen and seen[key][0] != split]
                 if clashes:
-                    other, first = clashes[0]
-                    state.report(
-                        EXPRESSIONS,
-                        line,
-                        "split",
-                        f'image {image_id} in "{split}"',
-                        f'one split for an image ({first} has it in "{other}")',
-                    )
+                    expected = 'one split for an image ({1} has it in "{0}")'.format(*clashes[0])
+                    state.report(EXPRESSIONS, line, "split", f'image {image_id} in "{split}"', expected)
                 for key in state.keys.get(image_id, []):
                     seen.setdefault(key, (split, place))
 

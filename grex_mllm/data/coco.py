@@ -103,7 +103,7 @@ def image_record(instances: CocoInstances, image_id: int, skipped: Counter[str])
             Instance(
                 annotation_id=str(annotation["id"]),
                 category=instances.categories[annotation["category_id"]],
-                box_xyxy=_box(box),
+                box_xyxy=xywh_to_xyxy(np.asarray(box)).tolist(),
                 segmentation=segmentation,
                 iscrowd=bool(annotation.get("iscrowd", 0)),
             )
@@ -215,10 +215,6 @@ def _load_json(path: Path) -> Any:
         raise fault(f"{path} is not JSON ({error})", "a JSON file as published", "fetch the file again") from None
 
 
-def _box(box_xywh: list[float]) -> list[float]:
-    return [float(number) for number in xywh_to_xyxy(np.asarray(box_xywh, np.float64))]
-
-
 def _targets(ref: dict[str, Any], instances: CocoInstances, place: str, skipped: Counter[str]) -> list[int]:
     given = ref["ann_id"] if isinstance(ref["ann_id"], list) else [ref["ann_id"]]
     if given in ([], [NO_TARGET]):
@@ -252,9 +248,9 @@ def _sentence(sentence: Any) -> tuple[str, str, str]:
 
 def _expression_id(source: str, ref: dict[str, Any], sentence: dict[str, Any], number: int, used: set[str]) -> str:
     """Return source:sentence id; without one, or where it is taken (ids repeat in published files), source:ref.number, and so on."""
-    first = [f"{source}:{sentence['sent_id']}"] if "sent_id" in sentence else []
     by_ref = f"{source}:{ref['ref_id']}.{number}"
-    candidates = chain(first, [by_ref], (f"{by_ref}.{copy}" for copy in count(2)))
+    first = [f"{source}:{sentence['sent_id']}", by_ref] if "sent_id" in sentence else [by_ref]
+    candidates = chain(first, (f"{by_ref}.{copy}" for copy in count(2)))
     chosen = next(candidate for candidate in candidates if candidate not in used)
     used.add(chosen)
     return chosen

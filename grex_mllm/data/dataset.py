@@ -130,15 +130,10 @@ class Mixture:
         return sum(len(source) for source in self.sources)
 
     def __getitem__(self, position: int) -> Sample:
-        which, inner = self.locate(position)
-        return self.sources[which][inner]
-
-    def locate(self, position: int) -> tuple[int, int]:
-        """Return (source, position in it)."""
         block, place = divmod(position, MIXTURE_BLOCK)
         owner, rank = _mixture_block(self.shares, self.seed, block)
         which = int(owner[place])
-        return which, block * self.shares[which] + int(rank[place])
+        return self.sources[which][block * self.shares[which] + int(rank[place])]
 
 
 def epoch_index(position: int, length: int, seed: int) -> tuple[int, int]:

@@ -48,17 +48,6 @@ def load_image(source: Any) -> np.ndarray:
     )
 
 
-def image_size(path: str | Path) -> tuple[int, int]:
-    """Return (height, width) of an image file after EXIF orientation, from its header alone.
-
-    Raises:
-        GrexError: missing or unreadable file, or beyond MAX_IMAGE_PIXELS.
-    """
-    with _open(Path(path)) as image:
-        width, height = image.size
-        return (width, height) if _orientation(image) >= 5 else (height, width)
-
-
 def resolve_image(root: str | Path, file: str) -> Path:
     """Return root / file, where `file` must stay under the root.
 

@@ -3,35 +3,10 @@
 from __future__ import annotations
 
 NUMBERS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten", "eleven", "twelve")
-IRREGULAR = {
-    "person": "people",
-    "man": "men",
-    "woman": "women",
-    "child": "children",
-    "foot": "feet",
-    "tooth": "teeth",
-    "goose": "geese",
-    "mouse": "mice",
-    "knife": "knives",
-    "wife": "wives",
-    "life": "lives",
-    "leaf": "leaves",
-    "loaf": "loaves",
-    "shelf": "shelves",
-    "scarf": "scarves",
-    "wolf": "wolves",
-    "calf": "calves",
-    "half": "halves",
-    "thief": "thieves",
-    "potato": "potatoes",
-    "tomato": "tomatoes",
-    "ox": "oxen",
-    "sheep": "sheep",
-    "fish": "fish",
-    "deer": "deer",
-    "aircraft": "aircraft",
-    "bison": "bison",
-}
+IRREGULAR = {"person": "people", "man": "men", "woman": "women", "child": "children", "foot": "feet", "tooth": "teeth", "goose": "geese"}
+IRREGULAR |= {"mouse": "mice", "potato": "potatoes", "tomato": "tomatoes", "ox": "oxen"}
+WITH_VES = frozenset({"knife", "wife", "life", "leaf", "loaf", "shelf", "scarf", "wolf", "calf", "half", "thief"})
+UNCHANGED = frozenset({"sheep", "fish", "deer", "aircraft", "bison"})
 PAIRS = frozenset({"skis", "scissors", "glasses", "sunglasses", "jeans", "trousers", "pants", "shorts", "headphones", "pliers"})
 PIECES = frozenset({"broccoli", "bread", "furniture", "food", "luggage", "jewelry", "clothing", "fruit", "cheese"})
 VOWELS = "aeiou"
@@ -61,8 +36,10 @@ def number_word(number: int) -> str:
 
 
 def _plural(word: str) -> str:
-    if word in IRREGULAR:
-        return IRREGULAR[word]
+    if word in IRREGULAR or word in UNCHANGED:
+        return IRREGULAR.get(word, word)
+    if word in WITH_VES:
+        return word.removesuffix("e").removesuffix("f") + "ves"
     if word.endswith(("s", "x", "z", "ch", "sh")):
         return f"{word}es"
     if word.endswith("y") and len(word) > 1 and word[-2] not in VOWELS:

@@ -45,44 +45,8 @@ def _shown(value: Any) -> str:
     return text if len(text) <= 80 else f"{text[:60]}... ({len(text):,} characters)"
 
 
-def _is_text(value: Any) -> bool:
-    return isinstance(value, str)
-
-
-def _is_id(value: Any) -> bool:
-    return isinstance(value, str) and value != ""
-
-
-def _is_whole(value: Any) -> bool:
-    return type(value) is int
-
-
-def _is_size(value: Any) -> bool:
-    return type(value) is int and value > 0
-
-
-def _is_sentence(value: Any) -> bool:
-    return isinstance(value, str) and bool(value.strip()) and len(value) <= MAX_EXPRESSION_CHARACTERS
-
-
-def _is_flag(value: Any) -> bool:
-    return isinstance(value, bool)
-
-
 def _is_numbers(value: Any) -> bool:
     return isinstance(value, list) and set(map(type, value)) <= {int, float} and all(map(math.isfinite, value))
-
-
-def _is_box(value: Any) -> bool:
-    return _is_numbers(value) and len(value) == 4
-
-
-def _is_texts(value: Any) -> bool:
-    return isinstance(value, list) and all(map(_is_text, value))
-
-
-def _is_list(value: Any) -> bool:
-    return isinstance(value, list)
 
 
 def _is_segmentation(value: Any) -> bool:
@@ -93,38 +57,41 @@ def _is_segmentation(value: Any) -> bool:
     return isinstance(value, dict) and set(value) == {"size", "counts"} and isinstance(value["counts"], str | list)
 
 
-def _is_attributes(value: Any) -> bool:
-    return isinstance(value, dict) and all(map(_is_whole, value.values()))
+def _is_list(value: Any, kind: type = object) -> bool:
+    return isinstance(value, list) and all(isinstance(item, kind) for item in value)
 
 
 Rule = tuple[Callable[[Any], bool], str]
-ID: Rule = (_is_id, "a non-empty string")
-SENTENCE: Rule = (_is_sentence, f"1 to {MAX_EXPRESSION_CHARACTERS:,} characters of text")
-IMAGE_FIELDS: dict[str, Rule] = {
-    "image_id": ID,
-    "file": ID,
-    "height": (_is_size, "a whole number of pixels above 0"),
-    "width": (_is_size, "a whole number of pixels above 0"),
-    "instances": (_is_list, "a list of instances"),
-}
+ID: Rule = (lambda value: isinstance(value, str) and value != "", "a non-empty string")
+SIDE: Rule = (lambda value: type(value) is int and value > 0, "a whole number of pixels above 0")
+SENTENCE: Rule = (
+    lambda value: isinstance(value, str) and bool(value.strip()) and len(value) <= MAX_EXPRESSION_CHARACTERS,
+    f"1 to {MAX_EXPRESSION_CHARACTERS:,} characters of text",
+)
+IMAGE_FIELDS: dict[str, Rule] = {"image_id": ID, "file": ID, "height": SIDE, "width": SIDE, "instances": (_is_list, "a list of instances")}
 INSTANCE_FIELDS: dict[str, Rule] = {
     "annotation_id": ID,
     "category": ID,
-    "box_xyxy": (_is_box, "four finite numbers [x1, y1, x2, y2]"),
+    "box_xyxy": (lambda value: _is_numbers(value) and len(value) == 4, "four finite numbers [x1, y1, x2, y2]"),
     "segmentation": (_is_segmentation, "a list of polygons (flat lists of finite numbers), a COCO RLE {size, counts}, or null"),
-    "iscrowd": (_is_flag, "true or false"),
+    "iscrowd": (lambda value: isinstance(value, bool), "true or false"),
 }
-INSTANCE_OPTIONAL: dict[str, Rule] = {"attributes": (_is_attributes, "an object of whole numbers")}  # scene metadata of generated data
+INSTANCE_OPTIONAL: dict[str, Rule] = {  # scene metadata of generated data
+    "attributes": (
+        lambda value: isinstance(value, dict) and all(type(number) is int for number in value.values()),
+        "an object of whole numbers",
+    )
+}
 EXPRESSION_FIELDS: dict[str, Rule] = {
     "expression_id": ID,
     "ref_id": ID,
     "image_id": ID,
     "expression": SENTENCE,
     "raw": SENTENCE,
-    "targets": (_is_texts, "a list of annotation ids (strings); [] = no target"),
+    "targets": (lambda value: _is_list(value, str), "a list of annotation ids (strings); [] = no target"),
     "split": ID,
     "source": ID,
-    "tags": (_is_texts, "a list of strings"),
+    "tags": (lambda value: _is_list(value, str), "a list of strings"),
 }
 
 
@@ -148,20 +115,11 @@ def _form(value: Any, required: dict[str, Rule], optional: dict[str, Rule], wher
     prefix = f"{where}." if where else ""
     for name in value.keys() - required.keys() - optional.keys():
         yield prefix + name, f"unknown field with value {_shown(value[name])}", f"only {', '.join((*required, *optional))}"
-    for name, (valid, expected) in required.items():
-        if name not in value:
-            yield prefix + name, "missing", expected
-        elif not valid(value[name]):
-            yield prefix + name, _shown(value[name]), expected
-    for name, (valid, expected) in optional.items():
+    for name, (valid, expected) in (required | optional).items():
         if name in value and not valid(value[name]):
             yield prefix + name, _shown(value[name]), expected
-
-
-def image_from_json(value: dict[str, Any]) -> ImageRecord:
-    """Return the record of a decoded line without findings."""
-    instances = [Instance(**instance) for instance in value["instances"]]
-    return ImageRecord(value["image_id"], value["file"], value["height"], value["width"], instances)
+        elif name not in value and name in required:
+            yield prefix + name, "missing", expected
 
 
 class ImageTable(Mapping[str, ImageRecord]):
@@ -185,7 +143,7 @@ class ImageTable(Mapping[str, ImageRecord]):
         try:
             value = json.loads(text)
             if value["image_id"] == image_id:
-                return image_from_json(value)
+                return ImageRecord(**value | {"instances": [Instance(**instance) for instance in value["instances"]]})
         except (ValueError, TypeError, KeyError):
             pass
         raise fault(f"{self.path} line {line} is no longer image {image_id}", "an unchanged file", "load the dataset again")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Sequence
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from PIL import Image, ImageOps
 from grex_mllm.data.images import load_image, resolve_image
 from grex_mllm.data.records import Dataset, load_dataset
 from grex_mllm.data.transforms import instance_mask
+from grex_mllm.data.writing import count_records, histogram
 from grex_mllm.draw import PAPER, add_caption, contact_sheet, draw_objects, enlarge_factor, save_png
 from grex_mllm.types import ExpressionRecord, Geometry
 
@@ -44,46 +46,33 @@ def dataset_stats(folder: str | Path, image_root: str | Path | None = None) -> d
     }
 
 
-def sample_sheet(
-    folder: str | Path,
-    out_png: str | Path,
-    num: int = 12,
-    seed: int = 0,
-    split: str | None = None,
-    image_root: str | Path | None = None,
-) -> Path:
+def sample_sheet(folder: str | Path, out_png: str | Path, num: int = 12, seed: int = 0, image_root: str | Path | None = None) -> Path:
     """Draw expressions with their targets' masks and boxes, the text below each picture; the choice depends on the seed alone.
 
     Kinds (no target, one, several) take turns, so that a small sheet shows all that the folder has.
 
     Raises:
-        GrexError: a malformed folder, an unknown split, an image that cannot be read.
+        GrexError: a malformed folder, an image that cannot be read.
     """
     dataset = load_dataset(folder, image_root)
-    expressions = dataset.expressions_of(split) if split else dataset.expressions
-    pictures = [_picture(dataset, record) for record in _choose(expressions, num, seed)]
+    pictures = [_picture(dataset, record) for record in _choose(dataset.expressions, num, seed)]
     return save_png(contact_sheet(pictures), out_png)
 
 
 def _split_stats(expressions: Sequence[ExpressionRecord]) -> dict[str, Any]:
-    by_number = Counter(len(record.targets) for record in expressions)
+    (counts,) = count_records(expressions).values()
     lengths = np.asarray([len(record.expression.split()) for record in expressions])
-    histogram = Counter(lengths.tolist())
-    tags = Counter(tag for record in expressions for tag in record.tags)
     return {
-        "images": len({record.image_id for record in expressions}),
-        "refs": len({(record.image_id, record.ref_id) for record in expressions}),
-        "expressions": len(expressions),
-        "by_num_targets": {str(number): by_number[number] for number in sorted(by_number)},
+        **{name: counts[name] for name in ("images", "refs", "expressions", "by_num_targets")},
         "words": {
             "mean": round(float(lengths.mean()), 2),
             "median": float(np.median(lengths)),
             "p95": float(np.percentile(lengths, 95)),
             "max": int(lengths.max()),
-            "by_length": {str(number): histogram[number] for number in sorted(histogram)},
+            "by_length": histogram(lengths.tolist()),
         },
         "by_source": dict(Counter(record.source for record in expressions).most_common()),
-        "by_tag": dict(tags.most_common()),
+        "by_tag": dict(Counter(tag for record in expressions for tag in record.tags).most_common()),
     }
 
 
@@ -92,13 +81,8 @@ def _choose(expressions: Sequence[ExpressionRecord], num: int, seed: int) -> lis
     kinds: dict[int, list[ExpressionRecord]] = {}
     for place in order:
         kinds.setdefault(min(len(expressions[place].targets), 2), []).append(expressions[place])
-    queues = [kinds[kind] for kind in sorted(kinds, reverse=True)]
-    chosen: list[ExpressionRecord] = []
-    while len(chosen) < num and any(queues):
-        for queue in queues:
-            if queue and len(chosen) < num:
-                chosen.append(queue.pop())
-    return chosen
+    turns = zip_longest(*(reversed(kinds[kind]) for kind in sorted(kinds, reverse=True)))
+    return [record for turn in turns for record in turn if record is not None][:num]
 
 
 def _picture(dataset: Dataset, record: ExpressionRecord) -> Image.Image:

@@ -11,16 +11,18 @@ from collections import Counter
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from itertools import combinations
+from operator import attrgetter
 
 import numpy as np
 
 from grex_mllm.data.plurals import number_word, plural_phrase, singular_phrase
-from grex_mllm.ops.masks import mask_area, segmentation_to_mask
+from grex_mllm.ops.masks import segmentation_to_mask
 from grex_mllm.types import ImageRecord
 
 MARGIN_POSITION = 0.05
 MARGIN_SIZE = 1.4
 SMALLEST_SHARE = 0.0006  # of the image's area
+MOST_ABSENT = 6
 MOST_NAMED = 8  # larger groups are neither counted nor compared
 # Categories that annotators mix up or that contain each other: none is called absent where another one is present.
 CONFUSABLE = (
@@ -58,22 +60,16 @@ class Statement:
 
 @dataclass(frozen=True)
 class Thing:
-    """One instance as the templates see it. Box and centroid (x, y of the mask) in shares of the image's sides; area in pixels."""
+    """One instance as the templates see it: corners and centroid (of the mask) as (x, y) in shares of the image's sides; area in pixels."""
 
     annotation_id: str
-    category: str
-    left: float
-    top: float
-    right: float
-    bottom: float
+    low: tuple[float, float]
+    high: tuple[float, float]
     area: int
     centroid: tuple[float, float]
 
     def centre(self, axis: int) -> float:
-        return (self.left + self.right) / 2 if axis == 0 else (self.top + self.bottom) / 2
-
-    def edge(self, axis: int, low: bool) -> float:
-        return ((self.left if low else self.right), (self.top if low else self.bottom))[axis]
+        return (self.low[axis] + self.high[axis]) / 2
 
 
 @dataclass
@@ -101,13 +97,13 @@ def read_scene(record: ImageRecord) -> Scene:
             blocked.add(instance.category)
             continue
         mask = segmentation_to_mask(instance.segmentation, record.height, record.width)
-        area = mask_area(mask)
+        area = int(np.count_nonzero(mask))
         if area < SMALLEST_SHARE * record.height * record.width:
             blocked.add(instance.category)
         x1, y1, x2, y2 = instance.box_xyxy
         w, h = record.width, record.height
         centroid = (float(np.arange(w) @ mask.sum(axis=0)) / max(area, 1) / w, float(np.arange(h) @ mask.sum(axis=1)) / max(area, 1) / h)
-        thing = Thing(instance.annotation_id, instance.category, x1 / w, y1 / h, x2 / w, y2 / h, area, centroid)
+        thing = Thing(instance.annotation_id, (x1 / w, y1 / h), (x2 / w, y2 / h), area, centroid)
         groups.setdefault(instance.category, []).append(thing)
     present = {instance.category for instance in record.instances}
     order = [instance.annotation_id for instance in record.instances]
@@ -116,14 +112,9 @@ def read_scene(record: ImageRecord) -> Scene:
 
 def true_statements(scene: Scene, supercategory: dict[str, str]) -> dict[str, list[Statement]]:
     """Return statements with at least one target, by kind. supercategory: of each category, {} where unknown."""
-    found: dict[str, list[Statement]] = {}
     builders: list[Callable[[Scene], Iterable[Statement]]] = [_category, _count, _position, _side, _size, _exclusion, _conjunction]
-    for builder in builders:
-        for statement in builder(scene):
-            found.setdefault(statement.kind, []).append(statement)
-    for statement in _super_exclusion(scene, supercategory):
-        found.setdefault(statement.kind, []).append(statement)
-    return found
+    found = [statement for builder in builders for statement in builder(scene)]
+    return _by_kind([*found, *_super_exclusion(scene, supercategory)])
 
 
 def false_statements(scene: Scene, cooccurrence: Counter[tuple[str, str]]) -> dict[str, list[Statement]]:
@@ -131,11 +122,10 @@ def false_statements(scene: Scene, cooccurrence: Counter[tuple[str, str]]) -> di
 
     cooccurrence: (category, category) -> number of images that hold both.
     """
-    found: dict[str, list[Statement]] = {}
     absent = absent_categories(scene, cooccurrence)
-    for name in absent:
-        one, many = singular_phrase(name), plural_phrase(name)
-        texts = [
+    texts = []
+    for one, many in ((singular_phrase(name), plural_phrase(name)) for name in absent):
+        texts += [
             f"the {one}",
             f"all the {many}",
             f"the two {many}",
@@ -143,25 +133,30 @@ def false_statements(scene: Scene, cooccurrence: Counter[tuple[str, str]]) -> di
             f"the largest {one}",
             f"the {many} on the right",
         ]
-        found.setdefault("absent_category", []).extend(Statement(text, (), "absent_category") for text in texts)
-    for first, second in combinations(absent, 2):
-        text = f"the {plural_phrase(first)} and the {plural_phrase(second)}"
-        found.setdefault("absent_category", []).append(Statement(text, (), "absent_category"))
+    texts += [f"the {plural_phrase(first)} and the {plural_phrase(second)}" for first, second in combinations(absent, 2)]
+    found = [Statement(text, (), "absent_category") for text in texts]
     for name, things in scene.groups.items():
         for wrong in range(len(things) + 1, len(things) + 4):  # a lower count would hold of some of them
             if len(things) <= MOST_NAMED and wrong > 1:
-                found.setdefault("wrong_count", []).append(Statement(f"the {number_word(wrong)} {plural_phrase(name)}", (), "wrong_count"))
+                found.append(Statement(f"the {number_word(wrong)} {plural_phrase(name)}", (), "wrong_count"))
+    return _by_kind(found)
+
+
+def _by_kind(statements: Iterable[Statement]) -> dict[str, list[Statement]]:
+    found: dict[str, list[Statement]] = {}
+    for statement in statements:
+        found.setdefault(statement.kind, []).append(statement)
     return found
 
 
-def absent_categories(scene: Scene, cooccurrence: Counter[tuple[str, str]], most: int = 6) -> list[str]:
-    """Return the absent categories that share most images with the present ones, none that could be taken for a present one."""
+def absent_categories(scene: Scene, cooccurrence: Counter[tuple[str, str]]) -> list[str]:
+    """Return up to MOST_ABSENT absent categories that share most images with the present ones, none that looks like a present one."""
     excluded = scene.present.union(*(group for group in CONFUSABLE if group & scene.present))
     score: Counter[str] = Counter()
     for (here, other), number in cooccurrence.items():
         if here in scene.present and other not in excluded:
             score[other] += number
-    return [name for name, _ in sorted(score.items(), key=lambda item: (-item[1], item[0]))[:most]]
+    return [name for name, _ in sorted(score.items(), key=lambda item: (-item[1], item[0]))[:MOST_ABSENT]]
 
 
 def count_cooccurrence(records: Iterable[ImageRecord]) -> Counter[tuple[str, str]]:
@@ -197,7 +192,7 @@ def _extremes(things: list[Thing]) -> Iterable[tuple[str, str, list[Thing]]]:
         (1, False): ("bottommost", "lowest in the picture"),
     }
     for (axis, low), (adjective, wording) in words.items():
-        sign = 1 if low else -1
+        sign, edge = (1, attrgetter("low")) if low else (-1, attrgetter("high"))
         ranked = sorted(things, key=lambda thing: sign * thing.centre(axis))
         for k in (1, 2, 3):
             if len(ranked) < k + (1 if k == 1 else 2) or len(ranked) > MOST_NAMED:
@@ -205,7 +200,7 @@ def _extremes(things: list[Thing]) -> Iterable[tuple[str, str, list[Thing]]]:
             inside, outside = ranked[:k], ranked[k:]
             centres = min(sign * thing.centre(axis) for thing in outside) - max(sign * thing.centre(axis) for thing in inside)
             centroids = min(sign * thing.centroid[axis] for thing in outside) - max(sign * thing.centroid[axis] for thing in inside)
-            edges = min(sign * thing.edge(axis, low) for thing in outside) - max(sign * thing.edge(axis, low) for thing in inside)
+            edges = min(sign * edge(thing)[axis] for thing in outside) - max(sign * edge(thing)[axis] for thing in inside)
             if min(centres, centroids) >= MARGIN_POSITION and edges >= 0:
                 yield adjective, wording, inside
 
@@ -224,8 +219,8 @@ def _side(scene: Scene) -> Iterable[Statement]:
     """Speak of a half of the picture only if every instance of the category lies clearly in one of the halves."""
     for name, things in scene.groups.items():
         for axis, words in ((0, ("on the left", "on the right")), (1, ("at the top", "at the bottom"))):
-            low = [thing for thing in things if thing.edge(axis, low=False) <= 0.5]
-            high = [thing for thing in things if thing.edge(axis, low=True) >= 0.5]
+            low = [thing for thing in things if thing.high[axis] <= 0.5]
+            high = [thing for thing in things if thing.low[axis] >= 0.5]
             if len(low) + len(high) != len(things) or not low or not high:
                 continue
             for chosen, word in zip((low, high), words, strict=True):

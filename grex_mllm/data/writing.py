@@ -9,12 +9,13 @@ from collections import Counter
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import Any, TextIO
 
 from grex_mllm import __version__
 from grex_mllm.data.records import (
     EXPRESSION_FIELDS,
     EXPRESSIONS,
+    IMAGE_FIELDS,
     IMAGES,
     INFO,
     INSTANCE_FIELDS,
@@ -43,12 +44,7 @@ def image_to_json(record: ImageRecord) -> dict[str, Any]:
         if instance.attributes is not None:
             line["attributes"] = instance.attributes
         instances.append(line)
-    return {"image_id": record.image_id, "file": record.file, "height": record.height, "width": record.width, "instances": instances}
-
-
-def expression_to_json(record: ExpressionRecord) -> dict[str, Any]:
-    """Return the line of expressions.jsonl of a record, as a dict."""
-    return {name: getattr(record, name) for name in EXPRESSION_FIELDS}
+    return {name: getattr(record, name) for name in IMAGE_FIELDS} | {"instances": instances}
 
 
 class DatasetWriter:
@@ -91,8 +87,7 @@ class DatasetWriter:
         """
         for record in records:
             value = image_to_json(record)
-            _refuse(f"image {record.image_id}", image_findings(value))
-            self._images.write(_dump(value))
+            _write(self._images, f"image {record.image_id}", value, image_findings(value))
             self._num_images += 1
             self._num_instances += len(record.instances)
             self._num_crowd_regions += sum(instance.iscrowd for instance in record.instances)
@@ -104,9 +99,8 @@ class DatasetWriter:
             GrexError: a record that strict reading would refuse.
         """
         for record in records:
-            value = expression_to_json(record)
-            _refuse(f"expression {record.expression_id}", expression_findings(value))
-            self._expressions.write(_dump(value))
+            value = {name: getattr(record, name) for name in EXPRESSION_FIELDS}
+            _write(self._expressions, f"expression {record.expression_id}", value, expression_findings(value))
             self._written.append(record)
 
     def set_info(self, info: dict[str, Any]) -> dict[str, Any]:
@@ -140,20 +134,21 @@ def count_records(expressions: Iterable[ExpressionRecord]) -> dict[str, Any]:
     return {split: _count(records) for split, records in splits.items()}
 
 
-def _refuse(name: str, findings: Iterator[Finding]) -> None:
+def _write(file: TextIO, name: str, value: dict[str, Any], findings: Iterator[Finding]) -> None:
     for field, found, expected in findings:
         raise fault(f"{name}, field {field}: {found}", expected, "fix the source")
-
-
-def _dump(value: dict[str, Any]) -> str:
-    return json.dumps(value, ensure_ascii=False, allow_nan=False) + "\n"
+    file.write(json.dumps(value, ensure_ascii=False, allow_nan=False) + "\n")
 
 
 def _count(records: list[ExpressionRecord]) -> dict[str, Any]:
-    by_number = Counter(len(record.targets) for record in records)
     return {
         "expressions": len(records),
         "images": len({record.image_id for record in records}),
         "refs": len({(record.image_id, record.ref_id) for record in records}),
-        "by_num_targets": {str(number): by_number[number] for number in sorted(by_number)},
+        "by_num_targets": histogram(len(record.targets) for record in records),
     }
+
+
+def histogram(numbers: Iterable[int]) -> dict[str, int]:
+    """Return how often each number stands there, in the order of the numbers, under names that JSON takes."""
+    return {str(number): times for number, times in sorted(Counter(numbers).items())}

@@ -13,9 +13,9 @@ from grex_mllm.config import PixelDecoderConfig
 from grex_mllm.errors import fault
 from grex_mllm.models.feature_pyramid import NUM_LEVELS, num_groups, upsample_to
 from grex_mllm.models.positions import sine_positions
+from grex_mllm.ops.attention import softmax_of_few
 from grex_mllm.ops.deform_attn import Shapes, deformable_attention
 from grex_mllm.ops.feedforward import feedforward
-from grex_mllm.ops.softmax import softmax_of_few
 from grex_mllm.types import PixelFeatures
 
 GROUPS = 32

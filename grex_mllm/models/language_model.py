@@ -149,13 +149,8 @@ def _with_lora(lm: Any, cfg: RegionTokensConfig) -> Any:
             f"names among {', '.join(sorted(names))}",
             "fix lora_targets",
         )
-    adapters = LoraConfig(
-        r=cfg.lora_rank,
-        lora_alpha=cfg.lora_alpha,
-        lora_dropout=cfg.lora_dropout,
-        target_modules=list(cfg.lora_targets),
-        task_type="CAUSAL_LM",
-    )
+    scales = {"r": cfg.lora_rank, "lora_alpha": cfg.lora_alpha, "lora_dropout": cfg.lora_dropout}
+    adapters = LoraConfig(**scales, target_modules=list(cfg.lora_targets), task_type="CAUSAL_LM")
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", FutureWarning)  # peft reads a name that transformers is about to change
         adapted = get_peft_model(lm, adapters)

@@ -67,13 +67,7 @@ def decode(
     if uniforms is not None:
         uniforms = uniforms.to(device)
     embeds, mask = prefix.open(lm, bos_id)
-    out = lm(
-        inputs_embeds=embeds,
-        attention_mask=mask.long(),
-        position_ids=position_ids(mask),
-        use_cache=True,
-        logits_to_keep=1,
-    )
+    out = lm(inputs_embeds=embeds, attention_mask=mask.long(), position_ids=position_ids(mask), use_cache=True, logits_to_keep=1)
     cache, logits = out.past_key_values, out.logits[:, -1]
     if num > 1:
         cache.batch_repeat_interleave(num)
@@ -101,8 +95,8 @@ def decode(
             use_cache=True,
         )
         cache, logits = out.past_key_values, out.logits[:, -1]
-        # a row that has ended but not yet left may only go on with EOS
-        logits = torch.where(going[:, None], logits, _only(eos_id, logits))
+        ended = torch.full_like(logits[:1], -torch.inf).index_fill_(1, rows.new_tensor([eos_id]), 0.0)
+        logits = torch.where(going[:, None], logits, ended)  # a row that has ended but not yet left may only go on with EOS
     return result.view(num_sets, num, max_new_tokens)
 
 
@@ -145,9 +139,3 @@ def _choose(logits: Tensor, forbidden: list[int], chance: Tensor | None, tempera
     share = (values / temperature).softmax(-1).double().cumsum(-1)
     share = share / share[:, -1:]
     return torch.searchsorted(share, chance[:, None].contiguous(), right=True)[:, 0].clamp(max=values.shape[1] - 1)
-
-
-def _only(token: int, like: Tensor) -> Tensor:
-    row = torch.full_like(like[:1], -torch.inf)
-    row[:, token] = 0.0
-    return row

@@ -234,10 +234,7 @@ def _join(parts: list[str], pair: tuple[str, str], joined: str) -> list[str]:
     out: list[str] = []
     i = 0
     while i < len(parts):
-        if i + 1 < len(parts) and (parts[i], parts[i + 1]) == pair:
-            out.append(joined)
-            i += 2
-        else:
-            out.append(parts[i])
-            i += 1
+        found = tuple(parts[i : i + 2]) == pair
+        out.append(joined if found else parts[i])
+        i += 2 if found else 1
     return out

@@ -6,18 +6,19 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from grex_mllm.ops.softmax import softmax_of_few
+from grex_mllm.ops.attention import softmax_of_few
 from grex_mllm.types import TextFeatures
 
 # released: how far the logit of a padding token is pushed down
 PADDING_LOGIT = 1e4
+EPS = 1e-5
 
 
-def normalise_positions(x: Tensor, eps: float = 1e-5) -> Tensor:
+def normalise_positions(x: Tensor) -> Tensor:
     """Normalise every channel of float [B, S, C] over its S positions (instance norm, biased variance, nothing learned)."""
     # two plain means: var_mean over a dimension that is not the last takes twice as long on CPU
     centred = x - x.mean(dim=1, keepdim=True)
-    return centred * torch.rsqrt(centred.square().mean(dim=1, keepdim=True) + eps)
+    return centred * torch.rsqrt(centred.square().mean(dim=1, keepdim=True) + EPS)
 
 
 class PixelWordAttention(nn.Module):
@@ -37,9 +38,7 @@ class PixelWordAttention(nn.Module):
 
         x: float [E, S, C] positions.  text: tokens [E, L, C_text].  Returns float [E, S, C].
         """
-        visual = F.gelu(self.visual(x))
-        language = self.attend(x, text)
-        return F.gelu(self.mix(visual * language))
+        return F.gelu(self.mix(F.gelu(self.visual(x)) * self.attend(x, text)))
 
     def attend(self, x: Tensor, text: TextFeatures) -> Tensor:
         """Return what every position reads from the words, projected and normalised: float [E, S, C]."""

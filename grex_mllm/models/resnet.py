@@ -24,14 +24,14 @@ class FrozenBatchNorm(nn.Module):
     bias: Tensor
     running_mean: Tensor
     running_var: Tensor
+    eps = 1e-5
 
-    def __init__(self, channels: int, eps: float = 1e-5) -> None:
+    def __init__(self, channels: int) -> None:
         super().__init__()
-        self.eps = eps
         self.register_buffer("weight", torch.ones(channels))
         self.register_buffer("bias", torch.zeros(channels))
         self.register_buffer("running_mean", torch.zeros(channels))
-        self.register_buffer("running_var", torch.ones(channels) - eps)
+        self.register_buffer("running_var", torch.ones(channels) - self.eps)
 
     def forward(self, x: Tensor) -> Tensor:
         return F.batch_norm(x, self.running_mean, self.running_var, self.weight, self.bias, training=False, eps=self.eps)
@@ -64,42 +64,25 @@ class Shortcut(nn.Module):
         return self.norm(self.conv(x))
 
 
-class BasicBlock(nn.Module):
-    """Add two 3x3 convolutions to the input."""
+class Block(nn.Module):
+    """Add convolutions to the input: two of 3x3 (the first strided), or with an inner width 1x1, 3x3 (strided), 1x1."""
 
-    def __init__(self, in_width: int, out_width: int, stride: int, norm: str) -> None:
+    def __init__(self, in_width: int, out_width: int, inner_width: int | None, stride: int, norm: str) -> None:
         super().__init__()
-        self.conv1 = nn.Conv2d(in_width, out_width, 3, stride, 1, bias=False)
-        self.norm1 = build_norm(norm, out_width)
-        self.conv2 = nn.Conv2d(out_width, out_width, 3, 1, 1, bias=False)
-        self.norm2 = build_norm(norm, out_width)
+        convolutions = [(in_width, out_width, 3, stride), (out_width, out_width, 3, 1)]
+        if inner_width is not None:
+            convolutions = [(in_width, inner_width, 1, 1), (inner_width, inner_width, 3, stride), (inner_width, out_width, 1, 1)]
+        self.numbers = range(1, len(convolutions) + 1)
+        for i, (before, after, size, step) in zip(self.numbers, convolutions, strict=True):
+            self.add_module(f"conv{i}", nn.Conv2d(before, after, size, step, size // 2, bias=False))
+            self.add_module(f"norm{i}", build_norm(norm, after))
         same = in_width == out_width and stride == 1
         self.shortcut = None if same else Shortcut(in_width, out_width, stride, norm)
 
     def forward(self, x: Tensor) -> Tensor:
-        y = F.relu_(self.norm1(self.conv1(x)))
-        y = self.norm2(self.conv2(y))
-        return F.relu_(y + (x if self.shortcut is None else self.shortcut(x)))
-
-
-class Bottleneck(nn.Module):
-    """Add 1x1, 3x3 (strided), 1x1 convolutions to the input."""
-
-    def __init__(self, in_width: int, out_width: int, inner_width: int, stride: int, norm: str) -> None:
-        super().__init__()
-        self.conv1 = nn.Conv2d(in_width, inner_width, 1, bias=False)
-        self.norm1 = build_norm(norm, inner_width)
-        self.conv2 = nn.Conv2d(inner_width, inner_width, 3, stride, 1, bias=False)
-        self.norm2 = build_norm(norm, inner_width)
-        self.conv3 = nn.Conv2d(inner_width, out_width, 1, bias=False)
-        self.norm3 = build_norm(norm, out_width)
-        same = in_width == out_width and stride == 1
-        self.shortcut = None if same else Shortcut(in_width, out_width, stride, norm)
-
-    def forward(self, x: Tensor) -> Tensor:
-        y = F.relu_(self.norm1(self.conv1(x)))
-        y = F.relu_(self.norm2(self.conv2(y)))
-        y = self.norm3(self.conv3(y))
+        y = x
+        for i in self.numbers:
+            y = getattr(self, f"norm{i}")(getattr(self, f"conv{i}")(y if i == 1 else F.relu_(y)))
         return F.relu_(y + (x if self.shortcut is None else self.shortcut(x)))
 
 
@@ -136,16 +119,15 @@ class ResNet(nn.Module):
         first = 4 if config.stem == "conv7" else 2
         self.strides = tuple(first * 2**i for i in range(4))
         self.channels = tuple(config.widths)
-        stages: list[nn.Module] = []
+        if config.block not in ("basic", "bottleneck"):
+            raise fault(f'model.vision.block "{config.block}"', "basic or bottleneck", "fix the name")
+        self.stages = nn.ModuleList()
         width = config.stem_width
         for i, (out_width, depth, stride) in enumerate(zip(config.widths, config.depths, STAGE_STRIDES, strict=True)):
-            blocks: list[nn.Module] = []
-            for j in range(depth):
-                step = stride if j == 0 else 1
-                blocks.append(_block(config, i, width, out_width, step))
-                width = out_width
-            stages.append(nn.Sequential(*blocks))
-        self.stages = nn.ModuleList(stages)
+            inner = config.bottleneck_widths[i] if config.block == "bottleneck" else None
+            blocks = [Block(out_width if j else width, out_width, inner, 1 if j else stride, config.norm) for j in range(depth)]
+            self.stages.append(nn.Sequential(*blocks))
+            width = out_width
         for module in self.modules():
             if isinstance(module, nn.Conv2d):
                 nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
@@ -174,11 +156,3 @@ def append_coordinates(image: Tensor) -> Tensor:
     x = (torch.arange(width, device=image.device, dtype=image.dtype) * 2 + 1) / width - 1
     grid = torch.stack([x.expand(height, width), y[:, None].expand(height, width)])
     return torch.cat([image, grid.expand(batch, 2, height, width)], dim=1)
-
-
-def _block(config: VisionConfig, stage: int, in_width: int, out_width: int, stride: int) -> nn.Module:
-    if config.block == "basic":
-        return BasicBlock(in_width, out_width, stride, config.norm)
-    if config.block == "bottleneck":
-        return Bottleneck(in_width, out_width, config.bottleneck_widths[stage], stride, config.norm)
-    raise fault(f'model.vision.block "{config.block}"', "basic or bottleneck", "fix the name")

@@ -21,6 +21,16 @@ SPECIAL_TOKENS = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
 CHUNK = 10_000  # expressions that are tokenised at once to count their tokens
 
 
+BERT_SIZES = {  # name in `TextConfig` -> BERT's
+    "vocab_size": "vocab_size",
+    "hidden_size": "hidden_size",
+    "num_layers": "num_hidden_layers",
+    "num_heads": "num_attention_heads",
+    "intermediate_size": "intermediate_size",
+    "max_positions": "max_position_embeddings",
+}
+
+
 class TextEncoder(nn.Module):
     """Encode expressions with a BERT without pooler."""
 
@@ -32,22 +42,11 @@ class TextEncoder(nn.Module):
             if not (Path(config.path) / "config.json").is_file():
                 raise fault(f"model.text.path {config.path}", "a folder with config.json and weights", "fix the path, or leave it out")
             self.bert = BertModel.from_pretrained(
-                config.path,
-                add_pooling_layer=False,
-                hidden_dropout_prob=config.dropout,
-                attention_probs_dropout_prob=config.dropout,
+                config.path, add_pooling_layer=False, hidden_dropout_prob=config.dropout, attention_probs_dropout_prob=config.dropout
             )
         else:
-            bert = BertConfig(
-                vocab_size=config.vocab_size,
-                hidden_size=config.hidden_size,
-                num_hidden_layers=config.num_layers,
-                num_attention_heads=config.num_heads,
-                intermediate_size=config.intermediate_size,
-                max_position_embeddings=config.max_positions,
-                hidden_dropout_prob=config.dropout,
-                attention_probs_dropout_prob=config.dropout,
-            )
+            sizes = {theirs: getattr(config, ours) for ours, theirs in BERT_SIZES.items()}
+            bert = BertConfig(**sizes, hidden_dropout_prob=config.dropout, attention_probs_dropout_prob=config.dropout)
             self.bert = BertModel(bert, add_pooling_layer=False)
         self.bert.set_attn_implementation(config.attention)
 
@@ -58,15 +57,7 @@ class TextEncoder(nn.Module):
 
     def sizes(self) -> dict[str, int]:
         """Return the sizes under the names of `TextConfig`, so that a model folder can be built again without `path`."""
-        bert = self.bert.config
-        return {
-            "vocab_size": int(bert.vocab_size),
-            "hidden_size": int(bert.hidden_size),
-            "num_layers": int(bert.num_hidden_layers),
-            "num_heads": int(bert.num_attention_heads),
-            "intermediate_size": int(bert.intermediate_size),
-            "max_positions": int(bert.max_position_embeddings),
-        }
+        return {ours: int(getattr(self.bert.config, theirs)) for ours, theirs in BERT_SIZES.items()}
 
     def forward(self, text_ids: Tensor, text_mask: Tensor) -> TextFeatures:
         """Return the last hidden state, padding rows included (the released ReLA reads them).

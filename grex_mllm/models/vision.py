@@ -60,9 +60,7 @@ class HubEncoder(nn.Module):
         try:
             config = AutoConfig.from_pretrained(path)
             stages = config.stage_names[-NUM_MAPS:]
-            folder = Path(path)
-            has_weights = not folder.is_dir() or any(folder.glob("*.safetensors"))
-            if has_weights:
+            if not Path(path).is_dir() or any(Path(path).glob("*.safetensors")):
                 self.net = AutoBackbone.from_pretrained(path, out_features=stages)
             else:
                 config.out_features = stages

@@ -26,22 +26,17 @@ def shared_count(count: Tensor | float, like: Tensor, least: float = 1.0) -> Ten
     return total.clamp(min=least) / torch.distributed.get_world_size()
 
 
-def focal_sum(logits: Tensor, target: Tensor, alpha: float, gamma: float = 2.0) -> Tensor:
-    """Sum the focal loss (Lin et al. 2017) of logits against targets 0 or 1 of the same shape; alpha weighs the ones."""
+def focal_sum(logits: Tensor, target: Tensor, alpha: float) -> Tensor:
+    """Sum the focal loss (Lin et al. 2017, gamma 2) of logits against targets 0 or 1 of the same shape; alpha weighs the ones."""
     entropy = F.binary_cross_entropy_with_logits(logits, target, reduction="none")
     prob = logits.sigmoid()
     wrong = torch.where(target > 0, 1.0 - prob, prob)
-    return (torch.where(target > 0, alpha, 1.0 - alpha) * wrong**gamma * entropy).sum()
+    return (torch.where(target > 0, alpha, 1.0 - alpha) * wrong**2.0 * entropy).sum()
 
 
 def matched_boxes(boxes_norm: Tensor, gt_boxes_norm: Sequence[Tensor], matches: Matches) -> tuple[Tensor, Tensor]:
     """Return the M matched predictions and their targets, float32 [M, 4] cxcywh each."""
     return boxes_norm.float()[matches.problem, matches.query], matches.pick(gt_boxes_norm).to(boxes_norm.device).float()
-
-
-def l1_sum(boxes_norm: Tensor, gt_boxes_norm: Tensor) -> Tensor:
-    """Sum the L1 distances of M pairs of boxes, all four numbers."""
-    return (boxes_norm - gt_boxes_norm).abs().sum()
 
 
 def giou_each(boxes_norm: Tensor, gt_boxes_norm: Tensor) -> Tensor:

@@ -13,6 +13,7 @@ from pycocotools import mask as coco_mask
 from grex_mllm.errors import GrexError, fault
 
 MAX_MASK_PIXELS = 64_000_000  # the same limit as for images: a mask belongs to an image
+MAX_CHARACTERS_PER_RUN = 7  # 35 bits: far beyond the largest mask
 MIN_POLYGON_NUMBERS = 6  # three points
 
 
@@ -38,7 +39,10 @@ def segmentation_to_mask(
     check_size(height, width)
     check_size(out_height, out_width)
     if isinstance(segmentation, list):
-        return _polygons_to_mask(segmentation, height, width, out_height, out_width)
+        polygons = scaled_polygons(segmentation, height, width, out_height, out_width)
+        if not polygons:
+            return np.zeros((out_height, out_width), bool)
+        return coco_mask.decode(coco_mask.merge(coco_mask.frPyObjects(polygons, out_height, out_width))).astype(bool)
     if isinstance(segmentation, dict):
         return resize_mask_nearest(decode_rle(segmentation, height, width), out_height, out_width)
     raise fault(
@@ -64,13 +68,42 @@ def decode_rle(rle: dict[str, Any], height: int | None = None, width: int | None
         )
     check_size(code_height, code_width)
     counts = rle["counts"]
-    if isinstance(counts, list):
-        runs = _checked_runs(counts, code_height * code_width)
-    else:
-        runs = _checked_runs(_decompress_counts(counts), code_height * code_width)
+    runs = _checked_runs(counts if isinstance(counts, list) else _decompressed(counts), code_height * code_width)
     values = np.zeros(len(runs), bool)
     values[1::2] = True
     return np.repeat(values, runs).reshape(code_width, code_height).T.copy()  # COCO runs go down the columns
+
+
+def rle_runs(counts: str) -> np.ndarray:
+    """Return the run lengths int64 [R] of a compressed COCO code: background first, in turns.
+
+    5 bits a character, little end first, bit 5 = more follows, bit 4 of the last = sign. pycocotools' own reader trusts its input and can
+    read and write outside memory.
+
+    Raises:
+        GrexError: a character that no code has, or a code that is cut off.
+    """
+    try:
+        code = np.frombuffer(counts.encode("ascii"), np.uint8).astype(np.int64) - 48
+    except UnicodeEncodeError:
+        code = np.array([-1])
+    if len(code) == 0:
+        return np.zeros(0, np.int64)
+    last = np.flatnonzero((code & 0x20) == 0)
+    if int(code.min()) < 0 or int(code.max()) > 63 or len(last) == 0 or last[-1] != len(code) - 1:
+        raise fault(
+            "RLE counts that are cut off or hold a character that no RLE has", "COCO's compressed form", "write masks with pycocotools"
+        )
+    first = np.concatenate([[0], last[:-1] + 1])
+    lengths = last - first + 1
+    if int(lengths.max()) > MAX_CHARACTERS_PER_RUN:
+        raise fault("RLE counts with a run beyond 35 bits", "COCO's compressed form", "write masks with pycocotools")
+    place = np.arange(len(code)) - np.repeat(first, lengths)
+    runs = np.add.reduceat((code & 0x1F) << (5 * place), first)
+    runs -= ((code[last] & 0x10) > 0) * (np.int64(1) << (5 * lengths))
+    runs[1::2] = np.cumsum(runs[1::2])  # from the third run on, a code holds the difference to the run before the last
+    runs[2::2] = np.cumsum(runs[2::2])
+    return runs
 
 
 def encode_rle(mask: np.ndarray) -> dict[str, Any]:
@@ -87,11 +120,6 @@ def mask_to_box_xyxy(mask: np.ndarray) -> list[float]:
     if len(rows) == 0:
         return [0.0, 0.0, 0.0, 0.0]
     return [float(columns[0]), float(rows[0]), float(columns[-1] + 1), float(rows[-1] + 1)]
-
-
-def mask_area(mask: np.ndarray) -> int:
-    """Return the number of True pixels."""
-    return int(np.count_nonzero(mask))
 
 
 def resize_mask_nearest(mask: np.ndarray, height: int, width: int) -> np.ndarray:
@@ -111,9 +139,14 @@ def check_size(height: int, width: int) -> None:
         )
 
 
-def _polygons_to_mask(polygons: list[Any], height: int, width: int, out_height: int, out_width: int) -> np.ndarray:
-    mask = np.zeros((out_height, out_width), bool)
-    for polygon in usable_polygons(polygons):
+def scaled_polygons(segmentation: list[Any], height: int, width: int, out_height: int, out_width: int) -> list[list[float]]:
+    """Return the usable polygons of a [height, width] image in pixels of [out_height, out_width], for pycocotools.
+
+    Raises:
+        GrexError: a coordinate that is no finite number.
+    """
+    scaled = []
+    for polygon in usable_polygons(segmentation):
         points = np.asarray(polygon, np.float64)
         if not np.isfinite(points).all():
             raise fault("polygon with a coordinate that is no finite number", "pixels of the image", "fix or remove the polygon")
@@ -121,9 +154,8 @@ def _polygons_to_mask(polygons: list[Any], height: int, width: int, out_height: 
         # unbounded time and memory.
         points[0::2] = (points[0::2] * (out_width / width)).clip(-out_width, 2 * out_width)
         points[1::2] = (points[1::2] * (out_height / height)).clip(-out_height, 2 * out_height)
-        codes = coco_mask.frPyObjects([points.tolist()], out_height, out_width)
-        mask |= coco_mask.decode(codes)[..., 0].astype(bool)
-    return mask
+        scaled.append(points.tolist())
+    return scaled
 
 
 def _rle_size(rle: dict[str, Any]) -> tuple[int, int]:
@@ -143,28 +175,9 @@ def _checked_runs(runs: list[int], total: int) -> list[int]:
     return runs
 
 
-def _decompress_counts(counts: str | bytes) -> list[int]:
-    """Read COCO's text form: 5 bits a character, little end first, bit 5 = more follows, bit 4 of the last = sign.
-
-    From the fourth run on, a value is the difference to the run before the last. pycocotools' own reader trusts its input and can read and
-    write outside memory, so it is not used here.
-    """
+def _decompressed(counts: str | bytes) -> list[int]:
     code = counts.encode("ascii", errors="replace") if isinstance(counts, str) else counts
-    runs: list[int] = []
-    position = 0
-    while position < len(code):
-        value, shift, more = 0, 0, True
-        while more:
-            if position >= len(code) or not 48 <= code[position] < 112 or shift > 60:
-                raise GrexError(
-                    "RLE counts are cut off or hold a character that no RLE has; expected COCO's compressed form; fix the record"
-                )
-            character = code[position] - 48
-            position += 1
-            value |= (character & 0x1F) << shift
-            shift += 5
-            more = bool(character & 0x20)
-            if not more and character & 0x10:
-                value |= -1 << shift
-        runs.append(value + runs[-2] if len(runs) > 2 else value)
-    return runs
+    try:
+        return rle_runs(code.decode("ascii", errors="replace")).tolist()
+    except GrexError:
+        raise fault("RLE counts are cut off or hold a character that no RLE has", "COCO's compressed form", "fix the record") from None

@@ -10,6 +10,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+import numpy as np
 import torch
 from scipy.optimize import linear_sum_assignment
 from torch import Tensor
@@ -60,13 +61,7 @@ class Matches:
 
 
 @torch.no_grad()
-def match(
-    boxes_norm: Tensor,
-    gt_boxes_norm: Sequence[Tensor],
-    *,
-    logits: Tensor | None = None,
-    cost: MatchCost | None = None,
-) -> Matches:
+def match(boxes_norm: Tensor, gt_boxes_norm: Sequence[Tensor], *, logits: Tensor | None = None, cost: MatchCost | None = None) -> Matches:
     """Pair every target of every problem with its own query at the least total cost.
 
     One cost tensor is computed for the whole batch on its device and moved to the host once. With more targets than queries, every query
@@ -87,16 +82,9 @@ def match(
         return Matches(empty, empty, empty, sizes)
     total = pairing_cost(boxes_norm, gt_boxes_norm, logits, cost)
     host = total.clamp(-WORST_COST, WORST_COST).nan_to_num(nan=WORST_COST).cpu().numpy()
-    problems: list[int] = []
-    queries: list[int] = []
-    targets: list[int] = []
-    for index, size in enumerate(sizes):
-        if size:
-            rows, columns = linear_sum_assignment(host[index, :, :size])
-            problems += [index] * len(rows)
-            queries += rows.tolist()
-            targets += columns.tolist()
-    pairs = torch.tensor([problems, queries, targets], dtype=torch.int64).to(boxes_norm.device)
+    found = [linear_sum_assignment(host[index, :, :size]) for index, size in enumerate(sizes)]
+    rows = [np.stack([np.full_like(queries, index), queries, targets]) for index, (queries, targets) in enumerate(found)]
+    pairs = torch.from_numpy(np.concatenate(rows, axis=1)).to(boxes_norm.device)
     return Matches(pairs[0], pairs[1], pairs[2], sizes)
 
 

@@ -7,14 +7,12 @@ from __future__ import annotations
 
 from typing import Any
 
-import numpy as np
 from pycocotools import mask as coco_mask
 
 from grex_mllm.errors import fault
-from grex_mllm.ops.masks import check_size, decode_rle, encode_rle, resize_mask_nearest, usable_polygons
+from grex_mllm.ops.masks import check_size, decode_rle, encode_rle, resize_mask_nearest, rle_runs, scaled_polygons
 
 Rle = dict[str, Any]
-MAX_CHARACTERS_PER_RUN = 7  # 35 bits: far beyond the largest mask
 
 
 def check_rle(rle: Any, height: int | None = None, width: int | None = None) -> Rle:
@@ -51,35 +49,6 @@ def check_rle(rle: Any, height: int | None = None, width: int | None = None) -> 
     return {"size": [size[0], size[1]], "counts": counts}
 
 
-def rle_runs(counts: str) -> np.ndarray:
-    """Return the run lengths int64 [R] of a compressed COCO code: background first, in turns.
-
-    Raises:
-        GrexError: a character that no code has, or a code that is cut off.
-    """
-    try:
-        code = np.frombuffer(counts.encode("ascii"), np.uint8).astype(np.int64) - 48
-    except UnicodeEncodeError:
-        code = np.array([-1])
-    if len(code) == 0:
-        return np.zeros(0, np.int64)
-    last = np.flatnonzero((code & 0x20) == 0)
-    if int(code.min()) < 0 or int(code.max()) > 63 or len(last) == 0 or last[-1] != len(code) - 1:
-        raise fault(
-            "RLE counts that are cut off or hold a character that no RLE has", "COCO's compressed form", "write masks with pycocotools"
-        )
-    first = np.concatenate([[0], last[:-1] + 1])
-    lengths = last - first + 1
-    if int(lengths.max()) > MAX_CHARACTERS_PER_RUN:
-        raise fault("RLE counts with a run beyond 35 bits", "COCO's compressed form", "write masks with pycocotools")
-    place = np.arange(len(code)) - np.repeat(first, lengths)
-    runs = np.add.reduceat((code & 0x1F) << (5 * place), first)
-    runs -= ((code[last] & 0x10) > 0) * (np.int64(1) << (5 * lengths))
-    runs[1::2] = np.cumsum(runs[1::2])  # from the third run on, a code holds the difference to the run before the last
-    runs[2::2] = np.cumsum(runs[2::2])
-    return runs
-
-
 def empty_rle(height: int, width: int) -> Rle:
     """Return the code of a mask without a pixel."""
     return _compress_runs([height * width], [height, width])
@@ -97,9 +66,7 @@ def segmentation_to_rle(segmentation: Any, height: int, width: int, out_height: 
     if isinstance(segmentation, list):
         check_size(height, width)
         check_size(out_height, out_width)
-        polygons = [
-            _scaled(polygon, out_height, out_width, out_height / height, out_width / width) for polygon in usable_polygons(segmentation)
-        ]
+        polygons = scaled_polygons(segmentation, height, width, out_height, out_width)
         if not polygons:
             return empty_rle(out_height, out_width)
         return union(coco_mask.frPyObjects(polygons, out_height, out_width))
@@ -122,15 +89,6 @@ def overlap_counts(pred: Rle, gt: Rle) -> tuple[int, int, int]:
 def area(rle: Rle) -> int:
     """Return the number of pixels of a checked RLE."""
     return int(coco_mask.area(rle))
-
-
-def _scaled(polygon: list[float], height: int, width: int, scale_y: float, scale_x: float) -> list[float]:
-    points = np.asarray(polygon, np.float64)
-    if not np.isfinite(points).all():
-        raise fault("polygon with a coordinate that is no finite number", "pixels of the image", "fix or remove the polygon")
-    points[0::2] = (points[0::2] * scale_x).clip(-width, 2 * width)  # pycocotools walks along every edge: bound its work
-    points[1::2] = (points[1::2] * scale_y).clip(-height, 2 * height)
-    return points.tolist()
 
 
 def _compress(runs: list[Any], size: Any) -> str:

@@ -6,7 +6,7 @@ from grex_mllm.data.synthetic.expressions import KINDS
 from grex_mllm.data.synthetic.grammar import to_text, vocabulary
 from grex_mllm.data.synthetic.meaning import check_expression, evaluate, scene_from_record
 from grex_mllm.data.synthetic.parser import parse
-from grex_mllm.data.synthetic.references import expression_for, references_for
+from grex_mllm.data.synthetic.references import references_for
 from grex_mllm.data.synthetic.scenes import SPLITS, Scene, draw_scene
 from grex_mllm.data.synthetic.shapes import ATTRIBUTES
 
@@ -21,7 +21,6 @@ __all__ = [
     "draw_scene",
     "evaluate",
     "export",
-    "expression_for",
     "parse",
     "references_for",
     "scene_from_record",

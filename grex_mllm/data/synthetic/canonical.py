@@ -1,4 +1,4 @@
-"""the canonical speaker: one expression for a set of objects, the same for the same set, chosen so that saying it takes little thought.
+"""The canonical speaker: one expression for a set of objects, the same for the same set, chosen so that saying it takes little thought.
 
 It says everything that the objects share ("the small red striped circle"), and looks for more only where that fits other objects, too.
 Objects that share too little are listed, each named in full, from left to right. Least is left to comparing, most to seeing, and what is
@@ -15,7 +15,7 @@ from grex_mllm.data.synthetic.descriptions import SIDES, keep
 from grex_mllm.data.synthetic.expressions import word_expression
 from grex_mllm.data.synthetic.grammar import ALL, ORDINALS, THE, Description, Expression, Extreme, Ordinal, Part, Reference, Union
 from grex_mllm.data.synthetic.meaning import denoted, matching, resolve
-from grex_mllm.data.synthetic.references import ATTRIBUTES, MAX_PARTS, short_trees
+from grex_mllm.data.synthetic.references import MAX_TREES, common_attributes, splits, trees
 from grex_mllm.data.synthetic.scenes import Scene, bits
 from grex_mllm.data.synthetic.shapes import SIZE
 from grex_mllm.types import ImageRecord, Sample
@@ -36,7 +36,7 @@ def canonical_expression(scene: Scene | Sample | ImageRecord, targets: Iterable[
     known, mask = resolve(scene, targets)
     if not mask:
         return None
-    for tree in itertools.chain(_canonical_trees(known, mask), short_trees(known, mask)):
+    for tree in itertools.chain(_canonical_trees(known, mask), itertools.islice(trees(known, mask), MAX_TREES)):
         if denoted(tree, known) == mask:
             text = word_expression(tree, _Habit())
             if text is not None:
@@ -52,11 +52,11 @@ def _canonical_trees(scene: Scene, targets: int) -> Iterator[Expression]:
     full = _in_full(scene, targets)
     if full is not None:
         yield Reference(ALL, full)
-    splits = list(_splits(scene, targets))
-    yield from _lists(scene, [groups for groups in splits if len(groups) == 2])
+    groupings = [sorted(groups, key=lambda group: min(scene.centre_x[item] for item in bits(group))) for groups in splits(scene, targets)]
+    yield from _lists(scene, [groups for groups in groupings if len(groups) == 2])
     if full is not None:
         yield from (Reference(ALL, full, side) for side in SIDES)
-    yield from _lists(scene, [groups for groups in splits if len(groups) > 2])
+    yield from _lists(scene, [groups for groups in groupings if len(groups) > 2])
 
 
 def _names(scene: Scene, target: int) -> Iterator[Part]:
@@ -69,38 +69,26 @@ def _names(scene: Scene, target: int) -> Iterator[Part]:
     if rivals:
         for side in sorted(SIDES, key=lambda side: -_lead(scene, item, bits(rivals), side)):
             yield Ordinal(1, side, full)
-    unsized = Description(keep(scene, item, [k for k in ATTRIBUTES if k != SIZE]))
+    unsized = full.having(SIZE, None)
     yield from (Extreme(largest, unsized) for largest in (True, False))
     yield from (Ordinal(rank, side, full) for rank in range(2, len(ORDINALS) + 1) for side in SIDES)
 
 
 def _in_full(scene: Scene, targets: int) -> Description | None:
     """Describe objects by everything that they share, or return None where they share nothing."""
-    items = bits(targets)
-    first = scene.objects[items[0]].values
-    common = [k for k in ATTRIBUTES if all(scene.objects[item].values[k] == first[k] for item in items)]
-    return Description(keep(scene, items[0], common)) if common else None
+    common = common_attributes(scene, targets)
+    return keep(scene, bits(targets)[0], common) if common else None
 
 
 def _lead(scene: Scene, item: int, rivals: list[int], side: str) -> float:
     """How far, in pixels, an object lies nearer to a side than its nearest rival."""
-    centres = scene.centre_x if side in ("left", "right") else scene.centre_y
+    centres, _ = scene.axis(side)
     sign = 1.0 if side in ("left", "top") else -1.0
     return min(sign * (centres[rival] - centres[item]) for rival in rivals)
 
 
-def _splits(scene: Scene, targets: int) -> Iterator[list[int]]:
-    """Split the targets by an attribute, then one by one; groups from left to right."""
-    splits = [[scene.masks[k][value] & targets for value in scene.present[k]] for k in ATTRIBUTES]
-    splits.append([1 << item for item in bits(targets)])
-    for split in splits:
-        groups = [group for group in split if group]
-        if 2 <= len(groups) <= MAX_PARTS:
-            yield sorted(groups, key=lambda group: min(scene.centre_x[item] for item in bits(group)))
-
-
-def _lists(scene: Scene, splits: list[list[int]]) -> Iterator[Expression]:
-    for groups in splits:
+def _lists(scene: Scene, groupings: list[list[int]]) -> Iterator[Expression]:
+    for groups in groupings:
         parts = []
         for group in groups:
             full = _in_full(scene, group)

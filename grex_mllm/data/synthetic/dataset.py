@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import random
 from collections.abc import Iterator, Mapping
 
@@ -98,25 +99,14 @@ def _image_record(drawn: DrawnScene, image_id: str) -> ImageRecord:
     for k, item in enumerate(scene.objects):
         shape, colour, size, texture = item.values
         x1, y1, x2, y2 = item.box
-        instances.append(
-            Instance(
-                f"{image_id}:{k}",
-                SHAPES[shape],
-                [float(x1), float(y1), float(x2), float(y2)],
-                mask=drawn.masks[k],
-                attributes={"shape": shape, "colour": colour, "size": size, "texture": texture, "scale": item.scale},
-            )
-        )
+        box = [float(x1), float(y1), float(x2), float(y2)]
+        attributes = {"shape": shape, "colour": colour, "size": size, "texture": texture, "scale": item.scale}
+        instances.append(Instance(f"{image_id}:{k}", SHAPES[shape], box, mask=drawn.masks[k], attributes=attributes))
     return ImageRecord(image_id, f"images/{image_id}.png", scene.height, scene.width, instances)
 
 
-def corpus(config: SyntheticConfig, num_lines: int, kind_weights: Mapping[str, float] | None = None) -> Iterator[str]:
+def corpus(config: SyntheticConfig, num_lines: int) -> Iterator[str]:
     """Yield `num_lines` expressions of train scenes, no-target ones included: text for tokenizers and language-model training."""
-    lines, index = 0, 0
-    dataset = SyntheticDataset(config, "train", 1 << 40, 8, kind_weights)
-    while lines < num_lines:
-        drawn = draw_scene(config, "train", index)
-        for record in dataset._expressions(drawn, f"train-{index}", index)[: num_lines - lines]:
-            yield record.expression
-            lines += 1
-        index += 1
+    dataset = SyntheticDataset(config, "train", 1 << 40, 8)
+    scenes = (dataset._expressions(draw_scene(config, "train", i), f"train-{i}", i) for i in itertools.count())
+    yield from itertools.islice((record.expression for records in scenes for record in records), num_lines)

@@ -5,20 +5,12 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import TypeAlias
 
-from grex_mllm.data.synthetic.grammar import (
-    ALL,
-    THE,
-    Description,
-    Extreme,
-    Reference,
-    Relation,
-)
+from grex_mllm.data.synthetic.grammar import ALL, THE, Description, Extreme, Reference, Relation
 from grex_mllm.data.synthetic.meaning import denoted, matching
 from grex_mllm.data.synthetic.scenes import Scene, bits
 from grex_mllm.data.synthetic.shapes import COLOUR, SHAPE, SIZE, TEXTURE
 
 Draw: TypeAlias = Callable[[], float]
-Values: TypeAlias = tuple[int | None, int | None, int | None, int | None]
 SIDES = ("left", "right", "top", "bottom")
 
 
@@ -33,24 +25,17 @@ def draw_object(scene: Scene, r: Draw) -> int:
     return int(r() * len(scene.objects))
 
 
-def keep(scene: Scene, item: int, attributes: list[int]) -> Values:
-    values = scene.objects[item].values
-    return (
-        values[0] if 0 in attributes else None,
-        values[1] if 1 in attributes else None,
-        values[2] if 2 in attributes else None,
-        values[3] if 3 in attributes else None,
-    )
+def keep(scene: Scene, item: int, attributes: list[int]) -> Description:
+    """Describe an object by these attributes."""
+    return Description(tuple([value if k in attributes else None for k, value in enumerate(scene.objects[item].values)]))
 
 
 def some_attributes(r: Draw) -> list[int]:
     """Draw one to three attributes other than the shape; mostly one."""
-    rest = [COLOUR, COLOUR, TEXTURE, SIZE]
-    first = rest[int(r() * 4)]
-    chosen = [first]
+    chosen = [(COLOUR, COLOUR, TEXTURE, SIZE)[int(r() * 4)]]
     if r() < 0.35:
         other = (COLOUR, SIZE, TEXTURE)[int(r() * 3)]
-        if other != first:
+        if other not in chosen:
             chosen.append(other)
         if r() < 0.12:
             chosen = [COLOUR, SIZE, TEXTURE]
@@ -60,23 +45,21 @@ def some_attributes(r: Draw) -> list[int]:
 def described(scene: Scene, r: Draw, item: int, generic: float = 0.2, plain: float = 0.0) -> Description:
     """Describe an object by some of its attributes. generic: share without the shape; plain: share with nothing but the shape."""
     if r() < plain:
-        return Description(keep(scene, item, [SHAPE]))
+        return keep(scene, item, [SHAPE])
     attributes = some_attributes(r)
     if r() >= generic:
         attributes.append(SHAPE)
-    return Description(keep(scene, item, attributes))
+    return keep(scene, item, attributes)
 
 
 def swapped(scene: Scene, r: Draw, tree: Description) -> Description | None:
     """Change one stated value to another one of the scene so that nothing fits any more."""
-    stated = [k for k, value in enumerate(tree.values) if value is not None]
+    stated = [k for k, _ in tree.stated]
     if len(stated) < 2:
         return None
     for _ in range(4):
         k = choose(stated, r)
-        values = list(tree.values)
-        values[k] = choose(scene.present[k], r)
-        found = Description((values[0], values[1], values[2], values[3]))
+        found = tree.having(k, choose(scene.present[k], r))
         if not matching(found, scene):
             return found
     return None
@@ -84,10 +67,9 @@ def swapped(scene: Scene, r: Draw, tree: Description) -> Description | None:
 
 def mixed(scene: Scene, r: Draw, tree: Description) -> Description:
     """Take every stated value, and perhaps one more, from another object of the scene."""
-    values: list[int | None] = [choose(scene.present[k], r) if value is not None else None for k, value in enumerate(tree.values)]
+    other = Description(tuple(None if value is None else choose(scene.present[k], r) for k, value in enumerate(tree.values)))
     k = (COLOUR, SIZE, TEXTURE)[int(r() * 3)]
-    values[k] = choose(scene.present[k], r)
-    return Description((values[0], values[1], values[2], values[3]))
+    return other.having(k, choose(scene.present[k], r))
 
 
 def subject(scene: Scene, r: Draw, empty: bool, generic: float = 0.2, plain: float = 0.0) -> Description | None:
@@ -112,6 +94,12 @@ def clear_side(scene: Scene, r: Draw, mask: int, empty: bool) -> str | None:
         if not mask & unsure and ((mask & inside) == 0) == empty and (empty or mask & ~inside or r() < 0.15):
             return side
     return None
+
+
+def placed(scene: Scene, r: Draw, tree: Description, mask: int, empty: bool = False) -> Reference | None:
+    """Refer to those of `mask` on a side drawn by `clear_side`."""
+    side = clear_side(scene, r, mask, empty)
+    return None if side is None else Reference(by_number(mask if empty else mask & scene.beside(side, None)[0]), tree, side)
 
 
 def unique(scene: Scene, r: Draw) -> Reference | Extreme | None:

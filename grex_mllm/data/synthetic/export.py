@@ -61,7 +61,8 @@ def export(
         GrexError: the folder exists and is not empty (unless `overwrite` and it is a dataset folder), or settings out of range.
     """
     from PIL import Image
-    from pycocotools import mask as coco_mask
+
+    from grex_mllm.ops.masks import encode_rle
 
     dataset = SyntheticDataset(config, split, length, expressions_per_image)
     with DatasetWriter(folder, overwrite) as writer:
@@ -70,8 +71,7 @@ def export(
             sample = dataset[index]
             for instance in sample.record.instances:
                 assert instance.mask is not None
-                code = coco_mask.encode(instance.mask.astype("uint8", order="F"))
-                instance.segmentation = {"size": [int(side) for side in code["size"]], "counts": code["counts"].decode("ascii")}
+                instance.segmentation = encode_rle(instance.mask)
                 instance.mask = None
             Image.fromarray(sample.image).save(writer.workspace / sample.record.file, optimize=False, compress_level=6)
             writer.add_images([sample.record])

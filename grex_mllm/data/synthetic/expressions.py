@@ -7,11 +7,7 @@ import random
 from collections.abc import Mapping
 
 from grex_mllm.data.synthetic.descriptions import Draw
-from grex_mllm.data.synthetic.grammar import (
-    Expression,
-    descriptions,
-    to_text,
-)
+from grex_mllm.data.synthetic.grammar import Expression, descriptions, to_text
 from grex_mllm.data.synthetic.kinds import BUILDERS, KINDS
 from grex_mllm.data.synthetic.meaning import denoted
 from grex_mllm.data.synthetic.scenes import HeldOut, Scene
@@ -64,11 +60,8 @@ def draw_kind(r: Draw, kind_weights: Mapping[str, float] | None) -> str:
     unknown = set(kind_weights) - set(KINDS)
     total = sum(kind_weights.values())
     if unknown or total <= 0 or min(kind_weights.values()) < 0:
-        raise fault(
-            f"kind weights {dict(kind_weights)}",
-            f"non-negative weights, some above 0, for kinds among {', '.join(KINDS)}",
-            "fix the weights",
-        )
+        expected = f"non-negative weights, some above 0, for kinds among {', '.join(KINDS)}"
+        raise fault(f"kind weights {dict(kind_weights)}", expected, "fix the weights")
     point = r() * total
     for kind, weight in kind_weights.items():
         point -= weight
@@ -80,15 +73,12 @@ def draw_kind(r: Draw, kind_weights: Mapping[str, float] | None) -> str:
 def _mentions_held_out(tree: Expression, scene: Scene, held: HeldOut | None) -> bool:
     if held is None or scene.focus:
         return False
+    pairs = {COLOUR: held.colours, TEXTURE: held.textures}
     for found in descriptions(tree):
-        terms = [(k, value) for k, value in enumerate(found.values)]
-        if found.condition is not None:
-            terms.extend(found.condition.terms)
-        named = [value for k, value in terms if k == SHAPE and value is not None]
-        for k, value in terms:
-            pairs = held.colours if k == COLOUR else held.textures if k == TEXTURE else ()
-            if any((shape, value) in pairs for shape in named):
-                return True
+        terms = [*found.stated, *(found.condition.terms if found.condition is not None else ())]
+        shapes = [value for k, value in terms if k == SHAPE]
+        if any((shape, value) in pairs[k] for shape in shapes for k, value in terms if k in pairs):
+            return True
     return False
 
 

@@ -8,7 +8,7 @@ on the left").
 from __future__ import annotations
 
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TypeAlias
 
@@ -30,12 +30,7 @@ PLACES = {
     "top": ("at the top", "in the top half"),
     "bottom": ("at the bottom", "in the bottom half"),
 }
-RELATIONS = {
-    "left": ("to the left of", "left of"),
-    "right": ("to the right of", "right of"),
-    "top": ("above",),
-    "bottom": ("below",),
-}
+RELATIONS = {"left": ("to the left of", "left of"), "right": ("to the right of", "right of"), "top": ("above",), "bottom": ("below",)}
 EXCEPTS = ("except", "except for", "but")
 
 
@@ -51,8 +46,22 @@ class Condition:
 class Description:
     """values: shape, colour, size, texture, each a class index or None."""
 
-    values: tuple[int | None, int | None, int | None, int | None] = (None, None, None, None)
+    values: tuple[int | None, ...] = (None, None, None, None)
     condition: Condition | None = None
+
+    @property
+    def stated(self) -> list[tuple[int, int]]:
+        """The values that are not None, as (attribute, value)."""
+        return [(k, value) for k, value in enumerate(self.values) if value is not None]
+
+    @property
+    def free(self) -> list[int]:
+        """The attributes without a value."""
+        return [k for k, value in enumerate(self.values) if value is None]
+
+    def having(self, attribute: int, value: int | None) -> Description:
+        """Return the values with one changed, without the condition."""
+        return Description((*self.values[:attribute], value, *self.values[attribute + 1 :]))
 
 
 @dataclass(frozen=True, slots=True)
@@ -136,20 +145,9 @@ def descriptions(tree: Expression) -> list[Description]:
 
 def vocabulary() -> list[str]:
     """Return every word of the grammar, sorted."""
-    phrases = [
-        *SHAPES,
-        *SHAPE_PLURALS,
-        *COLOURS,
-        *TEXTURES,
-        *MARKS.values(),
-        *GENERIC_SINGULAR,
-        *GENERIC_PLURAL,
-        *NUMBERS,
-        *ORDINALS,
-        *MOST.values(),
-    ]
-    for group in (*SIZE_WORDS, *EXTREMES.values(), *PLACES.values(), *RELATIONS.values(), EXCEPTS):
-        phrases.extend(group)
+    words = (*SHAPES, *SHAPE_PLURALS, *COLOURS, *TEXTURES, *MARKS.values(), *GENERIC_SINGULAR, *GENERIC_PLURAL, *NUMBERS, *ORDINALS)
+    groups = (*SIZE_WORDS, *EXTREMES.values(), *PLACES.values(), *RELATIONS.values(), EXCEPTS)
+    phrases = [*words, *MOST.values(), *(phrase for group in groups for phrase in group)]
     phrases.append("all every both the everything that is are not a neither nor or and with without one ones from")
     return sorted({word for phrase in phrases for word in phrase.split()})
 
@@ -187,18 +185,14 @@ def _ranked(tree: Ordinal | Extreme, noun: str, r: Callable[[], float]) -> str:
 
 
 def _reference(tree: Reference, r: Callable[[], float], closed: bool = False, last: bool = False) -> str:
-    quantifier, place = tree.quantifier, tree.place
-    closed = closed or tree.relation is not None
+    place, closed = tree.place, closed or tree.relation is not None
     prefix, plural = _determiner(tree, r, closed)
-    inner_place = ""
-    if place is not None and quantifier == THE and (last or r() < 0.4):
+    if place is not None and tree.quantifier == THE and (last or r() < 0.4):
         prefix, place = f"{prefix} {place}", None
-    noun, clause = ("", "") if prefix == "everything" else _noun(tree.description, plural, r, closed)
-    if place is not None:
-        inner_place = _pick(PLACES[place], r)
-    pieces = [prefix, noun, inner_place, clause]
-    if prefix == "everything":
-        pieces = [prefix, inner_place, _clause(tree.description, False, r)]
+    bare = prefix == "everything"
+    noun, clause = ("", "") if bare else _noun(tree.description, plural, r, closed)
+    after = "" if place is None else _pick(PLACES[place], r)
+    pieces = [prefix, noun, after, _clause(tree.description, r) if bare else clause]
     if tree.relation is not None:
         pieces += [_pick(RELATIONS[tree.relation.side], r), _part(tree.relation.anchor, r, closed=True, last=True)]
     return " ".join(piece for piece in pieces if piece)
@@ -213,11 +207,10 @@ def _determiner(tree: Reference, r: Callable[[], float], closed: bool) -> tuple[
             return "both", True
         number = NUMBERS[tree.quantifier - 2]
         return (f"the {number}" if closed or r() < 0.7 else number), True
-    values = tree.description.values
-    stated = [k for k, value in enumerate(values) if value is not None]
+    stated = tree.description.stated
     if not stated and r() < 0.6:
         return "everything", False
-    if stated and stated[0] != SHAPE and len(stated) == 1 and tree.description.condition is None and not closed and r() < 0.25:
+    if len(stated) == 1 and stated[0][0] != SHAPE and tree.description.condition is None and not closed and r() < 0.25:
         return "everything", False
     choice = r()
     if choice < 0.3:
@@ -237,7 +230,8 @@ def _noun(tree: Description, plural: bool, r: Callable[[], float], closed: bool)
         free = [k for k in (COLOUR, SIZE, TEXTURE) if values[k] is not None]
         if free and r() < 0.2:
             moved = free[int(r() * len(free))]
-    words = [_adjective(k, values[k], r) for k in ((SIZE, COLOUR, TEXTURE) if r() < 0.5 else (SIZE, TEXTURE, COLOUR)) if k != moved]
+    order = (SIZE, COLOUR, TEXTURE) if r() < 0.5 else (SIZE, TEXTURE, COLOUR)
+    words = [_adjectives(values, r, [k for k in order if k != moved])]
     shape = values[SHAPE]
     if shape is None:
         words.append(_pick(GENERIC_PLURAL if plural else GENERIC_SINGULAR, r))
@@ -259,24 +253,25 @@ def _noun(tree: Description, plural: bool, r: Callable[[], float], closed: bool)
     return " ".join(word for word in words if word), clause
 
 
-def _clause(tree: Description, plural: bool, r: Callable[[], float]) -> str:
+def _clause(tree: Description, r: Callable[[], float]) -> str:
     """Return the clause after "everything": its condition or its only attribute, or nothing."""
     if tree.condition is not None:
-        return _condition(tree.condition, plural, r)
-    stated = [(k, value) for k, value in enumerate(tree.values) if value is not None]
-    return f"{_that(plural)} {_adjective(*stated[0], r)}" if stated else ""
+        return _condition(tree.condition, False, r)
+    return f"that is {_adjective(*tree.stated[0], r)}" if tree.stated else ""
 
 
 def _that(plural: bool) -> str:
     return "that are" if plural else "that is"
 
 
-def _adjective(attribute: int, value: int | None, r: Callable[[], float]) -> str:
-    if value is None:
-        return ""
+def _adjective(attribute: int, value: int, r: Callable[[], float]) -> str:
     if attribute == SIZE:
         return _pick(SIZE_WORDS[value], r)
     return COLOURS[value] if attribute == COLOUR else TEXTURES[value]
+
+
+def _adjectives(values: tuple[int | None, ...], r: Callable[[], float], order: Sequence[int] = (SIZE, COLOUR, TEXTURE)) -> str:
+    return " ".join(_adjective(k, value, r) for k in order if (value := values[k]) is not None)
 
 
 def _predicate(term: tuple[int, int], plural: bool, r: Callable[[], float]) -> str:
@@ -306,11 +301,11 @@ def _shared(tree: Shared, r: Callable[[], float]) -> str:
     every = plural and choice < 0.2
     names = SHAPES if every or not plural else SHAPE_PLURALS
     first, second = (names[shape] for shape in tree.shapes)
-    stated = [k for k in (COLOUR, SIZE, TEXTURE) if tree.description.values[k] is not None]
+    stated = tree.description.stated
     if len(stated) == 1 and not every and choice > 0.7:
-        adjective = _adjective(stated[0], tree.description.values[stated[0]], r)
+        adjective = _adjective(*stated[0], r)
         return f"the {first} and the {second} that are {'both ' if not plural and r() < 0.5 else ''}{adjective}"
-    adjectives = " ".join(_adjective(k, tree.description.values[k], r) for k in (SIZE, COLOUR, TEXTURE) if k in stated)
+    adjectives = _adjectives(tree.description.values, r)
     determiner = "every" if every else "the" if not plural or choice < 0.45 else "all" if choice < 0.6 else ""
     return f"{determiner} {adjectives} {first} and {second}".strip()
 
@@ -319,13 +314,12 @@ def _minus(tree: Exclusion, r: Callable[[], float]) -> str:
     """Word the part after "except", often with "one" or "ones" for the noun of the base."""
     base, minus = tree.base.description, tree.minus
     if isinstance(minus, Reference):
-        extra = [k for k in (COLOUR, SIZE, TEXTURE) if minus.description.values[k] is not None and base.values[k] is None]
+        extra = [k for k in (SIZE, COLOUR, TEXTURE) if minus.description.values[k] is not None and base.values[k] is None]
         inherits = all(ours is None or ours == theirs for ours, theirs in zip(base.values, minus.description.values, strict=True))
         same_shape = base.values[SHAPE] == minus.description.values[SHAPE]
         bare = minus.place is None and minus.relation is None and minus.description.condition is None and base.condition is None
         if extra and inherits and same_shape and bare and minus.quantifier in (ALL, THE) and r() < 0.6:
-            adjectives = " ".join(_adjective(k, minus.description.values[k], r) for k in (SIZE, COLOUR, TEXTURE) if k in extra)
-            return f"the {adjectives} {'one' if minus.quantifier == THE else 'ones'}"
+            return f"the {_adjectives(minus.description.values, r, extra)} {'one' if minus.quantifier == THE else 'ones'}"
     elif minus.description == base and base.condition is None and tree.base.place is None and r() < 0.7:
         return _ranked(minus, "one", r)
     if isinstance(minus, Reference) and minus.quantifier == ALL:

@@ -20,6 +20,7 @@ from grex_mllm.data.synthetic.descriptions import (
     draw_side,
     keep,
     mixed,
+    placed,
     some_attributes,
     subject,
     swapped,
@@ -48,15 +49,11 @@ def _category(scene: Scene, r: Draw, empty: bool) -> Expression | None:
     if empty and r() < 0.6:
         absent = [value for value in range(NUM_VALUES[SHAPE]) if not scene.masks[SHAPE][value]]
         if absent:
-            return Reference(ALL if r() < 0.5 else THE, Description((choose(absent, r), None, None, None)))
-    tree = Description(keep(scene, draw_object(scene, r), [SHAPE]))
+            return Reference(ALL if r() < 0.5 else THE, Description().having(SHAPE, choose(absent, r)))
+    tree = keep(scene, draw_object(scene, r), [SHAPE])
     mask = matching(tree, scene)
     if empty or r() < 0.3:
-        side = clear_side(scene, r, mask, empty)
-        if side is None:
-            return None
-        inside = mask & scene.beside(side, None)[0]
-        return Reference(by_number(mask if empty else inside), tree, side)
+        return placed(scene, r, tree, mask, empty)
     return Reference(by_number(mask), tree)
 
 
@@ -66,9 +63,9 @@ def _attribute(scene: Scene, r: Draw, empty: bool) -> Expression | None:
         return None
     mask = matching(tree, scene)
     if not empty and r() < 0.2:
-        side = clear_side(scene, r, mask, False)
-        if side is not None:
-            return Reference(by_number(mask & scene.beside(side, None)[0]), tree, side)
+        found = placed(scene, r, tree, mask)
+        if found is not None:
+            return found
     return Reference((ALL if r() < 0.5 else THE) if empty else by_number(mask), tree)
 
 
@@ -109,40 +106,40 @@ def _attributed_part(scene: Scene, r: Draw, empty: bool, last: bool) -> Referenc
         return None
     mask = matching(tree, scene)
     if not empty and r() < 0.3:
-        side = clear_side(scene, r, mask, False)
-        if side is not None:
-            quantifier = by_number(mask & scene.beside(side, None)[0])
-            if quantifier == THE or not last:
-                return Reference(quantifier, tree, side)
-    return Reference(THE if empty and r() < 0.6 else by_number(mask) if not empty else ALL, tree)
+        found = placed(scene, r, tree, mask)
+        if found is not None and (found.quantifier == THE or not last):
+            return found
+    return _part(tree, mask, r, empty)
 
 
-def _cardinal(scene: Scene, r: Draw, empty: bool) -> Expression | None:
+def _part(tree: Description, mask: int, r: Draw, empty: bool) -> Reference:
+    return Reference(by_number(mask) if not empty else THE if r() < 0.6 else ALL, tree)
+
+
+def _cardinal(scene: Scene, r: Draw, empty: bool) -> Reference | None:
     tree = described(scene, r, draw_object(scene, r), generic=0.25, plain=0.45)
-    mask = matching(tree, scene)
+    mask = whole = matching(tree, scene)
     place = relation = None
     if r() < 0.5:
         if r() < 0.75:
             place = clear_side(scene, r, mask, False)
-            inside = scene.beside(place, None)[0] if place is not None else mask
+            if place is not None:
+                mask &= scene.beside(place, None)[0]
         else:
             relation = draw_relation(scene, r)
             if relation is None:
                 return None
             anchor = denoted(relation.anchor, scene) or 0
-            inside = scene.beside(relation.side, anchor.bit_length() - 1)[0] & ~anchor
-        whole, mask = mask.bit_count(), mask & inside
-    else:
-        whole = mask.bit_count()
+            mask &= scene.beside(relation.side, anchor.bit_length() - 1)[0] & ~anchor
     number = mask.bit_count()
     if empty:
-        number = whole if whole > number and r() < 0.5 else number + (1 if r() < 0.7 else 2)
+        number = whole.bit_count() if mask != whole and r() < 0.5 else number + (1 if r() < 0.7 else 2)
     if not 2 <= number <= 6:
         return None
     return Reference(number, tree, place, relation)
 
 
-def _ordinal(scene: Scene, r: Draw, empty: bool) -> Expression | None:
+def _ordinal(scene: Scene, r: Draw, empty: bool) -> Ordinal | None:
     tree = described(scene, r, draw_object(scene, r), generic=0.15, plain=0.6)
     mask = matching(tree, scene)
     number = mask.bit_count()
@@ -160,13 +157,13 @@ def _ordinal(scene: Scene, r: Draw, empty: bool) -> Expression | None:
     return Ordinal(rank, draw_side(r), tree) if rank <= 5 else None
 
 
-def _extreme(scene: Scene, r: Draw, empty: bool) -> Expression | None:
+def _extreme(scene: Scene, r: Draw, empty: bool) -> Extreme | None:
     if empty:
         absent = subject(scene, r, True, generic=0.1)
         return Extreme(r() < 0.5, absent) if absent is not None and absent.values[SIZE] is None else None
     tree = Description() if r() < 0.12 else described(scene, r, draw_object(scene, r), generic=0.3, plain=0.5)
     if tree.values[SIZE] is not None:  # "the largest small star" is right but odd
-        tree = Description((tree.values[0], tree.values[1], None, tree.values[3]))
+        tree = tree.having(SIZE, None)
     return Extreme(r() < 0.5, tree) if matching(tree, scene).bit_count() > 1 else None
 
 
@@ -189,8 +186,7 @@ def _relating(scene: Scene, r: Draw, empty: bool) -> Expression | None:
         side = SIDES[(start + k) % 4]
         inside, unsure = scene.beside(side, anchor.bit_length() - 1)
         if not mask & unsure and ((mask & inside) == 0) == empty:
-            quantifier = by_number(mask) if empty else by_number(mask & inside)
-            return Reference(quantifier, tree, None, Relation(side, relation.anchor))
+            return Reference(by_number(mask if empty else mask & inside), tree, None, Relation(side, relation.anchor))
     return None
 
 
@@ -212,12 +208,10 @@ def _exclusion(scene: Scene, r: Draw, empty: bool) -> Expression | None:
     if choice < 0.3 and place is None:
         minus = Extreme(r() < 0.5, tree) if choice < 0.17 else Ordinal(1 + int(r() * min(mask.bit_count(), 3)), draw_side(r), tree)
     else:
-        values = described(scene, r, removed, generic=0.1, plain=0.3).values
+        other = described(scene, r, removed, generic=0.1, plain=0.3)
         if tree.values[SHAPE] is not None or r() < 0.3:  # the "ones" of the base
             extra = [k for k in some_attributes(r) if tree.values[k] is None]
-            stated = [k for k, value in enumerate(tree.values) if value is not None]
-            values = keep(scene, removed, [*stated, *extra])
-        other = Description(values)
+            other = keep(scene, removed, [*(k for k, _ in tree.stated), *extra])
         minus = Reference(by_number(matching(other, scene)), other)
     taken = denoted(minus, scene)
     if not taken or not mask & ~taken or not mask & taken:
@@ -229,21 +223,17 @@ def _empty_exclusion(scene: Scene, r: Draw, item: int) -> Expression | None:
     """Return "all circles except the red ones" where all are red, or where the circles so described do not exist."""
     if r() < 0.6:
         shape = keep(scene, item, [SHAPE])
-        group = matching(Description(shape), scene)
+        group = matching(shape, scene)
         common = [k for k in (COLOUR, SIZE, TEXTURE) if not group & ~scene.masks[k][scene.objects[item].values[k]]]
         if common:
-            other = Description(keep(scene, item, [SHAPE, choose(common, r)]))
-            return Exclusion(Reference(ALL, Description(shape)), Reference(by_number(group) if group.bit_count() > 1 else ALL, other))
+            other = keep(scene, item, [SHAPE, choose(common, r)])
+            return Exclusion(Reference(ALL, shape), Reference(by_number(group) if group.bit_count() > 1 else ALL, other))
     tree = swapped(scene, r, described(scene, r, item, generic=0.0))
-    if tree is None:
+    if tree is None or not tree.free:
         return None
-    free = [k for k in (COLOUR, SIZE, TEXTURE) if tree.values[k] is None]
-    if not free:
-        return None
-    k = choose(free, r)
-    values = list(tree.values)
-    values[k] = choose(scene.present[k], r)
-    return Exclusion(Reference(ALL, tree), Reference(ALL if r() < 0.5 else THE, Description((values[0], values[1], values[2], values[3]))))
+    k = choose(tree.free, r)
+    other = tree.having(k, choose(scene.present[k], r))
+    return Exclusion(Reference(ALL, tree), Reference(ALL if r() < 0.5 else THE, other))
 
 
 def _list(scene: Scene, r: Draw, empty: bool) -> Expression | None:
@@ -271,19 +261,17 @@ def _overlapping(parts: list[Part]) -> bool:
 def _list_part(scene: Scene, r: Draw, empty: bool, last: bool) -> Part | None:
     choice = r()
     if choice < 0.2:
-        ranked = _ordinal(scene, r, empty)
-        return ranked if isinstance(ranked, Ordinal) else None
+        return _ordinal(scene, r, empty)
     if choice < 0.35:
-        found = _extreme(scene, r, empty)
-        return found if isinstance(found, Extreme) else None
+        return _extreme(scene, r, empty)
     if choice < 0.5:
         counted = _cardinal(scene, r, empty)
-        if isinstance(counted, Reference) and counted.relation is None and (counted.place is None or not last):
+        if counted is not None and counted.relation is None and (counted.place is None or not last):
             return counted
     tree = subject(scene, r, empty, generic=0.1, plain=0.5)
     if tree is None:
         return None
-    return Reference(THE if empty and r() < 0.6 else by_number(matching(tree, scene)) if not empty else ALL, tree)
+    return _part(tree, matching(tree, scene), r, empty)
 
 
 def _either(scene: Scene, r: Draw, empty: bool) -> Expression | None:
@@ -295,7 +283,7 @@ def _either(scene: Scene, r: Draw, empty: bool) -> Expression | None:
     for k in (SIZE, TEXTURE, COLOUR):
         if k not in (first, second) and r() < (0.5 if empty or not stated else 0.12):
             stated.append(k)
-    base = Description(keep(scene, item, stated))
+    base = keep(scene, item, stated)
     group = matching(base, scene)
     options = [(k, value) for k in {first, second} for value in scene.present[k] if bool(group & scene.masks[k][value]) != empty]
     if empty and len(options) < 2:  # any two values that the group lacks
@@ -322,8 +310,9 @@ def _negation(scene: Scene, r: Draw, empty: bool) -> Expression | None:
     generic = not empty and r() < 0.3
     tree = Description() if generic else described(scene, r, item, generic=0.2, plain=0.3 if empty else 0.7)
     group = matching(tree, scene)
-    free = [k for k, value in enumerate(tree.values) if value is None]
-    terms = [(k, value) for k in free for value in scene.present[k] if group & scene.masks[k][value] and not (k == TEXTURE and value == 0)]
+    terms = [
+        (k, value) for k in tree.free for value in scene.present[k] if group & scene.masks[k][value] and not (k == TEXTURE and value == 0)
+    ]
     neither = r() < 0.25
     if empty:
         terms = [(k, value) for k, value in terms if neither or not group & ~scene.masks[k][value]]

@@ -14,19 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
-from grex_mllm.data.synthetic.grammar import (
-    ALL,
-    THE,
-    Condition,
-    Description,
-    Exclusion,
-    Expression,
-    Extreme,
-    Ordinal,
-    Reference,
-    Shared,
-    Union,
-)
+from grex_mllm.data.synthetic.grammar import ALL, THE, Description, Exclusion, Expression, Extreme, Ordinal, Reference, Shared, Union
 from grex_mllm.data.synthetic.parser import parse
 from grex_mllm.data.synthetic.scenes import Scene, SceneObject, bits
 from grex_mllm.errors import fault
@@ -34,9 +22,7 @@ from grex_mllm.types import ImageRecord, Sample
 
 
 def evaluate(tree: Expression, scene: Scene) -> frozenset[int] | None:
-    """Return the positions of the objects that the expression denotes, empty for provably none, None where the scene does not determine
-    it.
-    """
+    """Return the positions of the objects that the expression denotes, empty for none, None where the scene does not determine it."""
     mask = denoted(tree, scene)
     return None if mask is None else frozenset(bits(mask))
 
@@ -62,16 +48,13 @@ def matching(description: Description, scene: Scene) -> int:
     for table, value in zip(scene.masks, description.values, strict=True):
         if value is not None:
             mask &= table[value]
-    if description.condition is not None:
-        mask &= _fitting(description.condition, scene)
+    condition = description.condition
+    if condition is not None:
+        named = 0
+        for attribute, value in condition.terms:
+            named |= scene.masks[attribute][value]
+        mask &= named if condition.kind == "either" else ~named
     return mask
-
-
-def _fitting(condition: Condition, scene: Scene) -> int:
-    named = 0
-    for attribute, value in condition.terms:
-        named |= scene.masks[attribute][value]
-    return named if condition.kind == "either" else ~named
 
 
 def _reference(tree: Reference, scene: Scene) -> int | None:
@@ -90,9 +73,7 @@ def _reference(tree: Reference, scene: Scene) -> int | None:
         if mask & unsure:
             return None
         mask &= inside
-    if tree.quantifier == ALL:
-        return mask
-    return _counted(mask, tree.quantifier)
+    return mask if tree.quantifier == ALL else _counted(mask, tree.quantifier)
 
 
 def _counted(mask: int, number: int) -> int | None:
@@ -128,8 +109,7 @@ def _exclusion(tree: Exclusion, scene: Scene) -> int | None:
 
 
 def scene_from_record(record: ImageRecord) -> Scene:
-    """Rebuild the scene from an image record, as drawn or as read from an exported folder: boxes and attributes say all that the meaning
-    needs.
+    """Rebuild the scene from an image record, as drawn or as read from an exported folder, by its boxes and attributes.
 
     Raises:
         GrexError: an instance without scene attributes, so the record is no synthetic scene.

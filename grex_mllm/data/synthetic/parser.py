@@ -2,25 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from typing import TypeVar
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any, TypeVar
 
 from grex_mllm.data.synthetic import grammar
-from grex_mllm.data.synthetic.grammar import (
-    ALL,
-    THE,
-    Condition,
-    Description,
-    Exclusion,
-    Expression,
-    Extreme,
-    Ordinal,
-    Part,
-    Reference,
-    Relation,
-    Shared,
-    Union,
-)
+from grex_mllm.data.synthetic.grammar import ALL, THE, Condition, Description, Exclusion, Extreme, Ordinal, Part, Reference, Shared, Union
 from grex_mllm.data.synthetic.shapes import COLOUR, COLOURS, SHAPE, SHAPES, SIZE, TEXTURE, TEXTURES
 
 _MAX_WORDS = 60
@@ -37,6 +23,7 @@ _PLURAL: dict[str, int | None] = {**{word: k for k, word in enumerate(grammar.SH
 _NUMBERS = {word: k + 2 for k, word in enumerate(grammar.NUMBERS)}
 _ORDINALS = {word: k + 1 for k, word in enumerate(grammar.ORDINALS)}
 _MOST = {word: side for side, word in grammar.MOST.items()}
+_SIDES = {side: side for side in grammar.MOST}
 _EXTREMES = {word: largest for largest, words in grammar.EXTREMES.items() for word in words}
 
 
@@ -67,12 +54,18 @@ class _Words:
         self.at += len(words)
         return True
 
-    def look_up(self, table: dict[str, _T], default: _T) -> tuple[bool, _T]:
-        word = self.next()
-        if word not in table:
-            return False, default
-        self.at += 1
-        return True, table[word]
+    def look_up(self, table: Mapping[str, _T]) -> _T | None:
+        """Move past a word of the table and return what it stands for; None where another one comes next."""
+        found = table.get(self.next())
+        if found is not None:
+            self.at += 1
+        return found
+
+    def need(self, table: Mapping[str, _T]) -> _T:
+        found = self.look_up(table)
+        if found is None:
+            raise _Outside
+        return found
 
     def phrase(self, phrases: list[tuple[list[str], str]]) -> str | None:
         for words, meaning in phrases:
@@ -85,7 +78,7 @@ class _Words:
             raise _Outside
 
 
-def parse(text: str) -> Expression | None:
+def parse(text: str) -> grammar.Expression | None:
     """Return the syntax tree of a lower-case text without punctuation, or None where it is outside the grammar."""
     words = text.split()
     if not words or len(words) > _MAX_WORDS:
@@ -96,71 +89,66 @@ def parse(text: str) -> Expression | None:
                 return _exclusion(words[:at], words[at + 1 :])
         if "and" in words:
             return _conjunction(words)
-        return _whole(words, lambda cursor: _part(cursor, closed=False, last=False))
+        return _whole(words, _part, False, False)
     except _Outside:
         return None
 
 
-def _whole(words: list[str], rule: Callable[[_Words], _T]) -> _T:
+def _whole(words: list[str], rule: Callable[..., _T], *options: Any) -> _T:
     cursor = _Words(words)
-    found = rule(cursor)
+    found = rule(cursor, *options)
     cursor.expect(cursor.at == len(words))
     return found
 
 
 def _exclusion(before: list[str], after: list[str]) -> Exclusion:
-    base = _whole(before, lambda cursor: _part(cursor, closed=False, last=False))
+    base = _whole(before, _part, False, False)
     if not isinstance(base, Reference) or base.quantifier != ALL or base.relation is not None:
         raise _Outside
     if after[:1] == ["for"] and after[1:]:
         after = after[1:]
     if "one" in after or "ones" in after:
-        return Exclusion(base, _whole(after, lambda cursor: _elided(cursor, base)))
-    return Exclusion(base, _whole(after, lambda cursor: _part(cursor, closed=True, last=True)))
+        return Exclusion(base, _whole(after, _elided, base))
+    return Exclusion(base, _whole(after, _part, True, True))
 
 
 def _elided(cursor: _Words, base: Reference) -> Part:
     """Read "the smallest one", "the second one from the left", "the red ones": the noun is that of the base."""
+
+    def noun() -> Description:
+        cursor.expect(base.place is None and cursor.take("one"))
+        return base.description
+
     cursor.expect(base.description.condition is None and cursor.take("the"))
-    found, largest = cursor.look_up(_EXTREMES, False)
-    if found:
-        cursor.expect(base.place is None and cursor.take("one"))
-        return Extreme(largest, base.description)
-    found, side = cursor.look_up(_MOST, "")
-    if found:
-        cursor.expect(base.place is None and cursor.take("one"))
-        return Ordinal(1, side, base.description)
-    found, rank = cursor.look_up(_ORDINALS, 0)
-    if found:
-        cursor.expect(base.place is None and cursor.take("one"))
-        return Ordinal(rank, _from_side(cursor), base.description)
-    values = _adjectives(cursor, list(base.description.values))
-    cursor.expect(values != list(base.description.values))
+    ranked = _ranked(cursor, noun)
+    if ranked is not None:
+        return ranked
+    values = _adjectives(cursor, base.description.values)
+    cursor.expect(tuple(values) != base.description.values)
     if cursor.take("one"):
-        return Reference(THE, _description(values))
+        return Reference(THE, Description(tuple(values)))
     cursor.expect(cursor.take("ones"))
-    return Reference(ALL, _description(values))
+    return Reference(ALL, Description(tuple(values)))
 
 
-def _description(values: list[int | None], condition: Condition | None = None) -> Description:
-    return Description((values[0], values[1], values[2], values[3]), condition)
-
-
-def _from_side(cursor: _Words) -> str:
+def _ranked(cursor: _Words, noun: Callable[[], Description]) -> Ordinal | Extreme | None:
+    """Read "smallest ...", "leftmost ...", "second ... from the left"; None where no such word comes next."""
+    largest = cursor.look_up(_EXTREMES)
+    if largest is not None:
+        return Extreme(largest, noun())
+    side = cursor.look_up(_MOST)
+    if side is not None:
+        return Ordinal(1, side, noun())
+    rank = cursor.look_up(_ORDINALS)
+    if rank is None:
+        return None
+    description = noun()
     cursor.expect(cursor.take("from", "the"))
-    side = cursor.next()
-    cursor.expect(side in grammar.MOST)
-    cursor.at += 1
-    return side
+    return Ordinal(rank, cursor.need(_SIDES), description)
 
 
 def _conjunction(words: list[str]) -> Shared | Union:
-    segments: list[list[str]] = [[]]
-    for word in words:
-        if word == "and":
-            segments.append([])
-        else:
-            segments[-1].append(word)
+    segments = [segment.split() for segment in " ".join(words).split(" and ")]
     if len(segments) == 2:
         shared = _shared(segments[0], segments[1])
         if shared is not None:
@@ -168,19 +156,15 @@ def _conjunction(words: list[str]) -> Shared | Union:
     if not 2 <= len(segments) <= 3:
         raise _Outside
     last = len(segments) - 1
-    return Union(tuple(_whole(segment, _closed_part(k == last)) for k, segment in enumerate(segments)))
-
-
-def _closed_part(last: bool) -> Callable[[_Words], Part]:
-    return lambda cursor: _part(cursor, closed=True, last=last)
+    return Union(tuple(_whole(segment, _part, True, k == last) for k, segment in enumerate(segments)))
 
 
 def _shared(first: list[str], second: list[str]) -> Shared | Union | None:
     """Read "the red circles and stars" and "the circles and the stars that are red"; None where it is neither."""
     cursor = _Words(first)
     if len(second) == 1:
-        determiner = "every" if cursor.take("every") else "all" if cursor.take("all") else "the" if cursor.take("the") else ""
-        values = _adjectives(cursor, [None, None, None, None])
+        determiner = next((word for word in ("every", "all", "the") if cursor.take(word)), "")
+        values = _adjectives(cursor)
         plural = cursor.next() in _PLURAL
         nouns = _PLURAL if plural else _SINGULAR
         known = len(first) - cursor.at == 1 and first[-1] in nouns and second[0] in nouns
@@ -197,7 +181,7 @@ def _shared(first: list[str], second: list[str]) -> Shared | Union | None:
         tail.at = 4
         if tail.take("both") and plural:
             raise _Outside
-        values = _adjectives(tail, [None, None, None, None])
+        values = _adjectives(tail)
         tail.expect(tail.at == len(second) and sum(value is not None for value in values) == 1)
         second, determiner = second[1:2], "the"
     shapes = nouns[first[-1]], nouns[second[0]]
@@ -206,17 +190,15 @@ def _shared(first: list[str], second: list[str]) -> Shared | Union | None:
     quantifier = THE if not plural and determiner != "every" else ALL
     if all(value is None for value in values):
         return Union(tuple(Reference(quantifier, Description((shape, None, None, None))) for shape in shapes))
-    return Shared(quantifier, _description(values), (shapes[0], shapes[1]))
+    return Shared(quantifier, Description(tuple(values)), (shapes[0], shapes[1]))
 
 
-def _adjectives(cursor: _Words, values: list[int | None]) -> list[int | None]:
-    values = list(values)
-    while True:
-        found, term = cursor.look_up(_ADJECTIVES, (0, 0))
-        if not found:
-            return values
+def _adjectives(cursor: _Words, stated: Iterable[int | None] = (None, None, None, None)) -> list[int | None]:
+    values = list(stated)
+    while (term := cursor.look_up(_ADJECTIVES)) is not None:
         cursor.expect(values[term[0]] is None)
         values[term[0]] = term[1]
+    return values
 
 
 def _part(cursor: _Words, closed: bool, last: bool) -> Part:
@@ -225,16 +207,9 @@ def _part(cursor: _Words, closed: bool, last: bool) -> Part:
         return _everything(cursor, closed)
     quantifier, place, singular = _determiner(cursor, closed)
     if singular:  # "the" with a noun in the singular or plural, or an ordinal or extreme
-        found, largest = cursor.look_up(_EXTREMES, False)
-        if found:
-            return Extreme(largest, _singular_noun(cursor))
-        found, side = cursor.look_up(_MOST, "")
-        if found:
-            return Ordinal(1, side, _singular_noun(cursor))
-        found, rank = cursor.look_up(_ORDINALS, 0)
-        if found:
-            description = _singular_noun(cursor)
-            return Ordinal(rank, _from_side(cursor), description)
+        ranked = _ranked(cursor, lambda: _singular(cursor))
+        if ranked is not None:
+            return ranked
     return _reference(cursor, quantifier, place, singular, closed, last)
 
 
@@ -248,25 +223,29 @@ def _determiner(cursor: _Words, closed: bool) -> tuple[int | None, str | None, b
     if cursor.take("both"):
         return 2, None, False
     definite = cursor.take("the")
-    found, number = cursor.look_up(_NUMBERS, 0)
-    if found:
+    number = cursor.look_up(_NUMBERS)
+    if number is not None:
         cursor.expect(definite or not closed)
         return number, None, False
     if not definite:
         cursor.expect(not closed)
         return ALL, None, False
-    if cursor.next() in grammar.MOST:
-        cursor.at += 1
-        return THE, cursor.words[cursor.at - 1], False
-    return None, None, True
+    place = cursor.look_up(_SIDES)
+    return (None, None, True) if place is None else (THE, place, False)
 
 
-def _singular_noun(cursor: _Words) -> Description:
-    values = _adjectives(cursor, [None, None, None, None])
-    found, shape = cursor.look_up(_SINGULAR, None)
-    cursor.expect(found)
-    values[SHAPE] = shape
-    return _description(values)
+def _singular(cursor: _Words) -> Description:
+    values = _adjectives(cursor)
+    values[SHAPE] = _noun(cursor, plural=False)
+    return Description(tuple(values))
+
+
+def _noun(cursor: _Words, plural: bool) -> int | None:
+    """Read a noun: its shape, or None for one that fits all."""
+    nouns, word = _PLURAL if plural else _SINGULAR, cursor.next()
+    cursor.expect(word in nouns)
+    cursor.at += 1
+    return nouns[word]
 
 
 def _everything(cursor: _Words, closed: bool) -> Reference:
@@ -276,18 +255,16 @@ def _everything(cursor: _Words, closed: bool) -> Reference:
     condition = _clause(cursor, False, values)
     cursor.expect(not closed or (condition is None and values == [None] * 4))
     relation = _relation(cursor) if place is None and condition is None else None
-    return Reference(ALL, _description(values, condition), place, relation)
+    return Reference(ALL, Description(tuple(values), condition), place, relation)
 
 
 def _reference(cursor: _Words, quantifier: int | None, place: str | None, bare_the: bool, closed: bool, last: bool) -> Reference:
-    values = _adjectives(cursor, [None, None, None, None])
+    values = _adjectives(cursor)
     plural = cursor.next() in _PLURAL
-    found, shape = cursor.look_up(_PLURAL if plural else _SINGULAR, None)
-    cursor.expect(found)
-    values[SHAPE] = shape
+    values[SHAPE] = _noun(cursor, plural)
     if bare_the:
         quantifier = ALL if plural else THE
-    elif quantifier == -1 or quantifier == THE:
+    elif quantifier in (-1, THE):
         cursor.expect(not plural)
         quantifier = ALL if quantifier == -1 else THE
     else:
@@ -302,35 +279,30 @@ def _reference(cursor: _Words, quantifier: int | None, place: str | None, bare_t
         condition = _clause(cursor, plural, values)
     hanging = condition is not None or values != adjectives
     cursor.expect(not (hanging and closed))
-    relation = None
-    if not closed and not hanging and place is None:
-        relation = _relation(cursor)
-    return Reference(quantifier, _description(values, condition), place, relation)
+    relation = None if closed or hanging or place is not None else _relation(cursor)
+    return Reference(quantifier, Description(tuple(values), condition), place, relation)
 
 
-def _relation(cursor: _Words) -> Relation | None:
+def _relation(cursor: _Words) -> grammar.Relation | None:
     side = cursor.phrase(_RELATIONS)
     if side is None:
         return None
     anchor = _part(cursor, closed=True, last=True)
     if isinstance(anchor, Ordinal) or (isinstance(anchor, Reference) and anchor.quantifier != THE):
         raise _Outside
-    return Relation(side, anchor)
+    return grammar.Relation(side, anchor)
 
 
 def _with(cursor: _Words, values: list[int | None]) -> Condition | None:
     """Read "with stripes", "with stripes or dots", "without dots"."""
     if cursor.take("without"):
-        found, term = cursor.look_up(_MARKS, (0, 0))
-        cursor.expect(found)
-        return Condition("not", (term,))
+        return Condition("not", (cursor.need(_MARKS),))
     if not cursor.take("with"):
         return None
-    found, term = cursor.look_up(_MARKS, (0, 0))
-    cursor.expect(found)
+    term = cursor.need(_MARKS)
     if cursor.take("or"):
-        also, other = cursor.look_up(_MARKS, (0, 0))
-        cursor.expect(also and other != term)
+        other = cursor.need(_MARKS)
+        cursor.expect(other != term)
         return Condition("either", (term, other))
     cursor.expect(values[TEXTURE] is None)
     values[TEXTURE] = term[1]
@@ -339,37 +311,33 @@ def _with(cursor: _Words, values: list[int | None]) -> Condition | None:
 
 def _clause(cursor: _Words, plural: bool, values: list[int | None]) -> Condition | None:
     """Read "that is red" (into `values`), "that are not red", "which are neither red nor blue", "that is red or striped"."""
-    with_condition = _with(cursor, values) if cursor.next() in ("with", "without") else None
-    if with_condition is not None:
-        return with_condition
+    condition = _with(cursor, values)
+    if condition is not None:
+        return condition
     if not cursor.take("that"):
         return None
     cursor.expect(cursor.take("are" if plural else "is"))
     if cursor.take("not"):
         return Condition("not", (_predicate(cursor, plural),))
-    if cursor.take("neither"):
-        first = _predicate(cursor, plural)
-        cursor.expect(cursor.take("nor"))
-        second = _predicate(cursor, plural)
-        cursor.expect(first != second)
-        return Condition("neither", (first, second))
+    neither = cursor.take("neither")
     first = _predicate(cursor, plural)
-    if cursor.take("or"):
+    if cursor.take("nor" if neither else "or"):
         second = _predicate(cursor, plural)
         cursor.expect(first != second)
-        return Condition("either", (first, second))
+        return Condition("neither" if neither else "either", (first, second))
+    cursor.expect(not neither)
     cursor.expect(first[0] != SHAPE and values[first[0]] is None)
     values[first[0]] = first[1]
     return None
 
 
 def _predicate(cursor: _Words, plural: bool) -> tuple[int, int]:
-    found, term = cursor.look_up(_ADJECTIVES, (0, 0))
-    if found:
+    term = cursor.look_up(_ADJECTIVES)
+    if term is not None:
         return term
     if not plural:
         cursor.expect(cursor.take("a") or cursor.take("an"))
-    found, shape = cursor.look_up(_PLURAL if plural else _SINGULAR, None)
-    if not found or shape is None:
+    shape = _noun(cursor, plural)
+    if shape is None:
         raise _Outside
     return SHAPE, shape

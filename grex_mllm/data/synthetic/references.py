@@ -36,13 +36,7 @@ from grex_mllm.types import ImageRecord, Sample
 
 ATTRIBUTES = (SHAPE, COLOUR, SIZE, TEXTURE)
 MAX_PARTS = 3
-_MAX_TREES = 400
-
-
-def expression_for(scene: Scene | Sample | ImageRecord, targets: Iterable[int | str], rng: random.Random) -> str | None:
-    """Return one expression that denotes exactly `targets` (positions or annotation ids), or None where the grammar has no short one."""
-    found = references_for(scene, targets, rng, 1)
-    return found[0] if found else None
+MAX_TREES = 400  # that are tried for one set
 
 
 def references_for(scene: Scene | Sample | ImageRecord, targets: Iterable[int | str], rng: random.Random, number: int) -> list[str]:
@@ -54,22 +48,18 @@ def references_for(scene: Scene | Sample | ImageRecord, targets: Iterable[int | 
     known, mask = resolve(scene, targets)
     if not mask:
         return []
-    trees = list(itertools.islice((tree for tree in _trees(known, mask) if denoted(tree, known) == mask), _MAX_TREES))
+    found = list(itertools.islice((tree for tree in trees(known, mask) if denoted(tree, known) == mask), MAX_TREES))
     texts: list[str] = []
-    while trees and len(texts) < number:
-        place = int(len(trees) * rng.random() ** 3)  # early trees are simple
-        text = word_expression(trees.pop(place), rng)
+    while found and len(texts) < number:
+        place = int(len(found) * rng.random() ** 3)  # early trees are simple
+        text = word_expression(found.pop(place), rng)
         if text is not None and text not in texts:
             texts.append(text)
     return texts
 
 
-def short_trees(scene: Scene, targets: int) -> Iterator[Expression]:
-    """Yield short trees that may denote the targets (a bit mask), at most 400, simple ones first."""
-    return itertools.islice(_trees(scene, targets), _MAX_TREES)
-
-
-def _trees(scene: Scene, targets: int) -> Iterator[Expression]:
+def trees(scene: Scene, targets: int) -> Iterator[Expression]:
+    """Yield short trees that may denote the targets (a bit mask), simple ones first."""
     descriptions = _descriptions(scene, targets)
     yield from _parts(scene, targets, descriptions, closed=False)
     for description in descriptions:
@@ -82,14 +72,18 @@ def _trees(scene: Scene, targets: int) -> Iterator[Expression]:
     yield from _unions(scene, targets)
 
 
+def common_attributes(scene: Scene, targets: int) -> list[int]:
+    """Return the attributes in which all objects of a bit mask are alike."""
+    values = [scene.objects[item].values for item in bits(targets)]
+    return [k for k in ATTRIBUTES if len({value[k] for value in values}) == 1]
+
+
 def _descriptions(scene: Scene, targets: int) -> list[Description]:
     """Return what the targets share, from one stated value to all of them; the bare "shape" last."""
-    items = bits(targets)
-    first = scene.objects[items[0]].values
-    common = [k for k in ATTRIBUTES if all(scene.objects[item].values[k] == first[k] for item in items)]
+    common = common_attributes(scene, targets)
     subsets = [list(subset) for size in range(1, len(common) + 1) for subset in itertools.combinations(common, size)]
     subsets.sort(key=lambda subset: (len(subset) + (SHAPE not in subset), subset))
-    return [Description(keep(scene, items[0], subset)) for subset in [*subsets, []]]
+    return [keep(scene, bits(targets)[0], subset) for subset in [*subsets, []]]
 
 
 def _quantifiers(number: int) -> list[int]:
@@ -120,17 +114,16 @@ def _parts(scene: Scene, targets: int, descriptions: list[Description], closed: 
 
 
 def _conditions(scene: Scene, targets: int, description: Description, rest: int) -> Iterator[Expression]:
-    free = [k for k in ATTRIBUTES if description.values[k] is None]
     quantifier = _quantifiers(targets.bit_count())[0]
-    terms = [(k, value) for k in free for value in scene.present[k]]
-    outside = [term for term in terms if scene.masks[term[0]][term[1]] & rest and not scene.masks[term[0]][term[1]] & targets]
-    inside = [term for term in terms if scene.masks[term[0]][term[1]] & targets and not scene.masks[term[0]][term[1]] & rest]
+    fitting = {(k, value): scene.masks[k][value] for k in description.free for value in scene.present[k]}
+    outside = [term for term, mask in fitting.items() if mask & rest and not mask & targets]
+    inside = [term for term, mask in fitting.items() if mask & targets and not mask & rest]
     for term in outside:
-        if not rest & ~scene.masks[term[0]][term[1]]:
+        if not rest & ~fitting[term]:
             yield Reference(quantifier, Description(description.values, Condition("not", (term,))))
     for kind, options, wanted in (("neither", outside, rest), ("either", inside, targets)):
         for pair in itertools.combinations(options, 2):
-            if not wanted & ~(scene.masks[pair[0][0]][pair[0][1]] | scene.masks[pair[1][0]][pair[1][1]]):
+            if not wanted & ~(fitting[pair[0]] | fitting[pair[1]]):
                 yield Reference(quantifier, Description(description.values, Condition(kind, pair)))
 
 
@@ -163,17 +156,21 @@ def _shared(scene: Scene, targets: int) -> Iterator[Expression]:
                 yield Shared(quantifier, description, (shapes[0], shapes[1]))
 
 
+def splits(scene: Scene, targets: int) -> list[list[int]]:
+    """Split the objects of a bit mask by each attribute, then one by one; only into two groups up to MAX_PARTS."""
+    found = [[scene.masks[k][value] & targets for value in scene.present[k]] for k in ATTRIBUTES]
+    found.append([1 << item for item in bits(targets)])
+    groupings = [[group for group in groups if group] for groups in found]
+    return [groups for groups in groupings if 2 <= len(groups) <= MAX_PARTS]
+
+
 def _unions(scene: Scene, targets: int) -> Iterator[Expression]:
     """Split the targets into two or three groups that each have a description of their own, by an attribute or one by one."""
-    splits: list[list[int]] = [[scene.masks[k][value] & targets for value in scene.present[k]] for k in ATTRIBUTES]
-    splits.append([1 << item for item in bits(targets)])
+    groupings = splits(scene, targets)
     if targets.bit_count() <= 6:
         lowest = targets & -targets
-        splits.extend([group, targets ^ group] for group in _subsets(targets) if group & lowest)
-    for split in splits:
-        groups = [group for group in split if group]
-        if not 2 <= len(groups) <= MAX_PARTS:
-            continue
+        groupings.extend([group, targets ^ group] for group in _subsets(targets) if group & lowest)
+    for groups in groupings:
         options = []
         for group in groups:
             parts = _parts(scene, group, _descriptions(scene, group)[:-1], closed=True)

@@ -1,9 +1,8 @@
 """Synthetic scenes: what stands where, and the pixels.
 
-A scene is a function of (seed, split, index): numpy's SeedSequence spreads these, PCG64's raw stream and Python's `random.random()`
-(both frozen by
-their documentation) supply the numbers, and all pixels are integer arithmetic. So every machine, order and worker count makes the same
-bytes.
+A scene is a function of (seed, split, index): numpy's SeedSequence spreads these, PCG64's raw stream and Python's `random.random()` (both
+frozen by their documentation) supply the numbers, and all pixels are integer arithmetic. So every machine, order and worker count makes
+the same bytes.
 """
 
 from __future__ import annotations
@@ -75,6 +74,10 @@ class Scene:
             self.areas.append(shapes.full_area(item.values[SHAPE], item.scale))
         self.present = [[value for value, mask in enumerate(table) if mask] for table in self.masks]
 
+    def axis(self, side: str) -> tuple[list[float], int]:
+        """Return the objects' centres and the image's extent along the axis of a side."""
+        return (self.centre_x, self.width) if side in ("left", "right") else (self.centre_y, self.height)
+
     def beside(self, side: str, anchor: int | None) -> tuple[int, int]:
         """Return (objects clearly on that side, objects too near the line) of an object, or of the image's middle for None.
 
@@ -82,8 +85,7 @@ class Scene:
         """
         found = self._sides.get((side, anchor))
         if found is None:
-            horizontal = side in ("left", "right")
-            centres, extent = (self.centre_x, self.width) if horizontal else (self.centre_y, self.height)
+            centres, extent = self.axis(side)
             line, margin = (extent / 2, _PLACE_MARGIN * extent) if anchor is None else (centres[anchor], _RELATION_MARGIN * extent)
             before, after, bit = 0, 0, 1
             for centre in centres:
@@ -100,16 +102,11 @@ class Scene:
         return found
 
     def ranked(self, mask: int, side: str, rank: int) -> int | None:
-        """Return the bit of the object of `mask` at that rank from a side; 0 where there are fewer; None where neighbours are nearer
-        than 4 %.
-        """
+        """Return the bit of the object of `mask` at that rank from a side; 0 where there are fewer; None with neighbours within 4 %."""
         if mask.bit_count() < rank:
             return 0
-        horizontal = side in ("left", "right")
-        centres, extent = (self.centre_x, self.width) if horizontal else (self.centre_y, self.height)
-        members = sorted((centres[k], k) for k in bits(mask))
-        if side in ("right", "bottom"):
-            members.reverse()
+        centres, extent = self.axis(side)
+        members = sorted(((centres[k], k) for k in bits(mask)), reverse=side in ("right", "bottom"))
         place = members[rank - 1][0]
         for neighbour in members[max(rank - 2, 0) : rank + 1]:
             if neighbour is not members[rank - 1] and abs(neighbour[0] - place) < _ORDER_MARGIN * extent:
@@ -117,16 +114,12 @@ class Scene:
         return 1 << members[rank - 1][1]
 
     def extreme(self, mask: int, largest: bool) -> int | None:
-        """Return the bit of the largest or smallest object of `mask` by whole drawn area; 0 for none; None unless the ratio to the next
-        is 1.3.
-        """
+        """Return the bit of the largest or smallest object of `mask` by whole area; 0 for none; None unless 1.3 times the next."""
         if not mask:
             return 0
-        members = sorted((self.areas[k], k) for k in bits(mask))
-        if largest:
-            members.reverse()
+        members = sorted(((self.areas[k], k) for k in bits(mask)), reverse=largest)
         if len(members) > 1:
-            above, below = max(members[0][0], members[1][0]), min(members[0][0], members[1][0])
+            below, above = sorted((members[0][0], members[1][0]))
             if above * _AREA_RATIO[1] < below * _AREA_RATIO[0]:
                 return None
         return 1 << members[0][1]
@@ -134,12 +127,7 @@ class Scene:
 
 def bits(mask: int) -> list[int]:
     """Return the positions of the ones, ascending."""
-    found = []
-    while mask:
-        low = mask & -mask
-        found.append(low.bit_length() - 1)
-        mask ^= low
-    return found
+    return [k for k in range(mask.bit_length()) if mask >> k & 1]
 
 
 @dataclass(frozen=True)
@@ -263,9 +251,7 @@ def _noise(amplitude: int) -> np.ndarray:
 
 
 def _background(r: Callable[[], float], size: int) -> np.ndarray:
-    """Return uint8 [3, H, W]: a greyish tint (54..186) plus a brightness pattern (-40..40): plain, gradient, checker or low-frequency
-    texture.
-    """
+    """Return uint8 [3, H, W]: a greyish tint (54..186) plus a pattern (-40..40): plain, gradient, checker or low-frequency texture."""
     kind, strength = int(r() * 4), 12 + int(r() * 28)
     grey = 70 + int(r() * 100)
     tint = [grey + int(r() * 33) - 16 for _ in range(3)]
@@ -296,12 +282,7 @@ def draw_scene(config: SyntheticConfig, split: str, index: int) -> DrawnScene:
     """
     words = scene_seed(config, split, index)
     r = random.Random((int(words[0]) << 64) | int(words[1])).random
-    held = held_out_pairs(config)
-    return _draw(config, r, held, split == "compositional")
-
-
-def _draw(config: SyntheticConfig, r: Callable[[], float], held: HeldOut, compositional: bool) -> DrawnScene:
-    size = config.image_size
+    held, size = held_out_pairs(config), config.image_size
     number = config.min_objects + int(r() * (config.max_objects - config.min_objects + 1))
     canvas = _background(r, size)
     labels = np.zeros((size, size), dtype=np.uint8)
@@ -309,7 +290,7 @@ def _draw(config: SyntheticConfig, r: Callable[[], float], held: HeldOut, compos
     visible: list[int] = [0]
     least: list[float] = [0.0]
     touched: set[int] = set()
-    for values in _choose_values(r, number, held, compositional):
+    for values in _choose_values(r, number, held, split == "compositional"):
         scale = int(r() * FIRST_LARGE) + (FIRST_LARGE if values[SIZE] else 0)
         diameter = (DIAMETERS[scale] * size + 48) // 96
         form = shapes.template(values[SHAPE], diameter, int(r() * NUM_ANGLES), values[TEXTURE], values[SIZE] == 0)
@@ -342,6 +323,8 @@ def _draw(config: SyntheticConfig, r: Callable[[], float], held: HeldOut, compos
 
 def _hidden(under: np.ndarray, mask: np.ndarray, number: int) -> list[int] | None:
     """Return how many pixels of every label the mask would cover (label 0 counted as 0), or None where it covers no object."""
+    if not under.any():
+        return None
     if not under.any():
         return None
     covered = under[mask]

@@ -49,39 +49,22 @@ class Template:
     num_pixels: int
 
 
-def _polygon(points: list[tuple[float, float]]) -> np.ndarray:
+def _polygon(*points: tuple[float, float]) -> np.ndarray:
     return np.array([[round(x * _UNIT), round(y * _UNIT)] for x, y in points], dtype=np.int64)
 
 
-def _star_points() -> list[tuple[float, float]]:
-    points = []
-    for k in range(10):
-        radius = 1.2 if k % 2 == 0 else 0.56
-        points.append((radius * math.sin(math.pi * k / 5), -radius * math.cos(math.pi * k / 5)))
-    return points
-
-
-def _cross_points() -> list[tuple[float, float]]:
-    arm, long = 0.37, 1.06
-    return [(-arm, -long), (arm, -long), (arm, -arm), (long, -arm), (long, arm), (arm, arm)] + [
-        (arm, long), (-arm, long), (-arm, arm), (-long, arm), (-long, -arm), (-arm, -arm)
-    ]  # fmt: skip
-
+_STAR = [(radius * math.sin(math.pi * k / 5), -radius * math.cos(math.pi * k / 5)) for k, radius in enumerate([1.2, 0.56] * 5)]
+_ARM = [(-0.37, -1.06), (0.37, -1.06), (0.37, -0.37)]  # of the cross; turned by quarters it is the others
 
 # in units of the radius, y down; a circle and a ring have none
 _POLYGONS: dict[str, np.ndarray] = {
-    "square": _polygon([(-0.86, -0.86), (0.86, -0.86), (0.86, 0.86), (-0.86, 0.86)]),
-    "triangle": _polygon([(0.0, -1.18), (1.03, 0.72), (-1.03, 0.72)]),
-    "star": _polygon(_star_points()),
-    "bar": _polygon([(-1.2, -0.43), (1.2, -0.43), (1.2, 0.43), (-1.2, 0.43)]),
-    "cross": _polygon(_cross_points()),
+    "square": _polygon((-0.86, -0.86), (0.86, -0.86), (0.86, 0.86), (-0.86, 0.86)),
+    "triangle": _polygon((0.0, -1.18), (1.03, 0.72), (-1.03, 0.72)),
+    "star": _polygon(*_STAR),
+    "bar": _polygon((-1.2, -0.43), (1.2, -0.43), (1.2, 0.43), (-1.2, 0.43)),
+    "cross": _polygon(*((x * c - y * s, x * s + y * c) for c, s in ((1, 0), (0, 1), (-1, 0), (0, -1)) for x, y in _ARM)),
 }
 _RING_HOLE = round(0.46 * _UNIT)
-
-
-def _shoelace(points: np.ndarray) -> int:
-    x, y = points[:, 0], points[:, 1]
-    return abs(int((x * np.roll(y, -1) - np.roll(x, -1) * y).sum())) // 2
 
 
 def _unit_area(shape: str) -> int:
@@ -90,7 +73,8 @@ def _unit_area(shape: str) -> int:
         return disc
     if shape == "ring":
         return disc - 3217 * _RING_HOLE * _RING_HOLE // 1024
-    return _shoelace(_POLYGONS[shape])
+    x, y = _POLYGONS[shape].T
+    return abs(int((x * np.roll(y, -1) - np.roll(x, -1) * y).sum())) // 2
 
 
 def full_area(shape: int, scale: int) -> int:

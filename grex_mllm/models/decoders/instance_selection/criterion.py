@@ -14,7 +14,7 @@ from torch.nn import functional as F
 
 from grex_mllm.models.decoders.instance_selection.config import InstanceSelectionConfig
 from grex_mllm.models.decoders.instance_selection.regions import Regions, box_area, gather, grid_boxes
-from grex_mllm.ops.losses import count_cross_entropy, focal_sum, giou_each, l1_sum, matched_boxes, shared_count
+from grex_mllm.ops.losses import count_cross_entropy, focal_sum, giou_each, matched_boxes, shared_count
 from grex_mllm.ops.matching import match
 from grex_mllm.types import Batch, GroundingOutput
 
@@ -55,7 +55,7 @@ def heat_terms(regions: Regions, batch: Batch) -> dict[str, Tensor]:
     near_count = shared_count(len(wanted), logits)
     return {
         "heat": (positive.sum() + negative.sum()) / count,
-        "cell_box_l1": l1_sum(predicted, wanted) / near_count,
+        "cell_box_l1": (predicted - wanted).abs().sum() / near_count,
         "cell_box_giou": (1.0 - giou_each(predicted, wanted)).sum() / near_count,
     }
 
@@ -77,7 +77,7 @@ def region_terms(regions: Regions, batch: Batch) -> tuple[dict[str, Tensor], Ten
         goal = torch.zeros_like(regions.objectness[layer])
         goal[matches.problem, matches.query] = close.to(goal.dtype)
         _add(terms, "objectness", focal_sum(regions.objectness[layer], goal, FOCAL_ALPHA) / count)
-        _add(terms, "box_l1", l1_sum(predicted, wanted) / count)
+        _add(terms, "box_l1", (predicted - wanted).abs().sum() / count)
         _add(terms, "box_giou", (1.0 - giou).sum() / count)
         if layer == num_layers - 1:
             owner[matches.problem, matches.query] = torch.where(close, matches.target, -1)
@@ -112,10 +112,7 @@ def selection_terms(output: GroundingOutput, batch: Batch, owner: Tensor) -> dic
     num_expressions = shared_count(len(wanted), wanted)
     assert output.no_target_logits is not None
     no_target = F.cross_entropy(output.no_target_logits, batch.no_target.long(), reduction="sum")
-    terms = {
-        "target": torch.stack(each).sum() / (len(layers) * num_expressions * 4.0),
-        "no_target": no_target / num_expressions,
-    }
+    terms = {"target": torch.stack(each).sum() / (len(layers) * num_expressions * 4.0), "no_target": no_target / num_expressions}
     if output.count_logits is not None:
         terms["count"] = count_cross_entropy(output.count_logits, batch.gt_count)
     return terms

@@ -24,7 +24,7 @@ from torch.nn import functional as F
 from grex_mllm.errors import fault
 from grex_mllm.models.decoders.instance_selection.config import InstanceSelectionConfig
 from grex_mllm.models.decoders.instance_selection.regions import BOX_CODE_WIDTH, PAIR_WIDTH, ImagePart, Regions, box_code, mlp, precise
-from grex_mllm.ops.attention import attend
+from grex_mllm.ops.attention import attend, split_heads
 from grex_mllm.types import NUM_COUNTS, DecoderInputs, GroundingOutput, Proposals, TextFeatures
 
 LEAST_REAL = 1e-3
@@ -46,18 +46,15 @@ class LanguageLayer(nn.Module):
     def forward(self, x: Tensor, geometry: Tensor, real: Tensor, tokens: Tensor, token_mask: Tensor, sentence: Tensor) -> Tensor:
         """Update x [E, K, C]; geometry [E, K, K, G]; real [E, K]: how likely each region is an object; tokens [E, L, C], token_mask bool
         [E, 1, 1, L]; sentence [E, C]."""
-        key, value = (self._split(t) for t in self.text_key_value(tokens).chunk(2, dim=-1))
-        read = attend(self._split(self.text_query(self.norm_text(x))), key, value, token_mask).transpose(1, 2).flatten(2)
+        key, value = (split_heads(t, self.num_heads) for t in self.text_key_value(tokens).chunk(2, dim=-1))
+        read = attend(split_heads(self.text_query(self.norm_text(x)), self.num_heads), key, value, token_mask).transpose(1, 2).flatten(2)
         x = x + self.text_out(read)
         x = x + self.gate_out(self.norm_gate(x) * self.gate(read + sentence[:, None]))
         x = x + self.self_out(self._relate(self.norm_self(x), geometry, real))
         return x + self.ffn(self.norm_ffn(x))
 
-    def _split(self, t: Tensor) -> Tensor:
-        return t.unflatten(-1, (self.num_heads, -1)).transpose(1, 2)
-
     def _relate(self, x: Tensor, geometry: Tensor, real: Tensor) -> Tensor:
-        query, key, value = (self._split(t) for t in self.self_in(x).chunk(3, dim=-1))
+        query, key, value = (split_heads(t, self.num_heads) for t in self.self_in(x).chunk(3, dim=-1))
         wanted = self.geometry(x).unflatten(-1, (self.num_heads, PAIR_WIDTH))  # which relation each region looks for, from what it has read
         bias = torch.einsum("eihg,eijg->ehij", wanted, geometry.to(wanted.dtype))
         logits = query @ key.transpose(-1, -2) / math.sqrt(query.shape[-1]) + bias

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from grex_mllm.models.decoders.instance_selection.config import InstanceSelectionConfig
-from grex_mllm.ops.attention import attend
+from grex_mllm.ops.attention import attend, split_heads
 from grex_mllm.types import PixelFeatures
 
 OUTSIDE_LOGIT = -30.0
@@ -103,10 +103,8 @@ class ImageLayer(nn.Module):
         return x + self.ffn(self.norm_ffn(x))
 
     def _attend(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-        def split(t: Tensor) -> Tensor:
-            return t.unflatten(-1, (self.num_heads, -1)).transpose(1, 2)
-
-        return attend(split(query), split(key), split(value)).transpose(1, 2).flatten(2)
+        query, key, value = (split_heads(t, self.num_heads) for t in (query, key, value))
+        return attend(query, key, value).transpose(1, 2).flatten(2)
 
 
 class ImagePart(nn.Module):

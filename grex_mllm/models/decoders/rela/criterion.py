@@ -15,7 +15,7 @@ from torch import Tensor
 
 from grex_mllm.errors import fault
 from grex_mllm.models.decoders.rela.config import RelaConfig
-from grex_mllm.ops.losses import count_cross_entropy, focal_sum, giou_each, l1_sum, matched_boxes, shared_count
+from grex_mllm.ops.losses import count_cross_entropy, focal_sum, giou_each, matched_boxes, shared_count
 from grex_mllm.ops.matching import MatchCost, Matches, match
 from grex_mllm.types import Batch, GroundingOutput
 
@@ -71,7 +71,8 @@ def no_target_cross_entropy(no_target_logits: Tensor, no_target: Tensor, class_w
 
 def box_l1(boxes_norm: Tensor, gt_boxes_norm: Sequence[Tensor], matches: Matches) -> Tensor:
     """Compute the L1 distance of matched boxes, the four numbers summed, mean over matches; 0 (with a gradient path) without matches."""
-    return l1_sum(*matched_boxes(boxes_norm, gt_boxes_norm, matches)) / shared_count(len(matches), boxes_norm)
+    predicted, wanted = matched_boxes(boxes_norm, gt_boxes_norm, matches)
+    return (predicted - wanted).abs().sum() / shared_count(len(matches), boxes_norm)
 
 
 def box_giou(boxes_norm: Tensor, gt_boxes_norm: Sequence[Tensor], matches: Matches) -> Tensor:

@@ -22,6 +22,7 @@ from grex_mllm.models.decoders.rela.grouping import Grouping, group
 from grex_mllm.models.decoders.rela.heads import RegionHeads
 from grex_mllm.models.pixel_decoder import NUM_LEVELS
 from grex_mllm.models.positions import sine_positions
+from grex_mllm.ops.attention import split_heads
 from grex_mllm.ops.feedforward import feedforward
 from grex_mllm.types import DecoderInputs, GroundingOutput, PixelFeatures, TextFeatures
 
@@ -60,7 +61,7 @@ class Attention(nn.Module):
         """
         if self.key is not None and self.value is not None:
             key, value = self.key(key), self.value(value)
-        q, k, v = (t.unflatten(2, (self.num_heads, -1)).transpose(1, 2) for t in (self.query(query), key, value))
+        q, k, v = (split_heads(t, self.num_heads) for t in (self.query(query), key, value))
         y = F.scaled_dot_product_attention(q, k, v, attn_mask=allowed)
         return self.out_proj(y.transpose(1, 2).flatten(2))
 

@@ -253,10 +253,6 @@ class RegionTokenGenerator(nn.Module):
         finally:
             self.train(was_training)
 
-    def trainable_parameters(self) -> list[nn.Parameter]:
-        """Return the parameters that learn: adapters and region tokens."""
-        return [p for p in self.parameters() if p.requires_grad]
-
     @contextmanager
     def text_only(self) -> Iterator[Any]:
         """Yield the bare LM as `base_training` does, for training on text; afterwards the region tokens get the size of its embeddings."""
