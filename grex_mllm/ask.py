@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from grex_mllm.errors import GrexError, fault
-from grex_mllm.types import ExpressionRecord, ImageRecord, Instance
+from grex_mllm.types import MORE_THAN_FIVE, ExpressionRecord, ImageRecord, Instance
 
 MAX_SHOWN = 80
 
@@ -49,9 +49,9 @@ def ground_image(model: str, image: str, expressions: list[str], out: Path, devi
     for number, result in enumerate(results):
         name = f"{stem}.{number}" if len(results) > 1 else stem
         picture, mask = out / f"{name}.overlay.png", out / f"{name}.mask.png"
-        drawn = overlay(
-            pixels, result.mask, result.boxes_xyxy, result.count, box_scores=result.box_scores, no_target=result.no_target, factor=1
-        )
+        boxes = result.boxes_xyxy if result.boxes_xyxy is not None else ()
+        options = {"box_scores": result.box_scores, "no_target": result.no_target, "factor": 1}
+        drawn = overlay(pixels, result.mask, boxes, result.count, **options)  # type: ignore[arg-type]
         save_png(drawn, picture)
         save_mask_png(result.mask, mask)
         answers.append(
@@ -59,9 +59,9 @@ def ground_image(model: str, image: str, expressions: list[str], out: Path, devi
                 "expression": result.expression,
                 "no_target": result.no_target,
                 "no_target_prob": round(result.no_target_prob, 4),
-                "count": "more than 5" if result.count > 5 else result.count,
-                "boxes_xyxy": np.round(result.boxes_xyxy.astype(float), 1).tolist(),
-                "box_scores": np.round(result.box_scores.astype(float), 4).tolist(),
+                "count": "more than 5" if result.count is not None and result.count >= MORE_THAN_FIVE else result.count,
+                "boxes_xyxy": None if result.boxes_xyxy is None else np.round(result.boxes_xyxy.astype(float), 1).tolist(),
+                "box_scores": None if result.box_scores is None else np.round(result.box_scores.astype(float), 4).tolist(),
                 "mask_pixels": int(result.mask.sum()),
                 "overlay": str(picture),
                 "mask": str(mask),

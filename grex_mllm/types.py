@@ -231,7 +231,8 @@ class Grounding:
     """Answer for one expression at the original image size (public: `GrexModel.ground`).
 
     mask: bool [H0, W0].  mask_input: bool at network input size before any emptying (for the official protocol).
-    boxes_xyxy: float32 [n, 4] absolute pixels.  box_scores: float32 [n].  count: int, 6 means ">5".
+    boxes_xyxy: float32 [n, 4] absolute pixels.  box_scores: float32 [n].  count: int, 6 means ">5". Boxes, or boxes and count, are None
+    where the model has no head for them.
     no_target_prob: float.  no_target: bool, the final answer.  minimap: float32 [P, P] or None.
     head_no_target: what the no-target head alone says (the official protocol reads it).
     """
@@ -239,9 +240,9 @@ class Grounding:
     expression: str
     mask: np.ndarray
     mask_input: np.ndarray | None
-    boxes_xyxy: np.ndarray
-    box_scores: np.ndarray
-    count: int
+    boxes_xyxy: np.ndarray | None
+    box_scores: np.ndarray | None
+    count: int | None
     no_target: bool
     no_target_prob: float
     minimap: np.ndarray | None = None

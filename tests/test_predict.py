@@ -11,15 +11,20 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from tiny import tiny_speaker
+import torch
+from tiny import WORDS, tiny_config, tiny_speaker
 
+from grex_mllm.config import PROTOCOL_FOLDER
 from grex_mllm.data.synthetic.export import export
 from grex_mllm.data.synthetic.settings import SyntheticConfig
 from grex_mllm.errors import GrexError
+from grex_mllm.models.grex import GrexModel
+from grex_mllm.models.text import train_text_tokenizer
 from grex_mllm.ops.masks import decode_rle
 from grex_mllm.predict import predict_split
 from grex_mllm.predictors.grex import GrexPredictor
 from grex_mllm.predictors.protocol import object_sets
+from grex_mllm.score import score
 
 
 @pytest.fixture(scope="module")
@@ -176,3 +181,21 @@ def test_object_sets_are_distinct(place):
     for sample in FolderDataset(place / "d", "test", 10**9):
         sets = object_sets(sample.expressions)
         assert len(sets) == len(set(sets)) and set(sets) == {tuple(sorted(e.targets)) for e in sample.expressions if e.targets}
+
+
+def test_a_model_of_masks_alone_is_scored_on_masks_alone(tmp_path: Path) -> None:
+    """As a converted GRES checkpoint: no box, no count and nothing that could be scored as one."""
+    changes = {"name": "rela", "num_layers": 2, "minimap_side": 4, "boxes": "false", "count": "false"}
+    config = tiny_config(**{f"model__decoder__{name}": value for name, value in changes.items()})
+    tokenizer = train_text_tokenizer(WORDS, 300)
+    config.model.text.vocab_size = tokenizer.vocab_size
+    model = GrexModel(config, tokenizer).eval()
+    with torch.no_grad():  # something is found, and there is a target
+        model.grounding.decoder.language_part.heads.no_target.layers[-1].bias.copy_(torch.tensor([9.0, -9.0]))
+    model.save_pretrained(tmp_path / "m")
+    export(SyntheticConfig(image_size=64), "test", 2, tmp_path / "d", 3)
+    out = predict_split(str(tmp_path / "m"), str(tmp_path / "d"), tmp_path / "p.jsonl", "test", ["ground"], None, 0, None, "cpu", [])
+    lines = [json.loads(line) for line in out.read_text().splitlines()]
+    assert len(lines) == 6 and not any({"boxes_xyxy", "box_scores", "count"} & line.keys() for line in lines)
+    results = score(out, tmp_path / "d", "test", PROTOCOL_FOLDER / "all.yaml")["results"]["strict"]
+    assert "gres" in results and "grec" not in results and "count" not in results

@@ -63,7 +63,8 @@ def answers(
         no_target = bool(says_none[e]) or (config.masks and not mask.any())
         boxes, scores, count = boxes_of(output, e, geometry, canvas, config)
         if no_target:
-            mask, boxes, scores, count = np.zeros_like(mask), boxes[:0], scores[:0], 0
+            mask, count = np.zeros_like(mask), None if count is None else 0
+            boxes, scores = (None if values is None else values[:0] for values in (boxes, scores))
         minimap = output.minimap_prob[e].float().cpu().numpy() if output.minimap_prob is not None else None
         results.append(
             Grounding(expression, mask, mask_input, boxes, scores, count, no_target, float(no_target_prob[e]), minimap, bool(says_none[e]))
@@ -127,11 +128,13 @@ def masks_at(logits: Tensor, geometry: Geometry, canvas: tuple[int, int]) -> tup
 
 def boxes_of(
     output: GroundingOutput, e: int, geometry: Geometry, canvas: tuple[int, int], config: PredictConfig
-) -> tuple[np.ndarray, np.ndarray, int]:
-    """Return boxes float32 [n, 4] xyxy at original size, scores float32 [n] (best first), and the count (6 = more than five)."""
+) -> tuple[np.ndarray | None, np.ndarray | None, int | None]:
+    """Return boxes float32 [n, 4] xyxy at original size, scores float32 [n] (best first), and the count (6 = more than five).
+
+    None for what the decoder has no head for; the count then is that of the boxes, if there are any.
+    """
     if output.boxes_norm is None or output.box_logits is None:
-        count = int(output.count_logits[e].argmax()) if output.count_logits is not None else -1
-        return np.zeros((0, 4), np.float32), np.zeros(0, np.float32), count
+        return None, None, int(output.count_logits[e].argmax()) if output.count_logits is not None else None
     scores, order = output.box_logits[e].float().sigmoid().sort(descending=True, stable=True)
     above = int((scores >= config.box_threshold).sum())
     count = int(output.count_logits[e].argmax()) if output.count_logits is not None else min(above, MORE_THAN_FIVE)

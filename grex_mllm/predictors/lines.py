@@ -14,18 +14,17 @@ ROUND_TRIP = ("mask_rle", "boxes_xyxy", "box_scores", "no_target")
 
 
 def grounding_fields(result: Grounding, masks: bool = True) -> dict[str, Any]:
-    """Return the fields of a grounding.
+    """Return the fields of a grounding; what the model has no head for is left out.
 
     `no_target` is what the head alone says, which the official protocol reads.  masks: false leaves them out, so that they are not scored.
     """
     fields: dict[str, Any] = {"mask_rle": encode_rle(result.mask)} if masks else {}
-    fields |= {
-        "boxes_xyxy": np.round(result.boxes_xyxy.astype(np.float64), 3).tolist(),
-        "box_scores": np.round(result.box_scores.astype(np.float64), 5).tolist(),
-        "count": result.count,
-        "no_target_prob": round(result.no_target_prob, 6),
-        "no_target": result.head_no_target,
-    }
+    for name, values, places in (("boxes_xyxy", result.boxes_xyxy, 3), ("box_scores", result.box_scores, 5)):
+        if values is not None:
+            fields[name] = np.round(values.astype(np.float64), places).tolist()
+    if result.count is not None:
+        fields["count"] = result.count
+    fields |= {"no_target_prob": round(result.no_target_prob, 6), "no_target": result.head_no_target}
     if masks and result.mask_input is not None:
         fields["mask_rle_input"] = encode_rle(result.mask_input)
     if result.minimap is not None:
