@@ -12,7 +12,7 @@ from typing import Any
 
 from grex_mllm.compare import Run, read_run, share_of
 from grex_mllm.errors import fault
-from grex_mllm.metrics import in_order
+from grex_mllm.metrics import METRICS, in_order
 from grex_mllm.metrics.columns import headline
 from grex_mllm.metrics.selective import no_target_at_thresholds, risk_coverage
 from grex_mllm.score.calibration_plot import write_calibration_plot, write_risk_coverage_plot
@@ -88,7 +88,8 @@ def analyse(run: Run) -> dict[str, Any]:
     """Return, for every outcome: count, share, points of each headline lost, shares by number of targets and tag, and the worst ids."""
     rows = [row for row in run.rows.values() if "strict" in row]  # others are no part of any metric
     num = len(rows)
-    heads = [column for task in in_order(run.results["results"]["strict"]) if (column := headline(task)).share and column.higher_is_better]
+    ours = in_order(METRICS.keys() & run.results["results"]["strict"])  # a file from elsewhere imports nothing
+    heads = [column for task in ours if (column := headline(task)).share and column.higher_is_better]
     whole = {column.key: sum(share_of(column, row, "strict")[1] for row in rows) for column in heads}
     groups: dict[str, list[dict[str, Any]]] = {name: [] for name in OUTCOMES}
     for row in rows:

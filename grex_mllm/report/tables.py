@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Collection
 from typing import Any
 
-from grex_mllm.errors import GrexError
 from grex_mllm.metrics import entry, in_order
 from grex_mllm.metrics.columns import Column, columns, find, headline
 from grex_mllm.metrics.counting import LABELS
@@ -29,14 +29,9 @@ def protocol_block(block: Any, protocol: str = "strict") -> dict[str, Any]:
     return block if protocol == "strict" else {}
 
 
-def lookup(block: dict[str, Any], task: str, metric: str) -> Any:
-    """Return block[task][metric], where a dotted task goes deeper; None where it is absent."""
-    return find(find(block, task), metric)
-
-
-def known_tasks(blocks: list[dict[str, Any]]) -> list[str]:
-    """Return the metrics that some blocks hold and whose module is at hand, in their order."""
-    return [task for task in in_order({task for block in blocks for task in block}) if _at_hand(task)]
+def known_tasks(blocks: list[dict[str, Any]], modules: Collection[str]) -> list[str]:
+    """Return the metrics that some blocks hold and whose module may be imported, in their order."""
+    return in_order({task for block in blocks for task in block if task in modules})
 
 
 def size_of(block: dict[str, Any]) -> Any:
@@ -45,12 +40,12 @@ def size_of(block: dict[str, Any]) -> Any:
     return next((size for size in sizes if size is not None), None)
 
 
-def tiles(results: dict[str, Any]) -> str:
+def tiles(results: dict[str, Any], modules: Collection[str]) -> str:
     """Return the key numbers, each with a bar on which the dummies are marked."""
     ours = protocol_block(results)
     dummies = {name: protocol_block(block) for name, block in results.get("baselines", {}).items() if name in DUMMIES}
     cells: dict[str, str] = {}
-    for task in known_tasks([ours]):
+    for task in known_tasks([ours], modules):
         for column in columns(task, "report"):
             value = column.find(ours[task])
             beside = {name: column.find(block.get(task)) for name, block in dummies.items()}
@@ -67,13 +62,6 @@ def _tile(column: Column, value: float, dummies: dict[str, float]) -> str:
     )
 
 
-def _at_hand(task: str) -> bool:
-    try:
-        return bool(entry(task))
-    except GrexError:
-        return False
-
-
 def _meter(value: float, dummies: list[float]) -> str:
     def place(number: float) -> str:
         return f"{100 * min(max(number, 0.0), 1.0):.1f}%"
@@ -82,12 +70,12 @@ def _meter(value: float, dummies: list[float]) -> str:
     return f'<div class="meter" aria-hidden="true"><b style="width:{place(value)}"></b>{marks}</div>'
 
 
-def result_tables(results: dict[str, Any], published: list[dict[str, Any]]) -> str:
+def result_tables(results: dict[str, Any], published: list[dict[str, Any]], modules: Collection[str]) -> str:
     """Return one table for each task and protocol: our rows, the dummies, and published rows set apart as other data."""
     blocks = []
     all_tasks = list(dict.fromkeys(task for protocol in PROTOCOLS for task in protocol_block(results, protocol)))
     for task in in_order(all_tasks):
-        parts, known = [], {column.key: column for column in columns(task)} if _at_hand(task) else {}
+        parts, known = [], {column.key: column for column in columns(task)} if task in modules else {}
         title, about = (entry(task).TITLE, str(entry(task).__doc__).split("\n")[0]) if known else (task, "")
         scored = [protocol for protocol in PROTOCOLS if task in protocol_block(results, protocol)]
         for protocol, meaning in PROTOCOLS.items():
@@ -102,6 +90,8 @@ def result_tables(results: dict[str, Any], published: list[dict[str, Any]]) -> s
             parts.append(_confusion(protocol_block(results, protocol).get(task)))
             if protocol == scored[-1]:
                 parts += [_published_table(table, _columns(rows)) for table in published if table.get("task") == task]
+        if parts and not known:
+            parts.append('<p class="note">Raw numbers: the module is imported only where the protocol file is named (--protocol).</p>')
         if parts:
             blocks.append(f'<h3>{escape(title)}</h3><div class="tables">{"".join(parts)}</div>')
     return "".join(blocks)
@@ -194,12 +184,12 @@ def _confusion(block: Any) -> str:
     return _framed("confusion", "true count (rows) against predicted count (columns)", head, f"<tbody>{body}</tbody>")
 
 
-def breakdown(groups: Any, caption: str, worst_first: bool = False) -> str:
+def breakdown(groups: Any, caption: str, modules: Collection[str], worst_first: bool = False) -> str:
     """Return one table of groups (number of targets, phenomenon, source) with a bar in each cell."""
     if not isinstance(groups, dict) or not groups:
         return ""
     blocks = {name: protocol_block(block) for name, block in groups.items()}
-    tasks = known_tasks(list(blocks.values()))
+    tasks = known_tasks(list(blocks.values()), modules)
     found = [(task, column) for task in tasks for column in columns(task, "report")]
     shown = {c.name: (task, c) for task, c in reversed(found) if any(is_number(c.find(block.get(task))) for block in blocks.values())}
     chosen = [pair for pair in found if pair in shown.values()]
