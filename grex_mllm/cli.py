@@ -387,12 +387,8 @@ def _parser(verb: str) -> Any:
 
 
 def _argument_texts(function: Callable[..., int]) -> dict[str, str]:
-    texts = {}
-    for line in (function.__doc__ or "").partition("Args:")[2].splitlines():
-        name, colon, text = line.strip().partition(": ")
-        if colon:
-            texts[name] = text
-    return texts
+    lines = (line.strip().partition(": ") for line in (function.__doc__ or "").partition("Args:")[2].splitlines())
+    return {name: text for name, colon, text in lines if colon}
 
 
 if __name__ == "__main__":

@@ -138,15 +138,11 @@ class Bootstrap:
 
     def interval(self, run: str, task: str, protocol: str, metric: str, other: str | None = None) -> tuple[float, float] | None:
         """Return the 95 % interval of a metric, or of its difference to another run; None where it is not defined."""
-        values = self.values.get((run, task, protocol, metric))
-        if values is None:
+        values = [self.values.get((name, task, protocol, metric), np.zeros(0)) for name in (run, other) if name is not None]
+        if not all(map(len, values)):
             return None
-        if other is not None:
-            base = self.values.get((other, task, protocol, metric))
-            if base is None:
-                return None
-            values = values - base
-        finite = values[np.isfinite(values)]
+        drawn = values[0] - values[1] if other is not None else values[0]
+        finite = drawn[np.isfinite(drawn)]
         if not len(finite):
             return None
         low, high = np.percentile(finite, [2.5, 97.5])
@@ -257,12 +253,9 @@ def _difference_tables(runs: list[Run], draws: Bootstrap | None, where: str, kno
 
 
 def _same_protocol(runs: list[Run]) -> None:
-    kinds = {(p["name"], p["version"], json.dumps(p["tasks"], sort_keys=True)) for p in (r.results["provenance"]["protocol"] for r in runs)}
-    if len(kinds) > 1:
-        named = ", ".join(
-            f"{run.name}: {run.results['provenance']['protocol']['name']} v{run.results['provenance']['protocol']['version']}"
-            for run in runs
-        )
+    given = [run.results["provenance"]["protocol"] for run in runs]
+    if len({(p["name"], p["version"], json.dumps(p["tasks"], sort_keys=True)) for p in given}) > 1:
+        named = ", ".join(f"{run.name}: {p['name']} v{p['version']}" for run, p in zip(runs, given, strict=True))
         raise GrexError(
             f"results under different protocols ({named}); expected one protocol, version and rules; "
             "score again under one, or compare in spite of it with --any-protocol"

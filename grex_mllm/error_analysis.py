@@ -54,8 +54,7 @@ def errors(
         found["sheets"] = write_sheets(run, found, folder, Path(data), Path(predictions) if predictions is not None else None)
     if run.results.get("calibration"):
         found.setdefault("sheets", {})["calibration"] = str(write_calibration_plot(run.results["calibration"], folder / "calibration.svg"))
-    chances = selection(run)
-    if chances is not None:
+    if (chances := selection(run)) is not None:
         found["selection"] = chances
         found.setdefault("sheets", {})["risk_coverage"] = str(write_risk_coverage_plot(chances, folder / "risk_coverage.svg"))
     (folder / "errors.json").write_text(json.dumps(found, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
@@ -143,9 +142,8 @@ def as_text(found: dict[str, Any]) -> str:
         lines.append("| " + " | ".join([name, *numbers, entry["meaning"]]) + " |")
     if "selection" in found:
         lines += _selection_text(found["selection"])
-    for name, path in found.get("sheets", {}).items():
-        lines.append(f"\n{name}: {path}" if name == next(iter(found["sheets"])) else f"{name}: {path}")
-    return "\n".join(lines)
+    sheets = [f"{name}: {path}" for name, path in found.get("sheets", {}).items()]
+    return "\n".join([*lines, "", *sheets] if sheets else lines)
 
 
 def _selection_text(chances: dict[str, Any]) -> list[str]:

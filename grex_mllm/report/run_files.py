@@ -166,7 +166,7 @@ def _read_published(file: Path, notes: list[str]) -> list[dict[str, Any]]:
     except json.JSONDecodeError as error:
         notes.append(f"{file.name} of the published numbers is not valid JSON: {error}")
         return []
-    tables = content if isinstance(content, list) else content.get("tables", [content])
+    tables = content.get("tables", [content])
     return [
         {"task": file.stem.split("_")[0], **table} for table in tables if isinstance(table, dict) and isinstance(table.get("rows"), list)
     ]

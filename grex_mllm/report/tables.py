@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Collection
+from collections.abc import Collection, Iterable
 from typing import Any
 
 from grex_mllm.metrics import entry, in_order
@@ -125,7 +125,7 @@ def _table(rows: list[tuple[str, dict[str, Any]]], caption: str, known: dict[str
     def text(key: str, value: Any) -> str:
         return known[key].text(value, 1) if key in known and is_number(value) else number_text(key, value)
 
-    head = "".join(f'<th scope="col">{escape(known[key].name if key in known else metric_name(key))}</th>' for key in keys)
+    head = _heads(known[key].name if key in known else metric_name(key) for key in keys)
     body = "".join(
         f'<tr class="{"dummy" if label.startswith("dummy") else "ours"}"><th scope="row">{escape(label)}</th>'
         + "".join(f"<td>{escape(text(key, row.get(key)))}</td>" for key in keys)
@@ -133,6 +133,10 @@ def _table(rows: list[tuple[str, dict[str, Any]]], caption: str, known: dict[str
         for label, row in rows
     )
     return _framed("", caption, head, f"<tbody>{body}</tbody>")
+
+
+def _heads(names: Iterable[str]) -> str:
+    return "".join(f'<th scope="col">{escape(name)}</th>' for name in names)
 
 
 def _framed(css_class: str, caption: str, head: str, bodies: str) -> str:
@@ -148,7 +152,7 @@ def _published_table(table: dict[str, Any], ours: list[str]) -> str:
     columns = [column for column in ours if any(column in values for _, values in rows)]
     if not columns:
         return ""
-    head = "".join(f'<th scope="col">{escape(metric_name(column))}</th>' for column in columns)
+    head = _heads(map(metric_name, columns))
     body = ""
     for row, values in rows:
         name = " ".join(str(row[key]) for key in ("method", "split") if key in row)
@@ -163,15 +167,17 @@ def _published_table(table: dict[str, Any], ours: list[str]) -> str:
 
 def _confusion(block: Any) -> str:
     """Return the count's confusion matrix, where the results hold one: rows true, columns predicted."""
-    matrix = next(
-        (block[key] for key in ("confusion", "confusion_matrix") if isinstance(block, dict) and isinstance(block.get(key), list)), None
-    )
-    if not matrix or not all(isinstance(row, list) and all(is_number(cell) for cell in row) for row in matrix):
+    matrix = block.get("confusion") if isinstance(block, dict) else None
+    if (
+        not isinstance(matrix, list)
+        or not matrix
+        or not all(isinstance(row, list) and all(is_number(cell) for cell in row) for row in matrix)
+    ):
         return ""
     columns = [*LABELS, "no answer"][: len(matrix[0])]
     if len(columns) > len(LABELS) and not any(row[-1] for row in matrix):
         columns = columns[:-1]
-    head = "".join(f'<th scope="col">{escape(name)}</th>' for name in columns)
+    head = _heads(columns)
     body = "".join(
         f'<tr><th scope="row">{escape(name)}</th>'
         + "".join(
@@ -200,13 +206,13 @@ def breakdown(groups: Any, caption: str, modules: Collection[str], worst_first: 
         pairs = ((headline(task), headline(task).find(blocks[name].get(task))) for task in tasks)
         return next((float(value) if column.higher_is_better else -float(value) for column, value in pairs if is_number(value)), math.inf)
 
-    head = "".join(f'<th scope="col">{escape(column.name)}</th>' for _, column in chosen)
+    head = _heads(["N", *(column.name for _, column in chosen)])
     body = ""
     for name in sorted(blocks, key=goodness) if worst_first else blocks:
         cells = "".join(_bar_cell(column, column.find(blocks[name].get(task))) for task, column in chosen)
         size = escape(number_text("num_samples", size_of(blocks[name])))
         body += f'<tr><th scope="row">{escape(metric_name(name))}</th><td>{size}</td>{cells}</tr>'
-    return _framed("breakdown", caption, f'<th scope="col">N</th>{head}', f"<tbody>{body}</tbody>")
+    return _framed("breakdown", caption, head, f"<tbody>{body}</tbody>")
 
 
 def _bar_cell(column: Column, value: Any) -> str:
