@@ -18,7 +18,7 @@ import numpy as np
 
 from grex_mllm.errors import GrexError, fault
 from grex_mllm.metrics import METRICS, entry, in_order
-from grex_mllm.metrics.columns import Column, columns, headline, parts, raw_columns
+from grex_mllm.metrics.columns import Column, columns, parts, raw_columns
 from grex_mllm.shipped import PUBLISHED_FOLDER
 
 PROTOCOLS = ("strict", "official")
@@ -156,7 +156,7 @@ def published_tables(tasks: Iterable[str], folder: Path = PUBLISHED_FOLDER) -> l
         for found in json.loads(file.read_text(encoding="utf-8"))["tables"]:
             if found["task"] not in tasks or found["task"] not in METRICS:
                 continue
-            names = [c for c in columns(found["task"], "compare") if any(c.key in row["values"] for row in found["rows"])]
+            names = [c for c in columns(entry(found["task"]), "compare") if any(c.key in row["values"] for row in found["rows"])]
             splits = list(dict.fromkeys(row["split"] for row in found["rows"]))
             header = ["published", *(f"{split} {column.name}" for split in splits for column in names)]
             cells: dict[str, dict[str, str]] = {}
@@ -176,7 +176,7 @@ def _shares(run: Run, rows: list[dict[str, Any]], known: Collection[str]) -> dic
     found: dict[tuple[str, str, str], tuple[np.ndarray, np.ndarray]] = {}
     for protocol, blocks in run.results["results"].items():
         for task in blocks:
-            for column in columns(task) if task in known else ():
+            for column in columns(entry(task)) if task in known else ():
                 values = np.array([share_of(column, row, protocol) for row in rows], np.float64) if column.share else None
                 if values is not None and values.any():
                     found[task, protocol, column.key] = (values[:, 0].copy(), values[:, 1].copy())
@@ -202,7 +202,7 @@ def _task_table(runs: list[Run], task: str, protocol: str, where: str, draws: Bo
     if protocol == "strict":
         present += [(f"dummy: {name}", found[task]) for name, found in runs[0].results["baselines"].items() if found.get(task)]
     if task in known:
-        shown = [column for column in columns(task, "compare") if any(column.key in block for _, block in present)]
+        shown = [column for column in columns(entry(task), "compare") if any(column.key in block for _, block in present)]
     else:
         shown = raw_columns(block for _, block in present)
     rows = []
@@ -224,7 +224,7 @@ def _bucket_tables(runs: list[Run], where: str, known: Collection[str]) -> list[
     tables = []
     groups = [run.results["by_num_targets"] for run in runs]
     for task in in_order({task for group in groups for block in group.values() for task in block if task in known}):
-        column = headline(task)
+        column = entry(task).COLUMNS[0]
         buckets = [b for b in ("0", "1", "2", "3+") if any(task in group.get(b, {}) for group in groups)]
         rows = [[run.name, *(column.text(column.find(group.get(b, {}).get(task))) for b in buckets)]
                 for run, group in zip(runs, groups, strict=True)]  # fmt: skip
@@ -240,7 +240,7 @@ def _difference_tables(runs: list[Run], draws: Bootstrap | None, where: str, kno
     theirs = base.results["results"]["strict"]
     for run in runs[1:]:
         for task in in_order(theirs):
-            for column in columns(task, "compare") if task in known else ():
+            for column in columns(entry(task), "compare") if task in known else ():
                 ends = draws.interval(run.name, task, "strict", column.key, base.name)
                 mine, other = column.find(run.results["results"]["strict"].get(task)), column.find(theirs[task])
                 if ends is not None and mine is not None and other is not None:

@@ -57,11 +57,8 @@ def read_run(run_dir: Path, published_dir: Path | None = None) -> RunFiles:
     results = _parsed(run_dir / "results.json", run, "JSON", "grex score has not run on the predictions.")
     run.config, run.results = config or {}, results or {}
     if not (_read_predictions(run_dir, run) or has_log) and config is None and results is None:
-        raise fault(
-            f"run folder {run_dir} holds no config.yaml, log.jsonl, results.json or predictions.jsonl",
-            "at least one of them",
-            "run grex train, grex predict and grex score first",
-        )
+        given = f"run folder {run_dir} holds no config.yaml, log.jsonl, results.json or predictions.jsonl"
+        raise fault(given, "at least one of them", "run grex train, grex predict and grex score first")
     if published_dir is not None:
         for file in sorted(published_dir.glob("*.json")):
             run.published.extend(_read_published(file, run.notes))

@@ -7,7 +7,7 @@ from collections.abc import Collection, Iterable
 from typing import Any
 
 from grex_mllm.metrics import entry, in_order
-from grex_mllm.metrics.columns import Column, columns, find, headline
+from grex_mllm.metrics.columns import Column, columns, find
 from grex_mllm.metrics.counting import LABELS
 from grex_mllm.report.html import escape, metric_name, number_text
 from grex_mllm.report.run_files import is_number
@@ -46,7 +46,7 @@ def tiles(results: dict[str, Any], modules: Collection[str]) -> str:
     dummies = {name: protocol_block(block) for name, block in results.get("baselines", {}).items() if name in DUMMIES}
     cells: dict[str, str] = {}
     for task in known_tasks([ours], modules):
-        for column in columns(task, "report"):
+        for column in columns(entry(task), "report"):
             value = column.find(ours[task])
             beside = {name: column.find(block.get(task)) for name, block in dummies.items()}
             if is_number(value) and column.name not in cells:
@@ -75,7 +75,7 @@ def result_tables(results: dict[str, Any], published: list[dict[str, Any]], modu
     blocks = []
     all_tasks = list(dict.fromkeys(task for protocol in PROTOCOLS for task in protocol_block(results, protocol)))
     for task in in_order(all_tasks):
-        parts, known = [], {column.key: column for column in columns(task)} if task in modules else {}
+        parts, known = [], {column.key: column for column in columns(entry(task))} if task in modules else {}
         title, about = (entry(task).TITLE, str(entry(task).__doc__).split("\n")[0]) if known else (task, "")
         scored = [protocol for protocol in PROTOCOLS if task in protocol_block(results, protocol)]
         for protocol, meaning in PROTOCOLS.items():
@@ -196,14 +196,14 @@ def breakdown(groups: Any, caption: str, modules: Collection[str], worst_first: 
         return ""
     blocks = {name: protocol_block(block) for name, block in groups.items()}
     tasks = known_tasks(list(blocks.values()), modules)
-    found = [(task, column) for task in tasks for column in columns(task, "report")]
+    found = [(task, column) for task in tasks for column in columns(entry(task), "report")]
     shown = {c.name: (task, c) for task, c in reversed(found) if any(is_number(c.find(block.get(task))) for block in blocks.values())}
     chosen = [pair for pair in found if pair in shown.values()]
     if not chosen:
         return ""
 
     def goodness(name: str) -> float:
-        pairs = ((headline(task), headline(task).find(blocks[name].get(task))) for task in tasks)
+        pairs = ((entry(task).COLUMNS[0], entry(task).COLUMNS[0].find(blocks[name].get(task))) for task in tasks)
         return next((float(value) if column.higher_is_better else -float(value) for column, value in pairs if is_number(value)), math.inf)
 
     head = _heads(["N", *(column.name for _, column in chosen)])
