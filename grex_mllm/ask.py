@@ -151,11 +151,8 @@ def _read_mask(file: str, size: tuple[int, ...]) -> np.ndarray:
 
     mask = load_image(file).max(axis=-1) > 127
     if mask.shape != size:
-        raise fault(
-            f"mask {file} is {mask.shape[0]}x{mask.shape[1]}",
-            f"{size[0]}x{size[1]}, the image's height x width",
-            "give a mask of that size",
-        )
+        given = f"mask {file} is {mask.shape[0]}x{mask.shape[1]}"
+        raise fault(given, f"{size[0]}x{size[1]}, the image's height x width", "give a mask of that size")
     if not mask.any():
         raise fault(f"mask {file} without a pixel above 127", "at least one, where the object is", "leave the empty mask out")
     return mask

@@ -221,7 +221,12 @@ def convert(
 
 
 def compare(
-    results: Places, out: str | None = None, format: str = "markdown", no_published: bool = False, any_protocol: bool = False
+    results: Places,
+    out: str | None = None,
+    format: str = "markdown",
+    no_published: bool = False,
+    any_protocol: bool = False,
+    metric: list[str] | None = None,
 ) -> int:
     """Set results side by side, with paired bootstrap intervals where per-sample rows exist.
 
@@ -231,10 +236,11 @@ def compare(
         format: markdown, latex or csv.
         no_published: leave the published rows out.
         any_protocol: compare in spite of different protocol versions.
+        metric: dotted paths of your own metrics, which are imported for their columns.
     """
     from grex_mllm.compare import compare as run
 
-    text = run(results, format=format, published=not no_published, any_protocol=any_protocol)
+    text = run(results, format=format, published=not no_published, any_protocol=any_protocol, metrics=metric or ())
     if out is None:
         print(text)
     else:
@@ -257,15 +263,16 @@ def errors(results: Place, out: str = "errors", data: str | None = None, predict
     return 0
 
 
-def report(run: Place) -> int:
+def report(run: Place, protocol: str | None = None) -> int:
     """Write report.html of a finished run.
 
     Args:
         run: the run's folder.
+        protocol: the run's protocol file, where it names metrics of your own.
     """
     from grex_mllm.demo import report_run
 
-    print(report_run(Path(run)))
+    print(report_run(Path(run), protocol))
     return 0
 
 
@@ -380,12 +387,8 @@ def _parser(verb: str) -> Any:
 
 
 def _argument_texts(function: Callable[..., int]) -> dict[str, str]:
-    texts = {}
-    for line in (function.__doc__ or "").partition("Args:")[2].splitlines():
-        name, colon, text = line.strip().partition(": ")
-        if colon:
-            texts[name] = text
-    return texts
+    lines = (line.strip().partition(": ") for line in (function.__doc__ or "").partition("Args:")[2].splitlines())
+    return {name: text for name, colon, text in lines if colon}
 
 
 if __name__ == "__main__":

@@ -8,7 +8,8 @@ from __future__ import annotations
 import csv
 import io
 import json
-from collections.abc import Iterable, Sequence
+from collections import Counter
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -16,8 +17,8 @@ from typing import Any
 import numpy as np
 
 from grex_mllm.errors import GrexError, fault
-from grex_mllm.metrics import METRICS, in_order
-from grex_mllm.metrics.columns import Column, columns, headline, parts
+from grex_mllm.metrics import METRICS, entry, in_order
+from grex_mllm.metrics.columns import Column, columns, parts, raw_columns
 from grex_mllm.shipped import PUBLISHED_FOLDER
 
 PROTOCOLS = ("strict", "official")
@@ -51,19 +52,22 @@ def compare(
     format: str = "markdown",
     published: bool = True,
     any_protocol: bool = False,
+    metrics: Sequence[str] = (),
     num_draws: int = NUM_DRAWS,
     seed: int = 0,
 ) -> str:
     """Return the comparison of results.json files as Markdown, LaTeX or CSV text.
 
     published: add the rows of `eval/published/` (other data unless the dataset is the papers'). any_protocol: compare in spite of
-    different protocol versions. Intervals appear where all results of a dataset and split have per-sample rows (`grex score --per-sample`).
+    different protocol versions. metrics: dotted paths of metrics that are imported beside METRICS; of others, which a file from elsewhere
+    may name, the raw numbers are shown. Intervals appear where all results of a dataset and split have per-sample rows.
 
     Raises:
         GrexError: a file is missing or no results.json, the format is unknown, or protocols differ.
     """
     if format not in FORMATS:
         raise fault(f'format "{format}"', ", ".join(FORMATS), "choose one of them")
+    known = {*METRICS, *(name for name in metrics if entry(name))}
     runs = _named([read_run(Path(path)) for path in results])
     if not any_protocol:
         _same_protocol(runs)
@@ -73,14 +77,14 @@ def compare(
         dataset = run.results["provenance"]["dataset"]
         groups.setdefault((str(dataset["name"]), str(dataset["split"])), []).append(run)
     for (dataset_name, split), members in groups.items():
-        draws = Bootstrap(members, num_draws, seed) if all(m.rows for m in members) else None
+        draws = Bootstrap(members, num_draws, seed, known) if all(m.rows for m in members) else None
         for task in in_order({task for m in members for block in m.results["results"].values() for task in block}):
             for protocol in PROTOCOLS:
-                table = _task_table(members, task, protocol, f"{dataset_name} {split}", draws)
+                table = _task_table(members, task, protocol, f"{dataset_name} {split}", draws, known)
                 if table is not None:
                     tables.append(table)
-        tables += _bucket_tables(members, f"{dataset_name} {split}")
-        tables += _difference_tables(members, draws, f"{dataset_name} {split}")
+        tables += _bucket_tables(members, f"{dataset_name} {split}", known)
+        tables += _difference_tables(members, draws, f"{dataset_name} {split}", known)
     if published:
         shown = {task for run in runs for block in run.results["results"].values() for task in block}
         tables += published_tables(shown)
@@ -113,13 +117,13 @@ def read_run(path: Path) -> Run:
 class Bootstrap:
     """Paired resampling over the expressions that all runs have: for each run, task and metric, NUM_DRAWS values from the same draws."""
 
-    def __init__(self, runs: list[Run], num_draws: int, seed: int) -> None:
+    def __init__(self, runs: list[Run], num_draws: int, seed: int, known: Collection[str] = METRICS) -> None:
         ids = sorted(set.intersection(*(set(run.rows) for run in runs)))
         self.num_samples = len(ids)
         self.values: dict[tuple[str, str, str, str], np.ndarray] = {}
         if not ids:
             return
-        sums = {run.name: _shares(run, [run.rows[k] for k in ids]) for run in runs}
+        sums = {run.name: _shares(run, [run.rows[k] for k in ids], known) for run in runs}
         rng = np.random.default_rng(seed)
         chunk = max(1, min(num_draws, CHUNK_CELLS // len(ids)))
         parts: dict[tuple[str, str, str, str], list[np.ndarray]] = {}
@@ -134,15 +138,11 @@ class Bootstrap:
 
     def interval(self, run: str, task: str, protocol: str, metric: str, other: str | None = None) -> tuple[float, float] | None:
         """Return the 95 % interval of a metric, or of its difference to another run; None where it is not defined."""
-        values = self.values.get((run, task, protocol, metric))
-        if values is None:
+        values = [self.values.get((name, task, protocol, metric), np.zeros(0)) for name in (run, other) if name is not None]
+        if not all(map(len, values)):
             return None
-        if other is not None:
-            base = self.values.get((other, task, protocol, metric))
-            if base is None:
-                return None
-            values = values - base
-        finite = values[np.isfinite(values)]
+        drawn = values[0] - values[1] if other is not None else values[0]
+        finite = drawn[np.isfinite(drawn)]
         if not len(finite):
             return None
         low, high = np.percentile(finite, [2.5, 97.5])
@@ -153,30 +153,30 @@ def published_tables(tasks: Iterable[str], folder: Path = PUBLISHED_FOLDER) -> l
     """Return the published rows of some tasks, one table each, with paper and table."""
     tables = []
     for file in sorted(folder.glob("*.json")):
-        for entry in json.loads(file.read_text(encoding="utf-8"))["tables"]:
-            if entry["task"] not in tasks or entry["task"] not in METRICS:
+        for found in json.loads(file.read_text(encoding="utf-8"))["tables"]:
+            if found["task"] not in tasks or found["task"] not in METRICS:
                 continue
-            names = [c for c in columns(entry["task"], "compare") if any(c.key in row["values"] for row in entry["rows"])]
-            splits = list(dict.fromkeys(row["split"] for row in entry["rows"]))
+            names = [c for c in columns(entry(found["task"]), "compare") if any(c.key in row["values"] for row in found["rows"])]
+            splits = list(dict.fromkeys(row["split"] for row in found["rows"]))
             header = ["published", *(f"{split} {column.name}" for split in splits for column in names)]
             cells: dict[str, dict[str, str]] = {}
-            for row in entry["rows"]:
+            for row in found["rows"]:
                 for column in names:
                     if column.key in row["values"]:
                         cells.setdefault(row["method"], {})[f"{row['split']} {column.name}"] = f"{row['values'][column.key]:g}"
             used = [h for h in header[1:] if any(h in c for c in cells.values())]
-            rows = [[method, *(found.get(h, "") for h in used)] for method, found in cells.items()]
-            title = f"published, {entry['dataset']} (other data unless scored on it)"
-            tables.append(Table(title, ["method", *used], rows, [f"source: {entry['source']}"]))
+            rows = [[method, *(numbers.get(h, "") for h in used)] for method, numbers in cells.items()]
+            title = f"published, {found['dataset']} (other data unless scored on it)"
+            tables.append(Table(title, ["method", *used], rows, [f"source: {found['source']}"]))
     return tables
 
 
-def _shares(run: Run, rows: list[dict[str, Any]]) -> dict[tuple[str, str, str], tuple[np.ndarray, np.ndarray]]:
+def _shares(run: Run, rows: list[dict[str, Any]], known: Collection[str]) -> dict[tuple[str, str, str], tuple[np.ndarray, np.ndarray]]:
     """Return, by (task, protocol, column), what each row adds above and below the line of the ratio that the number is."""
     found: dict[tuple[str, str, str], tuple[np.ndarray, np.ndarray]] = {}
     for protocol, blocks in run.results["results"].items():
         for task in blocks:
-            for column in columns(task):
+            for column in columns(entry(task)) if task in known else ():
                 values = np.array([share_of(column, row, protocol) for row in rows], np.float64) if column.share else None
                 if values is not None and values.any():
                     found[task, protocol, column.key] = (values[:, 0].copy(), values[:, 1].copy())
@@ -192,7 +192,7 @@ def share_of(column: Column, row: dict[str, Any], protocol: str) -> tuple[float,
         return 0.0, 0.0
 
 
-def _task_table(runs: list[Run], task: str, protocol: str, where: str, draws: Bootstrap | None) -> Table | None:
+def _task_table(runs: list[Run], task: str, protocol: str, where: str, draws: Bootstrap | None, known: Collection[str]) -> Table | None:
     blocks = [(run.name, run.results["results"].get(protocol, {}).get(task) or {}) for run in runs]
     present = [
         (f"{name}, {part}" if part else name, inner) for name, block in blocks for part, inner in parts(block) or [("", block)] if inner
@@ -201,7 +201,10 @@ def _task_table(runs: list[Run], task: str, protocol: str, where: str, draws: Bo
         return None
     if protocol == "strict":
         present += [(f"dummy: {name}", found[task]) for name, found in runs[0].results["baselines"].items() if found.get(task)]
-    shown = [column for column in columns(task, "compare") if any(column.key in block for _, block in present)]
+    if task in known:
+        shown = [column for column in columns(entry(task), "compare") if any(column.key in block for _, block in present)]
+    else:
+        shown = raw_columns(block for _, block in present)
     rows = []
     for name, block in present:
         cells = [column.text(block.get(column.key)) for column in shown]
@@ -212,14 +215,16 @@ def _task_table(runs: list[Run], task: str, protocol: str, where: str, draws: Bo
         rows.append([name, str(block.get("num_samples", "")), "-" if share is None else f"{100 * share:.2f}", *cells])
     sampled = any(column.share for column in shown)
     notes = [f"[95 % intervals, {draws.num_samples} expressions resampled]"] if draws is not None and sampled else []
+    if task not in known:
+        notes.append(f"raw numbers: {task} is not imported unless it is named (--metric {task})")
     return Table(f"{where}: {task}, {protocol}", ["system", "N", "f0", *(column.name for column in shown)], rows, notes)
 
 
-def _bucket_tables(runs: list[Run], where: str) -> list[Table]:
+def _bucket_tables(runs: list[Run], where: str, known: Collection[str]) -> list[Table]:
     tables = []
     groups = [run.results["by_num_targets"] for run in runs]
-    for task in in_order({task for group in groups for block in group.values() for task in block}):
-        column = headline(task)
+    for task in in_order({task for group in groups for block in group.values() for task in block if task in known}):
+        column = entry(task).COLUMNS[0]
         buckets = [b for b in ("0", "1", "2", "3+") if any(task in group.get(b, {}) for group in groups)]
         rows = [[run.name, *(column.text(column.find(group.get(b, {}).get(task))) for b in buckets)]
                 for run, group in zip(runs, groups, strict=True)]  # fmt: skip
@@ -227,7 +232,7 @@ def _bucket_tables(runs: list[Run], where: str) -> list[Table]:
     return tables
 
 
-def _difference_tables(runs: list[Run], draws: Bootstrap | None, where: str) -> list[Table]:
+def _difference_tables(runs: list[Run], draws: Bootstrap | None, where: str, known: Collection[str]) -> list[Table]:
     if draws is None or len(runs) < 2:
         return []
     rows = []
@@ -235,7 +240,7 @@ def _difference_tables(runs: list[Run], draws: Bootstrap | None, where: str) -> 
     theirs = base.results["results"]["strict"]
     for run in runs[1:]:
         for task in in_order(theirs):
-            for column in columns(task, "compare"):
+            for column in columns(entry(task), "compare") if task in known else ():
                 ends = draws.interval(run.name, task, "strict", column.key, base.name)
                 mine, other = column.find(run.results["results"]["strict"].get(task)), column.find(theirs[task])
                 if ends is not None and mine is not None and other is not None:
@@ -248,12 +253,9 @@ def _difference_tables(runs: list[Run], draws: Bootstrap | None, where: str) -> 
 
 
 def _same_protocol(runs: list[Run]) -> None:
-    kinds = {(p["name"], p["version"], json.dumps(p["tasks"], sort_keys=True)) for p in (r.results["provenance"]["protocol"] for r in runs)}
-    if len(kinds) > 1:
-        named = ", ".join(
-            f"{run.name}: {run.results['provenance']['protocol']['name']} v{run.results['provenance']['protocol']['version']}"
-            for run in runs
-        )
+    given = [run.results["provenance"]["protocol"] for run in runs]
+    if len({(p["name"], p["version"], json.dumps(p["tasks"], sort_keys=True)) for p in given}) > 1:
+        named = ", ".join(f"{run.name}: {p['name']} v{p['version']}" for run, p in zip(runs, given, strict=True))
         raise GrexError(
             f"results under different protocols ({named}); expected one protocol, version and rules; "
             "score again under one, or compare in spite of it with --any-protocol"
@@ -261,9 +263,9 @@ def _same_protocol(runs: list[Run]) -> None:
 
 
 def _named(runs: list[Run]) -> list[Run]:
-    seen: dict[str, int] = {}
+    seen: Counter[str] = Counter()
     for run in runs:
-        seen[run.name] = seen.get(run.name, 0) + 1
+        seen[run.name] += 1
         if seen[run.name] > 1:
             run.name = f"{run.name} ({seen[run.name]})"
     return runs

@@ -86,8 +86,10 @@ def _against(spent_s: float, announced: dict[str, float]) -> str:
     return f"; {spent_s / 60:.1f} minutes in all, {announced['total_s'] / 60:.1f} were announced" if announced else ""
 
 
-def report_run(run: Path) -> Path:
+def report_run(run: Path, protocol: str | None = None) -> Path:
     """Write the report of a finished demo (or of any run whose folder holds its test data in `data/`).
+
+    protocol: the run's protocol file, where it has metrics that are not in METRICS.
 
     Raises:
         GrexError: no such run, or one without predictions.
@@ -104,7 +106,7 @@ def report_run(run: Path) -> Path:
     def get_sample(image_id: str) -> Sample:
         return source[position[image_id]]
 
-    return write_report(run, get_sample, list(position))
+    return write_report(run, get_sample, list(position), protocol=protocol)
 
 
 def _print(text: str) -> None:

@@ -12,8 +12,7 @@ from typing import Any
 
 from grex_mllm.compare import Run, read_run, share_of
 from grex_mllm.errors import fault
-from grex_mllm.metrics import in_order
-from grex_mllm.metrics.columns import headline
+from grex_mllm.metrics import METRICS, entry, in_order
 from grex_mllm.metrics.selective import no_target_at_thresholds, risk_coverage
 from grex_mllm.score.calibration_plot import write_calibration_plot, write_risk_coverage_plot
 
@@ -54,8 +53,7 @@ def errors(
         found["sheets"] = write_sheets(run, found, folder, Path(data), Path(predictions) if predictions is not None else None)
     if run.results.get("calibration"):
         found.setdefault("sheets", {})["calibration"] = str(write_calibration_plot(run.results["calibration"], folder / "calibration.svg"))
-    chances = selection(run)
-    if chances is not None:
+    if (chances := selection(run)) is not None:
         found["selection"] = chances
         found.setdefault("sheets", {})["risk_coverage"] = str(write_risk_coverage_plot(chances, folder / "risk_coverage.svg"))
     (folder / "errors.json").write_text(json.dumps(found, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
@@ -88,7 +86,8 @@ def analyse(run: Run) -> dict[str, Any]:
     """Return, for every outcome: count, share, points of each headline lost, shares by number of targets and tag, and the worst ids."""
     rows = [row for row in run.rows.values() if "strict" in row]  # others are no part of any metric
     num = len(rows)
-    heads = [column for task in in_order(run.results["results"]["strict"]) if (column := headline(task)).share and column.higher_is_better]
+    ours = in_order(METRICS.keys() & run.results["results"]["strict"])  # a file from elsewhere imports nothing
+    heads = [column for task in ours if (column := entry(task).COLUMNS[0]).share and column.higher_is_better]
     whole = {column.key: sum(share_of(column, row, "strict")[1] for row in rows) for column in heads}
     groups: dict[str, list[dict[str, Any]]] = {name: [] for name in OUTCOMES}
     for row in rows:
@@ -97,14 +96,14 @@ def analyse(run: Run) -> dict[str, Any]:
     table = {}
     for name, members in groups.items():
         members.sort(key=lambda row: (row.get("strict", {}).get("iou", 0.0), row.get("strict", {}).get("f1", 0.0), row["expression_id"]))
-        entry: dict[str, Any] = {"meaning": OUTCOMES[name], "count": len(members), "share": len(members) / num}
+        about: dict[str, Any] = {"meaning": OUTCOMES[name], "count": len(members), "share": len(members) / num}
         for column in heads:
             shares = [share_of(column, row, "strict") for row in members]
-            entry[f"{column.key}_lost"] = sum(below - above for above, below in shares) / (whole[column.key] or 1)
-        entry["by_num_targets"] = dict(sorted(Counter(str(min(row["num_targets"], 3)) for row in members).items()))
-        entry["by_tag_share"] = {tag: c / tags[tag] for tag, c in sorted(Counter(t for row in members for t in row["tags"]).items())}
-        entry["examples"] = [row["expression_id"] for row in members[:PER_SHEET]]
-        table[name] = entry
+            about[f"{column.key}_lost"] = sum(below - above for above, below in shares) / (whole[column.key] or 1)
+        about["by_num_targets"] = dict(sorted(Counter(str(min(row["num_targets"], 3)) for row in members).items()))
+        about["by_tag_share"] = {tag: c / tags[tag] for tag, c in sorted(Counter(t for row in members for t in row["tags"]).items())}
+        about["examples"] = [row["expression_id"] for row in members[:PER_SHEET]]
+        table[name] = about
     return {"num_samples": num, "outcomes": table}
 
 
@@ -137,23 +136,22 @@ def as_text(found: dict[str, Any]) -> str:
     header = ["outcome", "count", "share", *(name.replace("_", " ") for name in names), "meaning"]
     lines += ["| " + " | ".join(header) + " |", "| --- |" + " ---: |" * (len(header) - 2) + " --- |"]
     ranked = sorted(found["outcomes"].items(), key=lambda item: (item[0] == "right", -max([item[1][n] for n in names] or [0.0])))
-    for name, entry in ranked:
-        numbers = [str(entry["count"]), f"{100 * entry['share']:.2f}", *(f"{100 * entry[n]:.2f}" for n in names)]
-        lines.append("| " + " | ".join([name, *numbers, entry["meaning"]]) + " |")
+    for name, about in ranked:
+        numbers = [str(about["count"]), f"{100 * about['share']:.2f}", *(f"{100 * about[n]:.2f}" for n in names)]
+        lines.append("| " + " | ".join([name, *numbers, about["meaning"]]) + " |")
     if "selection" in found:
         lines += _selection_text(found["selection"])
-    for name, path in found.get("sheets", {}).items():
-        lines.append(f"\n{name}: {path}" if name == next(iter(found["sheets"])) else f"{name}: {path}")
-    return "\n".join(lines)
+    sheets = [f"{name}: {path}" for name, path in found.get("sheets", {}).items()]
+    return "\n".join([*lines, "", *sheets] if sheets else lines)
 
 
 def _selection_text(chances: dict[str, Any]) -> list[str]:
     lines = ["", f'"No target" said above a probability (predict.no_target_threshold), {chances["num_samples"]} expressions, percent', ""]
     names = ("N_acc", "T_acc", "answered", "risk")
     lines += ["| threshold | " + " | ".join(name.replace("_", "-") for name in names) + " |", "| ---: |" + " ---: |" * len(names)]
-    for entry in chances["thresholds"]:
-        numbers = ["-" if entry[name] is None else f"{100 * entry[name]:.2f}" for name in names]
-        lines.append(f"| {entry['threshold']:.2f} | " + " | ".join(numbers) + " |")
+    for about in chances["thresholds"]:
+        numbers = ["-" if about[name] is None else f"{100 * about[name]:.2f}" for name in names]
+        lines.append(f"| {about['threshold']:.2f} | " + " | ".join(numbers) + " |")
     for name, words in (("decision", "wrong target/no-target decisions"), ("mask", "1 - IoU")):
         if name in chances:
             lines += ["", f"risk-coverage, {words}: area {100 * chances[name]['AURC']:.2f}, risk of all {100 * chances[name]['risk']:.2f}"]
@@ -167,13 +165,13 @@ def write_sheets(run: Run, found: dict[str, Any], folder: Path, data: Path, pred
     from grex_mllm.score.reading import index_predictions
 
     dataset = load_dataset(data)
-    wanted = {key for entry in found["outcomes"].values() for key in entry["examples"]}
+    wanted = {key for about in found["outcomes"].values() for key in about["examples"]}
     records = {record.expression_id: record for record in dataset.expressions if record.expression_id in wanted}
     index = index_predictions([predictions]) if predictions is not None else None
     sheets = {}
-    for name, entry in found["outcomes"].items():
+    for name, about in found["outcomes"].items():
         pictures = []
-        for key in entry["examples"]:
+        for key in about["examples"]:
             if key in records:
                 line = index.find(key) if index is not None else None
                 pictures += _pair(dataset, records[key], line, run.rows[key])

@@ -30,6 +30,7 @@ from grex_mllm.predictors.lines import answer_fields
 from grex_mllm.predictors.protocol import STATUSES, TASKS, Answer, Item, ObjectSet, Options, Predictor, object_sets, set_key
 from grex_mllm.progress import list_ids, progress_bar
 from grex_mllm.types import Sample
+from grex_mllm.writing import whole_file
 
 BARRIER_S = 24 * 3600.0
 
@@ -104,11 +105,7 @@ def _drawn_scenes(
     if image_root is not None:
         raise fault(f"--image-root {image_root} with --data {name}", "no image root: the scenes are drawn", "leave --image-root out")
     folder = synthetic_folder(out)
-    start = time.monotonic()
-    while rank != 0 and not folder.exists():
-        if time.monotonic() - start > BARRIER_S:
-            raise fault(f"no {folder} within a day", "the scenes that process 0 writes there", "look at its output, then run again")
-        time.sleep(0.2)
+    _wait_for([folder] if rank != 0 else [], f"no {folder} within a day", "the scenes that process 0 writes there")
     folder.parent.mkdir(parents=True, exist_ok=True)
     source.export_for_prediction(options_of(config.data, name), split, limit, folder)
     return str(folder)
@@ -271,16 +268,13 @@ class _Part:
 
     def __enter__(self) -> _Part:
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        if self.path.exists():
-            self._recover()
-        else:
-            self.path.write_text(json.dumps({"fingerprint": self.fingerprint}) + "\n", encoding="utf-8")
+        self._recover()
         self.file = self.path.open("a", encoding="utf-8")
         return self
 
     def _recover(self) -> None:
         """Keep the whole lines of an interrupted run; a cut last line is taken off."""
-        content = self.path.read_bytes()
+        content = self.path.read_bytes() if self.path.exists() else b""
         whole = content[: content.rfind(b"\n") + 1]
         lines = whole.splitlines()  # of bytes: U+2028 in a text ends no line
         if not lines:
@@ -305,35 +299,34 @@ class _Part:
 
     def finish(self, order: Iterable[str]) -> Path:
         """Join the parts of all processes into the finished file (process 0), in one step and in the order of the keys."""
-        marker = self.path.with_name(self.path.name + ".done")
         if self.world > 1:
-            marker.touch()
+            self._done(self.rank).touch()
             if self.rank != 0:
                 return self.out
-            self._wait()
-        work = self.out.with_name(self.out.name + ".joining")
-        with work.open("w", encoding="utf-8") as joined, ExitStack() as opened:
+            done = [self._done(r) for r in range(self.world)]
+            _wait_for(done, "another process did not finish", f"all {self.world} within a day")
+        with whole_file(self.out) as work, work.open("w", encoding="utf-8") as joined, ExitStack() as opened:
             parts = [opened.enter_context(self._name(r).open("rb")) for r in range(self.world)]
             places = {key: place for part in parts for key, place in _places(part)}
             for key in order:
                 part, offset = places[key]
                 part.seek(offset)
                 joined.write(json.dumps(json.loads(part.readline())["line"], ensure_ascii=False) + "\n")
-            joined.flush()
-            os.fsync(joined.fileno())
-        os.replace(work, self.out)
         for r in range(self.world):
             self._name(r).unlink()
-            if self.world > 1:
-                self._name(r).with_name(self._name(r).name + ".done").unlink()
+            self._done(r).unlink(missing_ok=True)
         return self.out
 
-    def _wait(self) -> None:
-        start = time.monotonic()
-        while not all(self._name(r).with_name(self._name(r).name + ".done").exists() for r in range(self.world)):
-            if time.monotonic() - start > BARRIER_S:
-                raise fault("another process did not finish", f"all {self.world} within a day", "look at its output, then run again")
-            time.sleep(0.2)
+    def _done(self, rank: int) -> Path:
+        return self._name(rank).with_name(self._name(rank).name + ".done")
+
+
+def _wait_for(files: list[Path], given: str, expected: str) -> None:
+    start = time.monotonic()
+    while not all(file.exists() for file in files):
+        if time.monotonic() - start > BARRIER_S:
+            raise fault(given, expected, "look at its output, then run again")
+        time.sleep(0.2)
 
 
 def _places(part: BinaryIO) -> Iterator[tuple[str, tuple[BinaryIO, int]]]:

@@ -10,6 +10,7 @@ import pytest
 from score_case import HEIGHT, WIDTH, answer, make_dataset, read_lines, right_answers, write_lines
 
 from grex_mllm.compare import compare
+from grex_mllm.error_analysis import errors
 from grex_mllm.errors import GrexError
 from grex_mllm.report import write_report
 from grex_mllm.score import score
@@ -90,7 +91,7 @@ def test_its_columns_stand_in_the_printed_table(folder: Path) -> None:
 
 
 def test_compare_shows_it_with_paired_intervals(folder: Path) -> None:
-    text = compare([folder / name / "results.json" for name in ("good", "bad")], published=False, num_draws=200)
+    text = compare([folder / name / "results.json" for name in ("good", "bad")], published=False, num_draws=200, metrics=[NAME])
     table = text.split(f"**made val: {NAME}, strict**")[1].split("**")[0]
     assert "| system | N | f0 | centre error | centre hit |" in table
     number = re.escape(f"{expected(folder, 'bad'):.3f}")
@@ -105,9 +106,26 @@ def test_compare_shows_it_with_paired_intervals(folder: Path) -> None:
 
 
 def test_the_report_shows_it(folder: Path) -> None:
-    page = write_report(folder / "bad", published=None).read_text(encoding="utf-8")
+    page = write_report(folder / "bad", published=None, protocol=folder / "own.yaml").read_text(encoding="utf-8")
     number = f"{expected(folder, 'bad'):.3f}"
     assert "<h3>Centres</h3>" in page
     assert f'<div class="name">centre error</div><div class="value">{number}</div>' in page
     assert page.count(number) >= 2, "the tile and the result table"
     assert '<th scope="col">centre error</th>' in page
+
+
+def test_a_results_file_from_elsewhere_imports_nothing(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A module that only the file names stays out; its raw numbers are shown with a note."""
+    (folder / "trap_metric.py").write_text("raise SystemExit('imported')", encoding="utf-8")
+    monkeypatch.syspath_prepend(str(folder))
+    for run in ("good", "bad"):
+        for file in (folder / run / "results.json", folder / run / "results.samples.jsonl"):
+            file.write_text(file.read_text(encoding="utf-8").replace(NAME, "trap_metric.inner"), encoding="utf-8")
+    paths = [folder / run / "results.json" for run in ("good", "bad")]
+    text = compare(paths, num_draws=50)
+    assert "| system | N | f0 | centre_error | centre_hit |" in text and "(--metric trap_metric.inner)" in text
+    page = write_report(folder / "bad").read_text(encoding="utf-8")
+    assert "<h3>trap_metric.inner</h3>" in page and "Raw numbers" in page and "centre error" in page
+    assert "trap_metric" not in errors(paths[1], folder / "errors")
+    with pytest.raises(SystemExit, match="imported"):
+        compare(paths, metrics=["trap_metric.inner"])

@@ -138,6 +138,9 @@ def test_results_name_a_predictor_that_reads_the_truth(place: Path) -> None:
     lines = [json.loads(line) for line in run(place, "oracle", "named.jsonl").splitlines()]
     assert {line["reads_truth"] for line in lines} == {"targets"}
     assert all("reads_truth" not in json.loads(line) for line in run(place, "always_empty", "unnamed.jsonl").splitlines())
+    for name, truth in (("named", "targets"), ("unnamed", None)):
+        provenance = score(place / f"{name}.jsonl", place / "d", "val", PROTOCOLS / "gres.yaml")["provenance"]
+        assert provenance["predictions"].get("reads_truth") == truth and not any("not understood" in note for note in provenance["notes"])
 
 
 @pytest.mark.parametrize("name", ["oracle", "grex"])

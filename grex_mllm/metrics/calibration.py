@@ -74,14 +74,10 @@ class Calibration(IntegerSums):
         curve: for thresholds 0, 0.05 ... 1, N_acc and T_acc if "no target" were said at probability >= threshold, and, for a system that
         abstains there (answers only below the threshold), coverage = share answered and risk = share of these that have no target.
         """
-        num, none, total = self._sums
-        count = int(num.sum())
-        bins = [slice(k * NUM_BINS // RELIABILITY_BINS, (k + 1) * NUM_BINS // RELIABILITY_BINS) for k in range(RELIABILITY_BINS)]
+        count = int(self._sums[0].sum())
         reliability, error = [], 0.0
-        for part in bins:
-            n = int(num[part].sum())
-            confidence = None if n == 0 else int(total[part].sum()) / SCALE / n
-            share = ratio(int(none[part].sum()), n)
+        for n, none, total in self._sums.reshape(3, RELIABILITY_BINS, -1).sum(2).T.tolist():
+            confidence, share = None if n == 0 else total / SCALE / n, ratio(none, n)
             reliability.append({"num_samples": n, "mean_probability": confidence, "no_target_share": share})
             if confidence is not None and share is not None:
                 error += abs(confidence - share) * n

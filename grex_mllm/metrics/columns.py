@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple
-
-from grex_mllm.metrics import entry
 
 EVERYWHERE = ("table", "compare", "report")
 Share = Callable[[dict[str, Any], int], tuple[float, float]]
@@ -37,15 +35,15 @@ class Column(NamedTuple):
         return find(block, self.key)
 
 
-def columns(name: str, place: str | None = None) -> list[Column]:
+def columns(metric: Any, place: str | None = None) -> list[Column]:
     """Return the columns of an entry; place: those that are shown there."""
-    return [column for column in entry(name).COLUMNS if place is None or place in column.shown]
+    return [column for column in metric.COLUMNS if place is None or place in column.shown]
 
 
-def headline(name: str) -> Column:
-    """Return the first column of an entry: the number that stands for it."""
-    first: Column = entry(name).COLUMNS[0]
-    return first
+def raw_columns(blocks: Iterable[dict[str, Any]]) -> list[Column]:
+    """Return a column for each number of some blocks: of a metric whose module nobody named, and which is not imported therefore."""
+    named = (key for block in blocks for key, value in block.items() if type(value) in (int, float))
+    return [Column(key, key, format="number") for key in dict.fromkeys(named) if key not in ("num_samples", "no_target_share")]
 
 
 def find(block: Any, key: str) -> Any:

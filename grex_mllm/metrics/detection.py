@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import product
 from typing import Any, Literal, get_args
 
 import numpy as np
@@ -206,19 +207,13 @@ class GREC(IntegerSums):
 
     def _overlaps(self, kept: list[list[Any]], wanted: list[list[Any]]) -> list[list[list[float]] | None]:
         """Return one [n, m] list of overlaps for each sample with boxes on both sides: all pairs of all samples in one array."""
-        used = [k for k in range(len(kept)) if kept[k] and wanted[k]]
-        if not used:
+        pairs = [pair for both in zip(kept, wanted, strict=True) for pair in product(*both)]
+        if not pairs:
             return [None] * len(kept)
-        first = np.array([b for k in used for b in kept[k] for _ in wanted[k]], np.float64)
-        second = np.array([b for k in used for _ in kept[k] for b in wanted[k]], np.float64)
-        flat = (pair_giou_float32 if self.protocol == "official" else pair_iou)(checked(first), checked(second)).tolist()
-        result: list[list[list[float]] | None] = [None] * len(kept)
-        start = 0
-        for k in used:
-            m = len(wanted[k])
-            result[k] = [flat[start + r * m : start + (r + 1) * m] for r in range(len(kept[k]))]
-            start += len(kept[k]) * m
-        return result
+        first, second = (checked(np.array(boxes, np.float64)) for boxes in zip(*pairs, strict=True))
+        flat = (pair_giou_float32 if self.protocol == "official" else pair_iou)(first, second)
+        parts = np.split(flat, np.cumsum([len(k) * len(w) for k, w in zip(kept, wanted, strict=True)])[:-1])
+        return [part.reshape(len(k), -1).tolist() if len(part) else None for k, part in zip(kept, parts, strict=True)]
 
 
 def pair_iou(first_xyxy: np.ndarray, second_xyxy: np.ndarray) -> np.ndarray:

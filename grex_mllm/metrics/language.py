@@ -15,6 +15,7 @@ from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from importlib.util import find_spec
+from operator import itemgetter
 from pathlib import Path
 from typing import Any, Literal, get_args
 
@@ -162,9 +163,7 @@ class GREG(KeptRows):
 
         Without Java: None for what needs it (with "ptb" that is everything), and the reason under "not_computed".
         """
-        rows = sorted(
-            self.rows, key=lambda row: (row["expression"], row["references"], row["num_targets"])
-        )  # sums of floats depend on order
+        rows = sorted(self.rows, key=itemgetter("expression", "references", "num_targets"))  # sums of floats depend on order
         texts = [row["expression"] for row in rows], [row["references"] for row in rows]
         return score_texts(*texts, _subsets(rows), self.rules.tokenizer, self.rules.spice)
 
@@ -319,14 +318,9 @@ def _ask(process: subprocess.Popen[bytes], lines: list[str], num_answers: int, e
 
 def _subset_scores(hypotheses: list[str], references: list[list[str]], subsets: dict[str, list[int]]) -> dict[str, dict[str, Any]]:
     """Return the n-gram metrics of each subset; equal subsets (a corpus with single targets only) are computed once."""
-    known: dict[tuple[int, ...], dict[str, float]] = {}
-    results: dict[str, dict[str, Any]] = {}
-    for name, members in subsets.items():
-        key = tuple(members)
-        if key not in known:
-            known[key] = _corpus_scores([hypotheses[k] for k in members], [references[k] for k in members])
-        results[name] = {"num_samples": len(members), "METEOR": None} | known[key]
-    return results
+    corpora = set(map(tuple, subsets.values()))
+    known = {members: _corpus_scores([hypotheses[k] for k in members], [references[k] for k in members]) for members in corpora}
+    return {name: {"num_samples": len(members), "METEOR": None} | known[tuple(members)] for name, members in subsets.items()}
 
 
 def _corpus_scores(hypotheses: list[str], references: list[list[str]]) -> dict[str, float]:

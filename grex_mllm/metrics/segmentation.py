@@ -16,7 +16,7 @@ import numpy as np
 
 from grex_mllm.errors import GrexError, fault
 from grex_mllm.metrics.columns import Column, accepted, mean_of, rejected
-from grex_mllm.metrics.sums import NUM_LIMBS, half, limb_sums, mean, ratio
+from grex_mllm.metrics.sums import NUM_LIMBS, IntegerSums, half, limb_sums, mean, ratio
 from grex_mllm.metrics.truth import Truth
 
 MANY_WAITING = 1024
@@ -149,7 +149,7 @@ def no_target_probability(prediction: dict[str, Any]) -> float:
     return float(value)
 
 
-class GRES:
+class GRES(IntegerSums):
     """Accumulate gIoU, cIoU, N_acc, T_acc and Pr@X over expressions.
 
     protocol: "strict" | "official". thresholds: X of Pr@X (share of targeted samples with IoU >= X).
@@ -160,7 +160,8 @@ class GRES:
         if protocol not in PROTOCOLS:
             raise fault(f'protocol "{protocol}"', " or ".join(PROTOCOLS), "choose one of them")
         self.protocol, self.thresholds, self.min_mask_pixels = protocol, tuple(thresholds), int(min_mask_pixels)
-        self._sums = np.zeros(len(FIELDS) + 2 * NUM_LIMBS + len(self.thresholds), np.int64)
+        settings = (type(self).__name__, protocol, self.thresholds, self.min_mask_pixels)
+        super().__init__(len(FIELDS) + 2 * NUM_LIMBS + len(self.thresholds), settings)
         self._buffers: dict[int, np.ndarray] = {}
         self._waiting: list[tuple[np.ndarray, ...]] = []  # small NumPy updates, added together
         self._device_sums: Any = None  # tensors add up on their own device: no host synchronisation before compute()
@@ -233,21 +234,10 @@ class GRES:
         iou, i, u, says_none = (columns[key] for key in ("iou", "intersection", "union", "no_target"))
         self._add(np, iou, i, u, says_none, columns["num_targets"] == 0)
 
-    def merge(self, other: GRES) -> Self:
-        """Add the sums of another object with the same settings."""
-        if self._settings() != other._settings():
-            raise fault(f"merging {other._settings()}", f"the same settings, {self._settings()}", "use one protocol for all shards")
-        self._sums, self._device_sums = self._host() + other._host(), None
-        return self
-
-    def state(self) -> list[int]:
-        """Return the sums as plain integers: what processes exchange."""
-        return [int(v) for v in self._host()]
-
-    def load_state(self, state: Sequence[int]) -> Self:
+    def load_state(self, state: Sequence[Any]) -> Self:
         """Replace the sums by those of `state()`."""
-        self._sums, self._device_sums, self._waiting = np.array(state, np.int64), None, []
-        return self
+        self._device_sums, self._waiting = None, []
+        return super().load_state(state)
 
     def compute(self) -> dict[str, Any]:
         """Return fractions in [0, 1]; None where a share has no sample to be a share of.
@@ -286,9 +276,6 @@ class GRES:
             self._buffers[slot] = np.empty(shape, bool)
         return self._buffers[slot]
 
-    def _settings(self) -> tuple[Any, ...]:
-        return type(self).__name__, self.protocol, self.thresholds, self.min_mask_pixels
-
     def _add_waiting(self) -> None:
         if self._waiting:
             columns = [np.concatenate(column) for column in zip(*self._waiting, strict=True)]
@@ -311,18 +298,19 @@ class GRES:
         counted = module.stack([module.as_tensor(p, dtype=module.int64, device=iou.device) for p in parts[1:]])
         self._sums[0] += num
         if self._device_sums is not None and self._device_sums.device != counted.device:
-            self._sums, self._device_sums = self._host(), None
+            self._whole()
         self._device_sums = counted if self._device_sums is None else self._device_sums + counted
 
-    def _host(self) -> np.ndarray:
+    def _whole(self) -> np.ndarray:
+        """Take in what waits, on this or another device, and return the sums."""
         self._add_waiting()
-        sums = self._sums.copy()
         if self._device_sums is not None:
-            sums[1:] += self._device_sums.cpu().numpy()
-        return sums
+            self._sums[1:] += self._device_sums.cpu().numpy()
+            self._device_sums = None
+        return self._sums
 
     def _named(self) -> dict[str, Any]:
-        v = [int(x) for x in self._host()]
+        v = [int(x) for x in self._whole()]
         named: dict[str, Any] = dict(zip(FIELDS, v, strict=False))
         k = len(FIELDS)
         named.update(iou=v[k : k + NUM_LIMBS], targeted_iou=v[k + NUM_LIMBS : k + 2 * NUM_LIMBS], hits=v[k + 2 * NUM_LIMBS :])

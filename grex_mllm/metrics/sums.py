@@ -59,17 +59,20 @@ class IntegerSums:
         """Add the sums of another object with the same settings."""
         if (type(self), self.settings) != (type(other), other.settings):
             raise fault(f"merging {other.settings}", f"the same settings, {self.settings}", "use one protocol for all shards")
-        self._sums = self._sums + other._sums
+        self._sums = self._whole() + other._whole()
         return self
 
     def state(self) -> list[Any]:
         """Return the sums as plain integers: what processes exchange."""
-        return list(self._sums.tolist())
+        return list(self._whole().tolist())
 
     def load_state(self, state: Sequence[Any]) -> Self:
         """Replace the sums by those of `state()`."""
         self._sums = np.array(state, np.int64).reshape(self._sums.shape)
         return self
+
+    def _whole(self) -> np.ndarray:
+        return self._sums
 
 
 class Means(IntegerSums):

@@ -6,6 +6,7 @@ Averaged over the frames of an expression first, then over expressions. Frames w
 from __future__ import annotations
 
 import math
+from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Self
@@ -52,7 +53,7 @@ class RVOS:
 
     def __init__(self, tolerance: float = TOLERANCE) -> None:
         self.tolerance = tolerance
-        self._sums: dict[str, list[int]] = {}  # expression -> frames, limbs of J, limbs of F
+        self._sums: dict[str, np.ndarray] = defaultdict(lambda: np.zeros(1 + 2 * NUM_LIMBS, np.int64))  # frames, limbs of J, limbs of F
 
     def update(self, pred_masks: Any, gt_masks: Any, expression_id: str) -> None:
         """Add frames of one expression over one video: bool [T, H, W] (or one frame [H, W]), NumPy or tensors.
@@ -75,29 +76,27 @@ class RVOS:
     def update_frames(self, expression_ids: Sequence[str], j: Sequence[float], f: Sequence[float]) -> None:
         """Add frames by their J and F in [0, 1]."""
         for key, one_j, one_f in zip(expression_ids, j, f, strict=True):
-            parts = [1, *limb_sums(np.array([one_j])), *limb_sums(np.array([one_f]))]
-            old = self._sums.get(key, [0] * len(parts))
-            self._sums[key] = [a + int(b) for a, b in zip(old, parts, strict=True)]
+            self._sums[key] += np.array([1, *limb_sums(np.array([one_j])), *limb_sums(np.array([one_f]))])
 
     def merge(self, other: RVOS) -> Self:
         """Add the sums of another object; an expression's frames may lie in both."""
         for key, parts in other._sums.items():
-            old = self._sums.get(key, [0] * len(parts))
-            self._sums[key] = [a + b for a, b in zip(old, parts, strict=True)]
+            self._sums[key] += parts
         return self
 
     def state(self) -> dict[str, list[int]]:
         """Return the sums as plain integers."""
-        return {key: list(parts) for key, parts in self._sums.items()}
+        return {key: parts.tolist() for key, parts in self._sums.items()}
 
     def load_state(self, state: dict[str, list[int]]) -> Self:
         """Replace the sums by those of `state()`."""
-        self._sums = {key: list(parts) for key, parts in state.items()}
+        self._sums.clear()
+        self._sums.update({key: np.array(parts, np.int64) for key, parts in state.items()})
         return self
 
     def compute(self) -> dict[str, Any]:
         """Return num_expressions, num_frames, J, F and J&F."""
-        rows = [self._sums[key] for key in sorted(self._sums)]
+        rows = [self._sums[key].tolist() for key in sorted(self._sums)]
         j = [mean(row[1 : 1 + NUM_LIMBS], row[0]) or 0.0 for row in rows]
         f = [mean(row[1 + NUM_LIMBS :], row[0]) or 0.0 for row in rows]
         mean_j = math.fsum(j) / len(j) if j else None

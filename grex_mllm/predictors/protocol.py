@@ -107,10 +107,6 @@ class Answer:
     fields: dict[str, Any] = field(default_factory=dict)
 
 
-def _nothing(_: list[ExpressionRecord]) -> list[str]:
-    return []
-
-
 @dataclass
 class Abilities:
     """What a predictor can do, and how it does it.
@@ -127,7 +123,7 @@ class Abilities:
     how: str = ""
     ahead: int | None = None
     config: Config | None = None
-    remarks: Callable[[list[ExpressionRecord]], list[str]] = _nothing
+    remarks: Callable[[list[ExpressionRecord]], list[str]] = lambda _: []
 
 
 @dataclass

@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import Any
 
 from grex_mllm.data.records import decode_line, read_lines
 from grex_mllm.errors import fault
@@ -24,7 +23,8 @@ class Replay:
         tasks = set[str]()
         for number, offset, line in read_lines(path):
             try:
-                task, key = ("ground", line["expression_id"]) if "expression_id" in line else ("generate", _set_key(line))
+                task = "ground" if "expression_id" in line else "generate"
+                key = line["expression_id"] if task == "ground" else set_key(line["image_id"], sorted(line["targets"]))
             except (KeyError, TypeError):
                 raise fault(f"{path} line {number}", "a prediction line (eval/README.md)", "fix the line") from None
             if key in self.places:
@@ -61,10 +61,6 @@ class Replay:
                 for name in ("expression_id",) if "expression_id" in line else ("image_id", "targets"):
                     del line[name]
                 yield Answer(key, status=line.get("status", "ok"), fields=line)
-
-
-def _set_key(line: dict[str, Any]) -> str:
-    return set_key(line["image_id"], sorted(line["targets"]))
 
 
 def build(argument: str, options: Options) -> Replay:

@@ -1,5 +1,5 @@
 """The report room: one run folder -> one self-contained HTML page."""
 
-from grex_mllm.report.page import write_examples, write_report
+from grex_mllm.report.page import write_report
 
-__all__ = ["write_examples", "write_report"]
+__all__ = ["write_report"]

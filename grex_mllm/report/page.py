@@ -4,18 +4,18 @@ from __future__ import annotations
 
 import base64
 import hashlib
-import os
 import random
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from grex_mllm import draw
-from grex_mllm.errors import fault
+from grex_mllm.metrics import METRICS
 from grex_mllm.report import cases, curves, pictures, tables
 from grex_mllm.report.html import Section, definition_list, escape, number_text
 from grex_mllm.report.run_files import RunFiles, flatten, is_number, read_run
+from grex_mllm.score.protocol import load_protocol
 from grex_mllm.shipped import PUBLISHED_FOLDER
+from grex_mllm.writing import whole_file
 
 HERE = Path(__file__).parent
 REPORT = "report.html"
@@ -31,6 +31,7 @@ def write_report(
     image_ids: Iterable[str] | None = None,
     *,
     published: Path | None = PUBLISHED_FOLDER,
+    protocol: str | Path | None = None,
     num_cases: int = 12,
     seed: int = 0,
 ) -> Path:
@@ -39,67 +40,39 @@ def write_report(
     Reads config.yaml, log.jsonl, results.json and predictions*.jsonl; what is missing is named on the page.
     get_sample: image id -> Sample with all expressions of the image; without it there are no pictures.
     image_ids: which images; by default those that the prediction lines name ("image_id").
+    protocol: the protocol file of the run, whose metrics are imported beside METRICS; of others the raw numbers are shown.
     num_cases: cards of each sheet.
 
     Raises:
         GrexError: `run_dir` is no run folder.
     """
     run_dir = Path(run_dir)
+    modules = {*METRICS, *(load_protocol(protocol).tasks if protocol is not None else ())}
     run = read_run(run_dir, published)
     sheets = _sheets(run, get_sample, image_ids, num_cases, seed)
     provenance = run.results.get("provenance")
     run.notes += [str(note) for note in (provenance.get("notes") or [] if isinstance(provenance, dict) else [])]
     notes = "".join(f"<li>{escape(note)}</li>" for note in run.notes)
     sections = [
-        Section("summary", "Summary", tables.tiles(run.results) + _data_line(run.results), _lead(run)),
-        Section("results", "Results", tables.result_tables(run.results, run.published), "In percent, except counts and errors."),
-        Section("breakdown", "By targets and phenomenon", _breakdowns(run.results), BREAKDOWN_LEAD),
+        Section("summary", "Summary", tables.tiles(run.results, modules) + _data_line(run.results), _lead(run)),
+        Section("results", "Results", tables.result_tables(run.results, run.published, modules), "In percent, except counts and errors."),
+        Section("breakdown", "By targets and phenomenon", _breakdowns(run.results, modules), BREAKDOWN_LEAD),
         *sheets,
         Section("curves", "Training", curves.training_section(run.losses, run.rates), CURVES_LEAD),
         Section("configuration", "Configuration", _configuration(run)),
         Section("notes", "Notes", f"<ul>{notes}</ul>" if notes else ""),
     ]
-    page = _page(run.name, [part for part in sections if part.body])
-    return _write_whole(page, run_dir / REPORT)
-
-
-def write_examples(
-    run_dir: str | Path, get_sample: cases.GetSample, out: str | Path, *, num: int = 8, columns: int = 4, seed: int = 0
-) -> Path:
-    """Write one PNG of random answers with their expressions, each of another phenomenon where there are enough.
-
-    Raises:
-        GrexError: no prediction of the run belongs to a sample.
-    """
-    run = read_run(Path(run_dir))
-    found = cases.scan(run, get_sample, _image_ids(run), max_images=10 * num, seed=seed)
-    order = random.Random(seed).sample(found.grounding, len(found.grounding))
-    first: dict[str, cases.GroundingCase] = {}
-    for case in order:
-        first.setdefault(case.tags[0] if case.tags else "", case)
-    chosen = [*first.values(), *(case for case in order if case not in first.values())][:num]
-    if not chosen:
-        raise fault(f"predictions of {run_dir}", "lines whose image_id the samples know", "predict and report on the same data")
-    shown = []
-    for case in chosen:
-        sample = get_sample(case.image_id)
-        shown.append((sample, _record(sample, case.expression_id)))
-    return draw.save_png(pictures.examples_picture(run, shown, columns), out)
-
-
-def _record(sample: Any, expression_id: str) -> Any:
-    return next(record for record in sample.expressions if record.expression_id == expression_id)
-
-
-def _image_ids(run: RunFiles) -> list[str]:
-    named = [str(line["image_id"]) for line in run.grounding.values() if "image_id" in line]
-    return list(dict.fromkeys([*named, *(key[0] for key in run.generation)]))
+    with whole_file(run_dir / REPORT) as work:  # a lone surrogate in an expression must not stop the report
+        work.write_text(_page(run.name, [part for part in sections if part.body]), encoding="utf-8", errors="replace")
+    return run_dir / REPORT
 
 
 def _sheets(run: RunFiles, get_sample: Any, image_ids: Iterable[str] | None, number: int, seed: int) -> list[Section]:
     if get_sample is None or not (run.grounding or run.generation):
         return []
-    found = cases.scan(run, get_sample, image_ids if image_ids is not None else _image_ids(run), MAX_IMAGES, seed)
+    if image_ids is None:
+        image_ids = [*(line["image_id"] for line in run.grounding.values() if "image_id" in line), *(key[0] for key in run.generation)]
+    found = cases.scan(run, get_sample, image_ids, MAX_IMAGES, seed)
     run.notes += found.notes
     if found.num_images < found.num_images_all:
         run.notes.append(f"Cases were chosen from {found.num_images:,} of {found.num_images_all:,} images.")
@@ -107,7 +80,8 @@ def _sheets(run: RunFiles, get_sample: Any, image_ids: Iterable[str] | None, num
 
     def ground(case: cases.GroundingCase) -> str:
         sample = get_sample(case.image_id)
-        return pictures.grounding_card(sample, _record(sample, case.expression_id), run.grounding[case.expression_id], case)
+        record = next(record for record in sample.expressions if record.expression_id == case.expression_id)
+        return pictures.grounding_card(sample, record, run.grounding[case.expression_id], case)
 
     def generate(case: cases.GenerationCase) -> str:
         return pictures.generation_card(get_sample(case.image_id), run.generation[case.key], case)
@@ -158,11 +132,11 @@ def _data_line(results: dict[str, Any]) -> str:
     return f'<p class="note">{number_text("num_samples", size)} expressions{none}.</p>'
 
 
-def _breakdowns(results: dict[str, Any]) -> str:
+def _breakdowns(results: dict[str, Any], modules: set[str]) -> str:
     return (
-        tables.breakdown(results.get("by_num_targets"), "by number of targets")
-        + tables.breakdown(results.get("by_tag"), "by phenomenon", worst_first=True)
-        + (tables.breakdown(results.get("by_source"), "by source") if len(results.get("by_source") or {}) > 1 else "")
+        tables.breakdown(results.get("by_num_targets"), "by number of targets", modules)
+        + tables.breakdown(results.get("by_tag"), "by phenomenon", modules, worst_first=True)
+        + (tables.breakdown(results.get("by_source"), "by source", modules) if len(results.get("by_source") or {}) > 1 else "")
     )
 
 
@@ -213,13 +187,3 @@ def _page(name: str, sections: list[Section]) -> str:
         f'<!doctype html>\n<html lang="en"><head>{head}</head><body><header><h1>{escape(name)}</h1><p>grex-mllm report</p></header>'
         f'<nav aria-label="Sections">{links}</nav><main>{body}</main><script>{script}</script></body></html>\n'
     )
-
-
-def _write_whole(text: str, path: Path) -> Path:
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        temporary.write_text(text, encoding="utf-8", errors="replace")  # a lone surrogate in an expression must not stop the report
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
-    return path

@@ -11,7 +11,6 @@ from grex_mllm import draw
 from grex_mllm.metrics.truth import target_instances
 from grex_mllm.report import cases
 from grex_mllm.report.html import data_uri, escape
-from grex_mllm.report.run_files import RunFiles
 from grex_mllm.types import MORE_THAN_FIVE, ExpressionRecord, Sample
 
 PANEL_SIDE = 320  # pixels of a picture in the page
@@ -35,7 +34,7 @@ def grounding_card(sample: Sample, record: ExpressionRecord, line: dict[str, Any
         spotlight=True,
     )
     panels = [panel(truth, "ground truth", f"Ground truth: {_objects(len(wanted))} marked")]
-    panels.append(panel(draw_answer(sample, line, panel_factor(sample)), "answer", f"Answer of the model: {_said(line, none_said)}"))
+    panels.append(panel(draw_answer(sample, line), "answer", f"Answer of the model: {_said(line, none_said)}"))
     if line.get("minimap"):
         size = (sample.record.width * panel_factor(sample), sample.record.height * panel_factor(sample))
         picture = draw.minimap_image(np.asarray(line["minimap"], np.float64), size, sample.image)
@@ -75,7 +74,7 @@ def generation_card(sample: Sample, ways: dict[str, dict[str, Any]], case: cases
     back = ways[cases.final_way(ways)].get("round_trip")
     if isinstance(back, dict):
         none_said = cases.says_none(back, cases.answer_mask(sample.record, back))
-        grounded = draw_answer(sample, back, panel_factor(sample))
+        grounded = draw_answer(sample, back)
         panels.append(panel(grounded, "the text, grounded", f"What the model finds by its own text: {_said(back, none_said)}"))
     texts = "".join(_written(sample, way, line, targets) for way, line in sorted(ways.items()))
     references = [record.raw or record.expression for record in sample.expressions if sorted(record.targets) == sorted(targets)]
@@ -98,8 +97,8 @@ def _written(sample: Sample, way: str, line: dict[str, Any], targets: list[str])
     return f'<p class="way">{escape(way)}</p><p class="expression" dir="auto">{quote(text)}</p><p class="facts">{"".join(badges)}</p>'
 
 
-def draw_answer(sample: Sample, line: dict[str, Any], factor: int | None = None) -> Image.Image:
-    """Draw a prediction line on its image, enlarged by `factor` (default: so that it is readable)."""
+def draw_answer(sample: Sample, line: dict[str, Any]) -> Image.Image:
+    """Draw a prediction line on its image."""
     answer = cases.answer_mask(sample.record, line)
     none_said = cases.says_none(line, answer)
     boxes = [] if none_said else line.get("boxes_xyxy", [])
@@ -111,7 +110,7 @@ def draw_answer(sample: Sample, line: dict[str, Any], factor: int | None = None)
         int(count) if count is not None else None,
         box_scores=line.get("box_scores"),
         no_target=none_said,
-        factor=factor,
+        factor=panel_factor(sample),
         spotlight=True,
     )
 
@@ -158,15 +157,6 @@ def _card(panels: list[str], text: str, badges: list[str], tags: list[str], iden
 def sheet(title: str, cards: list[str], lead: str) -> str:
     """Return a titled grid of cards."""
     return f'<h3>{escape(title)}</h3><p class="lead">{escape(lead)}</p><div class="cases">{"".join(cards)}</div>' if cards else ""
-
-
-def examples_picture(run: RunFiles, samples: list[tuple[Sample, ExpressionRecord]], columns: int) -> Image.Image:
-    """Draw answers with their expressions as one picture."""
-    tiles = [
-        draw.add_caption(draw_answer(sample, run.grounding[record.expression_id]), record.raw or record.expression)
-        for sample, record in samples
-    ]
-    return draw.contact_sheet(tiles, columns)
 
 
 def _objects(number: int) -> str:

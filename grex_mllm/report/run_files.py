@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import math
+from collections import defaultdict
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -10,22 +12,6 @@ from typing import Any
 from grex_mllm.errors import fault
 
 TASKS = {"ground": "grounding", "grounding": "grounding", "generate": "generation", "generation": "generation", "describe": "generation"}
-# What a log line holds besides loss terms. Names of rates, times and sizes are known by their ends.
-NOT_A_LOSS = {
-    "step",
-    "task",
-    "epoch",
-    "lr",
-    "grad_norm",
-    "progress",
-    "loss_scale",
-    "scale",
-    "num_expressions",
-    "num_images",
-    "time",
-    "learning_rate",
-}
-NOT_A_LOSS_ENDS = ("_per_s", "_s", "_bytes", "_mb", "_gb", "_norm", "_lr")
 GenerationKey = tuple[str, tuple[str, ...]]
 
 
@@ -66,13 +52,13 @@ def read_run(run_dir: Path, published_dir: Path | None = None) -> RunFiles:
     if not run_dir.is_dir():
         raise fault(f"run folder {run_dir}", "an existing folder of a training or prediction run", "give the folder that grex train wrote")
     run = RunFiles(name=run_dir.resolve().name)
-    found = [_read_config(run_dir, run), _read_log(run_dir, run), _read_results(run_dir, run), _read_predictions(run_dir, run)]
-    if not any(found):
-        raise fault(
-            f"run folder {run_dir} holds no config.yaml, log.jsonl, results.json or predictions.jsonl",
-            "at least one of them",
-            "run grex train, grex predict and grex score first",
-        )
+    config = _parsed(run_dir / "config.yaml", run, "YAML", "the configuration is unknown.")
+    has_log = _read_log(run_dir, run)
+    results = _parsed(run_dir / "results.json", run, "JSON", "grex score has not run on the predictions.")
+    run.config, run.results = config or {}, results or {}
+    if not (_read_predictions(run_dir, run) or has_log) and config is None and results is None:
+        given = f"run folder {run_dir} holds no config.yaml, log.jsonl, results.json or predictions.jsonl"
+        raise fault(given, "at least one of them", "run grex train, grex predict and grex score first")
     if published_dir is not None:
         for file in sorted(published_dir.glob("*.json")):
             run.published.extend(_read_published(file, run.notes))
@@ -112,73 +98,44 @@ def is_number(value: Any) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool)
 
 
-def _read_config(run_dir: Path, run: RunFiles) -> bool:
+def _parsed(file: Path, run: RunFiles, kind: str, absent: str) -> dict[str, Any] | None:
+    """Return the content of a YAML or JSON file; None, with a note, where there is none that can be read."""
     import yaml
 
-    file = run_dir / "config.yaml"
     if not file.is_file():
-        run.notes.append("config.yaml is not there: the configuration is unknown.")
-        return False
+        run.notes.append(f"{file.name} is not there: {absent}")
+        return None
+    text = file.read_text(encoding="utf-8")
     try:
-        config = yaml.safe_load(file.read_text(encoding="utf-8"))
-    except yaml.YAMLError as error:
-        run.notes.append(f"config.yaml is not valid YAML: {error}")
-        return False
-    run.config = config if isinstance(config, dict) else {}
-    return True
-
-
-def _read_results(run_dir: Path, run: RunFiles) -> bool:
-    file = run_dir / "results.json"
-    if not file.is_file():
-        run.notes.append("results.json is not there: grex score has not run on the predictions.")
-        return False
-    try:
-        results = json.loads(file.read_text(encoding="utf-8"))
-    except json.JSONDecodeError as error:
-        run.notes.append(f"results.json is not valid JSON: {error}")
-        return False
-    run.results = results if isinstance(results, dict) else {}
-    return True
+        content = yaml.safe_load(text) if kind == "YAML" else json.loads(text)
+    except (yaml.YAMLError, json.JSONDecodeError) as error:
+        run.notes.append(f"{file.name} is not valid {kind}: {error}")
+        return None
+    return content if isinstance(content, dict) else {}
 
 
 def _read_log(run_dir: Path, run: RunFiles) -> bool:
-    """Sort the numbers of log.jsonl into losses and rates. After a resume a step can occur twice: the last writing of it counts."""
+    """Sort the numbers of log.jsonl into losses ("loss/ground/mask") and rates. Where a step occurs twice, the last writing counts."""
     file = run_dir / "log.jsonl"
     if not file.is_file():
         run.notes.append("log.jsonl is not there: no training curves.")
         return False
-    losses: dict[tuple[str, str], dict[float, float]] = {}
-    rates: dict[tuple[str, str], dict[float, float]] = {}
+    losses: dict[tuple[str, str], dict[float, float]] = defaultdict(dict)
+    rates: dict[tuple[str, str], dict[float, float]] = defaultdict(dict)
     for row in read_json_lines(file, run.notes):
-        step = row.get("step")
-        if step is None or not is_number(step):
-            continue
-        for task, name, value, is_loss in _numbers_of(row):
-            series = (losses if is_loss else rates).setdefault((task, name), {})
-            series[float(step)] = value
+        step, default = row.get("step"), TASKS.get(str(row.get("task", "")), "training")
+        numbers = {path: value for path, value in row.items() if path != "step" and is_number(value) and math.isfinite(value)}
+        for path, value in numbers.items() if is_number(step) else ():
+            parts = path.split("/")
+            first, name = parts[0], parts[-1]
+            if first == "loss":
+                task = next((TASKS[part] for part in parts if part in TASKS), default)
+                losses[task, name][float(row["step"])] = float(value)
+            else:
+                rates["training", f"learning rate {name}" if first == "lr" else name][float(row["step"])] = float(value)
     run.losses = [LogSeries(task, name, sorted(points.items())) for (task, name), points in losses.items()]
     run.rates = [LogSeries(task, name, sorted(points.items())) for (task, name), points in rates.items()]
     return bool(losses or rates)
-
-
-def _numbers_of(row: dict[str, Any]) -> list[tuple[str, str, float, bool]]:
-    """Return (task, name, value, is a loss) for each number of a log line: "loss/ground/mask", nested dictionaries, or flat."""
-    default = TASKS.get(str(row.get("task", "")), "training")
-    numbers: list[tuple[str, str, float, bool]] = []
-    for path, value in flatten(row).items():
-        parts = path.replace("/", ".").split(".")
-        name = parts[-1]
-        if not is_number(value) or name == "step" or value != value or abs(value) == float("inf"):
-            continue
-        if "lr" in parts[:-1]:
-            numbers.append(("training", f"learning rate {name}", float(value), False))
-        elif name in NOT_A_LOSS or name.endswith(NOT_A_LOSS_ENDS) or "memory" in parts:
-            numbers.append(("training", name, float(value), False))
-        else:
-            task = next((TASKS[part] for part in parts if part in TASKS), default)
-            numbers.append((task, name.removeprefix("loss_"), float(value), True))
-    return numbers
 
 
 def _read_predictions(run_dir: Path, run: RunFiles) -> bool:
@@ -206,7 +163,7 @@ def _read_published(file: Path, notes: list[str]) -> list[dict[str, Any]]:
     except json.JSONDecodeError as error:
         notes.append(f"{file.name} of the published numbers is not valid JSON: {error}")
         return []
-    tables = content if isinstance(content, list) else content.get("tables", [content])
+    tables = content.get("tables", [content])
     return [
         {"task": file.stem.split("_")[0], **table} for table in tables if isinstance(table, dict) and isinstance(table.get("rows"), list)
     ]

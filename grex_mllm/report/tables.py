@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Collection, Iterable
 from typing import Any
 
-from grex_mllm.errors import GrexError
 from grex_mllm.metrics import entry, in_order
-from grex_mllm.metrics.columns import Column, columns, find, headline
+from grex_mllm.metrics.columns import Column, columns, find
 from grex_mllm.metrics.counting import LABELS
 from grex_mllm.report.html import escape, metric_name, number_text
 from grex_mllm.report.run_files import is_number
@@ -29,14 +29,9 @@ def protocol_block(block: Any, protocol: str = "strict") -> dict[str, Any]:
     return block if protocol == "strict" else {}
 
 
-def lookup(block: dict[str, Any], task: str, metric: str) -> Any:
-    """Return block[task][metric], where a dotted task goes deeper; None where it is absent."""
-    return find(find(block, task), metric)
-
-
-def known_tasks(blocks: list[dict[str, Any]]) -> list[str]:
-    """Return the metrics that some blocks hold and whose module is at hand, in their order."""
-    return [task for task in in_order({task for block in blocks for task in block}) if _at_hand(task)]
+def known_tasks(blocks: list[dict[str, Any]], modules: Collection[str]) -> list[str]:
+    """Return the metrics that some blocks hold and whose module may be imported, in their order."""
+    return in_order({task for block in blocks for task in block if task in modules})
 
 
 def size_of(block: dict[str, Any]) -> Any:
@@ -45,13 +40,13 @@ def size_of(block: dict[str, Any]) -> Any:
     return next((size for size in sizes if size is not None), None)
 
 
-def tiles(results: dict[str, Any]) -> str:
+def tiles(results: dict[str, Any], modules: Collection[str]) -> str:
     """Return the key numbers, each with a bar on which the dummies are marked."""
     ours = protocol_block(results)
     dummies = {name: protocol_block(block) for name, block in results.get("baselines", {}).items() if name in DUMMIES}
     cells: dict[str, str] = {}
-    for task in known_tasks([ours]):
-        for column in columns(task, "report"):
+    for task in known_tasks([ours], modules):
+        for column in columns(entry(task), "report"):
             value = column.find(ours[task])
             beside = {name: column.find(block.get(task)) for name, block in dummies.items()}
             if is_number(value) and column.name not in cells:
@@ -67,13 +62,6 @@ def _tile(column: Column, value: float, dummies: dict[str, float]) -> str:
     )
 
 
-def _at_hand(task: str) -> bool:
-    try:
-        return bool(entry(task))
-    except GrexError:
-        return False
-
-
 def _meter(value: float, dummies: list[float]) -> str:
     def place(number: float) -> str:
         return f"{100 * min(max(number, 0.0), 1.0):.1f}%"
@@ -82,12 +70,12 @@ def _meter(value: float, dummies: list[float]) -> str:
     return f'<div class="meter" aria-hidden="true"><b style="width:{place(value)}"></b>{marks}</div>'
 
 
-def result_tables(results: dict[str, Any], published: list[dict[str, Any]]) -> str:
+def result_tables(results: dict[str, Any], published: list[dict[str, Any]], modules: Collection[str]) -> str:
     """Return one table for each task and protocol: our rows, the dummies, and published rows set apart as other data."""
     blocks = []
     all_tasks = list(dict.fromkeys(task for protocol in PROTOCOLS for task in protocol_block(results, protocol)))
     for task in in_order(all_tasks):
-        parts, known = [], {column.key: column for column in columns(task)} if _at_hand(task) else {}
+        parts, known = [], {column.key: column for column in columns(entry(task))} if task in modules else {}
         title, about = (entry(task).TITLE, str(entry(task).__doc__).split("\n")[0]) if known else (task, "")
         scored = [protocol for protocol in PROTOCOLS if task in protocol_block(results, protocol)]
         for protocol, meaning in PROTOCOLS.items():
@@ -102,6 +90,8 @@ def result_tables(results: dict[str, Any], published: list[dict[str, Any]]) -> s
             parts.append(_confusion(protocol_block(results, protocol).get(task)))
             if protocol == scored[-1]:
                 parts += [_published_table(table, _columns(rows)) for table in published if table.get("task") == task]
+        if parts and not known:
+            parts.append('<p class="note">Raw numbers: the module is imported only where the protocol file is named (--protocol).</p>')
         if parts:
             blocks.append(f'<h3>{escape(title)}</h3><div class="tables">{"".join(parts)}</div>')
     return "".join(blocks)
@@ -135,7 +125,7 @@ def _table(rows: list[tuple[str, dict[str, Any]]], caption: str, known: dict[str
     def text(key: str, value: Any) -> str:
         return known[key].text(value, 1) if key in known and is_number(value) else number_text(key, value)
 
-    head = "".join(f'<th scope="col">{escape(known[key].name if key in known else metric_name(key))}</th>' for key in keys)
+    head = _heads(known[key].name if key in known else metric_name(key) for key in keys)
     body = "".join(
         f'<tr class="{"dummy" if label.startswith("dummy") else "ours"}"><th scope="row">{escape(label)}</th>'
         + "".join(f"<td>{escape(text(key, row.get(key)))}</td>" for key in keys)
@@ -143,6 +133,10 @@ def _table(rows: list[tuple[str, dict[str, Any]]], caption: str, known: dict[str
         for label, row in rows
     )
     return _framed("", caption, head, f"<tbody>{body}</tbody>")
+
+
+def _heads(names: Iterable[str]) -> str:
+    return "".join(f'<th scope="col">{escape(name)}</th>' for name in names)
 
 
 def _framed(css_class: str, caption: str, head: str, bodies: str) -> str:
@@ -158,7 +152,7 @@ def _published_table(table: dict[str, Any], ours: list[str]) -> str:
     columns = [column for column in ours if any(column in values for _, values in rows)]
     if not columns:
         return ""
-    head = "".join(f'<th scope="col">{escape(metric_name(column))}</th>' for column in columns)
+    head = _heads(map(metric_name, columns))
     body = ""
     for row, values in rows:
         name = " ".join(str(row[key]) for key in ("method", "split") if key in row)
@@ -173,15 +167,17 @@ def _published_table(table: dict[str, Any], ours: list[str]) -> str:
 
 def _confusion(block: Any) -> str:
     """Return the count's confusion matrix, where the results hold one: rows true, columns predicted."""
-    matrix = next(
-        (block[key] for key in ("confusion", "confusion_matrix") if isinstance(block, dict) and isinstance(block.get(key), list)), None
-    )
-    if not matrix or not all(isinstance(row, list) and all(is_number(cell) for cell in row) for row in matrix):
+    matrix = block.get("confusion") if isinstance(block, dict) else None
+    if (
+        not isinstance(matrix, list)
+        or not matrix
+        or not all(isinstance(row, list) and all(is_number(cell) for cell in row) for row in matrix)
+    ):
         return ""
     columns = [*LABELS, "no answer"][: len(matrix[0])]
     if len(columns) > len(LABELS) and not any(row[-1] for row in matrix):
         columns = columns[:-1]
-    head = "".join(f'<th scope="col">{escape(name)}</th>' for name in columns)
+    head = _heads(columns)
     body = "".join(
         f'<tr><th scope="row">{escape(name)}</th>'
         + "".join(
@@ -194,29 +190,29 @@ def _confusion(block: Any) -> str:
     return _framed("confusion", "true count (rows) against predicted count (columns)", head, f"<tbody>{body}</tbody>")
 
 
-def breakdown(groups: Any, caption: str, worst_first: bool = False) -> str:
+def breakdown(groups: Any, caption: str, modules: Collection[str], worst_first: bool = False) -> str:
     """Return one table of groups (number of targets, phenomenon, source) with a bar in each cell."""
     if not isinstance(groups, dict) or not groups:
         return ""
     blocks = {name: protocol_block(block) for name, block in groups.items()}
-    tasks = known_tasks(list(blocks.values()))
-    found = [(task, column) for task in tasks for column in columns(task, "report")]
+    tasks = known_tasks(list(blocks.values()), modules)
+    found = [(task, column) for task in tasks for column in columns(entry(task), "report")]
     shown = {c.name: (task, c) for task, c in reversed(found) if any(is_number(c.find(block.get(task))) for block in blocks.values())}
     chosen = [pair for pair in found if pair in shown.values()]
     if not chosen:
         return ""
 
     def goodness(name: str) -> float:
-        pairs = ((headline(task), headline(task).find(blocks[name].get(task))) for task in tasks)
+        pairs = ((entry(task).COLUMNS[0], entry(task).COLUMNS[0].find(blocks[name].get(task))) for task in tasks)
         return next((float(value) if column.higher_is_better else -float(value) for column, value in pairs if is_number(value)), math.inf)
 
-    head = "".join(f'<th scope="col">{escape(column.name)}</th>' for _, column in chosen)
+    head = _heads(["N", *(column.name for _, column in chosen)])
     body = ""
     for name in sorted(blocks, key=goodness) if worst_first else blocks:
         cells = "".join(_bar_cell(column, column.find(blocks[name].get(task))) for task, column in chosen)
         size = escape(number_text("num_samples", size_of(blocks[name])))
         body += f'<tr><th scope="row">{escape(metric_name(name))}</th><td>{size}</td>{cells}</tr>'
-    return _framed("breakdown", caption, f'<th scope="col">N</th>{head}', f"<tbody>{body}</tbody>")
+    return _framed("breakdown", caption, head, f"<tbody>{body}</tbody>")
 
 
 def _bar_cell(column: Column, value: Any) -> str:

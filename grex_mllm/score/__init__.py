@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import shutil
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from grex_mllm.errors import GrexError, fault
+from grex_mllm.errors import fault
 from grex_mllm.metrics import entry
 from grex_mllm.score.formats import as_jsonl
 from grex_mllm.score.generation import score_generation, set_tasks
@@ -39,7 +39,6 @@ def score(
     device: str = "auto",
     config: dict[str, Any] | None = None,
     show: bool = False,
-    progress: Callable[[int], None] = lambda _: None,
 ) -> dict[str, Any]:
     """Score predictions on a split of a dataset folder; return the results and write them to `out` (results.json).
 
@@ -47,7 +46,7 @@ def score(
     allow_missing: expressions without a prediction count as wrong instead of being an error.
     per_sample: also write `<out>.samples.jsonl`, one line for each expression (compare and errors need it). config: kept in the provenance.
     round_trip: a model folder that grounds generated texts without a `round_trip` of their own, on `device`; image_root: their images.
-    show: print the table. progress: called with the number of expressions finished.
+    show: print the table.
 
     Raises:
         GrexError: predictions, dataset or protocol at fault (three parts: given, expected, remedy). Nothing is written then.
@@ -56,108 +55,62 @@ def score(
         raise fault("per-sample rows without an output file", "a path for results.json", "give out")
     if num_processes < 1:
         raise fault(f"{num_processes} processes", "at least one", "fix --num-processes")
-    protocol = load_protocol(protocol_path)
-    given = [Path(p) for p in ([predictions_path] if isinstance(predictions_path, str | Path) else predictions_path)]
-    truth = open_truth(data_folder, split)
-    notes: list[str] = []
+    protocol, truth, notes = load_protocol(protocol_path), open_truth(data_folder, split), list[str]()
+    given = [predictions_path] if isinstance(predictions_path, str | Path) else predictions_path
     with tempfile.TemporaryDirectory() as folder:
-        paths = [as_jsonl(path, truth, Path(folder), notes) for path in given]
-        index = index_predictions(paths)
-        rows_path = Path(folder, "rows.jsonl") if per_sample else None
-        trip = _open_round_trip(round_trip, truth, image_root, device, protocol, index)
-        results = _score_index(truth, index, protocol, notes, allow_missing, num_processes, rows_path, config, progress, trip)
+        index = index_predictions([as_jsonl(Path(path), truth, Path(folder), notes) for path in given])
+        of_sets = set_tasks(protocol) if index.num_generation else []
+        if round_trip is not None and not of_sets:
+            what = f'a round trip with {index.num_generation} generated texts under protocol "{protocol.name}"'
+            remedy = "leave --round-trip out, or take eval/protocols/greg.yaml"
+            raise fault(what, "generation lines and a protocol with a metric of texts", remedy)
+        trip = None if round_trip is None else RoundTrip(round_trip, truth, image_root, device)  # early, so that its faults come at once
+        plan = plan_tasks(protocol, index, notes)
+        rows_path = Path(folder, "rows.jsonl") if per_sample and plan.tasks else None
+        tally, num_missing = _score_expressions(truth, index, plan, notes, allow_missing, num_processes, rows_path)
+        blocks = {task: score_generation(truth, index, protocol, task, allow_missing, notes, trip) for task in of_sets}
+        provenance = describe_run(protocol, truth, index, num_missing, config, notes)
+        if trip is not None:
+            provenance["round_trip"] = trip.provenance()
+        results = assemble(tally, blocks, provenance)
         if out is not None:
-            Path(out).parent.mkdir(parents=True, exist_ok=True)
-            if rows_path is not None and rows_path.is_file():
-                results["provenance"]["samples"] = samples_path(Path(out)).name
-                shutil.move(rows_path, samples_path(Path(out)))
-            write_results(results, Path(out))
+            out = Path(out)
+            out.parent.mkdir(parents=True, exist_ok=True)
+            if rows_path is not None:
+                provenance["samples"] = f"{out.stem}.samples.jsonl"
+                shutil.move(rows_path, out.with_name(provenance["samples"]))
+            write_results(results, out)
     if show:
         print_results(results)
     return results
 
 
-def _score_index(
+def _score_expressions(
     truth: TruthFolder,
     index: PredictionFiles,
-    protocol: Protocol,
+    plan: Plan,
     notes: list[str],
     allow_missing: bool,
     num_processes: int,
     rows_path: Path | None,
-    config: dict[str, Any] | None,
-    progress: Callable[[int], None],
-    trip: RoundTrip | None,
-) -> dict[str, Any]:
-    plan = plan_tasks(protocol, index, notes)
-    of_sets = set_tasks(protocol) if index.num_generation else []
-    if not plan.tasks and not of_sets:
-        raise GrexError(
-            f"{', '.join(p.name for p in index.paths)} answers none of {', '.join(protocol.tasks)}; expected fields of a task of protocol "
-            f'"{protocol.name}"; {"; ".join(notes) or "the file is empty or holds other lines"}'
-        )
+) -> tuple[Tally, int]:
+    """Return the sums and how many expressions have no prediction; what is left out, or not understood, goes into the notes.
+
+    Raises:
+        GrexError: ids that do not fit; some targets have segmentations and others do not.
+    """
     num_missing = match_ids(index, truth, allow_missing) if plan.tasks else 0
     if num_missing:
         notes.append(f"{num_missing} of {len(truth)} expressions have no prediction and count as wrong")
-    unknown = {key: count for key, count in sorted(index.unknown_keys.items()) if not plan.needs(key)}
+    unknown = [f"{key} ({count})" for key, count in sorted(index.unknown_keys.items()) if not plan.needs(key)]
     if unknown:
-        named = ", ".join(f"{key} ({count})" for key, count in unknown.items())
-        notes.append(f"fields that were not understood and are ignored: {named}")
-    tally = Tally(plan)
-    if plan.tasks:
-        tally = evaluate_in_processes(truth, index, plan, num_processes, rows_path, progress)
-    _tell_left_out(tally, plan, len(truth), notes)
-    _drop_maskless(tally, plan, notes)
-    blocks = {task: score_generation(truth, index, protocol, task, allow_missing, notes, trip) for task in of_sets}
-    provenance = describe_run(protocol, truth, index, num_missing, config, notes)
-    if trip is not None:
-        provenance["round_trip"] = trip.provenance()
-    return assemble(tally, blocks, provenance)
-
-
-def _open_round_trip(
-    model: str | Path | None,
-    truth: TruthFolder,
-    image_root: str | Path | None,
-    device: str,
-    protocol: Protocol,
-    index: PredictionFiles,
-) -> RoundTrip | None:
-    """Load the model before the long part, so that its faults come at once.
-
-    Raises:
-        GrexError: nothing to ground: the predictions hold no generated text, or the protocol does not ask for it.
-    """
-    if model is None:
-        return None
-    if not set_tasks(protocol) or not index.num_generation:
-        given = f'a round trip with {index.num_generation} generated texts under protocol "{protocol.name}"'
-        raise fault(
-            given, "generation lines and a protocol with a metric of texts", "leave --round-trip out, or take eval/protocols/greg.yaml"
-        )
-    return RoundTrip(model, truth, image_root, device)
-
-
-def samples_path(out: Path) -> Path:
-    """Return where the per-sample rows of a results file stand."""
-    return out.with_name(f"{out.stem}.samples.jsonl")
-
-
-def _tell_left_out(tally: Tally, plan: Plan, num_expressions: int, notes: list[str]) -> None:
-    """Say how many expressions a metric leaves out that has words for it (`LEFT_OUT`)."""
+        notes.append(f"fields that were not understood and are ignored: {', '.join(unknown)}")
+    tally = evaluate_in_processes(truth, index, plan, num_processes, rows_path) if plan.tasks else Tally(plan)
     for protocol, task in plan.tasks:
         sums, words = tally.sums.get((ALL, protocol, task)), getattr(entry(task), "LEFT_OUT", "")
-        left_out = num_expressions - (sums.compute()["num_samples"] if words and sums is not None else 0)
+        left_out = len(truth) - (sums.compute()["num_samples"] if words and sums is not None else 0)
         if words and left_out:
-            notes.append(f"{task}: {left_out} of {num_expressions} expressions {words} and are left out")
-
-
-def _drop_maskless(tally: Tally, plan: Plan, notes: list[str]) -> None:
-    """Take the metrics of masks out of box-only data.
-
-    Raises:
-        GrexError: some targets have segmentations and others do not.
-    """
+            notes.append(f"{task}: {left_out} of {len(truth)} expressions {words} and are left out")
     absent, found = tally.num_masks["absent"], tally.num_masks["found"]
     if absent and found:
         given = f"{absent} of {absent + found} targeted expressions whose targets have no segmentation"
@@ -165,3 +118,4 @@ def _drop_maskless(tally: Tally, plan: Plan, notes: list[str]) -> None:
     if absent:
         notes.append("masks: the dataset has no segmentations; not scored")
         tally.drop(plan.needs("gt_mask"))
+    return tally, num_missing

@@ -5,11 +5,10 @@ A grounding line has `expression_id`; a generation line has `image_id` and `targ
 
 from __future__ import annotations
 
-import hashlib
 from array import array
 from collections import Counter
-from collections.abc import Iterator
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -17,14 +16,15 @@ import numpy as np
 
 from grex_mllm.data.records import decode_line
 from grex_mllm.errors import GrexError, fault
-from grex_mllm.score.identity import duplicates, id_number
+from grex_mllm.score.identity import duplicates, id_number, sha256_of
 from grex_mllm.score.truth import TruthFolder
 
 EXAMPLES = 5
 STATUSES = ("ok", "unparsable", "refused", "error")
 ANSWERS = ("mask_rle", "mask_rle_input", "boxes_xyxy", "count", "no_target", "no_target_prob")
-GROUNDING_KEYS = {"expression_id", "image_id", "expression", "box_scores", "minimap", "status", *ANSWERS}
-GENERATION_KEYS = {"image_id", "targets", "ref_id", "expression", "candidates", "round_trip", "judgement", "listener", "status"}
+GROUNDING_KEYS = {"expression_id", "image_id", "expression", "box_scores", "minimap", "status", "reason", "reads_truth", *ANSWERS}
+GENERATION_KEYS = {"image_id", "targets", "ref_id", "expression", "candidates", "round_trip", "judgement", "listener", "status", "reason"}
+GENERATION_KEYS |= {"reads_truth"}
 
 
 @dataclass
@@ -44,7 +44,7 @@ class PredictionFiles:
     statuses: Counter[str]
     unknown_keys: Counter[str]
     sha256: list[str]
-    notes: list[str] = field(default_factory=list)
+    reads_truth: str  # what the predictor read of the ground truth, as its lines say: "", "objects" or "targets"
 
     def __post_init__(self) -> None:
         self._order = np.argsort(self.numbers, kind="stable")
@@ -60,15 +60,17 @@ class PredictionFiles:
         place = int(np.searchsorted(self._sorted, number))
         if place == len(self._sorted) or self._sorted[place] != number:
             return None
-        return self.line(int(self._order[place]))
+        return self._line(self._order[place])
 
-    def line(self, position: int) -> dict[str, Any]:
-        """Return the grounding line at a position of the index."""
-        number = int(self.files[position])
-        file = self._open.get(number)
-        if file is None:
-            file = self._open[number] = self.paths[number].open("rb")
-        offset = int(self.offsets[position])
+    def id_at(self, position: int) -> str:
+        """Return the expression id of the line at a position of the index."""
+        return str(self._line(position)["expression_id"])
+
+    def _line(self, position: int) -> dict[str, Any]:
+        number, offset = int(self.files[position]), int(self.offsets[position])
+        if number not in self._open:
+            self._open[number] = self.paths[number].open("rb")
+        file = self._open[number]
         if file.tell() != offset:
             file.seek(offset)
         return dict(decode_line(file.readline())[0])
@@ -82,9 +84,7 @@ class PredictionFiles:
     def generations(self) -> Iterator[dict[str, Any]]:
         """Yield the generation lines, in file order."""
         if self.num_generation:
-            for _, _, _, value in _lines(self.paths):
-                if "expression_id" not in value:
-                    yield value
+            yield from (value for _, _, _, value in _lines(self.paths) if "expression_id" not in value)
 
     def partial(self, name: str) -> int:
         """Return how many "ok" lines lack a field."""
@@ -100,12 +100,14 @@ def index_predictions(paths: list[Path]) -> PredictionFiles:
     """
     numbers, files, offsets = array("Q"), array("H"), array("q")
     answered, statuses, unknown = Counter[str](), Counter[str](), Counter[str]()
-    num_generation = 0
+    num_generation, reads_truth = 0, set[str]()
     for file_number, line, offset, value in _lines(paths):
         where = f"{paths[file_number]} line {line}"
         status = value.get("status", "ok")
         if status not in STATUSES:
             raise fault(f"{where}: status {status!r}", f"one of {', '.join(STATUSES)}", "fix the line")
+        if value.get("reads_truth"):
+            reads_truth.add(str(value["reads_truth"]))
         if "expression_id" in value:
             if not isinstance(value["expression_id"], str):
                 raise fault(f"{where}: expression_id {value['expression_id']!r}", "a string", "write the id of expressions.jsonl")
@@ -122,30 +124,17 @@ def index_predictions(paths: list[Path]) -> PredictionFiles:
             num_generation += 1
             unknown.update(value.keys() - GENERATION_KEYS)
         else:
-            raise fault(
-                f"{where} with fields {', '.join(sorted(value)) or '(none)'}", "expression_id, or image_id and targets", "fix the line"
-            )
+            given = f"{where} with fields {', '.join(sorted(value)) or '(none)'}"
+            raise fault(given, "expression_id, or image_id and targets", "fix the line")
     if not answered["mask"] and answered["boxes_xyxy"]:
         del answered["mask_rle"]  # nothing but nulls, beside boxes: masks were not asked for
-    index = PredictionFiles(
-        paths,
-        _array(numbers, np.uint64),
-        _array(files, np.uint16),
-        _array(offsets, np.int64),
-        num_generation,
-        answered,
-        statuses,
-        unknown,
-        [],
-    )
-    index.sha256 = [_sha256(path) for path in paths]
+    places = np.array(numbers, np.uint64), np.array(files, np.uint16), np.array(offsets, np.int64)
+    sha256 = [sha256_of(path) for path in paths]
+    index = PredictionFiles(paths, *places, num_generation, answered, statuses, unknown, sha256, ", ".join(sorted(reads_truth)))
     again = duplicates(index.numbers)
     if len(again):
-        raise fault(
-            f"{len(again)} repeated expression ids{_some([index.line(int(p))['expression_id'] for p in again[:EXAMPLES]])}",
-            "one line for each expression",
-            "remove the repeated lines",
-        )
+        given = f"{len(again)} repeated expression ids{_some(map(index.id_at, again[:EXAMPLES]))}"
+        raise fault(given, "one line for each expression", "remove the repeated lines")
     return index
 
 
@@ -162,9 +151,9 @@ def match_ids(index: PredictionFiles, truth: TruthFolder, allow_missing: bool) -
         elsewhere = np.isin(index.numbers[stray], truth.other_numbers)
         for chosen, words in ((stray[elsewhere], "of another split"), (stray[~elsewhere], "not in the dataset")):
             if len(chosen):
-                faults.append(f"{len(chosen)} predictions {words}{_some([index.line(int(p))['expression_id'] for p in chosen[:EXAMPLES]])}")
+                faults.append(f"{len(chosen)} predictions {words}{_some(map(index.id_at, chosen[:EXAMPLES]))}")
     if len(absent) and not allow_missing:
-        faults.append(f"{len(absent)} expressions without a prediction{_some([truth.id_at(int(p)) for p in absent[:EXAMPLES]])}")
+        faults.append(f"{len(absent)} expressions without a prediction{_some(map(truth.id_at, absent[:EXAMPLES]))}")
     if faults:
         raise GrexError(
             f'{"; ".join(faults)}; expected one prediction for each of the {len(truth)} expressions of split "{truth.split}"; '
@@ -192,14 +181,5 @@ def _lines(paths: list[Path]) -> Iterator[tuple[int, int, int, dict[str, Any]]]:
                 offset += len(text)
 
 
-def _some(ids: list[str]) -> str:
-    return f" (first: {', '.join(str(i) for i in ids)})"
-
-
-def _array(values: array[Any], dtype: Any) -> np.ndarray:
-    return np.frombuffer(values, dtype) if len(values) else np.zeros(0, dtype)
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+def _some(ids: Iterable[str]) -> str:
+    return f" (first: {', '.join(map(str, ids))})"

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import subprocess
 import warnings
 from importlib.metadata import PackageNotFoundError, version
@@ -15,6 +14,7 @@ from grex_mllm.score.protocol import Protocol
 from grex_mllm.score.reading import PredictionFiles
 from grex_mllm.score.tally import ALL, BASELINES, Tally
 from grex_mllm.score.truth import TruthFolder
+from grex_mllm.writing import whole_file
 
 PACKAGES = ("numpy", "pycocotools", "pycocoevalcap", "torch", "transformers")
 NUM_BUCKETS = ("0", "1", "2", "3+")
@@ -24,19 +24,14 @@ def assemble(tally: Tally, of_sets: dict[str, Any], provenance: dict[str, Any]) 
     """Return the whole results dictionary. of_sets: blocks of the metrics of object sets."""
     strict, official = group_scores(tally, ALL, "strict") | of_sets, group_scores(tally, ALL, "official")
     groups = sorted({key[0] for key in tally.sums})
-    named = {kind: [g.partition("|")[2] for g in groups if g.startswith(f"{kind}|")] for kind in ("tag", "source")}
+    tags, sources = ([g.partition("|")[2] for g in groups if g.startswith(f"{kind}|")] for kind in ("tag", "source"))
     results = {
         "provenance": provenance,
         "results": {"strict": strict, "official": official},
         "by_num_targets": {b: group_scores(tally, f"num|{b}", "strict") for b in NUM_BUCKETS if f"num|{b}" in groups},
-        "by_tag": {tag: group_scores(tally, f"tag|{tag}", "strict") for tag in named["tag"]},
-        "by_source": {
-            source: {protocol: group_scores(tally, f"source|{source}", protocol) for protocol in ("strict", "official")}
-            for source in named["source"]
-        },
-        "baselines": {
-            name: group_scores(tally, f"baseline|{name}", "strict") for name in BASELINES if any(g == f"baseline|{name}" for g in groups)
-        },
+        "by_tag": {tag: group_scores(tally, f"tag|{tag}", "strict") for tag in tags},
+        "by_source": {name: {p: group_scores(tally, f"source|{name}", p) for p in ("strict", "official")} for name in sources},
+        "baselines": {name: group_scores(tally, f"baseline|{name}", "strict") for name in BASELINES if f"baseline|{name}" in groups},
     }
     calibration = tally.calibration.compute()
     if calibration["num_samples"]:
@@ -56,14 +51,10 @@ def describe_run(
     protocol: Protocol, truth: TruthFolder, index: PredictionFiles, num_missing: int, config: dict[str, Any] | None, notes: list[str]
 ) -> dict[str, Any]:
     """Return the provenance block: what was scored, by which rules, with which code. No clock, no host: equal runs, equal files."""
-    counted = len(index) + num_missing
-    unanswered = {s: n for s, n in index.statuses.items() if s != "ok"}
+    counted, settings = len(index) + num_missing, protocol.settings()
     return {
-        "protocol": protocol.settings(),
-        "thresholds": {
-            "values": {task: rules for task, rules in protocol.settings()["tasks"].items() if rules},
-            "chosen": protocol.thresholds_chosen,
-        },
+        "protocol": settings,
+        "thresholds": {"values": {t: rules for t, rules in settings["tasks"].items() if rules}, "chosen": protocol.thresholds_chosen},
         "grex_mllm": grex_mllm.__version__,
         "commit": current_commit(),
         "packages": {name: _version(name) for name in PACKAGES},
@@ -75,8 +66,9 @@ def describe_run(
             "num_grounding": len(index),
             "num_generation": index.num_generation,
             "num_missing": num_missing,
+            **({"reads_truth": index.reads_truth} if index.reads_truth else {}),
             "statuses": dict(sorted(index.statuses.items())),
-            "unanswered_share": (sum(unanswered.values()) + num_missing) / counted if counted else 0.0,
+            "unanswered_share": (counted - index.statuses["ok"]) / counted if counted else 0.0,
         },
         "notes": notes,
     }
@@ -97,10 +89,8 @@ def current_commit() -> str | None:
 
 def write_results(results: dict[str, Any], out: Path) -> None:
     """Write results.json in one step: a reader never sees half of it."""
-    out.parent.mkdir(parents=True, exist_ok=True)
-    temporary = out.with_name(f".{out.name}.{os.getpid()}")
-    temporary.write_text(json.dumps(results, indent=1, ensure_ascii=False, allow_nan=False) + "\n", encoding="utf-8")
-    temporary.replace(out)
+    with whole_file(out) as work:
+        work.write_text(json.dumps(results, indent=1, ensure_ascii=False, allow_nan=False) + "\n", encoding="utf-8")
 
 
 def _version(name: str) -> str | None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +13,7 @@ from grex_mllm.errors import GrexError, fault
 from grex_mllm.predictors import open_blind
 from grex_mllm.predictors.lines import round_trip_fields
 from grex_mllm.predictors.protocol import Item, Options
+from grex_mllm.score.identity import sha256_of
 from grex_mllm.score.truth import TruthFolder
 from grex_mllm.types import ExpressionRecord, ImageRecord
 
@@ -53,11 +53,9 @@ class RoundTrip:
     def provenance(self) -> dict[str, Any]:
         """Return which predictor grounded how many texts."""
         weights = Path(self.model, "model.safetensors")
-        if not weights.is_file():
-            return {"model": self.model, "sha256": None, "num_grounded": self.num_grounded}
-        with weights.open("rb") as file:
-            code = hashlib.file_digest(file, "sha256").hexdigest()
-        return {"model": Path(self.model).name, "sha256": code, "num_grounded": self.num_grounded}
+        known = weights.is_file()
+        named = {"model": Path(self.model).name, "sha256": sha256_of(weights)} if known else {"model": self.model, "sha256": None}
+        return named | {"num_grounded": self.num_grounded}
 
 
 def _load(file: Path, record: ImageRecord) -> np.ndarray:

@@ -61,7 +61,7 @@ def _cells(block: dict[str, Any]) -> dict[str, str]:
     """Return the cells of a row; a column of several metrics (N-acc) is filled by the first that has it."""
     cells: dict[str, str] = {}
     for task in in_order(block):
-        for column in (*COMMON, *columns(task, "table")):
+        for column in (*COMMON, *columns(entry(task), "table")):
             if column.key in block[task]:
                 cells.setdefault(column.name, _text(column, block[task][column.key]))
     return cells
@@ -74,7 +74,7 @@ def _text(column: Column, value: Any) -> str:
 def _parts_table(task: str, block: dict[str, Any]) -> Table:
     """Return the table of a metric of object sets: a row for each part of its block, its texts in the title."""
     rows = parts(block)
-    shown = [column for column in (COMMON[0], *columns(task, "table")) if any(column.key in row for _, row in rows)]
+    shown = [column for column in (COMMON[0], *columns(entry(task), "table")) if any(column.key in row for _, row in rows)]
     reasons = sorted({reason for _, row in rows for reason in row.get("not_computed", {}).values()})
     settings = [f", {key.replace('_', ' ')} {value}" for key, value in block.items() if isinstance(value, str)]
     table = Table(title=f"{entry(task).TITLE} (percent){''.join(settings)}", caption="; ".join(f"- : {r}" for r in reasons) or None)

@@ -5,11 +5,12 @@ Rows are buffered and added as arrays. A tally of one part of the split merges w
 
 from __future__ import annotations
 
-from collections import Counter
+import json
+from collections import Counter, defaultdict
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, TextIO
 
 import numpy as np
 
@@ -23,8 +24,6 @@ BUFFER = 4096
 CHUNK = 64  # samples that are held whole, with prediction and image
 ALL = "all|"
 BASELINES = ("always_empty", "oracle")
-Key = tuple[str, str, str]  # group, protocol, task
-Write = Callable[[list[dict[str, Any]]], None]
 
 
 @dataclass
@@ -41,11 +40,11 @@ class Plan:
 
 
 class Tally:
-    """Sums of every group. write: called with the finished lines of each buffer, rows of all metrics filled in."""
+    """Sums of every group, by (group, protocol, task). file: gets a JSON line for each sample, rows of all metrics filled in."""
 
-    def __init__(self, plan: Plan, write: Write | None = None) -> None:
-        self.plan, self.write = plan, write
-        self.sums: dict[Key, Any] = {}
+    def __init__(self, plan: Plan, file: TextIO | None = None) -> None:
+        self.plan, self.file = plan, file
+        self.sums: dict[tuple[str, str, str], Any] = {}
         self.calibration = Calibration()
         self.num_masks: Counter[str] = Counter()  # targeted expressions whose ground-truth mask is "found" or "absent"
         self._entries = [(protocol, task, entry(task), plan.protocol.tasks[task]) for protocol, task in plan.tasks]
@@ -61,7 +60,7 @@ class Tally:
         self._lines.append(line)
         self._num_targets.append(truth.num_targets)
         for group in (ALL, *groups):
-            self._groups.setdefault(group, []).append(len(self._lines) - 1)
+            self._groups[group].append(len(self._lines) - 1)
         if len(self._chunk) >= CHUNK:
             self._score_chunk()
         if len(self._lines) >= BUFFER:
@@ -81,11 +80,11 @@ class Tally:
                     self.sums_of(f"baseline|{name}", protocol, task)
                 for name, answers in metric.baselines(columns, rules).items() if columns else ():
                     self.sums_of(f"baseline|{name}", protocol, task).update_rows(answers)
-            for line, row in zip(self._lines, rows, strict=True) if self.write is not None else ():
+            for line, row in zip(self._lines, rows, strict=True):
                 if row is not None:
                     line.setdefault(protocol, {}).update(row)
-        if self.write is not None and self._lines:
-            self.write(self._lines)
+        if self.file is not None and self._lines:
+            self.file.writelines(json.dumps(line, ensure_ascii=False) + "\n" for line in self._lines)
         self._clear()
 
     def sums_of(self, group: str, protocol: str, task: str) -> Any:
@@ -116,7 +115,7 @@ class Tally:
     def _clear(self) -> None:
         self._lines: list[dict[str, Any]] = []
         self._num_targets: list[int] = []
-        self._groups: dict[str, list[int]] = {}
+        self._groups: dict[str, list[int]] = defaultdict(list)
         self._rows: list[list[dict[str, Any] | None]] = [[] for _ in self._entries]
         self._probabilities: list[dict[str, Any] | None] = []
 
@@ -136,7 +135,10 @@ class Tally:
         present = [row for row in rows if row is not None]
         if not present:
             return {}
-        _same_keys(present, metric)
+        odd = next((row for row in present if row.keys() != present[0].keys()), None)
+        if odd is not None:
+            given = f"{metric.__name__}: rows with {', '.join(present[0])} and with {', '.join(odd)}"
+            raise fault(given, "the same keys in every row", "return None for what is no part of the metric")
         at = np.flatnonzero([row is not None for row in rows])
         columns = stacked(metric, present) | {"num_targets": num[at]}
         place = np.full(len(rows), -1)
@@ -146,10 +148,3 @@ class Tally:
             if len(inside):
                 sums_of(name).update_rows({key: values[inside] for key, values in columns.items()})
         return columns
-
-
-def _same_keys(rows: list[dict[str, Any]], metric: Any) -> None:
-    odd = next((row for row in rows if row.keys() != rows[0].keys()), None)
-    if odd is not None:
-        given = f"{metric.__name__}: rows with {', '.join(rows[0])} and with {', '.join(odd)}"
-        raise fault(given, "the same keys in every row", "return None for what is no part of the metric")

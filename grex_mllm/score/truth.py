@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import hashlib
 from array import array
-from collections import OrderedDict
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
-from functools import partial
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +16,7 @@ from grex_mllm.data.records import EXPRESSIONS, IMAGES, INFO, ImageTable, decode
 from grex_mllm.errors import GrexError, fault
 from grex_mllm.metrics.truth import Truth, target_mask
 from grex_mllm.ops.rle import Rle
-from grex_mllm.score.identity import id_number
+from grex_mllm.score.identity import id_number, sha256_of
 from grex_mllm.types import ExpressionRecord, ImageRecord
 
 IMAGES_HELD = 64
@@ -37,8 +36,8 @@ class TruthFolder:
     images: ImageTable
 
     def __post_init__(self) -> None:
-        self._images: OrderedDict[str, ImageRecord] = OrderedDict()
-        self._masks: OrderedDict[tuple[Any, ...], Rle | None] = OrderedDict()
+        self._held_image = lru_cache(IMAGES_HELD)(self.images.__getitem__)
+        self._held_mask = lru_cache(MASKS_HELD)(lambda image_id, targets, size: target_mask(self.image(image_id), list(targets), size))
 
     def __len__(self) -> int:
         return len(self.offsets)
@@ -57,31 +56,22 @@ class TruthFolder:
 
     def image(self, image_id: str) -> ImageRecord:
         """Return an image record; the last few are held."""
-        if image_id not in self._images:
-            if image_id not in self.images:
-                raise fault(f'image "{image_id}"', f"the id of a line of {self.folder / IMAGES}", "fix expressions.jsonl")
-            self._images[image_id] = self.images[image_id]
-            if len(self._images) > IMAGES_HELD:
-                self._images.popitem(last=False)
-        return self._images[image_id]
+        if image_id not in self.images:
+            raise fault(f'image "{image_id}"', f"the id of a line of {self.folder / IMAGES}", "fix expressions.jsonl")
+        return self._held_image(image_id)
 
     def about(self, record: ExpressionRecord, tasks: dict[str, Any]) -> Truth:
         """Return what is true of an expression, for the metrics of a protocol (`tasks`: their rules)."""
-        find_image = partial(self.image, record.image_id)
-        return Truth(record.expression_id, record.targets, find_image, [record.expression], record.ref_id, tasks, self.mask)
+        find = partial(self.image, record.image_id)
+        return Truth(record.expression_id, record.targets, find, [record.expression], record.ref_id, tasks, self.mask)
 
     def mask(self, image_id: str, targets: list[str], size: tuple[int, int] | None = None) -> Rle | None:
         """Return `target_mask` of an image; the last few are held."""
-        key = (image_id, tuple(targets), size)
-        if key not in self._masks:
-            self._masks[key] = target_mask(self.image(image_id), targets, size)
-            if len(self._masks) > MASKS_HELD:
-                self._masks.popitem(last=False)
-        return self._masks[key]
+        return self._held_mask(image_id, tuple(targets), size)
 
     def provenance(self) -> dict[str, Any]:
         """Return name, split, SHA-256 of the three files, and the folder's own counts."""
-        sums = {name: _sha256(self.folder / name) for name in (IMAGES, EXPRESSIONS, INFO)}
+        sums = {name: sha256_of(self.folder / name) for name in (IMAGES, EXPRESSIONS, INFO)}
         return {"name": self.info.get("name"), "split": self.split, "sha256": sums, "counts": self.info.get("counts")}
 
 
@@ -94,35 +84,21 @@ def open_truth(folder: str | Path, split: str) -> TruthFolder:
     folder = Path(folder)
     info = read_info(folder)
     offsets, numbers, others = array("q"), array("Q"), array("Q")
-    splits: dict[str, int] = {}
+    splits: Counter[str] = Counter()
     path = folder / EXPRESSIONS
     for line, offset, value in read_lines(path):
         for finding in expression_findings(value):
             raise GrexError(f"{path} line {line}, field {finding[0]}: {finding[1]}; expected {finding[2]}; fix the line")
         number = id_number(value["expression_id"])
-        splits[value["split"]] = splits.get(value["split"], 0) + 1
+        splits[value["split"]] += 1
+        (numbers if value["split"] == split else others).append(number)
         if value["split"] == split:
             offsets.append(offset)
-            numbers.append(number)
-        else:
-            others.append(number)
     if not offsets:
         named = ", ".join(f"{name} ({count})" for name, count in splits.items()) or "none: the file is empty"
         raise fault(f'split "{split}" of {folder}', f"one of its splits: {named}", "name one of these")
-    every = np.concatenate([np.frombuffer(numbers, np.uint64), np.frombuffer(others, np.uint64)])
-    if len(np.unique(every)) != len(every):
-        raise fault(f"{path} with {len(every) - len(np.unique(every))} repeated expression ids", "ids of their own", "run grex data check")
-    return TruthFolder(
-        folder,
-        split,
-        info,
-        np.frombuffer(offsets, np.int64),
-        np.frombuffer(numbers, np.uint64),
-        np.frombuffer(others, np.uint64) if others else np.zeros(0, np.uint64),
-        ImageTable(folder / IMAGES),
-    )
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+    here, elsewhere = np.array(numbers, np.uint64), np.array(others, np.uint64)
+    repeated = len(here) + len(elsewhere) - len(np.unique(np.concatenate([here, elsewhere])))
+    if repeated:
+        raise fault(f"{path} with {repeated} repeated expression ids", "ids of their own", "run grex data check")
+    return TruthFolder(folder, split, info, np.array(offsets, np.int64), here, elsewhere, ImageTable(folder / IMAGES))
