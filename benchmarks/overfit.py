@@ -45,7 +45,7 @@ def main() -> int:
     train_from_config(load_config(CONFIG_FOLDER / "overfit.yaml", [*fields, *overrides]))
     trained = time.monotonic() - start
     predictions = given.out / "predictions.jsonl"
-    predict_split(str(given.out), str(given.out / "data"), predictions, given.split, ["ground", "generate"], None, 0, None, "cpu", [])
+    predict_split(str(given.out), str(given.out / "data"), predictions, given.split, ["ground", "generate"], device="cpu")
     results = score(predictions, given.out / "data", given.split, PROTOCOL_FOLDER / "all.yaml", given.out / "results.json", show=True)
     strict = results["results"]["strict"]
     repeated, sets = repeats(given.out / "data", given.split, predictions)

@@ -65,7 +65,12 @@ def convert(options: argparse.Namespace) -> dict[str, Any]:
         for record in track(images, description="writing expressions", console=CONSOLE, disable=not CONSOLE.is_terminal):
             rng = np.random.default_rng(stable_number(f"{options.seed}/{record.image_id}"))
             statements = draw_statements(
-                read_scene(record), cooccurrence, instances.supercategories, options.expressions_per_image, options.no_target_share, rng
+                read_scene(record),
+                cooccurrence,
+                instances.supercategories,
+                num=options.expressions_per_image,
+                no_target_share=options.no_target_share,
+                rng=rng,
             )
             split = choose_split(record, splits, options.seed)
             for number, statement in enumerate(statements):

@@ -16,7 +16,9 @@ from grex_mllm.types import MORE_THAN_FIVE, ExpressionRecord, ImageRecord, Insta
 MAX_SHOWN = 80
 
 
-def ground_image(model: str, image: str, expressions: list[str], out: Path, device: str, threshold: float | None) -> list[dict[str, Any]]:
+def ground_image(
+    model: str, image: str, expressions: list[str], out: Path, *, device: str, threshold: float | None
+) -> list[dict[str, Any]]:
     """Ground expressions, write an overlay and a mask PNG of the image's size for each, and return what is printed.
 
     threshold: "no target" is said above this probability; None = as the model's configuration says.
@@ -73,6 +75,7 @@ def ground_image(model: str, image: str, expressions: list[str], out: Path, devi
 def describe_objects(
     model: str,
     image: str,
+    *,
     boxes: str | None,
     masks: list[str] | None,
     mode: str,

@@ -52,6 +52,7 @@ def predict(
     model: str,
     data: str,
     out: str,
+    *,
     split: str = "test",
     tasks: str = "ground,generate",
     image_root: str | None = None,
@@ -75,7 +76,8 @@ def predict(
     """
     from grex_mllm.predict import predict_split
 
-    predict_split(model, data, Path(out), split, tasks.split(","), image_root, listener, limit, device, overrides or [])
+    options = {"image_root": image_root, "listener": listener, "limit": limit, "device": device, "overrides": overrides or []}
+    predict_split(model, data, Path(out), split, tasks.split(","), **options)  # type: ignore[arg-type]
     return 0
 
 
@@ -83,6 +85,7 @@ def score(
     predictions: Places,
     data: str,
     split: str,
+    *,
     protocol: str | None = None,
     out: str = "results.json",
     per_sample: bool = False,
@@ -110,24 +113,13 @@ def score(
     from grex_mllm.config import PROTOCOL_FOLDER
     from grex_mllm.score import score as run
 
-    run(
-        predictions,
-        data,
-        split,
-        protocol or PROTOCOL_FOLDER / "all.yaml",
-        out,
-        per_sample=per_sample,
-        allow_missing=allow_missing,
-        num_processes=num_processes,
-        round_trip=round_trip,
-        image_root=image_root,
-        device=device,
-        show=True,
-    )
+    options = {"per_sample": per_sample, "allow_missing": allow_missing, "num_processes": num_processes, "round_trip": round_trip}
+    where = protocol or PROTOCOL_FOLDER / "all.yaml"
+    run(predictions, data, split, where, out, **options, image_root=image_root, device=device, show=True)  # type: ignore[arg-type]
     return 0
 
 
-def ground(model: str, image: str, expression: list[str], out: str = ".", device: str = "auto", threshold: float | None = None) -> int:
+def ground(model: str, image: str, expression: list[str], *, out: str = ".", device: str = "auto", threshold: float | None = None) -> int:
     """Ground expressions in an image: prints JSON and writes an overlay PNG and a mask PNG for each.
 
     Args:
@@ -140,13 +132,14 @@ def ground(model: str, image: str, expression: list[str], out: str = ".", device
     """
     from grex_mllm.ask import ground_image
 
-    print(json.dumps(ground_image(model, image, expression, Path(out), device, threshold), indent=2, ensure_ascii=False))
+    print(json.dumps(ground_image(model, image, expression, Path(out), device=device, threshold=threshold), indent=2, ensure_ascii=False))
     return 0
 
 
 def describe(
     model: str,
     image: str,
+    *,
     boxes: Annotated[str | None, AS_WRITTEN] = None,
     masks: list[str] | None = None,
     mode: str = "greedy",
@@ -170,13 +163,22 @@ def describe(
     """
     from grex_mllm.ask import describe_objects
 
-    print(json.dumps(describe_objects(model, image, boxes, masks, mode, candidates, rerank, seed, device), indent=2, ensure_ascii=False))
+    print(
+        json.dumps(
+            describe_objects(
+                model, image, boxes=boxes, masks=masks, mode=mode, candidates=candidates, rerank=rerank, seed=seed, device=device
+            ),
+            indent=2,
+            ensure_ascii=False,
+        )
+    )
     return 0
 
 
 def data(
     action: Place,
     folders: Places,
+    *,
     image_root: str | None = None,
     out: str | None = None,
     split: str = "test",
@@ -196,7 +198,7 @@ def data(
     """
     from grex_mllm.data.command import run_data
 
-    return run_data(action, folders, image_root, out, split, length, seed)
+    return run_data(action, folders, image_root=image_root, out=out, split=split, length=length, seed=seed)
 
 
 def convert(

@@ -48,9 +48,8 @@ def run_demo(out: Path, config_file: str | None, overrides: list[str]) -> dict[s
     trained = time.monotonic()
     _print("3/4 prediction of the test split: every expression, every object set, greedy and re-ranked by grounding")
     if not (out / PREDICTIONS).exists():
-        predict_split(
-            str(out), str(out / DATA), out / PREDICTIONS, "test", ["ground", "generate"], None, LISTENER_CANDIDATES, None, "auto", []
-        )
+        tasks = ["ground", "generate"]
+        predict_split(str(out), str(out / DATA), out / PREDICTIONS, "test", tasks, listener=LISTENER_CANDIDATES)
     predicted = time.monotonic()
     _print("4/4 scores and report")
     results = score(out / PREDICTIONS, out / DATA, "test", PROTOCOL, out / RESULTS, per_sample=True, config=to_dict(config), show=True)

@@ -67,7 +67,7 @@ def overlay(
         mask = _checked_mask(mask, image)
         if spotlight and mask.any():
             picture = _darken_outside(picture, mask, factor)
-        picture = _paint_mask(picture, mask, colour, factor, width, tint=not spotlight)
+        picture = _paint_mask(picture, mask, colour, factor, width=width, tint=not spotlight)
     for index, box in enumerate(_box_list(boxes)):
         _frame(picture, box, colour, factor, width)
         if box_scores is not None and index < len(box_scores):
@@ -102,7 +102,7 @@ def draw_objects(
         colour = OBJECT_COLOURS[index % len(OBJECT_COLOURS)]
         mask = masks[index] if index < len(masks) else None
         if mask is not None:
-            picture = _paint_mask(picture, mask.astype(bool), colour, factor, width, tint=not spotlight)
+            picture = _paint_mask(picture, mask.astype(bool), colour, factor, width=width, tint=not spotlight)
         if index < len(rows):
             _frame(picture, rows[index], colour, factor, width)
             _label_box(picture, str(index + 1), rows[index], colour, factor)
@@ -202,7 +202,7 @@ def _box_list(boxes: np.ndarray | Sequence[Sequence[float]] | None) -> list[list
     return [] if boxes is None else [[float(number) for number in box] for box in boxes]
 
 
-def _paint_mask(picture: Image.Image, mask: np.ndarray, colour: Colour, factor: int, width: int, tint: bool = True) -> Image.Image:
+def _paint_mask(picture: Image.Image, mask: np.ndarray, colour: Colour, factor: int, *, width: int, tint: bool = True) -> Image.Image:
     """Tint the mask, and draw its contour inside the mask: a light line at the edge, a dark one within, the colour between."""
     if not mask.any():
         return picture

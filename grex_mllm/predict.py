@@ -11,7 +11,7 @@ import json
 import os
 import sys
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from itertools import tee
@@ -41,11 +41,12 @@ def predict_split(
     out: Path,
     split: str,
     tasks: list[str],
-    image_root: str | None,
-    listener: int,
-    limit: int | None,
-    device: str,
-    overrides: list[str],
+    *,
+    image_root: str | None = None,
+    listener: int = 0,
+    limit: int | None = None,
+    device: str = "auto",
+    overrides: Sequence[str] = (),
 ) -> Path:
     """Predict a split of a dataset folder with any predictor and write `out`.
 
@@ -65,18 +66,18 @@ def predict_split(
         raise fault(f"{out} exists", "a new file", "remove it, or choose another --out")
     if limit is not None and limit < 1:
         raise fault(f"--limit {limit}", "at least 1 image", "give another number, or leave it out")
-    predictor = open_predictor(model, Options(device, overrides, listener))
+    predictor = open_predictor(model, Options(device, list(overrides), listener))
     tasks = _tasks_of(predictor, model, tasks)
     drawn = source_of(data)
     if drawn is not None:
-        config = predictor.can.config or load_config(None, overrides)
-        data = _drawn_scenes(drawn, data, config, out, split, image_root, limit, rank)
+        config = predictor.can.config or load_config(None, list(overrides))
+        data = _drawn_scenes(drawn, data, config, out, split, image_root=image_root, limit=limit, rank=rank)
     source = FolderDataset(data, split, 10**9, num_images=limit, image_root=image_root)
     text = json.dumps([predictor.fingerprint(), str(data), split, tasks, limit], sort_keys=True)
     writer = _Part(out, rank, world, hashlib.sha256(text.encode()).hexdigest())
     asked = _questions(source, tasks)
     with writer, progress_bar(f"predict {split}") as advance:
-        _predict(predictor, model, source, tasks, asked, writer, advance)
+        _predict(predictor, model, source, tasks, asked, writer=writer, advance=advance)
     if rank == 0:
         remarks = predictor.can.remarks([record for group in source.groups for record in group])
         print(f"predicted {split} {predictor.can.how}", *remarks, sep="\n", file=sys.stderr, flush=True)
@@ -99,7 +100,7 @@ def synthetic_folder(out: Path) -> Path:
 
 
 def _drawn_scenes(
-    source: ModuleType, name: str, config: Config, out: Path, split: str, image_root: str | None, limit: int | None, rank: int
+    source: ModuleType, name: str, config: Config, out: Path, split: str, *, image_root: str | None, limit: int | None, rank: int
 ) -> str:
     """Write the scenes to predict (process 0; the others wait for them) and return their folder."""
     if image_root is not None:
@@ -133,7 +134,7 @@ def _questions(source: FolderDataset, tasks: list[str]) -> dict[str, _Question]:
 
 
 def _predict(
-    predictor: Predictor, model: str, source: FolderDataset, tasks: list[str], asked: dict[str, _Question], writer: _Part, advance: Any
+    predictor: Predictor, model: str, source: FolderDataset, tasks: list[str], asked: dict[str, _Question], *, writer: _Part, advance: Any
 ) -> None:
     """Write an answer to every question of this process's images that has none yet."""
     mine = range(writer.rank, len(source), writer.world)

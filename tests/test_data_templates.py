@@ -119,12 +119,19 @@ def test_drawing_is_seeded_balanced_and_without_repeats() -> None:
         "1", "", 100, 100, [thing(str(n), "dog", 9 * n, 5 + 3 * n, 4 + n, 4 + n) for n in range(6)] + [thing("c", "cat", 5, 80)]
     )
     scene, pairs = read_scene(record), Counter({("dog", "sofa"): 3, ("dog", "bed"): 2})
-    runs = [draw_statements(scene, pairs, ANIMALS, 20, 0.4, np.random.default_rng(seed)) for seed in (0, 0, 1)]
+    runs = [draw_statements(scene, pairs, ANIMALS, num=20, no_target_share=0.4, rng=np.random.default_rng(seed)) for seed in (0, 0, 1)]
     assert runs[0] == runs[1] != runs[2]
     assert len({s.expression for s in runs[0]}) == len(runs[0])
-    many = [s for seed in range(60) for s in draw_statements(scene, pairs, ANIMALS, 5, 0.4, np.random.default_rng(seed))]
+    many = [
+        s for seed in range(60) for s in draw_statements(scene, pairs, ANIMALS, num=5, no_target_share=0.4, rng=np.random.default_rng(seed))
+    ]
     assert np.mean([not s.targets for s in many]) == pytest.approx(0.4, abs=0.07)
-    assert draw_statements(read_scene(ImageRecord("2", "", 9, 9, [])), pairs, ANIMALS, 5, 0.4, np.random.default_rng(0)) == []
+    assert (
+        draw_statements(
+            read_scene(ImageRecord("2", "", 9, 9, [])), pairs, ANIMALS, num=5, no_target_share=0.4, rng=np.random.default_rng(0)
+        )
+        == []
+    )
 
 
 WORDS = {"leftmost": (0, 1), "rightmost": (0, -1), "topmost": (1, 1), "bottommost": (1, -1)}

@@ -58,7 +58,7 @@ def test_a_fused_encoder_trains_describes_and_predicts(tmp_path: Path, changes: 
     lines = [
         json.loads(line)
         for line in predict_split(
-            str(tmp_path / "m"), str(tmp_path / "d"), tmp_path / "p.jsonl", "test", ["ground", "generate"], None, 2, None, "cpu", []
+            str(tmp_path / "m"), str(tmp_path / "d"), tmp_path / "p.jsonl", "test", ["ground", "generate"], listener=2, device="cpu"
         ).read_text().splitlines()
     ]  # fmt: skip
     assert sum("expression_id" in line for line in lines) == 12

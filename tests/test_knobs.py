@@ -21,7 +21,7 @@ from conftest import ROOT
 from test_step import built
 from tiny import tiny_model
 
-from grex_mllm.config import LossConfig
+from grex_mllm.config import LossConfig, TextConfig
 from grex_mllm.data.collate import collate
 from grex_mllm.data.synthetic import SyntheticDataset
 from grex_mllm.data.synthetic.settings import SyntheticConfig
@@ -29,6 +29,7 @@ from grex_mllm.models.decoders.instance_selection.config import InstanceLossConf
 from grex_mllm.models.decoders.instance_selection.criterion import InstanceSelectionCriterion
 from grex_mllm.models.decoders.rela.config import RelaConfig
 from grex_mllm.models.decoders.rela.criterion import TERMS, RelaCriterion
+from grex_mllm.models.text import BERT_SIZES, TextEncoder
 from grex_mllm.training.step import Step
 
 RENAMED = "__renamed"
@@ -41,6 +42,9 @@ FILES = (
     "config.py", "models/decoders/rela/config.py", "models/decoders/instance_selection/config.py",
     "models/generators/region_tokens/config.py", "data/synthetic/settings.py", "training/pretraining.py",
 )  # fmt: skip
+
+
+BY_NAME |= {("TextConfig", name) for name in BERT_SIZES}
 
 
 def plain_fields(config: Path) -> list[tuple[str, ast.AnnAssign]]:
@@ -118,6 +122,14 @@ def test_loss_weights_that_are_read_by_name_arrive(decoder: Any, criterion: Any,
     for name in names:
         weights = criterion(replace(decoder, loss=replace(decoder.loss, **{name: 123.0}))).weights
         assert [key for key, value in weights.items() if value == 123.0] == [name]
+
+
+def test_sizes_of_the_text_encoder_arrive() -> None:
+    tiny = {"vocab_size": 30, "hidden_size": 16, "num_layers": 1, "num_heads": 2, "intermediate_size": 16, "max_positions": 16}
+    assert tiny.keys() == BERT_SIZES.keys()
+    for name, value in tiny.items():
+        changed = TextConfig(**(tiny | {name: value * 2}))  # type: ignore[arg-type]
+        assert TextEncoder(changed).sizes() == tiny | {name: value * 2}, name
 
 
 def test_the_weights_of_both_parts_of_a_step_arrive(tmp_path: Path) -> None:

@@ -96,8 +96,8 @@ def test_a_training_without_long_ones_says_nothing(tmp_path: Path, capsys: pytes
 def test_prediction_tells_what_it_cuts(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     tiny_speaker(tmp_path / "t").save_pretrained(tmp_path / "m")
     folder = folder_with_long(tmp_path / "d")
-    arguments = ("train", ["ground", "generate"], None, 0, None, "cpu", [])
-    lines = predict_split(str(tmp_path / "m"), str(folder), tmp_path / "p.jsonl", *arguments).read_text().splitlines()
+    tasks = ["ground", "generate"]
+    lines = predict_split(str(tmp_path / "m"), str(folder), tmp_path / "p.jsonl", "train", tasks, device="cpu").read_text().splitlines()
     assert {json.loads(line).get("expression_id") for line in lines} >= {"e1", "long", "e2", "e3"}
     assert "1 expressions of more than model.text.max_tokens = 20 tokens were cut there: long\n" in capsys.readouterr().err
 

@@ -37,9 +37,8 @@ def place(tmp_path_factory) -> Path:
 
 
 def run(place: Path, out: str, tasks=("ground", "generate"), listener=0, limit=None, overrides=(), data="d") -> list[dict]:
-    path = predict_split(
-        str(place / "m"), str(place / data), place / out, "test", list(tasks), None, listener, limit, "cpu", list(overrides)
-    )
+    where = (str(place / "m"), str(place / data), place / out, "test", list(tasks))
+    path = predict_split(*where, listener=listener, limit=limit, device="cpu", overrides=list(overrides))
     return [json.loads(line) for line in path.read_text(encoding="utf-8").strip().split("\n")]
 
 
@@ -92,8 +91,8 @@ def test_a_fault_of_the_data_has_the_same_words_from_a_worker(place):
     said = []
     for workers in (0, 2):
         with pytest.raises(GrexError) as caught:
-            predict_split(str(place / "m"), str(place / "broken"), place / "b.jsonl", "test", ["ground"], None, 0, None, "cpu",
-                          [f"--data.num_workers={workers}"])  # fmt: skip
+            predict_split(str(place / "m"), str(place / "broken"), place / "b.jsonl", "test", ["ground"], device="cpu",
+                          overrides=[f"--data.num_workers={workers}"])  # fmt: skip
         said.append(str(caught.value))
     assert said[0] == said[1] and "images.jsonl line 1" in said[0] and first.suffix in said[0] and "Traceback" not in said[0]
     assert not list(place.glob("b.jsonl*"))
@@ -162,7 +161,7 @@ def test_processes_share_the_work(place):
     code = (
         "import sys; from pathlib import Path; from grex_mllm.predict import predict_split\n"
         f"predict_split({str(place / 'm')!r}, {str(place / 'd')!r}, Path({str(place / 'shared.jsonl')!r}), "
-        f"'test', ['ground'], None, 0, None, 'cpu', {exact})"
+        f"'test', ['ground'], device='cpu', overrides={exact})"
     )
     ranks = [
         subprocess.Popen([sys.executable, "-c", code], env={**os.environ, "RANK": str(rank), "WORLD_SIZE": "2", "OMP_NUM_THREADS": "1"})
@@ -194,7 +193,7 @@ def test_a_model_of_masks_alone_is_scored_on_masks_alone(tmp_path: Path) -> None
         model.grounding.decoder.language_part.heads.no_target.layers[-1].bias.copy_(torch.tensor([9.0, -9.0]))
     model.save_pretrained(tmp_path / "m")
     export(SyntheticConfig(image_size=64), "test", 2, tmp_path / "d", 3)
-    out = predict_split(str(tmp_path / "m"), str(tmp_path / "d"), tmp_path / "p.jsonl", "test", ["ground"], None, 0, None, "cpu", [])
+    out = predict_split(str(tmp_path / "m"), str(tmp_path / "d"), tmp_path / "p.jsonl", "test", ["ground"], device="cpu")
     lines = [json.loads(line) for line in out.read_text().splitlines()]
     assert len(lines) == 6 and not any({"boxes_xyxy", "box_scores", "count"} & line.keys() for line in lines)
     results = score(out, tmp_path / "d", "test", PROTOCOL_FOLDER / "all.yaml")["results"]["strict"]

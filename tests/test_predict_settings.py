@@ -70,7 +70,9 @@ def test_several_processes_without_a_gpu_share_the_processor(monkeypatch: pytest
 
 
 def predicted(model: Path, data: Path, out: Path, *overrides: str) -> list[dict[str, Any]]:
-    return lines_of(predict_split(str(model), str(data), out, "test", ["ground", "generate"], None, 2, None, "cpu", list(overrides)))
+    return lines_of(
+        predict_split(str(model), str(data), out, "test", ["ground", "generate"], listener=2, device="cpu", overrides=list(overrides))
+    )
 
 
 def test_bf16_predictions_agree_with_those_in_fp32(model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -108,7 +110,7 @@ def with_attributes(folder: Path) -> Path:
 
 def test_attributes_alone_make_no_synthetic_scene(model: Path, tmp_path: Path) -> None:
     out = predict_split(
-        str(model), str(with_attributes(tmp_path / "d")), tmp_path / "p.jsonl", "train", ["ground", "generate"], None, 2, None, "cpu", []
+        str(model), str(with_attributes(tmp_path / "d")), tmp_path / "p.jsonl", "train", ["ground", "generate"], listener=2, device="cpu"
     )
     generated = [line for line in lines_of(out) if "targets" in line]
     assert len(generated) == 2 and not any("judgement" in line or "judgement" in line["listener"] for line in generated)

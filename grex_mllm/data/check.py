@@ -112,7 +112,7 @@ def _check_images(state: Folder, root: Path | None) -> None:
         if root is not None:
             _check_image_file(state, line, value, root)
         for position, item in enumerate(instances):
-            _check_instance(state, line, f"instances[{position}]", item, value["height"], value["width"])
+            _check_instance(state, line, f"instances[{position}]", item, height=value["height"], width=value["width"])
 
 
 def _check_image_file(state: Folder, line: int, value: dict[str, Any], root: Path) -> None:
@@ -130,7 +130,7 @@ def _check_image_file(state: Folder, line: int, value: dict[str, Any], root: Pat
         state.report(IMAGES, line, "height, width", stated, f"{height}x{width}, the size of {value['file']} (EXIF applied){swapped}")
 
 
-def _check_instance(state: Folder, line: int, where: str, item: dict[str, Any], height: int, width: int) -> None:
+def _check_instance(state: Folder, line: int, where: str, item: dict[str, Any], *, height: int, width: int) -> None:
     name = f"{where} (annotation {item['annotation_id']})"
     box = np.asarray(item["box_xyxy"], np.float64)
     shown = _numbers(box)

@@ -15,7 +15,7 @@ MAX_PRINTED_FAULTS = 200
 PIPE_WIDTH = 100_000  # no line of a table that goes to a file or a program is wrapped
 
 
-def run_data(action: str, folders: list[str], image_root: str | None, out: str | None, split: str, length: int, seed: int) -> int:
+def run_data(action: str, folders: list[str], *, image_root: str | None, out: str | None, split: str, length: int, seed: int) -> int:
     """Run one action and return the exit status (check: 1 when it found a fault).
 
     Raises:

@@ -283,6 +283,7 @@ def draw_statements(
     scene: Scene,
     cooccurrence: Counter[tuple[str, str]],
     supercategory: dict[str, str],
+    *,
     num: int,
     no_target_share: float,
     rng: np.random.Generator,

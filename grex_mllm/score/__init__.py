@@ -68,8 +68,9 @@ def score(
         plan = plan_tasks(protocol, index, notes)
         rows_path = Path(folder, "rows.jsonl") if per_sample and plan.tasks else None
         tally, num_missing = _score_expressions(truth, index, plan, notes, allow_missing, num_processes, rows_path)
-        blocks = {task: score_generation(truth, index, protocol, task, allow_missing, notes, trip) for task in of_sets}
-        provenance = describe_run(protocol, truth, index, num_missing, config, notes)
+        rest: dict[str, Any] = {"allow_missing": allow_missing, "notes": notes, "round_trip": trip}
+        blocks = {task: score_generation(truth, index, protocol, task, **rest) for task in of_sets}
+        provenance = describe_run(protocol, truth, index, num_missing, config=config, notes=notes)
         if trip is not None:
             provenance["round_trip"] = trip.provenance()
         results = assemble(tally, blocks, provenance)

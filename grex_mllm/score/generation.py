@@ -38,6 +38,7 @@ def score_generation(
     index: PredictionFiles,
     protocol: Protocol,
     task: str,
+    *,
     allow_missing: bool,
     notes: list[str],
     round_trip: RoundTrip | None = None,

@@ -58,7 +58,7 @@ def plan_tasks(protocol: Protocol, index: PredictionFiles, notes: list[str]) -> 
     return plan
 
 
-def evaluate(truth: TruthFolder, index: PredictionFiles, plan: Plan, start: int, stop: int, rows_path: Path | None) -> Tally:
+def evaluate(truth: TruthFolder, index: PredictionFiles, plan: Plan, start: int, stop: int, *, rows_path: Path | None) -> Tally:
     """Score the expressions start..stop of the split; write one JSON line for each where rows_path is given."""
     with closing(index), rows_path.open("w", encoding="utf-8") if rows_path else nullcontext() as file:
         tally = Tally(plan, file)
@@ -79,7 +79,7 @@ def evaluate(truth: TruthFolder, index: PredictionFiles, plan: Plan, start: int,
 def evaluate_in_processes(truth: TruthFolder, index: PredictionFiles, plan: Plan, num_processes: int, rows_path: Path | None) -> Tally:
     """Score the split in parts, one process each, and merge: the same sums as in one process."""
     if num_processes <= 1:
-        return evaluate(truth, index, plan, 0, len(truth), rows_path)
+        return evaluate(truth, index, plan, 0, len(truth), rows_path=rows_path)
     bounds = [len(truth) * k // num_processes for k in range(num_processes + 1)]
     parts = [rows_path.with_suffix(f".part{k}") if rows_path else None for k in range(num_processes)]
     jobs = [(truth.folder, truth.split, index.paths, plan, *job) for job in zip(bounds[:-1], bounds[1:], parts, strict=True)]
@@ -97,5 +97,5 @@ def evaluate_in_processes(truth: TruthFolder, index: PredictionFiles, plan: Plan
 
 
 def _evaluate_part(job: tuple[Any, ...]) -> dict[str, Any]:
-    folder, split, paths, *rest = job
-    return evaluate(open_truth(folder, split), index_predictions(paths), *rest).state()
+    folder, split, paths, plan, start, stop, rows_path = job
+    return evaluate(open_truth(folder, split), index_predictions(paths), plan, start, stop, rows_path=rows_path).state()

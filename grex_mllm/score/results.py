@@ -48,7 +48,7 @@ def group_scores(tally: Tally, group: str, protocol: str) -> dict[str, Any]:
 
 
 def describe_run(
-    protocol: Protocol, truth: TruthFolder, index: PredictionFiles, num_missing: int, config: dict[str, Any] | None, notes: list[str]
+    protocol: Protocol, truth: TruthFolder, index: PredictionFiles, num_missing: int, *, config: dict[str, Any] | None, notes: list[str]
 ) -> dict[str, Any]:
     """Return the provenance block: what was scored, by which rules, with which code. No clock, no host: equal runs, equal files."""
     counted, settings = len(index) + num_missing, protocol.settings()

@@ -51,6 +51,7 @@ def export(
     length: int,
     folder: str | Path,
     expressions_per_image: int = EXPRESSIONS_PER_SCENE,
+    *,
     overwrite: bool = False,
 ) -> dict[str, Any]:
     """Write `length` scenes of a split: images.jsonl, expressions.jsonl, dataset.json and images/*.png. Return what dataset.json holds.

@@ -210,7 +210,7 @@ def _part(cursor: _Words, closed: bool, last: bool) -> Part:
         ranked = _ranked(cursor, lambda: _singular(cursor))
         if ranked is not None:
             return ranked
-    return _reference(cursor, quantifier, place, singular, closed, last)
+    return _reference(cursor, quantifier, place, bare_the=singular, closed=closed, last=last)
 
 
 def _determiner(cursor: _Words, closed: bool) -> tuple[int | None, str | None, bool]:
@@ -258,7 +258,7 @@ def _everything(cursor: _Words, closed: bool) -> Reference:
     return Reference(ALL, Description(tuple(values), condition), place, relation)
 
 
-def _reference(cursor: _Words, quantifier: int | None, place: str | None, bare_the: bool, closed: bool, last: bool) -> Reference:
+def _reference(cursor: _Words, quantifier: int | None, place: str | None, *, bare_the: bool, closed: bool, last: bool) -> Reference:
     values = _adjectives(cursor)
     plural = cursor.next() in _PLURAL
     values[SHAPE] = _noun(cursor, plural)
