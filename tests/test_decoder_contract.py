@@ -117,6 +117,16 @@ def test_gradients_reach_every_weight(name: str) -> None:
     assert all(p.grad is not None for p in model.parameters())
 
 
+def test_a_head_whose_loss_is_off_has_a_gradient_of_zero() -> None:
+    """Else DDP would wait for it."""
+    model = model_of("rela").train()
+    weights = model.config.model.decoder.loss
+    weights.no_target = weights.count = weights.box_l1 = weights.box_giou = weights.box_score = 0.0
+    Step(model, model.config)(batch_of(model), 1.0)["total"].backward()
+    heads = dict(model.grounding.decoder.language_part.heads.named_parameters())
+    assert {name.split(".")[0] for name, p in heads.items() if not p.grad.any()} == {"no_target", "count", "box", "box_score"}
+
+
 @pytest.mark.parametrize("share", [0.0, 0.95], ids=["all have a target", "hardly any has"])
 def test_batches_with_and_without_targets_give_finite_losses(name: str, share: float) -> None:
     model = model_of(name).train()
