@@ -145,12 +145,12 @@ def authors_task(name: str, task: str, args: argparse.Namespace) -> Callable[[],
 
 def criterion_of(config: Any) -> Any:
     """Return the losses of ReLA, of this checkout or of one from before decoders had their own."""
-    try:
-        from grex_mllm.entries import entry
-    except ImportError:
+    if hasattr(config.loss, "mask"):
         from grex_mllm.training.losses import ReLALoss  # type: ignore[import-not-found]
 
         return ReLALoss(config.loss)
+    from grex_mllm.entries import entry
+
     return entry("model.decoder", config.model.decoder.name).Criterion(config.model.decoder)
 
 
