@@ -164,6 +164,7 @@ class TrainConfig:
     start: a model folder whose weights the training starts from; heads that it lacks start as built.
     resume: go on from the newest complete checkpoint in `out` if there is one.  deepspeed: a JSON of deepspeed_configs/, or None.
     num_threads: CPU threads of each process, 0 = torch's choice.
+    hang_s: seconds without progress of a process after which the run names the one that is behind and ends with status 3; 0 = never.
     """
 
     seed: int = 0
@@ -180,6 +181,7 @@ class TrainConfig:
     resume: bool = False
     deepspeed: str | None = None
     num_threads: int = 0
+    hang_s: float = 1800.0
     optim: OptimConfig = field(default_factory=OptimConfig)
     pretraining: Any = None  # of the entry that `name` chooses (default tiny_lm); None = none
 

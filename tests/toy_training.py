@@ -131,8 +131,12 @@ class Stopped(BaseException):
 
 
 def run(settings: dict[str, Any]) -> None:
-    """Train with settings of `toy_config`; besides: dropout, wait_s (after a step), stop_after, kill_after (steps), poison (image id)."""
+    """Train with settings of `toy_config`; besides: dropout, wait_s (after a step), stop_after, kill_after (steps), poison (image id).
+
+    befall: [what, rank, step]: after the step the process of that rank gets the signal of that name, or sleeps ("sleep").
+    """
     out, dropout, wait_s = settings.pop("out"), settings.pop("dropout", 0.0), settings.pop("wait_s", 0.0)
+    what, unlucky, when = settings.pop("befall", ("", 0, 0))
     kill_after, stop_after, poison = (settings.pop(name, None) for name in ("kill_after", "stop_after", "poison"))
 
     def after(step: int, _: dict[str, float]) -> None:
@@ -141,13 +145,15 @@ def run(settings: dict[str, Any]) -> None:
             os.kill(os.getpid(), signal.SIGKILL)
         if step == stop_after:
             raise Stopped
+        if what and (step, os.environ.get("RANK", "0")) == (when, str(unlucky)):
+            time.sleep(1000) if what == "sleep" else os.kill(os.getpid(), getattr(signal, what))
 
     try:
         result, _ = toy_train(toy_config(out, **settings), dropout, poison, save=True, on_step=after)
     except Stopped:
         return
     if result.is_main:
-        print(f"finished {result.steps} resumed {result.resumed_from}", flush=True)
+        print(f"{result.interrupted or 'finished'} {result.steps} resumed {result.resumed_from}", flush=True)
 
 
 def main() -> None:

@@ -43,6 +43,7 @@ FREE = (
     "train.log_every",
     "train.save_every",
     "train.keep",
+    "train.hang_s",
     "train.num_threads",
     "train.deepspeed",
     "data.num_workers",

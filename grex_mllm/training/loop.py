@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from grex_mllm.config import Config, TrainConfig, to_dict
@@ -19,14 +20,20 @@ from grex_mllm.training.batches import MODEL_STREAM, BatchSource, map_tensors, s
 from grex_mllm.training.engine import (
     agreed_precision,
     determinism,
+    failing_together,
     is_deepspeed,
     prepare,
     start_accelerator,
+    texts,
+    votes,
     whole_weights,
     zero_stage,
 )
+from grex_mllm.training.interrupt import Interrupts, name_of
 from grex_mllm.training.log import RunLog, Window
 from grex_mllm.training.optim import build_optimizer, build_schedule, clip_gradients, optimized_parameters
+from grex_mllm.training.room import check_room, check_writable
+from grex_mllm.training.watch import Watch
 from grex_mllm.types import Batch
 
 
@@ -35,7 +42,7 @@ class TrainResult:
     """steps: finished steps.  resumed_from: finished steps when this call began.  lines: the log lines of this call.
 
     is_main: this process is the one that writes files.  too_long: expressions that the generator could not learn from because of their
-    length, id -> how often one came.
+    length, id -> how often one came.  interrupted: the signal that ended the run early, whose model is not published; "" = none.
     """
 
     steps: int
@@ -44,6 +51,7 @@ class TrainResult:
     is_main: bool
     lines: list[dict[str, Any]] = field(default_factory=list)
     too_long: dict[str, int] = field(default_factory=dict)
+    interrupted: str = ""
 
 
 def train(
@@ -62,10 +70,11 @@ def train(
     save_model(folder): writes the finished model; called once, on the main process, with the averaged weights if an average is kept.
     on_step(step, losses): called after every optimizer step with the losses of its last batch.
     Whatever the model draws (dropout) depends on (seed, step, process) only. A resumed run gives the losses of an uninterrupted one,
-    bit for bit on one CPU.
+    bit for bit on one CPU. SIGTERM or SIGUSR1 on any process ends all of them after their step, with a checkpoint.
 
     Raises:
-        GrexError: settings that cannot work, a run in `train.out` already, a loss or gradient that is not finite.
+        GrexError: settings that cannot work, a run in `train.out` already, no room for checkpoints, a loss or gradient of any process that
+            is not finite (on all processes).
     """
     check(config.train)
     processes = num_processes()
@@ -77,10 +86,13 @@ def train(
 
 
 def check(config: TrainConfig) -> None:
-    """Raise GrexError for numbers that make no run, and for an output folder that holds one already."""
+    """Raise GrexError for numbers that make no run, and for an output folder that cannot be written or holds one already."""
     for name in ("steps", "batch_images", "accumulation", "log_every", "save_every", "keep"):
         if getattr(config, name) < 1:
             raise fault(f"train.{name} is {getattr(config, name)}", "a number from 1", "fix it")
+    if not config.hang_s >= 0:
+        raise fault(f"train.hang_s is {config.hang_s:g}", "seconds, or 0 for no limit", "fix it")
+    check_writable(config.out)
     found = checkpoint.latest(config.out)
     if found is not None and not config.resume:
         raise fault(
@@ -102,6 +114,8 @@ class _Run:
         for parameter in model.parameters():
             parameter.requires_grad_(id(parameter) in chosen)
         schedule = build_schedule(optimizer, config.train.optim, config.train.steps)
+        with failing_together(accelerator):
+            check_room(model, config.train)
         wrapped, prepared = prepare(accelerator, step, optimizer)
         self.state = checkpoint.RunState(accelerator, model, wrapped, prepared, schedule, self._average(model), to_dict(config))
         self.trained = [] if is_deepspeed(accelerator) else optimized_parameters(optimizer)
@@ -110,6 +124,8 @@ class _Run:
         found = checkpoint.latest(config.train.out)
         self.first = checkpoint.restore(self.state, found) if found is not None else 0
         self.result = TrainResult(self.first, self.first, found, accelerator.is_main_process)
+        self.interrupts, self.signal = Interrupts(), 0
+        self.watch = Watch(config.train.out, accelerator.process_index, accelerator.num_processes, config.train.hang_s)
         if accelerator.is_main_process:
             checkpoint.prune(Path(config.train.out) / checkpoint.FOLDER, config.train.keep)
         accelerator.wait_for_everyone()
@@ -135,45 +151,66 @@ class _Run:
         if self.first:
             log.say(f"going on after step {self.first}")
         try:
-            for step in range(self.first + 1, settings.steps + 1):
-                rates = [float(lr) for lr in self.state.schedule.get_last_lr()]
-                losses = self._step(step, numbered, window)
-                log.step(step)
-                saving = step % settings.save_every == 0 or step == settings.steps
-                if saving or step % settings.log_every == 0:
-                    line = window.close(self.accelerator)
-                    self.result.lines.append(log.write(step, line, rates))
-                if saving:
-                    log.sync()
-                    self.result.checkpoint = checkpoint.save(self.state, settings.out, step, settings.keep)
-                self.result.steps = step
-                if step == settings.steps and window.all_too_long:
-                    self.result.too_long = dict(window.all_too_long)
-                    log.say(self._list_too_long())
-                if on_step is not None:
-                    on_step(step, {name: float(value.detach()) for name, value in losses.items()})
+            with self.interrupts, self.watch:
+                self._steps(numbered, log, window, on_step)
         finally:
             log.close()
-        if save_model is not None:
+        if save_model is not None and not self.result.interrupted:
             self._publish(save_model)
         return self.result
+
+    def _steps(
+        self, numbered: Iterator[Batch], log: RunLog, window: Window, on_step: Callable[[int, dict[str, float]], None] | None
+    ) -> None:
+        """Do the steps that are left, or those until a signal, with log lines and checkpoints."""
+        settings = self.config
+        for step in range(self.first + 1, settings.steps + 1):
+            rates = [float(lr) for lr in self.state.schedule.get_last_lr()]
+            losses = self._step(step, numbered, window)
+            self.watch.mark(step, "log and checkpoint")
+            log.step(step)
+            if self.signal and step < settings.steps:
+                self.result.interrupted = name_of(self.signal)
+            saving = step % settings.save_every == 0 or step == settings.steps or bool(self.result.interrupted)
+            if saving or step % settings.log_every == 0:
+                line = window.close(self.accelerator)
+                self.result.lines.append(log.write(step, line, rates))
+            if saving:
+                log.sync()
+                self.result.checkpoint = checkpoint.save(self.state, settings.out, step, settings.keep)
+            self.result.steps = step
+            if step == settings.steps and window.all_too_long:
+                self.result.too_long = dict(window.all_too_long)
+                log.say(self._list_too_long())
+            if on_step is not None:
+                on_step(step, {name: float(value.detach()) for name, value in losses.items()})
+            if self.result.interrupted:
+                log.say(
+                    f"stopped by {self.result.interrupted} after step {step} of {settings.steps}; its checkpoint is "
+                    f"{self.result.checkpoint}; to go on, give the same command with --train.resume=true"
+                )
+                return
 
     def _list_too_long(self) -> str:
         times = sum(self.result.too_long.values())
         what = f"expressions with more tokens than model.generator allows were left out of generation ({times} times)"
         return list_ids(what, sorted(self.result.too_long))
 
-    def _step(self, step: int, numbered: Any, window: Window) -> dict[str, Tensor]:
+    def _step(self, step: int, numbered: Iterator[Batch], window: Window) -> dict[str, Tensor]:
         """Do one optimizer step over `accumulation` batches."""
         settings, accelerator, state = self.config, self.accelerator, self.state
         losses: dict[str, Tensor] = {}
         for micro in range(settings.accumulation):
+            self.watch.mark(step, "reading a batch")
             batch = map_tensors(next(numbered), lambda tensor: tensor.to(accelerator.device, non_blocking=True))
             index = (step - 1) * settings.accumulation + micro
             seed_all(settings.seed, MODEL_STREAM, index, accelerator.process_index)
             with accelerator.accumulate(state.wrapped):
+                self.watch.mark(step, "forward pass")
                 losses = state.wrapped(batch, (step - 1) / settings.steps)
-                self._check_loss(losses, step, batch)
+                self.watch.mark(step, "meeting the other processes")
+                self._meet(losses, step, batch)
+                self.watch.mark(step, "backward pass and optimizer")
                 accelerator.backward(losses["total"])
                 window.add(losses, batch)
                 if accelerator.sync_gradients:
@@ -197,16 +234,24 @@ class _Run:
             raise self._not_finite(f"gradient norm {float(norm)}", step, batch)
         return norm
 
-    def _check_loss(self, losses: dict[str, Tensor], step: int, batch: Batch) -> None:
-        if not math.isfinite(float(losses["total"].detach())):
+    def _meet(self, losses: dict[str, Tensor], step: int, batch: Batch) -> None:
+        """Stop all processes together where a loss of one is not finite, and hear whether one of them got a signal."""
+        lost = ~torch.isfinite(losses["total"].detach())
+        found = votes(self.accelerator, lost, self.interrupts.number)
+        if any(row[0] for row in found):
+            mine = found[self.accelerator.process_index][0]
             terms = ", ".join(f"{name} {float(value.detach()):.4g}" for name, value in losses.items())
-            raise self._not_finite(terms, step, batch)
+            raise self._not_finite(terms if mine else "", step, batch)
+        self.signal = max(row[1] for row in found)
 
     def _not_finite(self, what: str, step: int, batch: Batch) -> GrexError:
+        """Return the error that all processes raise; what: what is not finite on this one, "" = nothing. All processes call it."""
+        mine = f"{what}; image ids {', '.join(batch.image_ids)}; expression ids {', '.join(batch.expression_ids)}" if what else ""
+        found = texts(self.accelerator, mine)
+        given = "; ".join(f"rank {rank}: {text}" if len(found) > 1 else text for rank, text in enumerate(found) if text)
         kept = checkpoint.latest(self.config.out) or "none yet"
-        ids = f"image ids {', '.join(batch.image_ids)}; expression ids {', '.join(batch.expression_ids)}"
         remedy = f"look at these samples, lower train.optim.lr or train.optim.clip; last good checkpoint: {kept}"
-        return fault(f"step {step}: not finite: {what}; {ids}", "finite losses and gradients", remedy)
+        return fault(f"step {step}: not finite: {given}", "finite losses and gradients", remedy)
 
     def _publish(self, save_model: Callable[[Path], object]) -> None:
         state = self.state
