@@ -85,7 +85,7 @@ def toy_batch(positions: list[int]) -> Batch:
 
 
 def toy_config(out: str | Path, **settings: Any) -> Config:
-    """Settings of `train`, `optim.<name>` and `num_workers` over small defaults."""
+    """Settings of `train`, `optim.<name>`, `validation.<name>` and `num_workers` over small defaults."""
     config = Config()
     values: dict[str, Any] = {
         "steps": 12,
@@ -101,6 +101,8 @@ def toy_config(out: str | Path, **settings: Any) -> Config:
             config.data.num_workers = value
         elif name.startswith("optim."):
             setattr(config.train.optim, name.removeprefix("optim."), value)
+        elif name.startswith("validation."):
+            setattr(config.train.validation, name.removeprefix("validation."), value)
         else:
             assert hasattr(config.train, name), name
             setattr(config.train, name, value)
@@ -108,7 +110,7 @@ def toy_config(out: str | Path, **settings: Any) -> Config:
 
 
 def toy_train(
-    config: Config, dropout: float = 0.0, poison: str | None = None, save: bool = False, on_step: Any = None
+    config: Config, dropout: float = 0.0, poison: str | None = None, save: bool = False, on_step: Any = None, validation: Any = None
 ) -> tuple[loop.TrainResult, ToyModel]:
     torch.manual_seed(config.train.seed)
     model, settings = ToyModel(dropout), config.train
@@ -117,7 +119,8 @@ def toy_train(
     def save_model(folder: Path) -> None:
         torch.save(model.state_dict(), folder / "toy.pt")
 
-    return loop.train(ToyStep(model, poison), model, source, config, save_model=save_model if save else None, on_step=on_step), model
+    step, save_or_not = ToyStep(model, poison), save_model if save else None
+    return loop.train(step, model, source, config, save_model=save_or_not, on_step=on_step, validation=validation), model
 
 
 def losses(out: str | Path) -> list[dict[str, Any]]:

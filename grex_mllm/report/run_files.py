@@ -171,7 +171,9 @@ def _numbers_of(row: dict[str, Any]) -> list[tuple[str, str, float, bool]]:
         name = parts[-1]
         if not is_number(value) or name == "step" or value != value or abs(value) == float("inf"):
             continue
-        if "lr" in parts[:-1]:
+        if parts[0] == "validation":
+            numbers.append(("validation", path.partition("/")[2], float(value), True))
+        elif "lr" in parts[:-1]:
             numbers.append(("training", f"learning rate {name}", float(value), False))
         elif name in NOT_A_LOSS or name.endswith(NOT_A_LOSS_ENDS) or "memory" in parts:
             numbers.append(("training", name, float(value), False))

@@ -149,8 +149,8 @@ def votes(accelerator: Accelerator, *mine: torch.Tensor | int) -> list[list[int]
     return [[int(number) for number in row] for row in found.tolist()]
 
 
-def texts(accelerator: Accelerator, mine: str) -> list[str]:
-    """Exchange a text of every process, by rank; all processes call it."""
+def gathered(accelerator: Accelerator, mine: Any) -> list[Any]:
+    """Exchange a plain object of every process, by rank; all processes call it."""
     if accelerator.num_processes == 1:
         return [mine]
     from accelerate.utils import gather_object
@@ -170,7 +170,7 @@ def failing_together(accelerator: Accelerator) -> Iterator[None]:
         yield
     except GrexError as error:
         problem = str(error)
-    found = [text for text in texts(accelerator, problem) if text]
+    found = [text for text in gathered(accelerator, problem) if text]
     if found:
         raise GrexError(found[0])
 
@@ -195,6 +195,28 @@ def whole_weights(accelerator: Accelerator, model: nn.Module) -> Iterator[None]:
 
     with deepspeed.zero.GatheredParameters(list(model.parameters())):
         yield
+
+
+@contextmanager
+def whole_copy(accelerator: Accelerator, module: nn.Module, spare: nn.Module | None) -> Iterator[nn.Module]:
+    """Yield a module whose weights are whole, in evaluation mode: the module itself, or `spare`, a copy that gets its weights (ZeRO-3).
+
+    The hooks of ZeRO-3 fetch weights together on all processes, and so allow no process to compute more or less than the others.
+    """
+    if spare is None:
+        module.eval()
+        yield module
+        return
+    with whole_weights(accelerator, module), torch.no_grad():
+        for own, theirs in zip(spare.parameters(), module.parameters(), strict=True):
+            own.copy_(theirs)
+        for kept, buffer in zip(spare.buffers(), module.buffers(), strict=True):
+            kept.copy_(buffer)
+    spare.eval().to(accelerator.device)
+    try:
+        yield spare
+    finally:
+        spare.to("cpu")
 
 
 @contextmanager
