@@ -155,6 +155,24 @@ class OptimConfig:
 
 
 @dataclass
+class ValidationConfig:
+    """Validation inside the training, on all processes.
+
+    every: steps between two of them (and one after the last step); 0 = none.
+    split: of each folder or source that data.train names.  images: how many of it, spread evenly; the same ones in every run.
+    metric: what the best model is chosen by: "task/column" of results.json under the strict rules of eval/protocols/all.yaml (gres/gIoU,
+    grec/Pr@F1, count/accuracy, ...), generate/round_trip_Pr@F1 with a generator, or loss/total.  The best one is in `<train.out>/best`.
+    patience: validations in a row without a better value after which the training stops; 0 = it never does.
+    """
+
+    every: int = 0
+    split: str = "val"
+    images: int = 64
+    metric: str = "gres/gIoU"
+    patience: int = 0
+
+
+@dataclass
 class TrainConfig:
     """The training loop.
 
@@ -164,6 +182,7 @@ class TrainConfig:
     start: a model folder whose weights the training starts from; heads that it lacks start as built.
     resume: go on from the newest complete checkpoint in `out` if there is one.  deepspeed: a JSON of deepspeed_configs/, or None.
     num_threads: CPU threads of each process, 0 = torch's choice.
+    hang_s: seconds without progress of a process after which the run names the one that is behind and ends with status 3; 0 = never.
     """
 
     seed: int = 0
@@ -180,7 +199,9 @@ class TrainConfig:
     resume: bool = False
     deepspeed: str | None = None
     num_threads: int = 0
+    hang_s: float = 1800.0
     optim: OptimConfig = field(default_factory=OptimConfig)
+    validation: ValidationConfig = field(default_factory=ValidationConfig)
     pretraining: Any = None  # of the entry that `name` chooses (default tiny_lm); None = none
 
 

@@ -25,6 +25,8 @@ PREDICTION_STEPS, SCORING_S = 90, 15.0  # time of the prediction in joint traini
 def run_demo(out: Path, config_file: str | None, overrides: list[str]) -> dict[str, Any]:
     """Run everything into `out` and return the results. A finished training is not repeated; an interrupted one goes on.
 
+    A training that a signal stops ends the demo, too, without results.
+
     Raises:
         GrexError: what the parts raise.
     """
@@ -44,7 +46,9 @@ def run_demo(out: Path, config_file: str | None, overrides: list[str]) -> dict[s
         _print(f"2/4 training: {out / WEIGHTS} is there already (remove {out} to train anew)")
     else:
         _print("2/4 joint training of grounding (masks, boxes, counts) and generation (group expressions), on scenes drawn on the fly")
-        train_from_config(config, on_forecast=lambda forecast, precision: announce(forecast, precision, start, announced))
+        result = train_from_config(config, on_forecast=lambda forecast, precision: announce(forecast, precision, start, announced))
+        if result.interrupted:
+            return {}
     trained = time.monotonic()
     _print("3/4 prediction of the test split: every expression, every object set, greedy and re-ranked by grounding")
     if not (out / PREDICTIONS).exists():

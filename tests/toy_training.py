@@ -85,7 +85,7 @@ def toy_batch(positions: list[int]) -> Batch:
 
 
 def toy_config(out: str | Path, **settings: Any) -> Config:
-    """Settings of `train`, `optim.<name>` and `num_workers` over small defaults."""
+    """Settings of `train`, `optim.<name>`, `validation.<name>` and `num_workers` over small defaults."""
     config = Config()
     values: dict[str, Any] = {
         "steps": 12,
@@ -101,6 +101,8 @@ def toy_config(out: str | Path, **settings: Any) -> Config:
             config.data.num_workers = value
         elif name.startswith("optim."):
             setattr(config.train.optim, name.removeprefix("optim."), value)
+        elif name.startswith("validation."):
+            setattr(config.train.validation, name.removeprefix("validation."), value)
         else:
             assert hasattr(config.train, name), name
             setattr(config.train, name, value)
@@ -108,7 +110,7 @@ def toy_config(out: str | Path, **settings: Any) -> Config:
 
 
 def toy_train(
-    config: Config, dropout: float = 0.0, poison: str | None = None, save: bool = False, on_step: Any = None
+    config: Config, dropout: float = 0.0, poison: str | None = None, save: bool = False, on_step: Any = None, validation: Any = None
 ) -> tuple[loop.TrainResult, ToyModel]:
     torch.manual_seed(config.train.seed)
     model, settings = ToyModel(dropout), config.train
@@ -117,7 +119,8 @@ def toy_train(
     def save_model(folder: Path) -> None:
         torch.save(model.state_dict(), folder / "toy.pt")
 
-    return loop.train(ToyStep(model, poison), model, source, config, save_model=save_model if save else None, on_step=on_step), model
+    step, save_or_not = ToyStep(model, poison), save_model if save else None
+    return loop.train(step, model, source, config, save_model=save_or_not, on_step=on_step, validation=validation), model
 
 
 def losses(out: str | Path) -> list[dict[str, Any]]:
@@ -131,8 +134,12 @@ class Stopped(BaseException):
 
 
 def run(settings: dict[str, Any]) -> None:
-    """Train with settings of `toy_config`; besides: dropout, wait_s (after a step), stop_after, kill_after (steps), poison (image id)."""
+    """Train with settings of `toy_config`; besides: dropout, wait_s (after a step), stop_after, kill_after (steps), poison (image id).
+
+    befall: [what, rank, step]: after the step the process of that rank gets the signal of that name, or sleeps ("sleep").
+    """
     out, dropout, wait_s = settings.pop("out"), settings.pop("dropout", 0.0), settings.pop("wait_s", 0.0)
+    what, unlucky, when = settings.pop("befall", ("", 0, 0))
     kill_after, stop_after, poison = (settings.pop(name, None) for name in ("kill_after", "stop_after", "poison"))
 
     def after(step: int, _: dict[str, float]) -> None:
@@ -141,13 +148,15 @@ def run(settings: dict[str, Any]) -> None:
             os.kill(os.getpid(), signal.SIGKILL)
         if step == stop_after:
             raise Stopped
+        if what and (step, os.environ.get("RANK", "0")) == (when, str(unlucky)):
+            time.sleep(1000) if what == "sleep" else os.kill(os.getpid(), getattr(signal, what))
 
     try:
         result, _ = toy_train(toy_config(out, **settings), dropout, poison, save=True, on_step=after)
     except Stopped:
         return
     if result.is_main:
-        print(f"finished {result.steps} resumed {result.resumed_from}", flush=True)
+        print(f"{result.interrupted or 'finished'} {result.steps} resumed {result.resumed_from}", flush=True)
 
 
 def main() -> None:

@@ -154,11 +154,11 @@ def _rate(series: LogSeries) -> LogSeries:
 
 
 def _switchable(task: str, series: list[LogSeries]) -> str:
-    name = escape(task)
+    name, heading = escape(task), "Validation" if task == "validation" else f"Losses of {escape(task)}"
     linear = "".join(chart(one, name, logarithmic=False) for one in series)
     logarithmic = "".join(chart(one, name, logarithmic=True) for one in series)
     return (
-        f'<h3>Losses of {name}</h3><fieldset class="switch"><legend class="hidden">Axis of the losses of {name}</legend>'
+        f'<h3>{heading}</h3><fieldset class="switch"><legend class="hidden">Axis of {heading}</legend>'
         f'<input type="radio" name="axis-{name}" id="linear-{name}" class="pick-linear" checked><label for="linear-{name}">linear</label>'
         f'<input type="radio" name="axis-{name}" id="log-{name}" class="pick-log"><label for="log-{name}">logarithmic</label>'
         f'<div class="charts linear">{linear}</div><div class="charts log">{logarithmic}</div></fieldset>'

@@ -128,7 +128,9 @@ def _read_log(run_dir: Path, run: RunFiles) -> bool:
         for path, value in numbers.items() if is_number(step) else ():
             parts = path.split("/")
             first, name = parts[0], parts[-1]
-            if first == "loss":
+            if first == "validation":
+                losses["validation", path.partition("/")[2]][float(row["step"])] = float(value)
+            elif first == "loss":
                 task = next((TASKS[part] for part in parts if part in TASKS), default)
                 losses[task, name][float(row["step"])] = float(value)
             else:

@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from grex_mllm.errors import GrexError, fault
+from grex_mllm.training.interrupt import ignore_signals
 from grex_mllm.types import Batch
 
 DATA_STREAM, MODEL_STREAM, ORDER_STREAM = 2, 3, 4  # keep the uses of one seed apart
@@ -84,7 +85,13 @@ def stream(source: BatchSource, start: int, stop: int, num_workers: int, *, seed
     """
     steps = _Steps(source, start, stop, seed, rank=rank, packed=num_workers > 0)
     loader: DataLoader[Any] = DataLoader(
-        steps, batch_size=None, shuffle=False, num_workers=num_workers, collate_fn=_same, prefetch_factor=2 if num_workers else None
+        steps,
+        batch_size=None,
+        shuffle=False,
+        num_workers=num_workers,
+        collate_fn=_same,
+        prefetch_factor=2 if num_workers else None,
+        worker_init_fn=ignore_signals,
     )
     for item in loader:
         if isinstance(item, GrexError):

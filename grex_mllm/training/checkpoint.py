@@ -33,6 +33,7 @@ if TYPE_CHECKING:
     from torch.optim.lr_scheduler import LRScheduler
 
     from grex_mllm.training.average import WeightAverage
+    from grex_mllm.training.best import Best
 
 FOLDER, MARKER, FROZEN, DEEPSPEED = "checkpoints", "checkpoint.json", "frozen.safetensors", "deepspeed"
 FORMAT = 1
@@ -43,6 +44,8 @@ FREE = (
     "train.log_every",
     "train.save_every",
     "train.keep",
+    "train.hang_s",
+    "train.validation.",
     "train.num_threads",
     "train.deepspeed",
     "data.num_workers",
@@ -61,6 +64,7 @@ class RunState:
     schedule: LRScheduler
     average: WeightAverage | None
     config: dict[str, Any]
+    best: Best | None = None
 
 
 def latest(out: str | Path) -> Path | None:
@@ -131,6 +135,8 @@ def restore(state: RunState, folder: Path) -> int:
         group["lr"] = lr
     if state.average is not None:
         state.average.load_state_dict(shared["average"])
+    if state.best is not None:
+        state.best.load_state_dict(shared.get("best"))
     if state.accelerator.scaler is not None:
         state.accelerator.scaler.load_state_dict(shared["scaler"])
     set_random_states(_load(folder / f"random_{state.accelerator.process_index}.pt"))
@@ -275,6 +281,7 @@ def _write_shared(state: RunState, root: Path, building: Path) -> None:
         "schedule": state.schedule.state_dict(),
         "average": state.average.state_dict() if state.average is not None else None,
         "scaler": state.accelerator.scaler.state_dict() if state.accelerator.scaler is not None else None,
+        "best": state.best.state_dict() if state.best is not None else None,
     }
     torch.save(shared, building / "state.pt")
 

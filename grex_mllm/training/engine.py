@@ -9,6 +9,7 @@ import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from datetime import timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -18,13 +19,15 @@ from torch.optim import Optimizer
 
 from grex_mllm.compat import forget_accelerator, leave_out_shm_comm
 from grex_mllm.config import TrainConfig
-from grex_mllm.errors import fault
+from grex_mllm.errors import GrexError, fault
 from grex_mllm.precision import DTYPES, Resolved, resolve_precision
 from grex_mllm.shipped import find_file
 from grex_mllm.training.optim import JoinedOptimizer
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
+
+COLLECTIVE_S = 1800.0  # what torch waits for other processes, at least
 
 
 def start_accelerator(config: TrainConfig, batch_images: int) -> Accelerator:
@@ -45,8 +48,10 @@ def start_accelerator(config: TrainConfig, batch_images: int) -> Accelerator:
     if config.num_threads:
         torch.set_num_threads(config.num_threads)
     handlers: list[Any] = []
-    if on_cpu and "RANK" in os.environ:
-        handlers.append(InitProcessGroupKwargs(backend="gloo"))  # without it every rank of DeepSpeed on CPU believes that it is alone
+    if "RANK" in os.environ:
+        # without the backend every rank of DeepSpeed on CPU believes that it is alone; the watch speaks before the collectives give up
+        limit = timedelta(seconds=max(COLLECTIVE_S, 2 * config.hang_s))
+        handlers.append(InitProcessGroupKwargs(backend="gloo" if on_cpu else "nccl", timeout=limit))
     accelerator = Accelerator(
         cpu=on_cpu and plugin is None,  # with cpu=True Accelerate would silently drop DeepSpeed
         mixed_precision="fp16" if config.precision == "fp16" else "no",  # only for its gradient scaler: Step does the autocast
@@ -137,6 +142,39 @@ def prepare(accelerator: Accelerator, module: nn.Module, optimizer: Optimizer) -
     return wrapped, prepared
 
 
+def votes(accelerator: Accelerator, *mine: torch.Tensor | int) -> list[list[int]]:
+    """Exchange a few whole numbers of every process: one small collective. Returns them by rank; all processes call it."""
+    numbers = torch.stack([torch.as_tensor(number, dtype=torch.int64, device=accelerator.device) for number in mine])
+    found = numbers[None] if accelerator.num_processes == 1 else accelerator.gather(numbers[None])
+    return [[int(number) for number in row] for row in found.tolist()]
+
+
+def gathered(accelerator: Accelerator, mine: Any) -> list[Any]:
+    """Exchange a plain object of every process, by rank; all processes call it."""
+    if accelerator.num_processes == 1:
+        return [mine]
+    from accelerate.utils import gather_object
+
+    return list(gather_object([mine]))
+
+
+@contextmanager
+def failing_together(accelerator: Accelerator) -> Iterator[None]:
+    """Raise what one process raises within the block on all of them, so that none waits for it.
+
+    Raises:
+        GrexError: the first of them by rank.
+    """
+    problem = ""
+    try:
+        yield
+    except GrexError as error:
+        problem = str(error)
+    found = [text for text in gathered(accelerator, problem) if text]
+    if found:
+        raise GrexError(found[0])
+
+
 def is_deepspeed(accelerator: Accelerator) -> bool:
     """Tell whether DeepSpeed does backward pass and optimizer step."""
     return str(accelerator.distributed_type.value) == "DEEPSPEED"
@@ -157,6 +195,28 @@ def whole_weights(accelerator: Accelerator, model: nn.Module) -> Iterator[None]:
 
     with deepspeed.zero.GatheredParameters(list(model.parameters())):
         yield
+
+
+@contextmanager
+def whole_copy(accelerator: Accelerator, module: nn.Module, spare: nn.Module | None) -> Iterator[nn.Module]:
+    """Yield a module whose weights are whole, in evaluation mode: the module itself, or `spare`, a copy that gets its weights (ZeRO-3).
+
+    The hooks of ZeRO-3 fetch weights together on all processes, and so allow no process to compute more or less than the others.
+    """
+    if spare is None:
+        module.eval()
+        yield module
+        return
+    with whole_weights(accelerator, module), torch.no_grad():
+        for own, theirs in zip(spare.parameters(), module.parameters(), strict=True):
+            own.copy_(theirs)
+        for kept, buffer in zip(spare.buffers(), module.buffers(), strict=True):
+            kept.copy_(buffer)
+    spare.eval().to(accelerator.device)
+    try:
+        yield spare
+    finally:
+        spare.to("cpu")
 
 
 @contextmanager

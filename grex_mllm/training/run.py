@@ -29,6 +29,7 @@ from grex_mllm.training.loop import TrainResult, check, num_processes, train
 from grex_mllm.training.stages import Stage
 from grex_mllm.training.start import adopt_start, describe_new, start_from
 from grex_mllm.training.step import GENERATE, Step, tasks_of
+from grex_mllm.training.validation import Repeated, Subset, Validation
 from grex_mllm.types import Batch, Sample
 from grex_mllm.writing import whole_folder
 
@@ -65,6 +66,7 @@ def train_from_config(
     if config.train.start is not None:
         print(f"started from {config.train.start}; {describe_new(start_from(model, config.train.start))}")
     batches = batch_stream(config, samples, *tokenizers, generates=generates)
+    validation = _validation(config, tokenizers, generates)
     if checkpoint.latest(config.train.out) is None and is_main_process():
         stages = pretraining_stages(config, tokenizers)
         if on_forecast is not None and num_processes() == 1:
@@ -74,7 +76,17 @@ def train_from_config(
                 stage.run(model, stage.steps, progress)
     if is_main_process():
         _report_cut(config, tokenizers[0])
-    return train(Step(model, config), model, batches, config, save_model=model.save_pretrained, on_step=on_step)
+    step = Step(model, config)
+    return train(step, model, batches, config, save_model=model.save_pretrained, on_step=on_step, validation=validation)
+
+
+def _validation(config: Config, tokenizers: tuple[TextTokenizer, Any], generates: bool) -> Validation | None:
+    """Return what `train.validation` asks for; None where it asks for nothing."""
+    if config.train.validation.every == 0:
+        return None
+    subset = Subset(config)
+    source = Repeated(subset, config.data.expressions_per_image)
+    return Validation(config, subset, batch_stream(config, source, *tokenizers, generates=generates))
 
 
 def pretraining_stages(config: Config, tokenizers: tuple[TextTokenizer, Any]) -> list[Stage]:
