@@ -66,7 +66,7 @@ def test_the_numbers_are_those_of_predict_and_score_and_the_best_is_a_model_fold
     assert {f"validation/{name}": value for name, value in best.items() if name != "step"}.items() <= chosen.items()
     data = out / "validation" / "synthetic_val_3"
     given = ["--predict.precision=fp32"]
-    predict_split(str(out / "best"), str(data), tmp_path / "p.jsonl", "val", ["ground", "generate"], None, 0, None, "cpu", given)
+    predict_split(str(out / "best"), str(data), tmp_path / "p.jsonl", "val", ["ground", "generate"], device="cpu", overrides=given)
     protocol = (PROTOCOL_FOLDER / "all.yaml").read_text()
     (tmp_path / "masks.yaml").write_text(re.sub(r"\n  greg: .*", "", protocol))  # text metrics would start Java
     scored = score(tmp_path / "p.jsonl", data, "val", tmp_path / "masks.yaml")["results"]["strict"]
