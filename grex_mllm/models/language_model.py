@@ -99,7 +99,7 @@ def _tiny(cfg: RegionTokensConfig, tokenizer: LMTokenizer) -> Any:
         eos_token_id=tokenizer.eos_id,
         pad_token_id=tokenizer.pad_id,
         tie_word_embeddings=False,
-        attn_implementation=cfg.attn_implementation,
+        attn_implementation="sdpa" if cfg.attn_implementation == "auto" else cfg.attn_implementation,
     )
     return LlamaForCausalLM(sizes)
 
@@ -111,11 +111,12 @@ def _pretrained(cfg: RegionTokensConfig, tokenizer: LMTokenizer) -> Any:
         raise fault("model.generator.lm: none", "tiny, a folder or a hub id", "configure a language model to describe objects")
     if cfg.dtype not in DTYPES:
         raise fault(f"model.generator.dtype {cfg.dtype!r}", f"one of {', '.join(DTYPES)}", "fix the value")
+    attention = None if cfg.attn_implementation == "auto" else cfg.attn_implementation
     quantisation = _quantisation(cfg)
     try:
         _check_text_only(cfg.lm, AutoConfig.from_pretrained(cfg.lm))
         lm = AutoModelForCausalLM.from_pretrained(
-            cfg.lm, dtype=DTYPES[cfg.dtype], attn_implementation=cfg.attn_implementation, quantization_config=quantisation
+            cfg.lm, dtype=DTYPES[cfg.dtype], attn_implementation=attention, quantization_config=quantisation
         )
     except GrexError:
         raise

@@ -21,7 +21,7 @@ class RegionTokensConfig:
     # how a folder or hub LLM is loaded
     dtype: str = "float32"  # float32 | bfloat16 | float16 | auto
     quantisation: str = "none"  # none | nf4 | int8 (bitsandbytes)
-    attn_implementation: str = "sdpa"  # sdpa | eager | flash_attention_2
+    attn_implementation: str = "auto"  # auto | sdpa | eager | flash_attention_2; auto: sdpa where the family can (Gemma 2 cannot)
     gradient_checkpointing: bool = False
     # adapters; rank 0 = none
     lora_rank: int = 16
