@@ -19,7 +19,7 @@ from grex_mllm.models.generators.region_tokens.network import RegionTokenGenerat
 from grex_mllm.models.lm_framing import INSTRUCTION, PLACE
 from grex_mllm.models.lm_tokenizer import LMTokenizer
 
-SMALL = RegionTokensConfig(lora_rank=16, lora_alpha=32.0, projector_width=64, max_new_tokens=24)
+SMALL = RegionTokensConfig(lora_rank=16, lora_alpha=32.0, projector_width=64, image_grid=0, max_new_tokens=24)
 CHATS = [name for name, family in FAMILIES.items() if family.template]
 SOME = ("qwen3", "gemma2")  # in every run; the others are long
 ALL = [name if name in SOME else pytest.param(name, marks=pytest.mark.long) for name in FAMILIES]
@@ -51,7 +51,7 @@ def learn(generator: RegionTokenGenerator, steps: int) -> float:
     optimizer = torch.optim.AdamW(parameters, lr=1e-2, betas=(0.9, 0.98), weight_decay=0.0)
     for step in range(steps):
         for group in optimizer.param_groups:
-            group["lr"] = 1e-2 * min(1.0, (step + 1) / 5)
+            group["lr"] = 1e-2 * min(1.0, (step + 1) / 5) * (1 - step / steps)
         loss = generator.likelihood(**inputs, lm_ids=ids, lm_mask=mask).loss  # type: ignore[arg-type]
         optimizer.zero_grad()
         loss.backward()
@@ -64,7 +64,9 @@ def first_inputs(generator: RegionTokenGenerator) -> tuple[torch.Tensor, torch.T
     """What the first layer gets, [rows, D]: from the region tokens, and from text."""
     layers = next(m for m in generator.lm.modules() if isinstance(m, torch.nn.ModuleList) and len(m) == 2)
     seen: list[torch.Tensor] = []
-    hook = layers[0].register_forward_pre_hook(lambda _, args, kwargs: seen.append(args[0] if args else kwargs["hidden_states"]), with_kwargs=True)
+    hook = layers[0].register_forward_pre_hook(
+        lambda _, args, kwargs: seen.append(args[0] if args else kwargs["hidden_states"]), with_kwargs=True
+    )
     prefix = generator.prefix(**scene())  # type: ignore[arg-type]
     generator.lm(inputs_embeds=prefix.embeds, attention_mask=prefix.mask.long())
     generator.lm(input_ids=torch.tensor([generator.tokenizer.text_ids(" ".join(TEXTS))]))
@@ -142,8 +144,8 @@ def test_overfits_eight_object_sets_and_loads_again(name: str, folder: Folder, t
     """All greedy answers end where they should after 30 steps; generation settings of the folder have no say in any mode."""
     from safetensors.torch import load_file, save_file
 
-    path = folder(name)
-    generator = build(path)
+    path, changes = folder(name), {"lora_alpha": 64.0 if name.startswith("gemma") else 32.0}  # Gemma's stream is larger
+    generator = build(path, **changes)
     learn(generator, 30)
     assert [answer for [answer] in generator.generate_batch(**scene())] == TEXTS  # type: ignore[arg-type]
     modes = ({"mode": "beam", "num_beams": 3}, {"mode": "sample", "num_candidates": 2, "temperature": 3.0})
@@ -151,7 +153,7 @@ def test_overfits_eight_object_sets_and_loads_again(name: str, folder: Folder, t
     save_file(generator.eval().state_dict(), tmp_path / "generator.safetensors")
     assert not any(key.startswith("lm.") and "lora_" not in key for key in generator.state_dict())
     spoil_generation_config(path)
-    again = build(path, seed=1)
+    again = build(path, seed=1, **changes)
     again.load_state_dict(load_file(tmp_path / "generator.safetensors"), strict=True)
     assert [answer for [answer] in again.generate_batch(**scene())] == TEXTS  # type: ignore[arg-type]
     assert [again.generate_batch(**scene(), **options) for options in modes] == answers  # type: ignore[arg-type]
@@ -161,7 +163,8 @@ def test_overfits_eight_object_sets_and_loads_again(name: str, folder: Folder, t
 @pytest.mark.parametrize("quantisation", ["nf4", "int8"])
 def test_quantised_base_learns_as_well(quantisation: str, folder: Folder) -> None:
     generator = build(folder("qwen3"), quantisation=quantisation)
-    regions, text = first_inputs(generator)
+    with torch.no_grad():
+        regions, text = first_inputs(generator)
     assert 1 / 1.5 < float(regions.square().mean().sqrt() / text.square().mean().sqrt()) < 1.5
     assert generator.lm.peft_config["default"].target_modules == set(FAMILIES["qwen3"].linear)
     assert learn(generator, 30) < 0.5
@@ -174,6 +177,7 @@ def test_kinds_of_adapters(change: dict[str, Any], folder: Folder) -> None:
     """Each starts as the base alone does, has the layers and scale that it should, and is part of what is saved."""
     generator, plain = build(folder("qwen3"), **change), build(folder("qwen3"))
     ids, mask = generator.tokenizer.encode(TEXTS)
+    plain.region_tokens.load_state_dict(generator.region_tokens.state_dict())
     losses = [g.likelihood(**scene(), lm_ids=ids, lm_mask=mask).loss for g in (generator, plain)]  # type: ignore[arg-type]
     torch.testing.assert_close(*losses, rtol=1e-4, atol=1e-4)
     layers = {name.split(".lora_A")[0].rsplit(".", 1)[-1]: m for name, m in generator.lm.named_modules() if hasattr(m, "lora_A")}
@@ -208,7 +212,7 @@ def test_model_that_is_no_causal_lm_is_refused(folder: Folder, tmp_path: Path) -
     import transformers
 
     transformers.T5Config().save_pretrained(tmp_path)
-    with pytest.raises(GrexError, match="expected a folder with config.json and safetensors weights of a causal language model"):
+    with pytest.raises(GrexError, match="weights of a causal language model"):
         RegionTokenGenerator(replace(SMALL, lm=str(tmp_path)), CHANNELS, LMTokenizer.load(folder("qwen2")))
 
 

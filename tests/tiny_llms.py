@@ -94,7 +94,7 @@ ADDS_BOS = ("llama", "mistral", "gemma2", "gemma3")
 
 
 def write_llm(name: str, folder: Path, lines: Sequence[str], seed: int = 0) -> Path:
-    """Write a tiny random model of a family with its tokenizer and a generation_config.json that would spoil every answer; return folder."""
+    """Write a tiny random model of a family with its tokenizer into a folder, and return that."""
     import transformers
 
     family = FAMILIES[name]
@@ -104,6 +104,8 @@ def write_llm(name: str, folder: Path, lines: Sequence[str], seed: int = 0) -> P
         "head_dim": 16, "intermediate_size": 128, "max_position_embeddings": 512, "initializer_range": 0.3,
         "bos_token_id": tokenizer.bos_token_id, "eos_token_id": tokenizer.eos_token_id, "pad_token_id": tokenizer.pad_token_id,
     }  # fmt: skip
+    if name.startswith("gemma"):
+        sizes["query_pre_attn_scalar"] = 16  # as ever, the width of a head; left at 256, attention is even
     config = getattr(transformers, family.config)(**sizes)
     torch.manual_seed(seed)
     lm = transformers.AutoModelForCausalLM.from_config(config)
@@ -146,7 +148,8 @@ def _byte_level(_kind: str, special: list[str], lines: Sequence[str]) -> Tokeniz
     made = Tokenizer(models.BPE())
     made.pre_tokenizer, made.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
     alphabet = pre_tokenizers.ByteLevel.alphabet()
-    made.train_from_iterator(lines, trainers.BpeTrainer(vocab_size=360, special_tokens=special, initial_alphabet=alphabet, show_progress=False))
+    trainer = trainers.BpeTrainer(vocab_size=360, special_tokens=special, initial_alphabet=alphabet, show_progress=False)
+    made.train_from_iterator(lines, trainer)
     return made
 
 

@@ -46,9 +46,10 @@ def export_adapters(source: str | Path, out: str | Path, merged: bool = False) -
     if target.exists() and (not target.is_dir() or any(target.iterdir())):
         raise fault(f"output {target} exists and is not empty", "a new or empty folder", "remove it or choose another --out")
     generator = GrexModel.from_pretrained(source).generator
-    lm, cfg = getattr(generator, "lm", None), getattr(generator, "cfg", None)
+    lm: Any = getattr(generator, "lm", None)
     if lm is None or not hasattr(lm, "peft_config"):
         raise fault(f"model {source} without adapters on a language model", "a generator with lora_rank above 0", "give such a model")
+    cfg: Any = generator.cfg
     if merged and cfg.quantisation != "none":
         raise fault(
             f"merging adapters into a base quantised as {cfg.quantisation}",

@@ -138,7 +138,7 @@ def _check_text_only(name: str, config: Any) -> None:
         raise fault(
             f"language model {name} is a multimodal model ({config.model_type}, with {', '.join(parts)})",
             "a causal language model of text alone: objects are seen through the image encoder of the grounding model",
-            "use a text model of the family (such as Qwen2.5-7B-Instruct for Qwen2.5-VL-7B-Instruct), or save its language part as a folder",
+            "use a text model of its family (such as Qwen2.5-7B-Instruct, not -VL-), or save its language part as a folder",
         )
 
 
@@ -190,7 +190,9 @@ def _targets(lm: Any, cfg: RegionTokensConfig) -> list[str]:
         blocks = max(lists, key=lambda module: sum(p.numel() for p in module.parameters()), default=nn.ModuleList())
         found = _linear_names(blocks)
         if not found:
-            raise fault(f"model.generator.lora_targets auto: no list of layers in {cfg.lm}", "one", "name the linear layers in lora_targets")
+            raise fault(
+                f"model.generator.lora_targets auto: no list of layers in {cfg.lm}", "one", "name the linear layers in lora_targets"
+            )
         return sorted(found)
     wanted = [cfg.lora_targets] if isinstance(cfg.lora_targets, str) else list(cfg.lora_targets)
     names = _linear_names(lm)

@@ -19,7 +19,8 @@ from torch import Tensor
 class Prefix:
     """Embeddings before the expression. embeds: float [E, P, D].  mask: bool [E, P]; padding only behind the first token of a row.
 
-    summary: float [E, D], added to the embedding of the token that opens the expression.  objects: all objects of the images that the sets belong to.
+    summary: float [E, D], added to the embedding of the token that opens the expression.
+    objects: all objects of the images that the sets belong to.
     """
 
     embeds: Tensor

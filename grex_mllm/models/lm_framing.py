@@ -108,9 +108,7 @@ def _rendered(hf: Any, messages: list[dict[str, str]], mark: str, generation: bo
     marking.add_tokens([AddedToken(mark, normalized=False, special=True)], special_tokens=True)
     marked = int(marking.convert_tokens_to_ids(mark))
     try:
-        ids = marking.apply_chat_template(
-            messages, add_generation_prompt=generation, tokenize=True, return_dict=False, **TEMPLATE_OPTIONS
-        )
+        ids = marking.apply_chat_template(messages, add_generation_prompt=generation, tokenize=True, return_dict=False, **TEMPLATE_OPTIONS)
         reason = f"writes {ids.count(marked)} times what it is given"
     except (TemplateError, TypeError, ValueError) as error:
         ids, reason = [], str(error).splitlines()[0] if str(error) else type(error).__name__

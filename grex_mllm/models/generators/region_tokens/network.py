@@ -1,7 +1,8 @@
 """The generator: feature maps and selected objects in, one expression for the whole set out (group-expression generation, GREG).
 
 Sequence: [text before] [image tokens] [distractors] [targets, left to right] [text after] opener expression EOS, with the set's summary
-added to the opener: BOS for `lm: tiny`, for other LLMs what `lm_framing` finds (their BOS stands before everything). Padding lies between the targets and what follows, is masked, and gets no position, so a batch gives what its members give alone.
+added to the opener: BOS for `lm: tiny`, for other LLMs what `lm_framing` finds (their BOS stands before everything). Padding lies between
+the targets and what follows, is masked, and gets no position, so a batch gives what its members give alone.
 """
 
 from __future__ import annotations
