@@ -23,7 +23,7 @@ def run_convert(
 
         return 0 if convert_check(source[0], source[1]) else 1
     if kind not in ("rela", "swin", "resnet", "adapters"):
-        raise fault(f"grex convert {kind}", "rela, swin, resnet, adapters or check", "see grex convert --help")
+        raise fault(f"grex convert {kind}", "adapters, rela, swin, resnet or check", "see grex convert --help")
     _only(kind, source, 1, {} if kind == "rela" else {"--config": config, "--vocab": vocab})
     if out is None:
         raise fault(f"grex convert {kind} without --out", "where the result goes", "add --out")
