@@ -45,6 +45,9 @@ def build_language_model(cfg: RegionTokensConfig, tokenizer: LMTokenizer) -> Any
         from peft import prepare_model_for_kbit_training
 
         lm = prepare_model_for_kbit_training(lm, use_gradient_checkpointing=cfg.gradient_checkpointing)
+        for layer in lm.modules():
+            if hasattr(layer, "support_avx512bf16_for_cpu"):  # else bitsandbytes repacks 4-bit weights on a CPU's first answer without
+                layer.support_avx512bf16_for_cpu = False  # gradients, after which training goes on without them, unannounced
     elif cfg.gradient_checkpointing:
         lm.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     return _with_lora(lm, cfg) if cfg.lora_rank else lm
