@@ -207,19 +207,21 @@ def convert(
     out: str | None = None,
     config: str | None = None,
     vocab: str | None = None,
+    merged: bool = False,
 ) -> int:
-    """Convert released checkpoints: rela FILE --out DIR | swin FILE --out FILE | resnet FILE --out FILE | check MODEL RECORDED.
+    """Convert: rela FILE --out DIR | swin FILE --out FILE | resnet FILE --out FILE | check MODEL RECORDED | adapters MODEL --out DIR.
 
     Args:
-        kind: rela, swin, resnet or check.
-        source: the checkpoint; for check: a converted model and a folder of recorded tensors.
+        kind: rela, swin, resnet, check or adapters (a trained generator's, as a folder that peft reads).
+        source: the checkpoint; for check: a converted model and a folder of recorded tensors; for adapters: a model folder.
         out: where the result goes.
         config: sizes of a model that is none of the released three.
         vocab: BERT's vocab.txt for the model folder.
+        merged: adapters: write a copy of the language model with the adapters merged in instead.
     """
     from grex_mllm.convert.command import run_convert
 
-    return run_convert(kind, source, out, config, vocab)
+    return run_convert(kind, source, out, config, vocab, merged=merged)
 
 
 def compare(

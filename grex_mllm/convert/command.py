@@ -1,27 +1,38 @@
-"""The verb `grex convert`: rela, swin, resnet, check."""
+"""The verb `grex convert`: rela, swin, resnet, check, adapters."""
 
 from __future__ import annotations
+
+from typing import Any
 
 from grex_mllm.errors import fault
 
 
-def run_convert(kind: str, source: list[str], out: str | None = None, config: str | None = None, vocab: str | None = None) -> int:
+def run_convert(
+    kind: str, source: list[str], out: str | None = None, config: str | None = None, vocab: str | None = None, *, merged: bool = False
+) -> int:
     """Convert or compare, print what became of it, and return the exit status (1 where a comparison disagrees).
 
     Raises:
         GrexError: unknown kind, wrong number of paths, an option that the kind does not have, or what the conversion raises.
     """
+    if merged and kind != "adapters":
+        raise fault(f"grex convert {kind} with --merged", "only the options that it has", "leave it out")
     if kind == "check":
         _only(kind, source, 2, {"--out": out, "--config": config, "--vocab": vocab})
         from grex_mllm.convert.check import convert_check
 
         return 0 if convert_check(source[0], source[1]) else 1
-    if kind not in ("rela", "swin", "resnet"):
-        raise fault(f"grex convert {kind}", "rela, swin, resnet or check", "see grex convert --help")
+    if kind not in ("rela", "swin", "resnet", "adapters"):
+        raise fault(f"grex convert {kind}", "adapters, rela, swin, resnet or check", "see grex convert --help")
     _only(kind, source, 1, {} if kind == "rela" else {"--config": config, "--vocab": vocab})
     if out is None:
         raise fault(f"grex convert {kind} without --out", "where the result goes", "add --out")
-    if kind == "rela":
+    done: Any
+    if kind == "adapters":
+        from grex_mllm.convert.adapters import export_adapters
+
+        done = export_adapters(source[0], out, merged)
+    elif kind == "rela":
         from grex_mllm.convert.rela import convert_rela
 
         done = convert_rela(source[0], out, config, vocab)
@@ -39,7 +50,7 @@ def run_convert(kind: str, source: list[str], out: str | None = None, config: st
 
 def _only(kind: str, source: list[str], wanted: int, foreign: dict[str, str | None]) -> None:
     if len(source) != wanted:
-        what = "a checkpoint" if wanted == 1 else "a model folder and a folder of recorded tensors"
+        what = "a checkpoint or model folder" if wanted == 1 else "a model folder and a folder of recorded tensors"
         raise fault(f"grex convert {kind} with {len(source)} paths", what, "see grex convert --help")
     given = [name for name, value in foreign.items() if value is not None]
     if given:

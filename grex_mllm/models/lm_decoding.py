@@ -19,7 +19,8 @@ from torch import Tensor
 class Prefix:
     """Embeddings before the expression. embeds: float [E, P, D].  mask: bool [E, P]; padding only behind the first token of a row.
 
-    summary: float [E, D], added to the embedding of BOS.  objects: all objects of the images that the sets belong to.
+    summary: float [E, D], added to the embedding of the token that opens the expression.
+    objects: all objects of the images that the sets belong to.
     """
 
     embeds: Tensor
@@ -27,11 +28,11 @@ class Prefix:
     summary: Tensor
     objects: Any = None
 
-    def open(self, lm: Any, bos_id: int) -> tuple[Tensor, Tensor]:
-        """Return (embeds [E, P + 1, D], mask [E, P + 1]) with BOS."""
+    def open(self, lm: Any, opener: int) -> tuple[Tensor, Tensor]:
+        """Return (embeds [E, P + 1, D], mask [E, P + 1]) with the token that opens the expression."""
         rows = len(self.embeds)
-        bos = lm.get_input_embeddings()(torch.full((rows, 1), bos_id, device=self.embeds.device)).to(self.embeds.dtype)
-        return torch.cat([self.embeds, bos + self.summary[:, None]], 1), torch.cat([self.mask, self.mask.new_ones(rows, 1)], 1)
+        first = lm.get_input_embeddings()(torch.full((rows, 1), opener, device=self.embeds.device)).to(self.embeds.dtype)
+        return torch.cat([self.embeds, first + self.summary[:, None]], 1), torch.cat([self.mask, self.mask.new_ones(rows, 1)], 1)
 
 
 def position_ids(mask: Tensor) -> Tensor:
@@ -51,14 +52,14 @@ def stratified_uniforms(num_candidates: int, steps: int, seed: int) -> Tensor:
 def decode(
     lm: Any,
     prefix: Prefix,
-    bos_id: int,
+    opener: int,
     eos_id: int,
     banned: list[int],
     max_new_tokens: int,
     uniforms: Tensor | None = None,
     temperature: float = 1.0,
 ) -> Tensor:
-    """Return int64 [E, K, T] tokens after BOS, EOS-filled after the end. uniforms [K, T]: sample; None: greedy, K = 1.
+    """Return int64 [E, K, T] tokens after the opener, EOS-filled after the end. uniforms [K, T]: sample; None: greedy, K = 1.
 
     At least one token comes before EOS; `banned` tokens never come. Rows that have ended leave the batch.
     """
@@ -66,7 +67,7 @@ def decode(
     num = 1 if uniforms is None else len(uniforms)
     if uniforms is not None:
         uniforms = uniforms.to(device)
-    embeds, mask = prefix.open(lm, bos_id)
+    embeds, mask = prefix.open(lm, opener)
     out = lm(inputs_embeds=embeds, attention_mask=mask.long(), position_ids=position_ids(mask), use_cache=True, logits_to_keep=1)
     cache, logits = out.past_key_values, out.logits[:, -1]
     if num > 1:
@@ -104,7 +105,7 @@ def decode(
 def beam_search(
     lm: Any,
     prefix: Prefix,
-    bos_id: int,
+    opener: int,
     eos_id: int,
     pad_id: int,
     banned: list[int],
@@ -112,8 +113,11 @@ def beam_search(
     num_beams: int,
     num_candidates: int,
 ) -> Tensor:
-    """Return int64 [E, K, T], the best K of `num_beams` beams by mean log-likelihood, best first, padded with EOS or padding."""
-    embeds, mask = prefix.open(lm, bos_id)
+    """Return int64 [E, K, T], the best K of `num_beams` beams by mean log-likelihood, best first, padded with EOS or padding.
+
+    These settings alone rule: what an LLM's generation_config.json asks for (penalties, temperatures, ...) went when it was read.
+    """
+    embeds, mask = prefix.open(lm, opener)
     tokens = lm.generate(
         inputs_embeds=embeds,
         attention_mask=mask.long(),

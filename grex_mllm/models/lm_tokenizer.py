@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from grex_mllm.errors import fault
+from grex_mllm.models.lm_framing import resolve_style, turn_end
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -30,36 +31,56 @@ class LMTokenizer:
     """Turn expressions into token ids with BOS and EOS, and ids into text.
 
     Wraps a Hugging Face tokenizer of any kind (sentencepiece folder, LLM folder or hub id). Special tokens written in the text
-    (such as "</s>") are treated as plain characters. Where the LLM has no BOS, its EOS also opens the expression; where it has no
-    padding token, EOS pads (masked).
+    (such as "</s>") are treated as plain characters. style: auto | chat | plain. In a chat, EOS is what the chat template ends an answer
+    with (<|im_end|>, <|eot_id|>, <end_of_turn>, ...). The first id of a row stands for whatever opens the expression in front of the LM
+    (`lm_framing`): BOS, or EOS where the LM has none. Where it has no padding token, EOS pads (masked).
+
+    Raises:
+        GrexError: no EOS, an unknown style, or chat without a chat template that takes a question and an answer.
     """
 
-    def __init__(self, tokenizer: Any) -> None:
+    def __init__(self, tokenizer: Any, style: str = "auto") -> None:
         if tokenizer.eos_token_id is None:
             raise fault(
                 f"tokenizer {tokenizer.name_or_path!r} without an end-of-text token", "one with eos_token", "set eos_token in its folder"
             )
-        self.hf = tokenizer
-        self.eos_id = int(tokenizer.eos_token_id)
+        self.hf, self.style = tokenizer, resolve_style(tokenizer, style)
+        self.eos_id = turn_end(tokenizer) if self.style == "chat" else int(tokenizer.eos_token_id)
         self.bos_id = self.eos_id if tokenizer.bos_token_id is None else int(tokenizer.bos_token_id)
         self.pad_id = self.eos_id if tokenizer.pad_token_id is None else int(tokenizer.pad_token_id)
 
     @classmethod
-    def load(cls, path: str | Path) -> LMTokenizer:
+    def load(cls, path: str | Path, style: str = "auto") -> LMTokenizer:
         """Read a tokenizer folder or a hub id.
 
         Raises:
-            GrexError: the folder holds no tokenizer, or the hub id cannot be had.
+            GrexError: the folder holds no tokenizer, the hub id cannot be had, or the style does not fit.
         """
         from transformers import AutoTokenizer
 
         try:
-            return cls(AutoTokenizer.from_pretrained(str(path)))
+            tokenizer = AutoTokenizer.from_pretrained(str(path))
         except (OSError, ValueError, KeyError) as error:
             reason = str(error).splitlines()[0] if str(error) else type(error).__name__
             raise fault(
                 f"language-model tokenizer {path}: {reason}", "a folder with tokenizer files or a hub id", "give another path or train one"
             ) from None
+        return cls(tokenizer, style)
+
+    def in_style(self, style: str) -> LMTokenizer:
+        """Return this tokenizer, or one of the other style. Raises as the class."""
+        return self if resolve_style(self.hf, style) == self.style else LMTokenizer(self.hf, style)
+
+    @property
+    def num_ids(self) -> int:
+        """One more than the largest id; an LLM may have more embeddings than that."""
+        return max(self.hf.get_vocab().values()) + 1
+
+    @property
+    def unwritable(self) -> list[int]:
+        """Ids that no expression contains: special tokens but EOS, sorted."""
+        special = {i for i, token in self.hf.added_tokens_decoder.items() if token.special}
+        return sorted({self.bos_id, self.pad_id, *self.hf.all_special_ids, *special} - {self.eos_id})
 
     def __len__(self) -> int:
         return len(self.hf)
@@ -101,7 +122,7 @@ class LMTokenizer:
             kept = kept[1:]
         if self.eos_id in kept:
             kept = kept[: kept.index(self.eos_id)]
-        return str(self.hf.decode(kept, skip_special_tokens=True)).strip()
+        return str(self.hf.decode(kept, skip_special_tokens=True, clean_up_tokenization_spaces=False)).strip()
 
 
 def train_sentencepiece(lines: Iterable[str], folder: str | Path, vocab_size: int = 1000) -> LMTokenizer:

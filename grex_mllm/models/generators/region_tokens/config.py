@@ -21,13 +21,15 @@ class RegionTokensConfig:
     # how a folder or hub LLM is loaded
     dtype: str = "float32"  # float32 | bfloat16 | float16 | auto
     quantisation: str = "none"  # none | nf4 | int8 (bitsandbytes)
-    attn_implementation: str = "sdpa"  # sdpa | eager | flash_attention_2
+    attn_implementation: str = "auto"  # auto | sdpa | eager | flash_attention_2; auto: sdpa where the family can (Gemma 2 cannot)
     gradient_checkpointing: bool = False
     # adapters; rank 0 = none
     lora_rank: int = 16
     lora_alpha: float = 32.0
     lora_dropout: float = 0.0
-    lora_targets: list[str] = field(default_factory=lambda: ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"])
+    lora_targets: str | list[str] = "auto"  # names of linear layers; auto: all of attention and MLP, as the model calls them
+    lora_rslora: bool = False  # scale by alpha / sqrt(rank) instead of alpha / rank
+    lora_dora: bool = False  # learn the length of each weight column apart from its direction
     # region tokens
     projector_width: int = 256
     image_grid: int = 2  # image tokens = image_grid squared; 0 = none
@@ -40,7 +42,9 @@ class RegionTokensConfig:
     attribute_loss: float = 0.3  # weight of each attribute's term
     box_share: float = 0.0  # share of training images whose objects are given as boxes instead of masks
     # text
-    prompt: str = ""  # instruction around the region tokens, for example "{regions} Name exactly these objects: "; empty = none
+    prompt_style: str = "auto"  # auto | chat | plain; auto: chat where the tokenizer has a chat template (instruct models)
+    prompt: str = ""  # instruction around the region tokens, for example "{regions} Name exactly these objects: "; empty = none, in a
+    # chat one of our own (INSTRUCTION in models/lm_framing.py)
     max_expression_tokens: int = 64
     max_new_tokens: int = 40
     max_rows: int = 512  # sequences decoded at once

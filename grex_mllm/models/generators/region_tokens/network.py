@@ -1,7 +1,8 @@
 """The generator: feature maps and selected objects in, one expression for the whole set out (group-expression generation, GREG).
 
-Sequence: [text before] [image tokens] [distractors] [targets, left to right] [text after] BOS expression EOS, with the set's summary added
-to BOS. Padding lies between the targets and what follows, is masked, and gets no position, so a batch gives what its members give alone.
+Sequence: [text before] [image tokens] [distractors] [targets, left to right] [text after] opener expression EOS, with the set's summary
+added to the opener: BOS for `lm: tiny`, for other LLMs what `lm_framing` finds (their BOS stands before everything). Padding lies between
+the targets and what follows, is masked, and gets no position, so a batch gives what its members give alone.
 """
 
 from __future__ import annotations
@@ -23,13 +24,13 @@ from grex_mllm.models.generators.region_tokens.parts import GenerationPart
 from grex_mllm.models.generators.region_tokens.tokens import ObjectTokens, RegionTokens
 from grex_mllm.models.language_model import base_parameters, build_language_model, embedding_scale, is_base_key
 from grex_mllm.models.lm_decoding import Prefix, beam_search, decode, position_ids, stratified_uniforms
+from grex_mllm.models.lm_framing import PLACE, Frame, chat_frame, plain_frame, tiny_frame
 from grex_mllm.models.lm_tokenizer import LMTokenizer
 from grex_mllm.ops.losses import shared_count
 from grex_mllm.ops.selection import boxes_to_masks, mask_boxes
 from grex_mllm.types import Batch
 
 MODES = ("greedy", "beam", "sample")
-PLACE = "{regions}"
 IGNORED = -100
 
 
@@ -55,8 +56,9 @@ class RegionTokenGenerator(nn.Module):
         super().__init__()
         if cfg.prompt and cfg.prompt.count(PLACE) != 1:
             raise fault(f"model.generator.prompt {cfg.prompt!r}", f"{PLACE} once, where the region tokens stand", "fix the prompt")
-        self.cfg, self.tokenizer, self.feature_channels = cfg, tokenizer, list(feature_channels)
-        self.lm = build_language_model(cfg, tokenizer)
+        self.cfg, self.tokenizer, self.feature_channels = cfg, tokenizer.in_style(cfg.prompt_style), list(feature_channels)
+        self.frame = _frame(cfg, self.tokenizer)
+        self.lm = build_language_model(cfg, self.tokenizer)
         self.region_tokens = RegionTokens(
             feature_channels,
             self.lm.get_input_embeddings().weight.shape[1],
@@ -69,8 +71,8 @@ class RegionTokenGenerator(nn.Module):
             distractor_dropout=cfg.distractor_dropout,
             token_scale=embedding_scale(self.lm),
         )
-        special = {tokenizer.bos_id, tokenizer.pad_id, *tokenizer.hf.all_special_ids} - {tokenizer.eos_id}
-        self.banned = sorted(special)
+        nameless = range(self.tokenizer.num_ids, self.lm.get_input_embeddings().weight.shape[0])  # embeddings that stand for no text
+        self.banned = [*self.tokenizer.unwritable, *nameless]
         self.register_state_dict_post_hook(_drop_named_base)
         self.register_load_state_dict_post_hook(_excuse_named_base)
 
@@ -98,8 +100,8 @@ class RegionTokenGenerator(nn.Module):
         tokens, mask, summary = self.region_tokens.select(objects, image_index, member)
         weight = self.lm.get_input_embeddings().weight
         embeds, summary = tokens.to(weight.dtype), summary.to(weight.dtype)
-        if self.cfg.prompt:
-            before, after = (self._text_embeds(part, len(embeds)) for part in self.cfg.prompt.split(PLACE))
+        if self.frame.before or self.frame.after:
+            before, after = (self._embeds(ids, len(embeds)) for ids in (self.frame.before, self.frame.after))
             ones = mask.new_ones
             mask = torch.cat([ones(len(mask), before.shape[1]), mask, ones(len(mask), after.shape[1])], 1)
             embeds = torch.cat([before, embeds, after], 1)
@@ -173,7 +175,7 @@ class RegionTokenGenerator(nn.Module):
     def score_text(self, prefix: Prefix, lm_ids: Tensor, lm_mask: Tensor, weight: Tensor | None = None) -> GeneratorOutput:
         """Return the likelihood of E expressions behind their prefixes; arguments as in `likelihood`."""
         text = self.lm.get_input_embeddings()(lm_ids[:, 1:]).to(prefix.embeds.dtype)
-        embeds, mask = prefix.open(self.lm, self.tokenizer.bos_id)
+        embeds, mask = prefix.open(self.lm, self.frame.opener)
         embeds, mask = torch.cat([embeds, text], 1), torch.cat([mask, lm_mask[:, 1:].bool()], 1)
         self._check_length(int(mask.sum(1).max()))
         out = self.lm(
@@ -287,11 +289,11 @@ class RegionTokenGenerator(nn.Module):
     def _write(
         self, prefix: Prefix, mode: str, *, num_candidates: int, num_beams: int, temperature: float, steps: int, seed: int
     ) -> Tensor:
-        tok = self.tokenizer
+        tok, opener = self.tokenizer, self.frame.opener
         if mode == "beam":
-            return beam_search(self.lm, prefix, tok.bos_id, tok.eos_id, tok.pad_id, self.banned, steps, num_beams, num_candidates)
+            return beam_search(self.lm, prefix, opener, tok.eos_id, tok.pad_id, self.banned, steps, num_beams, num_candidates)
         uniforms = stratified_uniforms(num_candidates, steps, seed) if mode == "sample" else None
-        return decode(self.lm, prefix, tok.bos_id, tok.eos_id, self.banned, steps, uniforms, temperature)
+        return decode(self.lm, prefix, opener, tok.eos_id, self.banned, steps, uniforms, temperature)
 
     def _check_length(self, length: int) -> None:
         limit = getattr(self.lm.config, "max_position_embeddings", None)
@@ -302,10 +304,9 @@ class RegionTokenGenerator(nn.Module):
                 "select fewer objects, lower max_distractors or max_new_tokens, or raise max_positions of a tiny model",
             )
 
-    def _text_embeds(self, text: str, rows: int) -> Tensor:
-        weight = self.lm.get_input_embeddings().weight
-        ids = torch.tensor(self.tokenizer.hf(text, add_special_tokens=False)["input_ids"], dtype=torch.int64, device=weight.device)
-        return self.lm.get_input_embeddings()(ids).expand(rows, -1, -1)
+    def _embeds(self, ids: list[int], rows: int) -> Tensor:
+        embed = self.lm.get_input_embeddings()
+        return embed(torch.tensor(ids, dtype=torch.int64, device=embed.weight.device)).to(embed.weight.dtype).expand(rows, -1, -1)
 
     def _some_as_boxes(self, instance_masks: list[Tensor]) -> list[Tensor]:
         chosen = (torch.rand(len(instance_masks)) < self.cfg.box_share).tolist()
@@ -313,6 +314,12 @@ class RegionTokenGenerator(nn.Module):
             boxes_to_masks(mask_boxes(m.bool()), *m.shape[1:]) & m.flatten(1).any(1)[:, None, None] if box and len(m) else m
             for m, box in zip(instance_masks, chosen)
         ]
+
+
+def _frame(cfg: RegionTokensConfig, tokenizer: LMTokenizer) -> Frame:
+    if cfg.lm == "tiny":
+        return tiny_frame(tokenizer.hf, tokenizer.bos_id, cfg.prompt)
+    return (chat_frame if tokenizer.style == "chat" else plain_frame)(tokenizer.hf, cfg.prompt)
 
 
 def _membership(image_index: Tensor, target_index: list[Tensor], present: Tensor, num_objects: list[int], weight: Tensor | None) -> Tensor:

@@ -61,9 +61,9 @@ def make_tokenizer(config: RegionTokensConfig, lines: Callable[[], list[str]], f
     if config.lm == "tiny":
         train_sentencepiece(lines(), folder, config.vocab_size)
     else:
-        LMTokenizer.load(config.lm).save(folder)
+        LMTokenizer.load(config.lm, config.prompt_style).save(folder)
 
 
 def load_tokenizer(config: RegionTokensConfig, folder: Path) -> LMTokenizer:
     """Read the tokenizer that `make_tokenizer` or a model folder wrote."""
-    return LMTokenizer.load(folder)
+    return LMTokenizer.load(folder, config.prompt_style)
