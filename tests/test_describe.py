@@ -40,7 +40,7 @@ AREAS = [4, 16, 36]
 def by_hand(probs: Sequence[float], chosen: Sequence[int], targeted: float = TARGETED) -> float:
     """Agreement of an answer with these mean probabilities on the objects, and none elsewhere, with the set `chosen`."""
     exact = math.prod(p if n in chosen else 1 - p for n, p in enumerate(probs))
-    total, union = (sum(a * w for a, w in zip(AREAS, weights, strict=False)) for weights in (probs, [n in chosen for n in range(3)]))
+    total, union = (sum(a * w for a, w in zip(AREAS, weights, strict=True)) for weights in (probs, [n in chosen for n in range(3)]))
     overlap = sum(AREAS[n] * probs[n] for n in chosen)
     return float((exact * overlap / (total + union - overlap) * targeted) ** (1 / 3))
 
@@ -49,7 +49,7 @@ def answer_of(answers: Sequence[Sequence[float]], targeted: float = TARGETED) ->
     """A grounding answer for each row: the given probability on every object's pixels, none elsewhere."""
     margin = torch.full((len(answers), SIDE, SIDE), -40.0)
     for e, probs in enumerate(answers):
-        for mask, p in zip(objects(), probs, strict=False):
+        for mask, p in zip(objects(), probs, strict=True):
             margin[e][mask] = torch.tensor(p, dtype=torch.float64).logit(eps=1e-9).float()
     none = torch.tensor([[targeted, 1 - targeted]]).log().expand(len(answers), 2)
     # a shift of both channels must not matter
@@ -117,7 +117,7 @@ def test_what_lies_in_the_padding_is_not_read() -> None:
 
 def test_small_logits_are_brought_to_the_canvas() -> None:
     small = torch.tensor([0.0, math.log(0.6 / 0.4)]).view(1, 2, 1, 1).expand(1, 2, 4, 4)
-    answer = answer_of([(0.5,)])._replace(mask_logits=small)
+    answer = answer_of([(0.5, 0.0, 0.0)])._replace(mask_logits=small)
     overlap, total = 0.6 * 4, 0.6 * SIDE**2
     expected = (0.6 * 0.4 * 0.4 * overlap / (total + 4 - overlap) * TARGETED) ** (1 / 3)
     assert agreements(answer, objects(), [[0]], encoded())[0, 0] == pytest.approx(expected, rel=1e-5)

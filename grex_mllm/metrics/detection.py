@@ -179,7 +179,7 @@ class GREC(IntegerSums):
 
     def compute(self) -> dict[str, Any]:
         """Return num_samples, no_target_share, Pr@F1, mean_F1, N_acc, T_acc, balanced_acc; None where there is nothing to be a share of."""
-        s = {key: int(v) for key, v in zip(FIELDS, self._sums, strict=False)}
+        s = {key: int(v) for key, v in zip(FIELDS, self._sums[: len(FIELDS)], strict=True)}
         n_acc, t_acc = ratio(s["TP"], s["TP"] + s["FN"]), ratio(s["TN"], s["TN"] + s["FP"])
         return {
             "num_samples": s["num_samples"],

@@ -311,8 +311,8 @@ class GRES(IntegerSums):
 
     def _named(self) -> dict[str, Any]:
         v = [int(x) for x in self._whole()]
-        named: dict[str, Any] = dict(zip(FIELDS, v, strict=False))
         k = len(FIELDS)
+        named: dict[str, Any] = dict(zip(FIELDS, v[:k], strict=True))
         named.update(iou=v[k : k + NUM_LIMBS], targeted_iou=v[k + NUM_LIMBS : k + 2 * NUM_LIMBS], hits=v[k + 2 * NUM_LIMBS :])
         return named
 
