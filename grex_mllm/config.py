@@ -115,9 +115,12 @@ class DataConfig:
     image_size: int = 480
     resize: str = "squash"  # squash (aspect ignored, as released) | pad (longest side, padded right and bottom)
     image_root: str | None = None  # where the images lie, when not where dataset.json says
-    expressions_per_image: int = 8
+    expressions_per_image: int = 8  # of a training sample, at most; an image with more gives several samples an epoch
+    # of dataset folders, every expression once an epoch: exact (any order) | released (as the authors of ReLA: runs of six images of one
+    # orientation, each expression with an image of its own, so expressions_per_image must be 1)
+    sampling: str = "exact"
     num_workers: int = 0
-    num_generation_targets: int = 8  # expressions of an image, at most, that the generator learns from in a batch
+    num_generation_targets: int = 8  # expressions of a sample, at most, that the generator learns from; fewer than it has: drawn anew
     sources: dict[str, Any] = field(default_factory=dict)
 
 

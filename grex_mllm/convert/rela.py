@@ -157,7 +157,7 @@ def released_config(vision: VisionConfig) -> Config:
     )
     optim = OptimConfig(groups="released", text="released", lr=1e-5, schedule="multistep", clip=0.01)
     train = TrainConfig(steps=150_000, batch_images=48, optim=optim)
-    return Config(model=model, data=DataConfig(expressions_per_image=1), train=train)
+    return Config(model=model, data=DataConfig(expressions_per_image=1, sampling="released"), train=train)
 
 
 def released_sizes(path: str | Path) -> Config:

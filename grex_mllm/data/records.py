@@ -127,16 +127,16 @@ class ImageTable(Mapping[str, ImageRecord]):
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        self._place: dict[str, tuple[int, int]] = {}  # id -> byte offset, line
+        self._place: dict[str, tuple[int, int, bool]] = {}  # id -> byte offset, line, wider than high
         for line, offset, value in read_lines(path):
             _raise_first(path, line, image_findings(value))
             if value["image_id"] in self._place:
                 first = self._place[value["image_id"]][1]
                 _raise(path, line, "image_id", _shown(value["image_id"]), f"an id of its own (line {first} has the same)")
-            self._place[value["image_id"]] = (offset, line)
+            self._place[value["image_id"]] = (offset, line, value["width"] > value["height"])
 
     def __getitem__(self, image_id: str) -> ImageRecord:
-        offset, line = self._place[image_id]
+        offset, line, _ = self._place[image_id]
         with self.path.open("rb") as file:
             file.seek(offset)
             text = file.readline()
@@ -151,6 +151,10 @@ class ImageTable(Mapping[str, ImageRecord]):
     def line_of(self, image_id: str) -> int:
         """Return the line of an image, for messages."""
         return self._place[image_id][1]
+
+    def is_wide(self, image_id: str) -> bool:
+        """Tell whether an image is wider than high, without reading it."""
+        return self._place[image_id][2]
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._place)

@@ -12,8 +12,9 @@ from types import ModuleType
 from typing import Any
 
 from grex_mllm.config import DataConfig, WeightedSource
-from grex_mllm.data.dataset import FolderDataset, Mixture, SampleSource
+from grex_mllm.data.dataset import EXACT, MIXTURE_BLOCK, RELEASED, SAMPLINGS, FolderDataset, Mixture, SampleSource
 from grex_mllm.entries import SOURCES
+from grex_mllm.errors import fault
 
 TRAINING, PRETRAINING = "training", "pretraining"
 
@@ -39,8 +40,12 @@ def training_samples(data: DataConfig, seed: int, positions: int, purpose: str =
     """Return the samples of a training by position; several sources are mixed by their weights.
 
     positions: how many the whole training will read.  purpose: "pretraining" reads expressions with a target only, and other images than
-    the training where they are drawn.  generates: a generator learns from them.
+    the training where they are drawn; it samples exactly.  generates: a generator learns from them.
+
+    Raises:
+        GrexError: folders that cannot be read, weights that make no mixture, a `data.sampling` that does not exist or fit.
     """
+    _check_sampling(data, purpose)
     found: list[SampleSource] = []
     parts = weighted(data)
     for part in parts:
@@ -55,11 +60,42 @@ def training_samples(data: DataConfig, seed: int, positions: int, purpose: str =
                 data.expressions_per_image,
                 training=True,
                 seed=seed,
+                sampling=EXACT if purpose == PRETRAINING else data.sampling,
                 targeted_only=purpose == PRETRAINING,
                 image_root=part.image_root or data.image_root,
             )
         )
     return found[0] if len(found) == 1 else Mixture(found, [part.weight for part in parts], seed)
+
+
+def describe_epochs(samples: SampleSource, samples_per_step: int, steps: int) -> list[str]:
+    """Return a line for each dataset folder of a training: how long its epoch is, and how many a training of so many steps has.
+
+    samples_per_step: of all sources together, over all processes.
+    """
+    parts = [(samples, 1.0)]
+    if isinstance(samples, Mixture):
+        parts = [(source, share / MIXTURE_BLOCK) for source, share in zip(samples.sources, samples.shares, strict=True)]
+    lines = []
+    for source, share in parts:
+        if isinstance(source, FolderDataset):
+            expressions, length = sum(len(group) for group in source.groups), len(source) / (samples_per_step * share)
+            lines.append(
+                f"one epoch of {source.dataset.folder} ({source.split}) = {expressions:,} expressions of {len(source.groups):,} images in "
+                f"{len(source):,} samples = {length:,.1f} steps; this run: {steps / length:,.2f} epochs"
+            )
+    return lines
+
+
+def _check_sampling(data: DataConfig, purpose: str) -> None:
+    if data.sampling not in SAMPLINGS:
+        raise fault(f'data.sampling is "{data.sampling}"', f"one of {', '.join(SAMPLINGS)}", "choose one of them")
+    if data.sampling == RELEASED and purpose == TRAINING and data.expressions_per_image != 1:
+        raise fault(
+            f"data.expressions_per_image is {data.expressions_per_image} with data.sampling {RELEASED}",
+            "1, because the authors' loader gives every expression an image of its own",
+            f"set data.expressions_per_image to 1, or data.sampling to {EXACT}",
+        )
 
 
 def training_text(data: DataConfig, num_lines: int, generation: bool = False) -> list[str]:

@@ -13,7 +13,7 @@ import torch
 from grex_mllm.config import Config
 from grex_mllm.data.collate import collate
 from grex_mllm.data.dataset import FolderDataset, SampleSource
-from grex_mllm.data.sources import PRETRAINING, training_samples, training_text, weighted
+from grex_mllm.data.sources import PRETRAINING, describe_epochs, training_samples, training_text, weighted
 from grex_mllm.entries import SOURCES, entry
 from grex_mllm.errors import fault
 from grex_mllm.models.grex import GrexModel
@@ -76,6 +76,8 @@ def train_from_config(
                 stage.run(model, stage.steps, progress)
     if is_main_process():
         _report_cut(config, tokenizers[0])
+        for line in describe_epochs(samples, config.train.batch_images * config.train.accumulation, config.train.steps):
+            print(line)
     step = Step(model, config)
     return train(step, model, batches, config, save_model=model.save_pretrained, on_step=on_step, validation=validation)
 
