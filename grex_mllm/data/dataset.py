@@ -43,7 +43,7 @@ class Epochs:
     which order, is drawn anew in each epoch, and so is the order of all samples. Every epoch has the same number of samples.
 
     sizes: expressions of each image, all above 0.  most: expressions of a sample.
-    wide: for each image, whether it is wider than high; None = an order without conditions. With it a sample waits until SAME_ORIENTATION of
+    wide: for each image, whether it is wider than high; None = any order. With it a sample waits until SAME_ORIENTATION of
     its orientation can come in a row, as in the loader of the released ReLA (detectron2's `AspectRatioGroupedDataset`). There each GPU
     sorts a share of its own, and what is left over at the end of an epoch waits for the next; here it comes last.
     """
