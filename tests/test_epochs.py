@@ -213,7 +213,8 @@ def test_a_mixture_passes_through_the_epochs_of_each_source(tmp_path: Path) -> N
     lines = describe_epochs(samples, 4, 100)
     shown = ("41 expressions of 7 images in 17", "8 expressions of 2 images in 3", "7 expressions of 7 images in 7")
     assert len(lines) == 3 and all(words in line for words, line in zip(shown, lines, strict=True))
-    samples.sources = watched = [Watched(source) for source in samples.sources]
+    watched = [Watched(source) for source in samples.sources]
+    samples.sources = list(watched)
     for position in range(300):
         samples[position]
     wanted = (names(), names((5, 3)), sorted(f"{n}.val" for n in range(len(SIZES))))
