@@ -43,6 +43,7 @@ class VisionConfig:
     window: int = 12
     drop_path: float = 0.3
     fusion: str = "none"  # none | pwam (language fused after every stage)
+    gradient_checkpointing: bool = False  # compute the blocks again in the backward pass: less memory, more time
     patches: int = 0  # cut the image into so many squared patches, each encoded alone (GRES paper, table 2, "hard split, input"); 0 = whole
 
 
@@ -64,6 +65,7 @@ class TextConfig:
     max_tokens: int = 20
     pad: str = "max"  # max (as released: the decoder reads padding rows, too) | longest (of the batch: less work)
     dropout: float = 0.1
+    gradient_checkpointing: bool = False
     attention: str = "sdpa"  # sdpa | eager (training tiny sizes on a CPU is faster with it) | flash_attention_2
 
 
@@ -185,6 +187,8 @@ class TrainConfig:
     start: a model folder whose weights the training starts from; heads that it lacks start as built.
     resume: go on from the newest complete checkpoint in `out` if there is one.  deepspeed: a JSON of deepspeed_configs/, or None.
     num_threads: CPU threads of each process, 0 = torch's choice.
+    compile: parts that torch.compile compiles (vision, text, pixel_decoder, decoder, lm, ...; needs a C++ compiler on a CPU).
+    profile: steps that are recorded after the first two, into `<out>/profile`: a trace, and the time by part; 0 = none.
     hang_s: seconds without progress of a process after which the run names the one that is behind and ends with status 3; 0 = never.
     """
 
@@ -203,6 +207,8 @@ class TrainConfig:
     deepspeed: str | None = None
     num_threads: int = 0
     hang_s: float = 1800.0
+    compile: list[str] = field(default_factory=list)
+    profile: int = 0
     optim: OptimConfig = field(default_factory=OptimConfig)
     validation: ValidationConfig = field(default_factory=ValidationConfig)
     pretraining: Any = None  # of the entry that `name` chooses (default tiny_lm); None = none

@@ -38,12 +38,12 @@ CASES: dict[str, dict[str, object]] = {
 IMAGES, WORLD = 4, 2
 
 
-def built(case: str, work: Path) -> tuple[GrexModel, BatchStream]:
+def built(case: str, work: Path, **changes: object) -> tuple[GrexModel, BatchStream]:
     """The real model at tiny size with its batches; all images of rank 1 have no target at all."""
     config = tiny_config(model__generator__lm="tiny", model__generator__hidden_size=16, model__generator__num_heads=2,
                          model__generator__num_layers=1, model__generator__intermediate_size=32, model__generator__projector_width=16,
                          model__generator__lora_rank=2, data__expressions_per_image=4, data__sources__synthetic__image_size=64,
-                         train__batch_images=IMAGES, **CASES[case])  # fmt: skip
+                         train__batch_images=IMAGES, **CASES[case], **changes)  # fmt: skip
     text = train_text_tokenizer(WORDS, 300)
     config.model.text.vocab_size = text.vocab_size
     torch.manual_seed(0)

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from grex_mllm.config import VisionConfig
 from grex_mllm.errors import fault
+from grex_mllm.ops.recompute import run_block
 from grex_mllm.types import TextFeatures
 
 GROUPS = 8
@@ -114,7 +115,7 @@ class ResNet(nn.Module):
             raise fault(
                 f"model.vision.widths {config.widths} and depths {config.depths}", f"{len(STAGE_STRIDES)} numbers in each", "fix the lists"
             )
-        self.coordinates = config.coordinates
+        self.coordinates, self.recompute = config.coordinates, config.gradient_checkpointing
         self.stem = Stem(config.stem, 5 if config.coordinates else 3, config.stem_width, config.norm)
         first = 4 if config.stem == "conv7" else 2
         self.strides = tuple(first * 2**i for i in range(4))
@@ -144,7 +145,8 @@ class ResNet(nn.Module):
         x = self.stem(x if torch.is_grad_enabled() else x.contiguous(memory_format=torch.channels_last))
         maps = []
         for stage in self.stages:
-            x = stage(x)
+            for block in stage:  # type: ignore[attr-defined]
+                x = run_block(block, x, recompute=self.recompute)
             maps.append(x)
         return maps
 

@@ -19,6 +19,7 @@ from grex_mllm.errors import fault
 from grex_mllm.models.pwam import PixelWordAttention
 from grex_mllm.models.windows import from_windows, to_windows, window_layout
 from grex_mllm.ops.feedforward import feedforward
+from grex_mllm.ops.recompute import run_block
 from grex_mllm.types import TextFeatures
 
 PATCH = 4
@@ -142,11 +143,12 @@ class SwinStage(nn.Module):
         if fused and not last:
             self.gate = nn.Sequential(nn.Linear(width, width, bias=False), nn.ReLU(), nn.Linear(width, width, bias=False), nn.Tanh())
         self.downsample = None if last else PatchMerging(width)
+        self.recompute = config.gradient_checkpointing
 
     def run_blocks(self, x: Tensor, height: int, width: int) -> Tensor:
         """Run the blocks alone: float [B, height * width, C] -> the same."""
         for block in self.blocks:
-            x = block(x, height, width)
+            x = run_block(block, x, height, width, recompute=self.recompute)
         return x
 
 

@@ -49,6 +49,9 @@ class TextEncoder(nn.Module):
             bert = BertConfig(**sizes, hidden_dropout_prob=config.dropout, attention_probs_dropout_prob=config.dropout)
             self.bert = BertModel(bert, add_pooling_layer=False)
         self.bert.set_attn_implementation(config.attention)
+        self.bert.config.use_cache = False
+        if config.gradient_checkpointing:
+            self.bert.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
 
     @property
     def width(self) -> int:

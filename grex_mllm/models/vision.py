@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from itertools import pairwise
 from pathlib import Path
 
@@ -97,8 +98,10 @@ def build_vision(config: VisionConfig, text_width: int) -> nn.Module:
         net = SwinTransformer(config, text_width)
     elif config.name.startswith("timm:"):
         net = TimmEncoder(config.name.removeprefix("timm:"))
+        _recompute(net.net.set_grad_checkpointing, config)
     elif config.name.startswith("hf:"):
         net = HubEncoder(config.name.removeprefix("hf:"))
+        _recompute(net.net.gradient_checkpointing_enable, config)
     else:
         raise fault(f'model.vision.name "{config.name}"', "resnet, swin, timm:<model> or hf:<folder or hub id>", "fix the name")
     if config.weights is not None:
@@ -108,6 +111,17 @@ def build_vision(config: VisionConfig, text_width: int) -> nn.Module:
 
         return HardSplit(net, config.patches)
     return net
+
+
+def _recompute(switch: Callable[[], object], config: VisionConfig) -> None:
+    """Turn on a library's own gradient checkpointing if it is asked for."""
+    if not config.gradient_checkpointing:
+        return
+    try:
+        switch()
+    except (ValueError, AssertionError) as error:
+        reason = str(error) or "the network cannot"
+        raise fault(f"model.vision.gradient_checkpointing with {config.name} ({reason})", "false there", "turn it off") from None
 
 
 def load_weights(net: nn.Module, file: str) -> None:

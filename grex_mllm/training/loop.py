@@ -18,8 +18,9 @@ from grex_mllm.errors import GrexError, fault
 from grex_mllm.progress import list_ids
 from grex_mllm.training import checkpoint
 from grex_mllm.training.average import WeightAverage
-from grex_mllm.training.batches import MODEL_STREAM, BatchSource, map_tensors, seed_all, stream
+from grex_mllm.training.batches import MODEL_STREAM, BatchSource, seed_all, stream
 from grex_mllm.training.best import Best, write_best
+from grex_mllm.training.compiling import compile_parts
 from grex_mllm.training.engine import (
     agreed_precision,
     determinism,
@@ -36,7 +37,9 @@ from grex_mllm.training.engine import (
 from grex_mllm.training.interrupt import Interrupts, name_of
 from grex_mllm.training.log import RunLog, Window
 from grex_mllm.training.optim import build_optimizer, build_schedule, clip_gradients, optimized_parameters
+from grex_mllm.training.profiling import StepProfile, parts_of
 from grex_mllm.training.room import check_room, check_writable
+from grex_mllm.training.transfer import to_device
 from grex_mllm.training.watch import Watch
 from grex_mllm.types import Batch
 
@@ -141,6 +144,7 @@ class _Run:
             check_room(model, config.train)
         self.step, validates = step, config.train.validation.every > 0
         self.spare = copy.deepcopy(step) if validates and zero_stage(accelerator) == 3 else None
+        compile_parts(parts_of(step), config.train.compile, zero_stage(accelerator))
         wrapped, prepared = prepare(accelerator, step, optimizer)
         best = Best.of(config.train.validation) if validates else None
         self.state = checkpoint.RunState(accelerator, model, wrapped, prepared, schedule, self._average(model), to_dict(config), best)
@@ -176,10 +180,12 @@ class _Run:
             log.say(f"warning: {self.precision.warning}")
         if self.first:
             log.say(f"going on after step {self.first}")
+        profile = StepProfile(parts_of(self.step), settings.out, settings.profile if self.accelerator.is_main_process else 0, log.say)
         try:
             with self.interrupts, self.watch:
-                self._steps(numbered, log, window, on_step)
+                self._steps(numbered, log, window, on_step, profile)
         finally:
+            profile.close()
             log.close()
         if self.save_model is not None and not self.result.interrupted:
             save = self.save_model
@@ -187,7 +193,12 @@ class _Run:
         return self.result
 
     def _steps(
-        self, numbered: Iterator[Batch], log: RunLog, window: Window, on_step: Callable[[int, dict[str, float]], None] | None
+        self,
+        numbered: Iterator[Batch],
+        log: RunLog,
+        window: Window,
+        on_step: Callable[[int, dict[str, float]], None] | None,
+        profile: StepProfile,
     ) -> None:
         """Do the steps that are left, or those until a signal, with log lines and checkpoints."""
         settings, validated = self.config, self.config.validation.every if self.validation is not None else 0
@@ -195,6 +206,7 @@ class _Run:
         for step in range(self.first + 1, (self.first if self.result.out_of_patience else settings.steps) + 1):
             rates = [float(lr) for lr in self.state.schedule.get_last_lr()]
             losses = self._step(step, numbered, window)
+            profile.step()
             self.watch.mark(step, "log and checkpoint")
             log.step(step)
             if self.signal and step < settings.steps:
@@ -268,7 +280,7 @@ class _Run:
         losses: dict[str, Tensor] = {}
         for micro in range(settings.accumulation):
             self.watch.mark(step, "reading a batch")
-            batch = map_tensors(next(numbered), lambda tensor: tensor.to(accelerator.device, non_blocking=True))
+            batch = to_device(next(numbered), accelerator.device)
             index = (step - 1) * settings.accumulation + micro
             seed_all(settings.seed, MODEL_STREAM, index, accelerator.process_index)
             with accelerator.accumulate(state.wrapped):

@@ -23,8 +23,9 @@ from grex_mllm.models.generators.region_tokens.config import RegionTokensConfig
 from grex_mllm.models.generators.region_tokens.parts import GenerationPart
 from grex_mllm.models.generators.region_tokens.tokens import ObjectTokens, RegionTokens
 from grex_mllm.models.language_model import base_parameters, build_language_model, embedding_scale, is_base_key
-from grex_mllm.models.lm_decoding import Prefix, beam_search, decode, position_ids, stratified_uniforms
+from grex_mllm.models.lm_decoding import Prefix, beam_search, decode, stratified_uniforms
 from grex_mllm.models.lm_framing import PLACE, Frame, chat_frame, plain_frame, tiny_frame
+from grex_mllm.models.lm_loss import token_losses
 from grex_mllm.models.lm_tokenizer import LMTokenizer
 from grex_mllm.ops.losses import shared_count
 from grex_mllm.ops.selection import boxes_to_masks, mask_boxes
@@ -178,17 +179,8 @@ class RegionTokenGenerator(nn.Module):
         embeds, mask = prefix.open(self.lm, self.frame.opener)
         embeds, mask = torch.cat([embeds, text], 1), torch.cat([mask, lm_mask[:, 1:].bool()], 1)
         self._check_length(int(mask.sum(1).max()))
-        out = self.lm(
-            inputs_embeds=embeds,
-            attention_mask=mask.long(),
-            position_ids=position_ids(mask),
-            use_cache=False,
-            logits_to_keep=lm_ids.shape[1],
-        )
-        logits = out.logits[:, :-1]
-        logits = logits if logits.dtype == torch.float64 else logits.float()
         real = lm_mask[:, 1:].bool()
-        nll = F.cross_entropy(logits.flatten(0, 1), lm_ids[:, 1:].flatten(), reduction="none").view(real.shape) * real
+        nll = token_losses(self.lm, embeds, mask, lm_ids[:, 1:], real)
         num_tokens = real.sum(1)
         share = torch.ones_like(num_tokens, dtype=nll.dtype) if weight is None else weight.to(nll.dtype)
         loss = (nll.sum(1) * share).sum() / shared_count((num_tokens * share).sum(), nll)
