@@ -178,8 +178,8 @@ class TrainConfig:
     """The training loop.
 
     steps: optimizer steps.  batch_images: images of one batch, over all processes; `accumulation` batches make one step.
-    tasks: what is learned: all (that the model has) | ground | generate (text encoder and decoder stay as they are) | align (the generator's
-    projector alone, everything else frozen: a first run, whose folder is the joint one's `start`).
+    tasks: what is learned: all (that the model has) | ground | generate (text encoder and decoder stay as they are) | align (the
+    generator's projector alone, everything else frozen: a first run, whose folder is the joint one's `start`).
     save_every, log_every: in steps; a checkpoint is also made at the end.  keep: how many checkpoints stay.
     start: a model folder whose weights the training starts from; heads that it lacks start as built.
     resume: go on from the newest complete checkpoint in `out` if there is one.  deepspeed: a JSON of deepspeed_configs/, or None.

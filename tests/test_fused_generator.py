@@ -87,7 +87,7 @@ def test_the_generator_reads_the_maps_that_it_was_trained_on(tmp_path: Path) -> 
 
 
 def test_training_describing_and_predicting_read_one_language_free_pass(tmp_path: Path) -> None:
-    """With gates that let language in, the generator's tokens are made from the same maps in a step of either kind, `describe`, `predict`."""
+    """With gates that let language in, the generator's tokens are made from the same maps in every kind of step, `describe`, `predict`."""
     export(SyntheticConfig(image_size=64), "test", 1, tmp_path / "d", 4)
     train_from_config(fused(tmp_path / "m", tmp_path / "d", train__steps=1))
     model = GrexModel.from_pretrained(tmp_path / "m")

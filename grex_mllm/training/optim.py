@@ -1,7 +1,8 @@
 """Parameter groups, optimisers, schedules and gradient clipping.
 
 Two ways to group: `released` is what the authors' code of ReLA does (learning rate 1e-5 for everything, its decay rules, parts of BERT
-left out); `default` is the usual rule that no bias, norm, embedding or other non-matrix is decayed. Adapters have a decay of their own, 0 unless set.
+left out); `default` is the usual rule that no bias, norm, embedding or other non-matrix is decayed. Adapters have a decay of
+their own, 0 unless set.
 """
 
 from __future__ import annotations
@@ -71,7 +72,7 @@ def build_optimizer(model: nn.Module, config: OptimConfig, precision: str = "fp3
 
     Muon (Jordan 2024) orthogonalises the momentum of a matrix; torch's `match_rms_adamw` scaling (Moonshot 2025) is on, so that its
     learning rate has AdamW's scale.  precision: the resolved one of the training, which Muon's matrix products follow.  device: the type of
-    the device that it will step on; on CUDA AdamW is one fused kernel (on a CPU its rounding differs, and fp16's scaler skips steps itself).
+    the device that it will step on; on CUDA AdamW is one fused kernel (a CPU's rounds differently, and fp16's scaler skips steps itself).
 
     Raises:
         GrexError: unknown `groups` or `text`, or Muon with the released groups (which are defined for AdamW).
