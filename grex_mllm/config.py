@@ -145,6 +145,7 @@ class OptimConfig:
     betas: list[float] = field(default_factory=lambda: [0.9, 0.999])
     eps: float = 1e-8
     weight_decay: float = 0.05
+    adapter_decay: float = 0.0  # weight decay of LoRA matrices, whatever the groups
     muon: bool = False  # Muon for hidden matrices, AdamW for the rest
     muon_lr: float = 1e-3
     muon_convolutions: bool = False  # Muon for the kernels of hidden convolutions, too
@@ -182,7 +183,8 @@ class TrainConfig:
     """The training loop.
 
     steps: optimizer steps.  batch_images: images of one batch, over all processes; `accumulation` batches make one step.
-    tasks: what is learned: all (that the model has) | ground | generate (text encoder and decoder stay as they are).
+    tasks: what is learned: all (that the model has) | ground | generate (text encoder and decoder stay as they are) | align (the
+    generator's projector alone, everything else frozen: a first run, whose folder is the joint one's `start`).
     save_every, log_every: in steps; a checkpoint is also made at the end.  keep: how many checkpoints stay.
     start: a model folder whose weights the training starts from; heads that it lacks start as built.
     resume: go on from the newest complete checkpoint in `out` if there is one.  deepspeed: a JSON of deepspeed_configs/, or None.

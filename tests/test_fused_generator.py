@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -12,13 +13,16 @@ from tiny import tiny_config
 
 from grex_mllm import GrexModel
 from grex_mllm.config import Config
+from grex_mllm.data.dataset import FolderDataset
 from grex_mllm.data.synthetic.export import export
 from grex_mllm.data.synthetic.settings import SyntheticConfig
 from grex_mllm.errors import GrexError
+from grex_mllm.models.generators.region_tokens.tokens import RegionTokens
 from grex_mllm.predict import predict_split
 from grex_mllm.training.combinations import check_combinations
 from grex_mllm.training.pretraining import stages
-from grex_mllm.training.run import train_from_config
+from grex_mllm.training.run import batch_stream, train_from_config
+from grex_mllm.training.step import Step
 
 GENERATOR = {
     "model__generator__lm": "tiny", "model__generator__vocab_size": 300, "model__generator__hidden_size": 16,
@@ -82,13 +86,55 @@ def test_the_generator_reads_the_maps_that_it_was_trained_on(tmp_path: Path) -> 
         torch.testing.assert_close(first, second)
 
 
+def test_training_describing_and_predicting_read_one_language_free_pass(tmp_path: Path) -> None:
+    """With gates that let language in, the generator's tokens are made from the same maps in every kind of step, `describe`, `predict`."""
+    export(SyntheticConfig(image_size=64), "test", 1, tmp_path / "d", 4)
+    train_from_config(fused(tmp_path / "m", tmp_path / "d", train__steps=1))
+    model = GrexModel.from_pretrained(tmp_path / "m")
+    gates = [p for name, p in model.grounding.vision.named_parameters() if "gate" in name.split(".")]
+    assert gates
+    torch.manual_seed(0)
+    with torch.no_grad():
+        for parameter in gates:
+            parameter.copy_(torch.randn_like(parameter))
+    model.config.predict.precision = "fp32"
+    model.save_pretrained(tmp_path / "open")
+    samples, model.config.train.batch_images = FolderDataset(tmp_path / "d", "test", 4), 1
+    stream = batch_stream(model.config, samples, model.text_tokenizer, model.generator.tokenizer)
+    batch, image = stream.at(0), samples[0].image
+    seen: list[list[torch.Tensor]] = []
+
+    def keep(module: torch.nn.Module, inputs: tuple[Any, ...]) -> None:
+        if isinstance(module, RegionTokens):
+            seen.append([level[:1].detach().clone() for level in inputs[0]])
+
+    with torch.nn.modules.module.register_module_forward_pre_hook(keep):
+        for tasks in ("all", "generate", "align"):
+            model.config.train.tasks = tasks
+            Step(model, model.config).eval()(batch)
+        model.describe(image, boxes_xyxy=[[2, 2, 20, 20], [30, 20, 60, 45]])
+        predict_split(str(tmp_path / "open"), str(tmp_path / "d"), tmp_path / "p.jsonl", "test", ["ground", "generate"], device="cpu")
+    assert len(seen) >= 5
+    for maps in seen[1:]:
+        for level, expected in zip(maps, seen[0], strict=True):
+            torch.testing.assert_close(level, expected, rtol=1e-4, atol=1e-5)
+    with torch.inference_mode():
+        encoded = model.encode(image)
+        texts = [model.grounding.encode_text(*model.encode_text([text])) for text in ("the red circle", "two stars")]
+        index = torch.zeros(1, dtype=torch.int64)
+        told = [model.grounding.vision.finish(encoded.features.prefix, index, text)[-1] for text in texts]
+        silent = model.grounding.vision(encoded.features.image, None)[-1]
+    assert all((maps - silent).abs().max() > 1e-3 for maps in told) and (told[0] - told[1]).abs().max() > 1e-4
+
+
 def encoded_pixels(image: np.ndarray) -> torch.Tensor:
     return torch.from_numpy(image).permute(2, 0, 1)[None]
 
 
 IMPOSSIBLE: list[tuple[dict[str, object], list[str]]] = [
     ({"train__tasks": "generate"}, ["train.tasks is generate", "model.generator is null", "lm: tiny"]),
-    ({"train__tasks": "both"}, ['train.tasks is "both"', "all, ground, generate"]),
+    ({"train__tasks": "align"}, ["train.tasks is align", "model.generator is null", "lm: tiny"]),
+    ({"train__tasks": "both"}, ['train.tasks is "both"', "all, ground, generate, align"]),
     ({"train__pretraining__steps": 3}, ["train.pretraining tiny_lm", "set model.generator"]),
     (GENERATOR | {"train__pretraining__steps": 3, "train__tasks": "ground"}, ["train.pretraining tiny_lm", "leave train.pretraining out"]),
     (GENERATOR | {"data__num_generation_targets": 0}, ["data.num_generation_targets is 0", "at least 1"]),

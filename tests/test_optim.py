@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import copy
 import math
+from pathlib import Path
 
 import pytest
 import torch
+from tiny import tiny_speaker
 from torch import nn
 
 from grex_mllm.config import OptimConfig
@@ -64,6 +66,39 @@ def test_default_groups_decay_matrices_only() -> None:
     decayed = {names[p] for group in optimizer.param_groups if group["weight_decay"] for p in group["params"]}
     assert decayed == {"attention.in_proj_weight", "attention.out_proj.weight", "hidden.weight", "count_head.weight", "thin.weight"}
     assert {names[p] for p in optimized_parameters(optimizer)} == set(names.values())
+
+
+PARTS = ("grounding.vision", "grounding.text", "grounding.pixel_decoder", "grounding.decoder", "generator.region_tokens", "generator.lm")
+
+
+def test_adapters_have_a_decay_of_their_own_and_every_part_a_learning_rate(tmp_path: Path) -> None:
+    """The starts of names that configs/README.md recommends reach all that trains; LoRA is decayed only where that is asked for."""
+    model = tiny_speaker(tmp_path)
+    trained = {p: name for name, p in model.named_parameters() if p.requires_grad}
+    scales = {part: 0.5**k for k, part in enumerate(PARTS)}
+    for groups in ("default", "released"):
+        for decay in (0.0, 0.07):
+            config = OptimConfig(groups=groups, lr=1.0, weight_decay=0.3, adapter_decay=decay, lr_scale=scales)
+            found = {trained[p]: group for group in build_optimizer(model, config).param_groups for p in group["params"]}
+            assert found.keys() == set(trained.values())
+            assert {name: group["lr"] for name, group in found.items()} == {
+                name: scales[next(part for part in PARTS if name.startswith(f"{part}."))] for name in found
+            }
+            assert {group["weight_decay"] for name, group in found.items() if name.startswith("generator.lm.")} == {decay}
+            assert {group["weight_decay"] for name, group in found.items() if name.startswith("generator.region")} == {0.0, 0.3}
+    assert {name.rsplit(".", 2)[0].rsplit(".", 1)[-1] for name in found if name.startswith("generator.lm.")} == {"lora_A", "lora_B"}
+
+
+def test_adamw_is_fused_on_cuda_and_differs_by_rounding_alone() -> None:
+    """On a CPU it stays as it is, to the last bit; fp16 leaves the skipping of steps to the gradient scaler."""
+    config = OptimConfig(lr=0.003)
+    models = {device: Small() for device in ("cpu", "cuda")}
+    models["cuda"].load_state_dict(models["cpu"].state_dict())
+    optimizers = {device: build_optimizer(model, config, "bf16", device) for device, model in models.items()}
+    assert [optimizers[device].param_groups[0]["fused"] for device in models] == [None, True]
+    assert build_optimizer(Small(), config, "fp16", "cuda").param_groups[0]["fused"] is None
+    losses = [train(model, optimizers[device], 8) for device, model in models.items()]
+    assert losses[0] == pytest.approx(losses[1], rel=1e-5)
 
 
 def test_muon_gets_hidden_matrices_and_nothing_else() -> None:

@@ -75,7 +75,7 @@ def _joint_step_s(model: Any, batches: BatchSource, config: Config, progress: fl
     device: Any = model.device
     precision = resolve_precision(config.train.precision, device).precision
     step = Step(model, config, precision)
-    optimizer = build_optimizer(model, config.train.optim, precision)
+    optimizer = build_optimizer(model, config.train.optim, precision, device.type)
     chosen = {id(parameter) for parameter in optimized_parameters(optimizer)}
     for parameter in model.parameters():
         parameter.requires_grad_(id(parameter) in chosen)

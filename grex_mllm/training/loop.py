@@ -135,7 +135,7 @@ class _Run:
         self.config, self.accelerator = config.train, accelerator
         self.precision = agreed_precision(accelerator, config.train)
         step.precision = self.precision.precision
-        optimizer = build_optimizer(model, config.train.optim, self.precision.precision)
+        optimizer = build_optimizer(model, config.train.optim, self.precision.precision, accelerator.device.type)
         chosen = {id(parameter) for parameter in optimized_parameters(optimizer)}
         for parameter in model.parameters():
             parameter.requires_grad_(id(parameter) in chosen)

@@ -1,7 +1,8 @@
 """Parameter groups, optimisers, schedules and gradient clipping.
 
 Two ways to group: `released` is what the authors' code of ReLA does (learning rate 1e-5 for everything, its decay rules, parts of BERT
-left out); `default` is the usual rule that no bias, norm, embedding or other non-matrix is decayed.
+left out); `default` is the usual rule that no bias, norm, embedding or other non-matrix is decayed. Adapters have a decay of
+their own, 0 unless set.
 """
 
 from __future__ import annotations
@@ -25,6 +26,7 @@ RELEASED_TEXT_LAYERS = range(10)
 NORMS = (nn.LayerNorm, nn.GroupNorm, nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm, nn.InstanceNorm1d, nn.InstanceNorm2d)
 TEXT = re.compile(r"(^|\.)text\.")
 TEXT_LAYER = re.compile(r"(^|\.)text\.(.*\.)?encoder\.layer\.(\d+)\.")
+ADAPTER = re.compile(r"(^|[._])lora_")
 BIAS_TABLE = "relative_position_bias_table"
 # output layers, adapters, and the offsets of deformable attention (zero at first, in pixels); thin heads are known by shape
 NOT_HIDDEN = re.compile(r"(^|[._])(heads?|embed_tokens|lora_[AB]|sampling_offsets)(\.|$)")
@@ -65,11 +67,12 @@ class JoinedOptimizer(Optimizer):
         return loss
 
 
-def build_optimizer(model: nn.Module, config: OptimConfig, precision: str = "fp32") -> Optimizer:
+def build_optimizer(model: nn.Module, config: OptimConfig, precision: str = "fp32", device: str = "cpu") -> Optimizer:
     """Make AdamW over the parameter groups that the configuration asks for, or Muon for hidden matrices joined with AdamW for the rest.
 
     Muon (Jordan 2024) orthogonalises the momentum of a matrix; torch's `match_rms_adamw` scaling (Moonshot 2025) is on, so that its
-    learning rate has AdamW's scale.  precision: the resolved one of the training, which Muon's matrix products follow.
+    learning rate has AdamW's scale.  precision: the resolved one of the training, which Muon's matrix products follow.  device: the type of
+    the device that it will step on; on CUDA AdamW is one fused kernel (a CPU's rounds differently, and fp16's scaler skips steps itself).
 
     Raises:
         GrexError: unknown `groups` or `text`, or Muon with the released groups (which are defined for AdamW).
@@ -85,7 +88,8 @@ def build_optimizer(model: nn.Module, config: OptimConfig, precision: str = "fp3
     _check_scales(config.lr_scale, parameters)
     adam = _groups({name: decay for name, decay in decays.items() if name not in hidden}, parameters, config.lr, config.lr_scale)
     betas = (config.betas[0], config.betas[1])
-    optimizer: Optimizer = AdamW(adam, lr=config.lr, betas=betas, eps=config.eps)
+    fused = True if device == "cuda" and precision != "fp16" else None
+    optimizer: Optimizer = AdamW(adam, lr=config.lr, betas=betas, eps=config.eps, fused=fused)
     if not hidden:
         return optimizer
     matrices = _groups({name: decays[name] for name in decays if name in hidden}, parameters, config.muon_lr, config.lr_scale)
@@ -103,14 +107,14 @@ def released_decays(model: nn.Module, config: OptimConfig) -> Iterator[tuple[str
     """
     for name, kind, _ in _trained(model, config):
         plain = kind is nn.Embedding or name.endswith(BIAS_TABLE) or kind in NORMS
-        yield name, 0.0 if plain and not TEXT.search(name) else config.weight_decay
+        yield name, _decay(name, config, spared=plain and not TEXT.search(name))
 
 
 def default_decays(model: nn.Module, config: OptimConfig) -> Iterator[tuple[str, float]]:
     """Yield (name, weight decay): matrices and convolution kernels are decayed; norms, biases, embeddings and tables are not."""
     for name, kind, parameter in _trained(model, config):
         plain = parameter.ndim < 2 or kind in NORMS or kind is nn.Embedding or name.endswith(BIAS_TABLE)
-        yield name, 0.0 if plain or "embed" in name.rsplit(".", 1)[-1] else config.weight_decay
+        yield name, _decay(name, config, spared=plain or "embed" in name.rsplit(".", 1)[-1])
 
 
 def hidden_matrices(model: nn.Module, convolutions: bool = False) -> set[str]:
@@ -172,6 +176,12 @@ def _trained(model: nn.Module, config: OptimConfig) -> Iterator[tuple[str, type[
     for name, parameter in model.named_parameters():
         if parameter.requires_grad and _text_trained(name, config):
             yield name, kinds[name], parameter
+
+
+def _decay(name: str, config: OptimConfig, spared: bool) -> float:
+    if ADAPTER.search(name):
+        return config.adapter_decay
+    return 0.0 if spared else config.weight_decay
 
 
 def _kinds(model: nn.Module) -> dict[str, type[nn.Module]]:

@@ -19,8 +19,8 @@ from grex_mllm.models.grex import GrexModel
 from grex_mllm.precision import autocast
 from grex_mllm.types import Batch
 
-TASKS = ("all", "ground", "generate")
-GROUND, GENERATE = "ground", "generate"
+TASKS = ("all", "ground", "generate", "align")
+GROUND, GENERATE, ALIGN = "ground", "generate", "align"
 
 
 class Step(nn.Module):
@@ -35,6 +35,8 @@ class Step(nn.Module):
         self.tasks = tasks_of(config)
         self.criterion = entry("model.decoder", config.model.decoder.name).Criterion(config.model.decoder)
         freeze_unused(model, self.tasks)
+        if config.train.tasks == ALIGN:
+            freeze_but_projector(model)
 
     def forward(self, batch: Batch, progress: float = 1.0) -> dict[str, Tensor]:
         """Return the named loss terms, float32 scalars: "ground/<term>", "generate/<term>", and "total", which is minimised.
@@ -63,7 +65,7 @@ class Step(nn.Module):
 
 
 def tasks_of(config: Config) -> tuple[str, ...]:
-    """Return what a training learns, of "ground" and "generate".
+    """Return what a training learns, of "ground" and "generate"; to align is to generate with everything but the projector frozen.
 
     Raises:
         GrexError: an unknown `train.tasks`, or generation without a generator.
@@ -71,11 +73,11 @@ def tasks_of(config: Config) -> tuple[str, ...]:
     tasks = config.train.tasks
     if tasks not in TASKS:
         raise fault(f'train.tasks is "{tasks}"', f"one of {', '.join(TASKS)}", "choose one of them")
-    if tasks == GENERATE and config.model.generator is None:
-        raise fault("train.tasks is generate, but model.generator is null", "a generator", "set model.generator (for example lm: tiny)")
+    if tasks in (GENERATE, ALIGN) and config.model.generator is None:
+        raise fault(f"train.tasks is {tasks}, but model.generator is null", "a generator", "set model.generator (for example lm: tiny)")
     if tasks == "all":
         return (GROUND, GENERATE) if config.model.generator is not None else (GROUND,)
-    return (tasks,)
+    return (GENERATE,) if tasks == ALIGN else (tasks,)
 
 
 def freeze_unused(model: GrexModel, tasks: tuple[str, ...]) -> None:
@@ -88,6 +90,23 @@ def freeze_unused(model: GrexModel, tasks: tuple[str, ...]) -> None:
         for name, parameter in model.grounding.vision.named_parameters():
             if {"fusion", "gate"} & set(name.split(".")):  # only expressions reach them
                 parameter.requires_grad_(False)
+
+
+def freeze_but_projector(model: GrexModel) -> None:
+    """Let only the generator's projector learn, which brings objects into the language model's space.
+
+    Raises:
+        GrexError: a generator that has none.
+    """
+    projector = getattr(model.generator, "projector", None)
+    if projector is None:
+        raise fault(
+            f"train.tasks is align with model.generator.name {model.config.model.generator.name}",
+            "a generator with a `projector`",
+            "set train.tasks to generate",
+        )
+    model.requires_grad_(False)
+    projector.requires_grad_(True)
 
 
 def nothing_of(tree: Any) -> Tensor:

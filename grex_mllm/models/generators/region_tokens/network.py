@@ -77,6 +77,11 @@ class RegionTokenGenerator(nn.Module):
         self.register_state_dict_post_hook(_drop_named_base)
         self.register_load_state_dict_post_hook(_excuse_named_base)
 
+    @property
+    def projector(self) -> RegionTokens:
+        """What `train.tasks: align` trains alone."""
+        return self.region_tokens
+
     def prefix(
         self,
         features: list[Tensor],

@@ -1,0 +1,89 @@
+"""`train.tasks: align`: the projector learns alone, resumes exactly, and the joint training goes on from it with everything."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from test_family_training import eight_sets
+from test_fused_generator import FUSED, GENERATOR
+from test_generator import TEXTS
+from tiny import tiny_config
+from tiny_llms import write_llm
+
+from grex_mllm.config import Config
+from grex_mllm.errors import GrexError
+from grex_mllm.models.lm_framing import INSTRUCTION
+from grex_mllm.training.run import train_from_config
+
+STEPS = 6
+
+
+class Stopped(BaseException):
+    """Ends a run after a step."""
+
+
+def stop_after(last: int) -> object:
+    def after(step: int, _: dict[str, float]) -> None:
+        if step == last:
+            raise Stopped
+
+    return after
+
+
+def settings(work: Path, out: str, **changes: object) -> Config:
+    """A fused Swin with a named language model."""
+    lm = work / "lm"
+    if not lm.exists():
+        write_llm("qwen3", lm, [*TEXTS, INSTRUCTION] * 2)
+        eight_sets(work / "data")
+    training: dict[str, object] = {
+        "data__train": work / "data", "train__out": work / out, "train__steps": STEPS, "train__batch_images": 2, "train__precision": "fp32",
+        "train__num_threads": 1, "train__save_every": 3, "train__log_every": 1, "train__tasks": "align", "train__optim__lr": 1e-2,
+        "train__optim__weight_decay": 0.1, "train__optim__adapter_decay": 0.1, "model__generator__lm": lm,
+    }  # fmt: skip
+    return tiny_config(**{**GENERATOR, **FUSED, **training, **changes})
+
+
+def weights(folder: Path) -> dict[str, torch.Tensor]:
+    return load_file(folder / "model.safetensors")
+
+
+def changed(before: dict[str, torch.Tensor], after: dict[str, torch.Tensor]) -> set[str]:
+    """Names of the parts of which some tensor is another."""
+    names = {name for name, value in before.items() if not torch.equal(value, after[name])}
+    return {".".join(name.split(".")[:2]) for name in names}
+
+
+def test_the_projector_learns_alone_and_the_joint_training_goes_on(tmp_path: Path) -> None:
+    train_from_config(settings(tmp_path, "start", train__steps=1, train__optim__lr=0))
+    result = train_from_config(settings(tmp_path, "aligned"))
+    first = weights(tmp_path / "start")
+    aligned = weights(tmp_path / "aligned")
+    assert changed(first, aligned) == {"generator.region_tokens"}
+    assert all(not torch.equal(value, aligned[name]) for name, value in first.items() if "region_tokens.project" in name)
+    rows = [line["loss/generate/lm"] for line in result.lines]
+    assert rows[-1] < 0.9 * rows[0] and not any("ground/" in name for name in result.lines[0])
+    joint = settings(tmp_path, "joint", train__tasks="all", train__start=tmp_path / "aligned", train__optim__lr=1e-3)
+    lines = train_from_config(joint).lines
+    assert lines[0]["loss/generate/lm"] == pytest.approx(rows[-1], rel=0.3)
+    parts = {"generator.region_tokens", "generator.lm", *(f"grounding.{part}" for part in ("vision", "text", "decoder", "pixel_decoder"))}
+    assert changed(aligned, weights(tmp_path / "joint")) == parts
+
+
+def test_an_interrupted_alignment_goes_on_exactly(tmp_path: Path) -> None:
+    train_from_config(settings(tmp_path, "whole"))
+    with pytest.raises(Stopped):
+        train_from_config(settings(tmp_path, "cut"), on_step=stop_after(4))  # type: ignore[arg-type]
+    result = train_from_config(settings(tmp_path, "cut", train__resume=True))
+    assert result.resumed_from == 3 and changed(weights(tmp_path / "whole"), weights(tmp_path / "cut")) == set()
+
+
+def test_a_generator_without_a_projector_cannot_be_aligned(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(Path(__file__).parent / "examples")
+    config = tiny_config(model__generator__name="generator_example", data__train=eight_sets(tmp_path / "data"), train__tasks="align",
+                         train__out=tmp_path / "run", train__steps=1, train__batch_images=1)  # fmt: skip
+    with pytest.raises(GrexError, match=r"align with model.generator.name generator_example; expected a generator with a `projector`"):
+        train_from_config(config)
