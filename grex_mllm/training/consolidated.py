@@ -98,8 +98,10 @@ def optimizer_entries(model: nn.Module, optimizer: Any, engine: Any | None) -> l
     from deepspeed.utils import safe_get_full_optimizer_state
 
     names: dict[Tensor, str] = {parameter: name for name, parameter in _trained(model)}
+    base = engine.optimizer.optimizer
     for parameters, flat in zero_partitions(engine.optimizer):
-        for key, value in engine.optimizer.optimizer.state.get(flat, {}).items():
+        _link(base, flat, parameters)
+        for key, value in base.state.get(flat, {}).items():
             split = torch.is_tensor(value) and value.shape == flat.shape
             for parameter in parameters:
                 shape = whole_shape(parameter) if split else ()
@@ -153,7 +155,7 @@ def write_entries(path: Path | None, entries: list[Entry]) -> None:
 
 def _load_partition(base: Any, flat: Tensor, parameters: list[Tensor], known: dict[Tensor, dict[str, Tensor]]) -> None:
     """Make the state of one flat partition of ZeRO, which its optimizer would make in the first step, and fill in every parameter's."""
-    from deepspeed.utils import lazy_init_hp_params_optimizer_state, safe_set_full_optimizer_state, safe_set_local_optimizer_state
+    from deepspeed.utils import safe_set_full_optimizer_state, safe_set_local_optimizer_state
 
     keys = {key for values in known.values() for key in values}
     made = base.state[flat]
@@ -161,15 +163,21 @@ def _load_partition(base: Any, flat: Tensor, parameters: list[Tensor], known: di
         made[key] = torch.zeros_like(flat)
     if "step" in keys:
         made["step"] = _step_count(base, flat, max(float(values["step"]) for values in known.values()))
-    split_weights = hasattr(parameters[0], "ds_id")
-    if not split_weights:
-        lazy_init_hp_params_optimizer_state(parameters, flat, base.state)
+    _link(base, flat, parameters)
     for parameter, values in known.items():
         for key in sorted(keys - {"step"}):
-            if split_weights:  # the function for whole values takes no parameter whose size the processes do not divide
+            if hasattr(parameter, "ds_id"):  # the function for whole values takes no parameter whose size the processes do not divide
                 safe_set_local_optimizer_state(parameter, _local_part(parameter, values[key]), key)
             else:
                 safe_set_full_optimizer_state(parameter, values[key], key)
+
+
+def _link(base: Any, flat: Tensor, parameters: list[Tensor]) -> None:
+    """Let DeepSpeed's functions find the state of these parameters; ZeRO-1 and 2 do so after the step of the first group, for that alone."""
+    if not hasattr(parameters[0], "ds_id"):
+        from deepspeed.utils import lazy_init_hp_params_optimizer_state
+
+        lazy_init_hp_params_optimizer_state(parameters, flat, base.state)
 
 
 def _step_count(base: Any, flat: Tensor, number: float) -> Any:
