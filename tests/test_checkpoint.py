@@ -18,11 +18,14 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file
 from toy_training import ToyModel, losses, toy_config, toy_train
 
+from grex_mllm.config import OptimConfig
 from grex_mllm.errors import GrexError
 from grex_mllm.training import checkpoint
-from grex_mllm.training.consolidated import load_weights
+from grex_mllm.training.consolidated import load_optimizer, load_weights, optimizer_entries, weight_entries, weights, write_entries
+from grex_mllm.training.optim import build_optimizer
 
 TOY = Path(__file__).with_name("toy_training.py")
 
@@ -188,12 +191,43 @@ def test_weights_are_loaded_strictly() -> None:
             load_weights(ToyModel(), broken, "x")
 
 
+@pytest.mark.parametrize("changes", [{}, {"name": "sgd"}, {"muon": True}], ids=["AdamW", "SGD", "Muon"])
+def test_optimizer_state_goes_by_name(tmp_path: Path, changes: dict[str, Any]) -> None:
+    """Into another model whose parameters are made in the same order, and through a file that safetensors reads."""
+
+    def made(seed: int) -> tuple[torch.nn.Module, Any]:
+        torch.manual_seed(seed)
+        model = torch.nn.Sequential(torch.nn.Linear(16, 17), torch.nn.LayerNorm(17), torch.nn.Linear(17, 1))
+        model[1].register_buffer("flags", torch.tensor([True, False, True]))
+        return model, build_optimizer(model, OptimConfig(**changes))
+
+    def step(model: torch.nn.Module, optimizer: Any) -> None:
+        optimizer.zero_grad()
+        model(torch.linspace(-1, 1, 32).view(2, 16)).square().sum().backward()
+        optimizer.step()
+
+    model, optimizer = made(0)
+    step(model, optimizer)
+    entries = optimizer_entries(model, optimizer, None)
+    keys = {entry.name.split("/")[0] for entry in entries}
+    assert keys == ({"muon": {"momentum_buffer", "exp_avg", "exp_avg_sq", "step"}, "name": set()}).get(
+        next(iter(changes), ""), {"exp_avg", "exp_avg_sq", "step"}
+    )
+    write_entries(tmp_path / "o.safetensors", entries)
+    write_entries(tmp_path / "m.safetensors", weight_entries(weights(model, trainable=True)))
+    other, theirs = made(1)
+    load_weights(other, load_file(tmp_path / "m.safetensors"), "x")
+    load_optimizer(other, theirs, None, load_file(tmp_path / "o.safetensors"))
+    for _ in range(2):
+        step(model, optimizer)
+        step(other, theirs)
+    assert all(torch.equal(a, b) for a, b in zip(model.state_dict().values(), other.state_dict().values(), strict=True))
+
+
 def test_frozen_weights_are_written_once_and_come_back(tmp_path: Path) -> None:
     _, model = toy_train(toy_config(tmp_path, steps=4))
     root = tmp_path / "checkpoints"
     written = (root / checkpoint.FROZEN).stat().st_mtime_ns
-    from safetensors.torch import load_file
-
     assert set(load_file(root / checkpoint.FROZEN)) == {"frozen.weight", "frozen.bias"}
     assert not any(name.startswith("frozen") for name in load_file(root / "step_00000004" / "model.safetensors"))
     config = toy_config(tmp_path, steps=8, resume=True)

@@ -191,7 +191,9 @@ def test_files_that_cannot_work_are_refused(tmp_path: Path) -> None:
     file = tmp_path / "x.json"
     with pytest.raises(GrexError, match="does not exist"):
         check_deepspeed(str(file))
-    for text, named in (("{", "no JSON"), ("{}", "stage"), ('{"zero_optimization": {"stage": 2}, "bf16": {"enabled": true}}', '"bf16"')):
+    nvme = '{"zero_optimization": {"stage": 3, "offload_optimizer": {"device": "nvme"}}}'
+    bf16 = '{"zero_optimization": {"stage": 2}, "bf16": {"enabled": true}}'
+    for text, named in (("{", "no JSON"), ("{}", "stage"), (bf16, '"bf16"'), (nvme, "offload_optimizer to nvme")):
         file.write_text(text)
         with pytest.raises(GrexError, match=named):
             check_deepspeed(str(file))

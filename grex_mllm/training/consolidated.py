@@ -173,7 +173,7 @@ def _load_partition(base: Any, flat: Tensor, parameters: list[Tensor], known: di
 
 
 def _link(base: Any, flat: Tensor, parameters: list[Tensor]) -> None:
-    """Let DeepSpeed's functions find the state of these parameters; ZeRO-1 and 2 do so after the step of the first group, for that alone."""
+    """Let DeepSpeed's functions find the state of these parameters; ZeRO-1 and 2 do so after the first group's step, for that group."""
     if not hasattr(parameters[0], "ds_id"):
         from deepspeed.utils import lazy_init_hp_params_optimizer_state
 

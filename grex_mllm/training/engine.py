@@ -97,7 +97,8 @@ def check_deepspeed(path: str) -> dict[str, Any]:
     """Read a DeepSpeed JSON and check what the training loop needs of it.
 
     Raises:
-        GrexError: package or file missing, no JSON object, no ZeRO stage, or a section that belongs to the training configuration.
+        GrexError: package or file missing, no JSON object, no ZeRO stage, offload to NVMe, or a section that belongs to the training
+            configuration.
     """
     from importlib.util import find_spec
 
@@ -116,6 +117,9 @@ def check_deepspeed(path: str) -> dict[str, Any]:
         raise fault(
             f"train.deepspeed {path} has no zero_optimization.stage of these", "stage 1, 2 or 3", "start from deepspeed_configs/zero2.json"
         )
+    for section in ("offload_optimizer", "offload_param"):
+        if values["zero_optimization"].get(section, {}).get("device") == "nvme":
+            raise fault(f"train.deepspeed {path} has {section} to nvme", '"cpu", which checkpoints are made from', "offload to the CPU")
     for section in ("optimizer", "scheduler", "bf16", "fp16", "torch_autocast", "amp"):
         if section in values:
             raise fault(
