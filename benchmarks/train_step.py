@@ -4,12 +4,12 @@
     python benchmarks/train_step.py --config configs/joint_rela_r50.yaml --variant recompute=--model.vision.gradient_checkpointing=true
     python benchmarks/train_step.py --config configs/joint_rela_r50.yaml --baseline ../before      # in turn with another checkout
 
-The real loop trains on synthetic scenes, enlarged to the configuration's image size, with random weights (times do not depend on them):
-image and text encoder in the configuration's sizes without their files, and with `--lm` the language model of a folder. Every measurement is a
-process of its own; checkouts and variants take turns, so that a machine that others use as well burdens all alike: trust the ratios. The
-first two steps of a process warm up; the median of the others is printed with the quartiles, then what one step multiplies and adds (torch's
-counter), as a share of what a large matrix product reaches on this machine in the precision of the training, and the time by part.
-`--set` adds to all of them, `--variant NAME=FLAG[;FLAG...]` makes another row.
+The real loop trains on synthetic scenes, enlarged to the configuration's image size, with random weights (times do not depend on
+them): image and text encoder in the configuration's sizes without their files, and with `--lm` the language model of a folder. Every
+measurement is a process of its own; checkouts and variants take turns, so that a machine that others use as well burdens all alike: trust
+the ratios. The first two steps of a process warm up; the median of the others is printed with the quartiles, then what one step
+multiplies and adds (torch's counter), as a share of what a large matrix product reaches on this machine in the precision of the training,
+and the time by part. `--set` adds to all of them, `--variant NAME=FLAG[;FLAG...]` makes another row.
 """
 
 from __future__ import annotations
@@ -96,7 +96,7 @@ def product_flops_s(precision: str) -> float:
 def one_process(checkout: Path, flags: list[str], args: argparse.Namespace, profile: int = 0) -> tuple[dict[str, Any], str]:
     """Run `work` in a process that imports the package of a checkout; return what it printed and the table by part, if any."""
     out = Path(tempfile.mkdtemp())
-    command = [sys.executable, str(Path(__file__).resolve()), "--worker", "--config", str(checkout / args.config), "--out", str(out / "run")]
+    command = [sys.executable, str(Path(__file__).resolve()), "--worker", f"--config={checkout / args.config}", f"--out={out / 'run'}"]
     command += [f"--{name}={getattr(args, name)}" for name in ("batch", "steps", "threads")]
     command += [f"--lm={args.lm}"] if args.lm else []
     command += [f"--profile={profile}"] if profile else []

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 import warnings
-from collections.abc import Callable, Collection
+from collections.abc import Callable
 from functools import cache
 from importlib import import_module
 from importlib.metadata import version
@@ -61,12 +61,6 @@ def foreach(operation: str) -> Callable[..., Any]:
     return function
 
 
-def non_persistent_buffers(module: nn.Module) -> Collection[str]:
-    """Name the buffers of a module itself that its state dict leaves out; torch has no public question for it."""
-    names: Collection[str] = private("torch", module, "_non_persistent_buffers_set")
-    return names
-
-
 def array_builders() -> dict[str, Any]:
     """Return what pickles call to rebuild arrays, dotted name in numpy 1 or 2 -> function; numpy promises only to read its pickles."""
     found: dict[str, Any] = {}
@@ -93,12 +87,16 @@ def leave_out_shm_comm() -> None:
     private("deepspeed", "deepspeed.ops", "__compatible_ops__")["deepspeed_shm_comm"] = False
 
 
-def deepspeed_state_classes() -> list[Any]:
-    """Return the classes whose objects DeepSpeed pickles into its checkpoints; it has no list of them, and they are no public names."""
-    runtime = "deepspeed.runtime"
-    places = [(f"{runtime}.fp16.loss_scaler", "LossScaler"), (f"{runtime}.fp16.loss_scaler", "DynamicLossScaler")]
-    places += [(f"{runtime}.zero.config", "ZeroStageEnum"), ("deepspeed.utils.tensor_fragment", "fragment_address")]
-    return [private("deepspeed", module, name) for module, name in places]
+def zero_partitions(optimizer: Any) -> list[tuple[list[Tensor], Tensor]]:
+    """Return the flat float32 partitions of this process that DeepSpeed's ZeRO optimizer steps, each with the parameters in it.
+
+    The functions of `deepspeed.utils` read and write the state of one parameter, but only a state that exists: nothing public makes it
+    before the first step.
+    """
+    stage3 = hasattr(optimizer, "fp32_partitioned_groups_flat")
+    members, flat = ("fp16_groups", "fp32_partitioned_groups_flat") if stage3 else ("bit16_groups", "single_partition_of_fp32_groups")
+    pairs = zip(private("deepspeed", optimizer, members), private("deepspeed", optimizer, flat), strict=True)
+    return [(list(parameters), partition) for parameters, partition in pairs]
 
 
 def fold_adapters(adapted: nn.Module) -> None:

@@ -139,6 +139,7 @@ class LossConfig:
 class OptimConfig:
     """Parameter groups, optimiser, schedule, clipping, averaging."""
 
+    name: str = "adamw"  # adamw | sgd (without momentum)
     groups: str = "default"  # default (biases, norms, embeddings not decayed) | released (as the authors' code of ReLA)
     text: str = "all"  # which part of the text encoder trains: all | released (layers 0-9) | last_two (as the article says) | none
     lr: float = 1e-4
@@ -187,7 +188,8 @@ class TrainConfig:
     generator's projector alone, everything else frozen: a first run, whose folder is the joint one's `start`).
     save_every, log_every: in steps; a checkpoint is also made at the end.  keep: how many checkpoints stay.
     start: a model folder whose weights the training starts from; heads that it lacks start as built.
-    resume: go on from the newest complete checkpoint in `out` if there is one.  deepspeed: a JSON of deepspeed_configs/, or None.
+    resume: go on from the newest complete checkpoint in `out` if there is one; batch_images, accumulation, the number of processes and
+    deepspeed may be others then.  deepspeed: a JSON of deepspeed_configs/, or None.
     num_threads: CPU threads of each process, 0 = torch's choice.
     compile: parts that torch.compile compiles (vision, text, pixel_decoder, decoder, lm, ...; needs a C++ compiler on a CPU).
     profile: steps that are recorded after the first two, into `<out>/profile`: a trace, and the time by part; 0 = none.

@@ -18,10 +18,14 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file
 from toy_training import ToyModel, losses, toy_config, toy_train
 
+from grex_mllm.config import OptimConfig
 from grex_mllm.errors import GrexError
 from grex_mllm.training import checkpoint
+from grex_mllm.training.consolidated import load_optimizer, load_weights, optimizer_entries, weight_entries, weights, write_entries
+from grex_mllm.training.optim import build_optimizer
 
 TOY = Path(__file__).with_name("toy_training.py")
 
@@ -145,11 +149,19 @@ def test_only_complete_checkpoints_are_found(tmp_path: Path) -> None:
 
 def test_another_configuration_is_refused_and_named(tmp_path: Path) -> None:
     toy_train(toy_config(tmp_path, steps=4))
-    for change, named in ({"batch_images": 2}, "train.batch_images: 4 -> 2"), ({"optim.lr": 0.5}, "train.optim.lr: 0.01 -> 0.5"):
+    for change, named in ({"seed": 2}, "train.seed: 0 -> 2"), ({"optim.lr": 0.5}, "train.optim.lr: 0.01 -> 0.5"):
         with pytest.raises(GrexError, match=named):
             toy_train(toy_config(tmp_path, resume=True, **{"steps": 4, **change}))
     with pytest.raises(GrexError, match=r"train\.steps: 4 -> 3"):
         toy_train(toy_config(tmp_path, steps=3, resume=True))
+
+
+def test_a_checkpoint_of_before_is_refused_with_words(tmp_path: Path) -> None:
+    toy_train(toy_config(tmp_path, steps=4))
+    file = tmp_path / "checkpoints" / "step_00000004" / checkpoint.MARKER
+    file.write_text(file.read_text().replace('"format": 2', '"format": 1'))
+    with pytest.raises(GrexError, match="of format 1, of another version of grex-mllm; expected format 2; finish that run"):
+        toy_train(toy_config(tmp_path, steps=6, resume=True))
 
 
 def test_a_run_may_be_made_longer(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -169,22 +181,53 @@ def test_the_hash_names_what_decides_the_losses() -> None:
 def test_weights_are_loaded_strictly() -> None:
     model = ToyModel()
     whole = {name: tensor.clone() for name, tensor in model.state_dict().items()}
-    checkpoint.load_weights(ToyModel(), whole, "x")
+    load_weights(ToyModel(), whole, "x")
     for broken in (
         {k: v for k, v in whole.items() if k != "calls"},
         whole | {"more": torch.zeros(1)},
         whole | {"norm.bias": torch.zeros(2)},
     ):
         with pytest.raises(GrexError, match=r"1 tensors do not fit the model, (calls|more|norm\.bias)"):
-            checkpoint.load_weights(ToyModel(), broken, "x")
+            load_weights(ToyModel(), broken, "x")
+
+
+@pytest.mark.parametrize("changes", [{}, {"name": "sgd"}, {"muon": True}], ids=["AdamW", "SGD", "Muon"])
+def test_optimizer_state_goes_by_name(tmp_path: Path, changes: dict[str, Any]) -> None:
+    """Into another model whose parameters are made in the same order, and through a file that safetensors reads."""
+
+    def made(seed: int) -> tuple[torch.nn.Module, Any]:
+        torch.manual_seed(seed)
+        model = torch.nn.Sequential(torch.nn.Linear(16, 17), torch.nn.LayerNorm(17), torch.nn.Linear(17, 1))
+        model[1].register_buffer("flags", torch.tensor([True, False, True]))
+        return model, build_optimizer(model, OptimConfig(**changes))
+
+    def step(model: torch.nn.Module, optimizer: Any) -> None:
+        optimizer.zero_grad()
+        model(torch.linspace(-1, 1, 32).view(2, 16)).square().sum().backward()
+        optimizer.step()
+
+    model, optimizer = made(0)
+    step(model, optimizer)
+    entries = optimizer_entries(model, optimizer, None)
+    keys = {entry.name.split("/")[0] for entry in entries}
+    assert keys == ({"muon": {"momentum_buffer", "exp_avg", "exp_avg_sq", "step"}, "name": set()}).get(
+        next(iter(changes), ""), {"exp_avg", "exp_avg_sq", "step"}
+    )
+    write_entries(tmp_path / "o.safetensors", entries)
+    write_entries(tmp_path / "m.safetensors", weight_entries(weights(model, trainable=True)))
+    other, theirs = made(1)
+    load_weights(other, load_file(tmp_path / "m.safetensors"), "x")
+    load_optimizer(other, theirs, None, load_file(tmp_path / "o.safetensors"))
+    for _ in range(2):
+        step(model, optimizer)
+        step(other, theirs)
+    assert all(torch.equal(a, b) for a, b in zip(model.state_dict().values(), other.state_dict().values(), strict=True))
 
 
 def test_frozen_weights_are_written_once_and_come_back(tmp_path: Path) -> None:
     _, model = toy_train(toy_config(tmp_path, steps=4))
     root = tmp_path / "checkpoints"
     written = (root / checkpoint.FROZEN).stat().st_mtime_ns
-    from safetensors.torch import load_file
-
     assert set(load_file(root / checkpoint.FROZEN)) == {"frozen.weight", "frozen.bias"}
     assert not any(name.startswith("frozen") for name in load_file(root / "step_00000004" / "model.safetensors"))
     config = toy_config(tmp_path, steps=8, resume=True)
@@ -206,9 +249,9 @@ def test_pickled_code_is_refused(tmp_path: Path) -> None:
         def __reduce__(self) -> Any:
             return (open, (str(tmp_path / "owned"), "w"))
 
-    torch.save(Evil(), folder / "optimizer.pt")
+    torch.save(Evil(), folder / checkpoint.SHARED)
     marker = json.loads((folder / checkpoint.MARKER).read_text())
-    marker["files"]["optimizer.pt"] = (folder / "optimizer.pt").stat().st_size
+    marker["files"][checkpoint.SHARED] = (folder / checkpoint.SHARED).stat().st_size
     (folder / checkpoint.MARKER).write_text(json.dumps(marker))
     with pytest.raises(pickle.UnpicklingError):
         toy_train(toy_config(tmp_path, steps=6, resume=True))

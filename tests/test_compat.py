@@ -56,11 +56,7 @@ def test_a_tool_that_a_library_has_lost(monkeypatch: pytest.MonkeyPatch) -> None
         compat.forget_accelerator(processes=True)
 
 
-def test_lists_of_tensors_and_buffers() -> None:
+def test_lists_of_tensors() -> None:
     values = [torch.zeros(2), torch.ones(3)]
     compat.foreach("lerp_")(values, [torch.ones(2), torch.zeros(3)], 0.25)
     assert [value.tolist() for value in values] == [[0.25] * 2, [0.75] * 3]
-    module = torch.nn.Module()
-    module.register_buffer("kept", torch.zeros(1))
-    module.register_buffer("left", torch.zeros(1), persistent=False)
-    assert set(compat.non_persistent_buffers(module)) == {"left"}

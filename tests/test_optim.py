@@ -112,6 +112,18 @@ def test_muon_gets_hidden_matrices_and_nothing_else() -> None:
     assert by_lr == {0.01: 3, 0.002: len(list(model.parameters())) - 3}
 
 
+def test_plain_sgd_moves_against_the_gradient_and_decays_matrices() -> None:
+    model = nn.Linear(2, 1)
+    weight, bias = model.weight.detach().clone(), model.bias.detach().clone()
+    optimizer = build_optimizer(model, OptimConfig(name="sgd", lr=0.1, weight_decay=0.5))
+    model(torch.tensor([[1.0, 2.0]])).sum().backward()
+    optimizer.step()
+    torch.testing.assert_close(model.weight.data, weight - 0.1 * (torch.tensor([[1.0, 2.0]]) + 0.5 * weight))
+    torch.testing.assert_close(model.bias.data, bias - 0.1)
+    with pytest.raises(GrexError, match=r'train\.optim\.name is "adam"; expected "adamw" or "sgd"'):
+        build_optimizer(model, OptimConfig(name="adam"))
+
+
 def test_joined_optimizer_learns_and_resumes_exactly() -> None:
     torch.manual_seed(0)
     model = Small()

@@ -21,32 +21,42 @@ WORD = (1 << 64) - 1
 
 
 class BatchSource(Protocol):
-    """Batches by number. `at` depends on its argument only; `share` gives what one of several processes sees of every batch."""
+    """Batches by number. `at` depends on its argument only; `share` gives what one of several processes sees of every batch.
+
+    `going_on` gives the source for a run that has read `batches` batches of `images` images in all, maybe of another size.
+    """
 
     def at(self, index: int) -> Batch: ...
 
     def share(self, rank: int, num_ranks: int) -> BatchSource: ...
+
+    def going_on(self, batches: int, images: int) -> BatchSource: ...
 
 
 class BatchStream:
     """Batches of `batch_images` images each, made by a function from image positions.
 
     Positions count 0, 1, 2, ... without gaps, so a finite dataset is passed through evenly. Rank r of n takes positions r, r + n, ... of a
-    batch.
+    batch. first: where batch 0 begins; other than 0 after batches of another size (`going_on`).
     """
 
-    def __init__(self, make: Callable[[list[int]], Batch], batch_images: int, rank: int = 0, num_ranks: int = 1) -> None:
+    def __init__(self, make: Callable[[list[int]], Batch], batch_images: int, rank: int = 0, num_ranks: int = 1, *, first: int = 0) -> None:
         if batch_images < 1 or batch_images % num_ranks:
             raise fault(f"train.batch_images is {batch_images}", f"a multiple of the {num_ranks} processes", "change one")
-        self.make, self.batch_images, self.rank, self.num_ranks = make, batch_images, rank, num_ranks
+        self.make, self.batch_images, self.rank, self.num_ranks, self.first = make, batch_images, rank, num_ranks, first
 
     def share(self, rank: int, num_ranks: int) -> BatchStream:
         """Return the source that process `rank` of `num_ranks` reads."""
-        return BatchStream(self.make, self.batch_images, rank, num_ranks)
+        return BatchStream(self.make, self.batch_images, rank, num_ranks, first=self.first)
+
+    def going_on(self, batches: int, images: int) -> BatchStream:
+        """Return the source whose batch number `batches` begins at position `images`."""
+        return BatchStream(self.make, self.batch_images, self.rank, self.num_ranks, first=images - batches * self.batch_images)
 
     def positions(self, index: int) -> list[int]:
         """List the image positions that this process takes of a batch."""
-        return list(range(index * self.batch_images + self.rank, (index + 1) * self.batch_images, self.num_ranks))
+        start = self.first + index * self.batch_images
+        return list(range(start + self.rank, start + self.batch_images, self.num_ranks))
 
     def at(self, index: int) -> Batch:
         """Make batch number `index`."""

@@ -1,30 +1,30 @@
 """Checkpoints that are whole or absent, and resume that is exact.
 
 A checkpoint is written into a hidden folder, flushed to disk and renamed; `checkpoint.json`, written last, lists every file
-with its size. Whatever is killed at whatever moment, the newest complete checkpoint stays readable. Frozen weights (the language
-model below its adapters) are written once beside the checkpoints. Nothing is unpickled freely: safetensors, JSON, and torch.load
-with weights_only.
+with its size. Whatever is killed at whatever moment, the newest complete checkpoint stays readable. It holds the trained weights and the
+optimizer's state by parameter name, so any number of processes and any engine go on from it. Frozen weights that a model folder
+holds are written once beside the checkpoints; the base of a language model that is named by folder or hub id is not written at all.
+Nothing is unpickled freely: safetensors, JSON, and torch.load with weights_only.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
-import os
 import random
 import shutil
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import nn
 
-from grex_mllm.compat import deepspeed_state_classes, non_persistent_buffers
+from grex_mllm.config import TrainConfig
 from grex_mllm.errors import fault
+from grex_mllm.training.consolidated import load_optimizer, load_weights, optimizer_entries, weight_entries, weights, write_entries
 from grex_mllm.training.engine import is_deepspeed, zero_stage
 from grex_mllm.writing import flush, flush_entry, take_place, whole_entries
 
@@ -35,8 +35,10 @@ if TYPE_CHECKING:
     from grex_mllm.training.average import WeightAverage
     from grex_mllm.training.best import Best
 
-FOLDER, MARKER, FROZEN, DEEPSPEED = "checkpoints", "checkpoint.json", "frozen.safetensors", "deepspeed"
-FORMAT = 1
+FOLDER, MARKER, FROZEN = "checkpoints", "checkpoint.json", "frozen.safetensors"
+MODEL, OPTIMIZER, SHARED = "model.safetensors", "optimizer.safetensors", "state.pt"
+FORMAT = 2
+IMAGES = ("train.batch_images", "train.accumulation")  # may change on resume
 # what may differ between a run and its continuation: it changes no loss
 FREE = (
     "train.out",
@@ -58,9 +60,26 @@ FREE = (
 )
 
 
+@dataclass(frozen=True)
+class Position:
+    """Where a run stands. step: finished steps.  batches: how many were read.  images: positions of the data that they took."""
+
+    step: int = 0
+    batches: int = 0
+    images: int = 0
+
+    def after(self, steps: int, config: TrainConfig) -> Position:
+        """Return where the run stands that many steps later."""
+        batches = steps * config.accumulation
+        return Position(self.step + steps, self.batches + batches, self.images + batches * config.batch_images)
+
+
 @dataclass
 class RunState:
-    """Everything that a run needs to go on. model: the user's model; wrapped: what Accelerate made of it and the losses."""
+    """Everything that a run needs to go on. model: the user's model; wrapped: what Accelerate made of it and the losses.
+
+    has_frozen: the frozen weights are written already.
+    """
 
     accelerator: Accelerator
     model: nn.Module
@@ -70,6 +89,12 @@ class RunState:
     average: WeightAverage | None
     config: dict[str, Any]
     best: Best | None = None
+    has_frozen: bool = False
+
+    @property
+    def engine(self) -> Any | None:
+        """DeepSpeed's engine, None without it."""
+        return self.wrapped if is_deepspeed(self.accelerator) else None
 
 
 def latest(out: str | Path) -> Path | None:
@@ -90,51 +115,60 @@ def is_complete(folder: Path) -> bool:
         return False
 
 
-def save(state: RunState, out: str | Path, step: int, keep: int) -> Path:
+def save(state: RunState, out: str | Path, position: Position, keep: int) -> Path:
     """Write the checkpoint of a finished step; all processes call it. Then remove all but the newest `keep`.
 
-    DeepSpeed writes weights and optimizer state where it runs, else the main process does; every process writes its random states.
+    The main process writes; every process writes its random states, and gives its part of what ZeRO has taken apart.
     """
     accelerator, root = state.accelerator, Path(out) / FOLDER
-    target, building = root / f"step_{step:08d}", root / f".building_{step:08d}"
+    target, building = root / f"step_{position.step:08d}", root / f".building_{position.step:08d}"
     if accelerator.is_main_process:
         shutil.rmtree(building, ignore_errors=True)
         building.mkdir(parents=True)
     accelerator.wait_for_everyone()
     torch.save(random_states(), building / f"random_{accelerator.process_index}.pt")
-    if is_deepspeed(accelerator):
-        state.wrapped.save_checkpoint(str(building), tag=DEEPSPEED)  # type: ignore[operator]
+    _write_tensors(state, root, building)
     if accelerator.is_main_process:
-        _write_shared(state, root, building)
+        torch.save(_shared(state), building / SHARED)
     accelerator.wait_for_everyone()
     if accelerator.is_main_process:
-        _seal(state, building, step)
+        _seal(state, building, position)
         take_place(building, target)
         prune(root, keep)
     accelerator.wait_for_everyone()
     return target
 
 
-def restore(state: RunState, folder: Path) -> int:
-    """Load a checkpoint into a run and return the number of finished steps; all processes call it.
+def position_of(out: str | Path) -> Position:
+    """Return where the newest complete checkpoint of a run folder stands; the beginning where there is none."""
+    folder = latest(out)
+    return Position(**_read_marker(folder)["position"]) if folder is not None else Position()
+
+
+def restore_weights(accelerator: Accelerator, model: nn.Module, config: dict[str, Any], folder: Path) -> Position:
+    """Load the weights of a checkpoint and return where it stands. Before the engine gets the model; all processes call it.
 
     Raises:
-        GrexError: made with another configuration, model, number of processes or ZeRO stage.
+        GrexError: written by another version, or made with another configuration or model.
     """
-    marker = json.loads((folder / MARKER).read_text(encoding="utf-8"))
-    check_same(marker, state, folder)
-    if is_deepspeed(state.accelerator):
-        with deepspeed_unpickles_tensors_only():
-            loaded, _ = state.wrapped.load_checkpoint(str(folder), tag=DEEPSPEED)  # type: ignore[operator]
-        if loaded is None:
-            raise fault(f"{folder} cannot be loaded by DeepSpeed", "a checkpoint of this run", "remove it; the one before is used then")
-    else:
-        from safetensors.torch import load_file
+    from safetensors.torch import load_file
 
-        frozen = load_file(folder.parent / FROZEN) if marker["frozen_bytes"] else {}
-        load_weights(state.model, load_file(folder / "model.safetensors") | frozen, str(folder))
-        state.optimizer.load_state_dict(_load(folder / "optimizer.pt"))
-    shared = _load(folder / "state.pt")
+    marker = _read_marker(folder)
+    check_same(marker, accelerator, config, folder)
+    frozen = load_file(folder.parent / FROZEN) if marker["frozen_bytes"] else {}
+    load_weights(model, load_file(folder / MODEL) | frozen, str(folder))
+    return Position(**marker["position"])
+
+
+def restore(state: RunState, folder: Path) -> None:
+    """Load the rest of a checkpoint into a run that has its weights: optimizer, schedule, average, best validation; all processes call it.
+
+    Random states come back where the number of processes is the same.
+    """
+    from safetensors.torch import load_file
+
+    load_optimizer(state.model, state.optimizer, state.engine, load_file(folder / OPTIMIZER))
+    shared = _load(folder / SHARED)
     state.schedule.load_state_dict(shared["schedule"])
     for group, lr in zip(state.optimizer.param_groups, state.schedule.get_last_lr(), strict=True):
         group["lr"] = lr
@@ -144,8 +178,9 @@ def restore(state: RunState, folder: Path) -> int:
         state.best.load_state_dict(shared.get("best"))
     if state.accelerator.scaler is not None:
         state.accelerator.scaler.load_state_dict(shared["scaler"])
-    set_random_states(_load(folder / f"random_{state.accelerator.process_index}.pt"))
-    return int(marker["step"])
+    if _read_marker(folder)["num_processes"] == state.accelerator.num_processes:
+        set_random_states(_load(folder / f"random_{state.accelerator.process_index}.pt"))
+    state.has_frozen = True
 
 
 def publish(save_model: Callable[[Path], object], out: str | Path) -> None:
@@ -154,52 +189,30 @@ def publish(save_model: Callable[[Path], object], out: str | Path) -> None:
         save_model(building)
 
 
-def weights(model: nn.Module, trainable: bool) -> dict[str, Tensor]:
-    """Name the trained parameters and persistent buffers, or the frozen parameters. Shared parameters appear once."""
-    chosen = {name: p.detach() for name, p in model.named_parameters() if p.requires_grad == trainable}
-    if trainable:
-        for prefix, module in model.named_modules():
-            left_out = non_persistent_buffers(module)
-            for local, buffer in module.named_buffers(recurse=False):
-                if local not in left_out:
-                    chosen[f"{prefix}.{local}" if prefix else local] = buffer
-    return chosen
+def check_same(marker: dict[str, Any], accelerator: Accelerator, config: dict[str, Any], folder: Path) -> None:
+    """Raise GrexError where resuming could not go on as the run began, and say what changes.
 
-
-def load_weights(model: nn.Module, loaded: dict[str, Tensor], source: str) -> None:
-    """Copy tensors into a model, strictly: same names, same shapes.
-
-    Raises:
-        GrexError: names the tensors that are missing, too many or of another shape.
+    `train.steps` may grow; the images of a step, the number of processes and the engine may change.
     """
-    own = weights(model, trainable=True) | weights(model, trainable=False)
-    wrong = sorted(own.keys() ^ loaded.keys()) or sorted(name for name in own if own[name].shape != loaded[name].shape)
-    if wrong:
-        raise fault(
-            f"{source}: {len(wrong)} tensors do not fit the model, {', '.join(wrong[:5])}", "the weights of this model", "check model.*"
-        )
-    with torch.no_grad():
-        for name, tensor in own.items():
-            tensor.copy_(loaded[name])
-
-
-def check_same(marker: dict[str, Any], state: RunState, folder: Path) -> None:
-    """Raise GrexError where resuming could not give the losses of the uninterrupted run; `train.steps` may grow, which is announced."""
-    for name, value in (("num_processes", state.accelerator.num_processes), ("zero_stage", zero_stage(state.accelerator))):
-        if marker[name] != value:
-            raise fault(f"{folder} was made with {name} {marker[name]}, this run has {value}", "the same", "resume as it was started")
-    was, now = flatten(marker["config"]), flatten(state.config)
+    was, now = flatten(marker["config"]), flatten(config)
     differing = [key for key in sorted(was.keys() | now.keys()) if was.get(key) != now.get(key) and not key.startswith(FREE)]
     if "train.steps" in differing and now["train.steps"] > was["train.steps"]:
         differing.remove("train.steps")
-        state.accelerator.print(
+        accelerator.print(
             f"train.steps grows from {was['train.steps']} to {now['train.steps']}: the learning rates from here on follow the new length"
         )
-    if differing:
+    changed = [key for key in IMAGES if key in differing]
+    if set(differing) - set(changed):
         listed = ", ".join(f"{key}: {was.get(key)} -> {now.get(key)}" for key in differing[:5])
         raise fault(
             f"{folder} was made with another configuration ({listed})", "the same one", "resume with it, or train into another train.out"
         )
+    if changed:
+        _tell_images(accelerator, was, now, marker["position"])
+    engines = [(marker["num_processes"], marker["zero_stage"]), (accelerator.num_processes, zero_stage(accelerator))]
+    if engines[0] != engines[1]:
+        before, here = (f"{n} process{'es' * (n > 1)} {f'under ZeRO-{stage}' if stage else 'without ZeRO'}" for n, stage in engines)
+        accelerator.print(f"{folder.name} was made by {before}; {here} go on: the same batches, sums in another order, dropout drawn anew")
 
 
 def flatten(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
@@ -251,57 +264,41 @@ def prune(root: Path, keep: int) -> None:
             shutil.rmtree(folder, ignore_errors=True)
 
 
-@contextmanager
-def deepspeed_unpickles_tensors_only() -> Iterator[None]:
-    """Let DeepSpeed's own torch.load, which asks for unrestricted unpickling, accept tensors, numbers and four harmless classes only."""
-    name = "TORCH_FORCE_WEIGHTS_ONLY_LOAD"
-    before = os.environ.get(name)
-    os.environ[name] = "1"
-    try:
-        with torch.serialization.safe_globals(deepspeed_state_classes()):
-            yield
-    finally:
-        if before is None:
-            del os.environ[name]
-        else:
-            os.environ[name] = before
-
-
-def _write_shared(state: RunState, root: Path, building: Path) -> None:
-    """Write what is equal on all processes."""
-    from safetensors.torch import save_file
-
-    if not is_deepspeed(state.accelerator):
-        save_file(
-            {name: tensor.contiguous() for name, tensor in weights(state.model, trainable=True).items()}, building / "model.safetensors"
-        )
-        torch.save(state.optimizer.state_dict(), building / "optimizer.pt")
-        frozen = weights(state.model, trainable=False)
-        if frozen and latest(root.parent) is None:
-            unfinished = root / f".building_{FROZEN}"
-            save_file({name: tensor.contiguous() for name, tensor in frozen.items()}, unfinished)
+def _write_tensors(state: RunState, root: Path, building: Path) -> None:
+    """Write weights and optimizer state, and before the first checkpoint the frozen weights; all processes call it."""
+    writes = state.accelerator.is_main_process
+    write_entries(building / MODEL if writes else None, weight_entries(weights(state.model, trainable=True)))
+    write_entries(building / OPTIMIZER if writes else None, optimizer_entries(state.model, state.optimizer, state.engine))
+    frozen = weights(state.model, trainable=False)
+    if frozen and not state.has_frozen:
+        unfinished = root / f".building_{FROZEN}"
+        write_entries(unfinished if writes else None, weight_entries(frozen))
+        if writes:
             flush(unfinished)
             take_place(unfinished, root / FROZEN)
-    shared = {
+    state.has_frozen = True
+
+
+def _shared(state: RunState) -> dict[str, Any]:
+    """Return what is equal on all processes, beside weights and optimizer state."""
+    return {
         "schedule": state.schedule.state_dict(),
         "average": state.average.state_dict() if state.average is not None else None,
         "scaler": state.accelerator.scaler.state_dict() if state.accelerator.scaler is not None else None,
         "best": state.best.state_dict() if state.best is not None else None,
     }
-    torch.save(shared, building / "state.pt")
 
 
-def _seal(state: RunState, building: Path, step: int) -> None:
+def _seal(state: RunState, building: Path, position: Position) -> None:
     """Flush all files to disk, then write the marker that lists them."""
     frozen = building.parent / FROZEN
-    uses_frozen = not is_deepspeed(state.accelerator) and bool(weights(state.model, trainable=False))
     marker = {
         "format": FORMAT,
-        "step": step,
+        "position": asdict(position),
         "num_processes": state.accelerator.num_processes,
         "zero_stage": zero_stage(state.accelerator),
         "torch": torch.__version__,
-        "frozen_bytes": frozen.stat().st_size if uses_frozen else 0,
+        "frozen_bytes": frozen.stat().st_size if weights(state.model, trainable=False) else 0,
         "config_hash": config_hash(state.config),
         "config": state.config,
         "files": {file.relative_to(building).as_posix(): file.stat().st_size for file in sorted(building.rglob("*")) if file.is_file()},
@@ -314,3 +311,30 @@ def _seal(state: RunState, building: Path, step: int) -> None:
 
 def _load(path: Path) -> Any:
     return torch.load(path, map_location="cpu", weights_only=True)
+
+
+def _read_marker(folder: Path) -> dict[str, Any]:
+    """Read what a checkpoint says about itself.
+
+    Raises:
+        GrexError: it has another format.
+    """
+    marker: dict[str, Any] = json.loads((folder / MARKER).read_text(encoding="utf-8"))
+    if marker["format"] != FORMAT:
+        raise fault(
+            f"{folder} is a checkpoint of format {marker['format']}, of another version of grex-mllm",
+            f"format {FORMAT}",
+            "finish that run with the version that began it, or train into another train.out (train.start takes a model folder)",
+        )
+    return marker
+
+
+def _tell_images(accelerator: Accelerator, was: dict[str, Any], now: dict[str, Any], position: dict[str, int]) -> None:
+    """Say what another train.batch_images or train.accumulation does from here on."""
+    named = " and ".join(f"{key} from {was[key]} to {now[key]}" for key in IMAGES if was[key] != now[key])
+    before, here = (values[IMAGES[0]] * values[IMAGES[1]] for values in (was, now))
+    left = now["train.steps"] - position["step"]
+    accelerator.print(
+        f"{named}: the data go on at image {position['images']}, the next one; the schedule counts steps, so the learning rates stay those "
+        f"of the {left} steps that are left, which read {left * here} images instead of {left * before}"
+    )

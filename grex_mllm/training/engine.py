@@ -7,14 +7,14 @@ import os
 import socket
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from datetime import timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from grex_mllm.compat import forget_accelerator, leave_out_shm_comm
@@ -97,7 +97,8 @@ def check_deepspeed(path: str) -> dict[str, Any]:
     """Read a DeepSpeed JSON and check what the training loop needs of it.
 
     Raises:
-        GrexError: package or file missing, no JSON object, no ZeRO stage, or a section that belongs to the training configuration.
+        GrexError: package or file missing, no JSON object, no ZeRO stage, offload to NVMe, or a section that belongs to the training
+            configuration.
     """
     from importlib.util import find_spec
 
@@ -116,6 +117,9 @@ def check_deepspeed(path: str) -> dict[str, Any]:
         raise fault(
             f"train.deepspeed {path} has no zero_optimization.stage of these", "stage 1, 2 or 3", "start from deepspeed_configs/zero2.json"
         )
+    for section in ("offload_optimizer", "offload_param"):
+        if values["zero_optimization"].get(section, {}).get("device") == "nvme":
+            raise fault(f"train.deepspeed {path} has {section} to nvme", '"cpu", which checkpoints are made from', "offload to the CPU")
     for section in ("optimizer", "scheduler", "bf16", "fp16", "torch_autocast", "amp"):
         if section in values:
             raise fault(
@@ -185,16 +189,46 @@ def zero_stage(accelerator: Accelerator) -> int | None:
     return int(accelerator.state.deepspeed_plugin.zero_stage) if is_deepspeed(accelerator) else None
 
 
+def whole_shape(tensor: Any) -> tuple[int, ...]:
+    """Return the shape of a tensor, also of a parameter that ZeRO-3 has taken apart."""
+    return tuple(getattr(tensor, "ds_shape", tensor.shape))
+
+
 @contextmanager
-def whole_weights(accelerator: Accelerator, model: nn.Module) -> Iterator[None]:
-    """Let every process see whole weights within the block; under ZeRO-3 they are gathered, elsewhere they are whole already."""
-    if zero_stage(accelerator) != 3:
+def whole_parameter(tensor: Tensor, modify: bool = False) -> Iterator[None]:
+    """Gather one parameter within the block if ZeRO-3 has taken it apart; all processes call it.
+
+    modify: what the first process puts there within the block stays.
+    """
+    if not hasattr(tensor, "ds_id"):
         yield
         return
     import deepspeed
 
-    with deepspeed.zero.GatheredParameters(list(model.parameters())):
+    with deepspeed.zero.GatheredParameters([tensor], modifier_rank=0 if modify else None):
         yield
+
+
+@contextmanager
+def whole_weights(accelerator: Accelerator, parameters: Iterable[Tensor]) -> Iterator[None]:
+    """Let the main process see these parameters whole within the block; all processes call it.
+
+    Under ZeRO-3 they are gathered one at a time and lie on the main process's CPU for that time; elsewhere they are whole already.
+    """
+    split: list[tuple[Tensor, Tensor]] = []
+    for parameter in parameters:
+        if hasattr(parameter, "ds_id"):
+            with whole_parameter(parameter):
+                if accelerator.is_main_process:
+                    split.append((parameter, parameter.detach().to("cpu", copy=True)))
+    left = [parameter.data for parameter, _ in split]
+    try:
+        for parameter, whole in split:
+            parameter.data = whole
+        yield
+    finally:
+        for (parameter, _), part in zip(split, left, strict=True):
+            parameter.data = part
 
 
 @contextmanager
@@ -207,9 +241,10 @@ def whole_copy(accelerator: Accelerator, module: nn.Module, spare: nn.Module | N
         module.eval()
         yield module
         return
-    with whole_weights(accelerator, module), torch.no_grad():
+    with torch.no_grad():
         for own, theirs in zip(spare.parameters(), module.parameters(), strict=True):
-            own.copy_(theirs)
+            with whole_parameter(theirs):
+                own.copy_(theirs)
         for kept, buffer in zip(spare.buffers(), module.buffers(), strict=True):
             kept.copy_(buffer)
     spare.eval().to(accelerator.device)

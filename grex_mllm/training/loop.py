@@ -21,6 +21,7 @@ from grex_mllm.training.average import WeightAverage
 from grex_mllm.training.batches import MODEL_STREAM, BatchSource, seed_all, stream
 from grex_mllm.training.best import Best, write_best
 from grex_mllm.training.compiling import compile_parts
+from grex_mllm.training.consolidated import stored_parameters
 from grex_mllm.training.engine import (
     agreed_precision,
     determinism,
@@ -91,7 +92,8 @@ def train(
     validation: called every `train.validation.every` steps on all processes, with the step module in evaluation mode and the same weights.
     on_step(step, losses): called after every optimizer step with the losses of its last batch.
     Whatever the model draws (dropout) depends on (seed, step, process) only. A resumed run gives the losses of an uninterrupted one,
-    bit for bit on one CPU. SIGTERM or SIGUSR1 on any process ends all of them after their step, with a checkpoint.
+    bit for bit on CPU with the same number of processes and up to rounding with another. SIGTERM or SIGUSR1 on any process ends all of
+    them after their step, with a checkpoint.
 
     Raises:
         GrexError: settings that cannot work, a run in `train.out` already, no room for checkpoints, a loss or gradient of any process that
@@ -142,17 +144,20 @@ class _Run:
         schedule = build_schedule(optimizer, config.train.optim, config.train.steps)
         with failing_together(accelerator):
             check_room(model, config.train)
+        found, settings = checkpoint.latest(config.train.out), to_dict(config)
+        self.start = checkpoint.restore_weights(accelerator, model, settings, found) if found is not None else checkpoint.Position()
         self.step, validates = step, config.train.validation.every > 0
         self.spare = copy.deepcopy(step) if validates and zero_stage(accelerator) == 3 else None
         compile_parts(parts_of(step), config.train.compile, zero_stage(accelerator))
         wrapped, prepared = prepare(accelerator, step, optimizer)
         best = Best.of(config.train.validation) if validates else None
-        self.state = checkpoint.RunState(accelerator, model, wrapped, prepared, schedule, self._average(model), to_dict(config), best)
+        self.state = checkpoint.RunState(accelerator, model, wrapped, prepared, schedule, self._average(model), settings, best)
         self.trained = [] if is_deepspeed(accelerator) else optimized_parameters(optimizer)
         self.batches = batches.share(accelerator.process_index, accelerator.num_processes) if accelerator.num_processes > 1 else batches
-        self.num_workers = config.data.num_workers
-        found = checkpoint.latest(config.train.out)
-        self.first = checkpoint.restore(self.state, found) if found is not None else 0
+        self.num_workers, self.first = config.data.num_workers, self.start.step
+        if found is not None:
+            self.batches = self.batches.going_on(self.start.batches, self.start.images)
+            checkpoint.restore(self.state, found)
         self.result = TrainResult(self.first, self.first, found, accelerator.is_main_process, best=best)
         self.interrupts, self.signal = Interrupts(), 0
         self.watch = Watch(config.train.out, accelerator.process_index, accelerator.num_processes, config.train.hang_s)
@@ -168,11 +173,15 @@ class _Run:
             )
         return WeightAverage(model, decay) if decay else None
 
+    def _after(self, step: int) -> checkpoint.Position:
+        """Return where the run stands after a step."""
+        return self.start.after(step - self.first, self.config)
+
     def go(self, on_step: Callable[[int, dict[str, float]], None] | None) -> TrainResult:
         """Run the steps that are left, then publish."""
         settings, rank = self.config, self.accelerator.process_index
-        micro = settings.accumulation
-        numbered = iter(stream(self.batches, self.first * micro, settings.steps * micro, self.num_workers, seed=settings.seed, rank=rank))
+        begin, end = self.start.batches, self._after(settings.steps).batches
+        numbered = iter(stream(self.batches, begin, end, self.num_workers, seed=settings.seed, rank=rank))
         self.state.wrapped.train()
         log, window = RunLog(settings.out, self.first, settings.steps, self.accelerator.is_main_process), Window()
         log.say(f"precision: {self.precision.precision} on {self.accelerator.device.type} ({self.precision.reason})")
@@ -221,7 +230,7 @@ class _Run:
                 self.result.lines.append(log.write(step, line, rates))
             if saving:
                 log.sync()
-                self.result.checkpoint = checkpoint.save(self.state, settings.out, step, settings.keep)
+                self.result.checkpoint = checkpoint.save(self.state, settings.out, self._after(step), settings.keep)
             self.result.steps = step
             if on_step is not None:
                 on_step(step, {name: float(value.detach()) for name, value in losses.items()})
@@ -281,8 +290,7 @@ class _Run:
         for micro in range(settings.accumulation):
             self.watch.mark(step, "reading a batch")
             batch = to_device(next(numbered), accelerator.device)
-            index = (step - 1) * settings.accumulation + micro
-            seed_all(settings.seed, MODEL_STREAM, index, accelerator.process_index)
+            seed_all(settings.seed, MODEL_STREAM, self._after(step - 1).batches + micro, accelerator.process_index)
             with accelerator.accumulate(state.wrapped):
                 self.watch.mark(step, "forward pass")
                 losses = state.wrapped(batch, (step - 1) / settings.steps)
@@ -334,7 +342,7 @@ class _Run:
     def _write_model(self, write: Callable[[], None]) -> None:
         """Let the main process write whole weights, averaged ones if an average is kept; all processes call it."""
         state = self.state
-        with whole_weights(self.accelerator, state.model):
+        with whole_weights(self.accelerator, stored_parameters(state.model)):
             if self.accelerator.is_main_process:
                 with state.average.swap(state.model) if state.average is not None else nullcontext():
                     write()

@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.optim import AdamW, Optimizer
+from torch.optim import SGD, AdamW, Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
 from grex_mllm.config import OptimConfig
@@ -68,15 +68,17 @@ class JoinedOptimizer(Optimizer):
 
 
 def build_optimizer(model: nn.Module, config: OptimConfig, precision: str = "fp32", device: str = "cpu") -> Optimizer:
-    """Make AdamW over the parameter groups that the configuration asks for, or Muon for hidden matrices joined with AdamW for the rest.
+    """Make AdamW or plain SGD over the parameter groups that the configuration asks for, or Muon for hidden matrices joined with it.
 
     Muon (Jordan 2024) orthogonalises the momentum of a matrix; torch's `match_rms_adamw` scaling (Moonshot 2025) is on, so that its
     learning rate has AdamW's scale.  precision: the resolved one of the training, which Muon's matrix products follow.  device: the type of
     the device that it will step on; on CUDA AdamW is one fused kernel (a CPU's rounds differently, and fp16's scaler skips steps itself).
 
     Raises:
-        GrexError: unknown `groups` or `text`, or Muon with the released groups (which are defined for AdamW).
+        GrexError: unknown `name`, `groups` or `text`, or Muon with the released groups (which are defined for AdamW).
     """
+    if config.name not in ("adamw", "sgd"):
+        raise fault(f'train.optim.name is "{config.name}"', '"adamw" or "sgd"', "choose one of them")
     if config.groups not in ("default", "released"):
         raise fault(f'train.optim.groups is "{config.groups}"', '"default" or "released"', "choose one of them")
     released = config.groups == "released"
@@ -86,10 +88,12 @@ def build_optimizer(model: nn.Module, config: OptimConfig, precision: str = "fp3
     parameters = dict(model.named_parameters())
     hidden = hidden_matrices(model, config.muon_convolutions) & decays.keys() if config.muon else set()
     _check_scales(config.lr_scale, parameters)
-    adam = _groups({name: decay for name, decay in decays.items() if name not in hidden}, parameters, config.lr, config.lr_scale)
+    rest = _groups({name: decay for name, decay in decays.items() if name not in hidden}, parameters, config.lr, config.lr_scale)
     betas = (config.betas[0], config.betas[1])
     fused = True if device == "cuda" and precision != "fp16" else None
-    optimizer: Optimizer = AdamW(adam, lr=config.lr, betas=betas, eps=config.eps, fused=fused)
+    optimizer: Optimizer = SGD(rest, lr=config.lr)
+    if config.name == "adamw":
+        optimizer = AdamW(rest, lr=config.lr, betas=betas, eps=config.eps, fused=fused)
     if not hidden:
         return optimizer
     matrices = _groups({name: decays[name] for name in decays if name in hidden}, parameters, config.muon_lr, config.lr_scale)

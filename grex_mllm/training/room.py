@@ -6,11 +6,14 @@ import shutil
 import tempfile
 from pathlib import Path
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
 from grex_mllm.config import TrainConfig
 from grex_mllm.errors import fault
 from grex_mllm.training import checkpoint
+from grex_mllm.training.consolidated import weights
+from grex_mllm.training.engine import whole_shape
 
 MOMENTS = 2  # numbers that AdamW keeps for each weight; Muon keeps fewer
 GIB = 2**30
@@ -39,16 +42,17 @@ def existing(out: str | Path) -> Path:
 
 
 def checkpoint_bytes(model: nn.Module, config: TrainConfig) -> tuple[int, int]:
-    """Estimate the bytes of one checkpoint, and of what is written once: frozen weights and the finished model.
+    """Estimate the bytes of one checkpoint, and of what is written once: frozen weights that a model folder holds, and that folder."""
+    trained, frozen = weights(model, trainable=True), weights(model, trainable=False)
+    once = sum(_bytes(tensor) for tensor in frozen.values())
+    values = sum(_bytes(tensor) for tensor in trained.values())
+    parameters = sum(_bytes(tensor) for tensor in trained.values() if tensor.requires_grad)
+    copies = (MOMENTS if config.optim.name == "adamw" else 0) + (config.optim.average_decay > 0)
+    return values + parameters * copies, once + values + once
 
-    Call it before ZeRO-3 takes the weights apart. DeepSpeed writes all weights and a further copy of the trained ones.
-    """
-    trained = sum(p.numel() * p.element_size() for p in model.parameters() if p.requires_grad)
-    frozen = sum(p.numel() * p.element_size() for p in model.parameters() if not p.requires_grad)
-    kept = trained * (1 + MOMENTS + (config.optim.average_decay > 0)) + sum(b.numel() * b.element_size() for b in model.buffers())
-    if config.deepspeed:
-        return kept + trained + frozen, trained + frozen
-    return kept, frozen + trained + frozen
+
+def _bytes(tensor: Tensor) -> int:
+    return torch.Size(whole_shape(tensor)).numel() * tensor.element_size()
 
 
 def check_room(model: nn.Module, config: TrainConfig) -> None:

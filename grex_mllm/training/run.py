@@ -55,7 +55,8 @@ def train_from_config(
     seed_all(config.train.seed)
     if config.train.start is not None:
         adopt_start(config)
-    positions = config.train.steps * config.train.batch_images * config.train.accumulation
+    done = checkpoint.position_of(config.train.out)
+    positions = done.after(config.train.steps - done.step, config.train).images
     generates = GENERATE in tasks_of(config)
     samples = training_samples(config.data, config.train.seed, positions, generates=generates)
     tokenizers = make_tokenizers(config)
