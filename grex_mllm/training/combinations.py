@@ -5,6 +5,7 @@ from __future__ import annotations
 from grex_mllm.config import Config
 from grex_mllm.entries import entry
 from grex_mllm.errors import fault
+from grex_mllm.training.engine import stage_of
 from grex_mllm.training.step import GENERATE, tasks_of
 
 
@@ -46,6 +47,13 @@ def _check_encoder(config: Config) -> None:
 
 
 def _check_generation(config: Config) -> None:
+    quantisation = getattr(config.model.generator, "quantisation", "none")
+    if quantisation != "none" and config.train.deepspeed and stage_of(config.train.deepspeed) == 3:
+        raise fault(
+            f"model.generator.quantisation {quantisation} with ZeRO-3 (train.deepspeed {config.train.deepspeed})",
+            "weights of floating-point numbers there: ZeRO-3 cuts them into parts, and quantised ones cannot be put together again",
+            "use ZeRO-2, or set quantisation to none: ZeRO-3 itself gives each process a part of the base only",
+        )
     if config.data.num_generation_targets < 1:
         raise fault(
             f"data.num_generation_targets is {config.data.num_generation_targets} with a generator",
