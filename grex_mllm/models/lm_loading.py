@@ -107,7 +107,8 @@ def _partitioned(name: str, config: Any, zero3: dict[str, Any], options: dict[st
     from transformers.initialization import no_init_weights
 
     files = _weight_files(name)
-    with deepspeed.zero.Init(config_dict_or_path=zero3, tensor_overrides=[]), no_init_weights():
+    kept = torch.random.fork_rng(devices=[])  # what is built after it does not depend on how it is read
+    with kept, deepspeed.zero.Init(config_dict_or_path=zero3, tensor_overrides=[]), no_init_weights():
         lm = AutoModelForCausalLM.from_config(config, **options)
     lm.tie_weights()
     named = lm.state_dict(keep_vars=True)
