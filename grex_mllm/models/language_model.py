@@ -14,7 +14,7 @@ from torch import nn
 
 from grex_mllm.compat import fold_adapters
 from grex_mllm.errors import fault
-from grex_mllm.models.lm_loading import gathered, load_base
+from grex_mllm.models.lm_loading import gathered, load_base, partitioned_lm
 from grex_mllm.models.lm_tokenizer import LMTokenizer
 
 if TYPE_CHECKING:
@@ -45,6 +45,15 @@ def build_language_model(cfg: RegionTokensConfig, tokenizer: LMTokenizer) -> Any
     if cfg.gradient_checkpointing:
         lm.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     return _with_lora(lm, cfg) if cfg.lora_rank else lm
+
+
+def describe_base(lm: nn.Module) -> str:
+    """Say in one line how a language model's own weights are held."""
+    frozen = [p for p in base_parameters(lm) if not p.requires_grad] or base_parameters(lm)
+    types = sorted({str(p.dtype).removeprefix("torch.") for p in frozen})
+    number = sum(getattr(p, "ds_numel", p.numel()) for p in frozen)
+    where = "in partitions over the processes" if partitioned_lm(lm) is not None else f"whole on {frozen[0].device}"
+    return f"language model: {number:,} stored numbers of its own in {', '.join(types)}, {where}"
 
 
 def is_base_key(name: str) -> bool:

@@ -10,6 +10,8 @@ from typing import Any
 
 import torch
 
+CPU = torch.device("cpu")
+
 
 @dataclass(frozen=True)
 class Placement:
@@ -19,17 +21,17 @@ class Placement:
     None = each of them holds it whole.
     """
 
-    device: torch.device = torch.device("cpu")
+    device: torch.device = CPU
     precision: str = "fp32"
     zero3: dict[str, Any] | None = None
 
 
-_CURRENT: ContextVar[Placement] = ContextVar("placement", default=Placement())  # a generator's contract names no devices
+_CURRENT: ContextVar[Placement | None] = ContextVar("placement", default=None)  # a generator's contract names no devices
 
 
 def placement() -> Placement:
     """Return the placement of the model that is being built; outside of `placed` a CPU, float32 and the whole model."""
-    return _CURRENT.get()
+    return _CURRENT.get() or Placement()
 
 
 @contextmanager

@@ -17,6 +17,7 @@ from grex_mllm.data.sources import PRETRAINING, training_samples, training_text,
 from grex_mllm.entries import SOURCES, entry
 from grex_mllm.errors import fault
 from grex_mllm.models.grex import GrexModel
+from grex_mllm.models.language_model import describe_base
 from grex_mllm.models.lm_loading import partitioned_lm
 from grex_mllm.models.placement import placed
 from grex_mllm.models.text import TextTokenizer, load_text_tokenizer, train_text_tokenizer
@@ -67,6 +68,8 @@ def train_from_config(
     seed_all(config.train.seed)  # the weights do not depend on what the tokenizers drew
     with placed(own_placement(accelerator, config.train)):
         model = GrexModel(config, *tokenizers)
+    if is_main_process() and hasattr(model.generator, "lm"):
+        print(describe_base(model.generator.lm))
     if config.train.start is not None:
         print(f"started from {config.train.start}; {describe_new(start_from(model, config.train.start))}")
     batches = batch_stream(config, samples, *tokenizers, generates=generates)
