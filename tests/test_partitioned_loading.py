@@ -83,7 +83,7 @@ def test_a_model_in_partitions_and_a_quantised_one_train_as_in_one_process(tmp_p
     """ZeRO-3 with gradient checkpointing and validation in between; NF4 with gradient checkpointing under DDP."""
     lm = write_llm("qwen2", tmp_path / "lm", LINES)
     parts = joint(tmp_path / "parts", lm, PARTS, model__generator__gradient_checkpointing=True, **VALIDATED)
-    run_twice(tmp_path, parts, joint(tmp_path / "nf4", lm, None, **QUANTISED))
+    run_twice(tmp_path, joint(tmp_path / "nf4", lm, None, **QUANTISED), parts)  # Accelerate forgets no DeepSpeed
     assert_same(tmp_path / "parts", 1e-5)
     assert_same(tmp_path / "nf4", 1e-5)
     for process in held(tmp_path / "parts"):
@@ -142,3 +142,5 @@ def test_what_zero3_cannot_hold_is_refused_before_anything_is_read(tmp_path: Pat
     with pytest.raises(GrexError, match=r"quantisation nf4 with ZeRO-3 .*expected weights of floating-point numbers there.*use ZeRO-2"):
         train_from_config(config)
     assert not (tmp_path / "run").exists()
+    with pytest.raises(GrexError, match=r"lora_dora with ZeRO-3 .*use ZeRO-2, or set lora_dora to false"):
+        train_from_config(joint(tmp_path / "run", Path("no/such/model"), PARTS, model__generator__lora_dora=True))

@@ -169,7 +169,7 @@ class GrexModel(nn.Module, ModelHubMixin):
     ) -> GrexModel:
         """Load a model folder, or a hub id (`hub`: revision, cache_dir, force_download, local_files_only, token). Safetensors only.
 
-        precision: fp32 | bf16 | fp16 of a frozen language model; None = as the device computes, float32 on a CPU.
+        precision: fp32 | bf16 | fp16, in which a frozen language model is held; None = float32 on a CPU, else as `predict.precision` says.
 
         Raises:
             GrexError: no such folder, files missing or damaged, or weights that do not fit the configuration.
@@ -217,7 +217,7 @@ class GrexModel(nn.Module, ModelHubMixin):
             chosen = entry("model.generator", config.model.generator.name)
             lm_tokenizer = chosen.load_tokenizer(config.model.generator, folder / LM_TOKENIZER)
         place = torch.device(device or "cpu")
-        computed = precision or ("fp32" if place.type == "cpu" else resolve_precision("auto", place).precision)
+        computed = precision or ("fp32" if place.type == "cpu" else resolve_precision(config.predict.precision, place).precision)
         with placed(Placement(place, computed)):
             model = cls(config, load_text_tokenizer(folder / TEXT_TOKENIZER), lm_tokenizer)
         try:
