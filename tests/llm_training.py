@@ -1,7 +1,8 @@
 """A program that trains as configurations say, one after the other: `python llm_training.py CONFIG.yaml ...`, also as several processes.
 
 Into each train.out go `first.safetensors` (the weights that a run begins with) and, by process, `held_<rank>.json`: the parameters of the
-language model that were read, how many of them this process holds, the types of them, and the growth of its peak memory in bytes.
+language model that were read, how many of them this process holds, the types of them, and by how many bytes
+the model's making has raised its peak memory.
 """
 
 from __future__ import annotations
@@ -39,13 +40,14 @@ def train(config: Config) -> None:
 
     class Kept(GrexModel):
         def __init__(self, *given: Any) -> None:
+            start = peak_bytes()  # everything is imported, and the processes have met
             super().__init__(*given)
             built.append(self)
-            loaded.append(peak_bytes())
+            loaded.append(peak_bytes() - start)
             if is_main_process():
                 save_file(self.saved_state(), Path(config.train.out) / "first.safetensors")
 
-    before, out, loaded = peak_bytes(), Path(config.train.out), list[int]()
+    out, loaded = Path(config.train.out), list[int]()
     run.GrexModel = Kept  # type: ignore[misc]
 
     def after(step: int, _: dict[str, float]) -> None:
@@ -56,8 +58,7 @@ def train(config: Config) -> None:
                 "held": sum(p.ds_tensor.numel() if hasattr(p, "ds_tensor") else p.numel() for p in base),
                 "dtypes": sorted({str(p.dtype) for p in base}),
             }
-            grown = {"loading_bytes": loaded[0] - before, "step_bytes": peak_bytes() - before}
-            (out / f"held_{os.environ.get('RANK', 0)}.json").write_text(json.dumps(held | grown))
+            (out / f"held_{os.environ.get('RANK', 0)}.json").write_text(json.dumps(held | {"loading_bytes": loaded[0]}))
         if step == int(os.environ.get(STOP, -1)):
             raise Stopped
 
