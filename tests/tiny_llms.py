@@ -93,8 +93,11 @@ FAMILIES = {
 ADDS_BOS = ("llama", "mistral", "gemma2", "gemma3")
 
 
-def write_llm(name: str, folder: Path, lines: Sequence[str], seed: int = 0) -> Path:
-    """Write a tiny random model of a family with its tokenizer into a folder, and return that."""
+def write_llm(name: str, folder: Path, lines: Sequence[str], seed: int = 0, shard: str = "50GB", **larger: int) -> Path:
+    """Write a tiny random model of a family with its tokenizer into a folder, and return that. shard: bytes of a file, at most.
+
+    larger: other sizes than the tiny ones.
+    """
     import transformers
 
     family = FAMILIES[name]
@@ -106,11 +109,11 @@ def write_llm(name: str, folder: Path, lines: Sequence[str], seed: int = 0) -> P
     }  # fmt: skip
     if name.startswith("gemma"):
         sizes["query_pre_attn_scalar"] = 16  # as ever, the width of a head; left at 256, attention is even
-    config = getattr(transformers, family.config)(**sizes)
+    config = getattr(transformers, family.config)(**sizes | larger)
     torch.manual_seed(seed)
     lm = transformers.AutoModelForCausalLM.from_config(config)
     lm.generation_config = transformers.GenerationConfig(eos_token_id=tokenizer.eos_token_id)
-    lm.save_pretrained(folder)
+    lm.save_pretrained(folder, max_shard_size=shard)
     tokenizer.save_pretrained(folder)
     return folder
 

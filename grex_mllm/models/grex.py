@@ -20,7 +20,9 @@ from grex_mllm.models import build_grounding
 from grex_mllm.models.answer import EncodedImage, answers, check_rules
 from grex_mllm.models.describe import describe
 from grex_mllm.models.pixel_decoder import NUM_LEVELS
+from grex_mllm.models.placement import Placement, placed
 from grex_mllm.models.text import TextTokenizer, load_text_tokenizer
+from grex_mllm.precision import resolve_precision
 from grex_mllm.types import Grounding
 from grex_mllm.writing import whole_entries
 
@@ -163,9 +165,11 @@ class GrexModel(nn.Module, ModelHubMixin):
 
     @classmethod
     def from_pretrained(  # type: ignore[override]
-        cls, pretrained_model_name_or_path: str | Path, *, device: str | None = None, **hub: Any
+        cls, pretrained_model_name_or_path: str | Path, *, device: str | None = None, precision: str | None = None, **hub: Any
     ) -> GrexModel:
         """Load a model folder, or a hub id (`hub`: revision, cache_dir, force_download, local_files_only, token). Safetensors only.
+
+        precision: fp32 | bf16 | fp16, in which a frozen language model is held; None = float32 on a CPU, else as `predict.precision` says.
 
         Raises:
             GrexError: no such folder, files missing or damaged, or weights that do not fit the configuration.
@@ -188,10 +192,10 @@ class GrexModel(nn.Module, ModelHubMixin):
                 raise fault(
                     f"model {name} is neither a folder nor to be had from the hub ({reason})", "one of them", "fix the name"
                 ) from None
-        return cls._from_folder(folder, device)
+        return cls._from_folder(folder, device, precision)
 
     @classmethod
-    def _from_folder(cls, folder: Path, device: str | None = None) -> GrexModel:
+    def _from_folder(cls, folder: Path, device: str | None = None, precision: str | None = None) -> GrexModel:
         from safetensors import SafetensorError
         from safetensors.torch import load_file
 
@@ -212,7 +216,10 @@ class GrexModel(nn.Module, ModelHubMixin):
         if config.model.generator is not None:
             chosen = entry("model.generator", config.model.generator.name)
             lm_tokenizer = chosen.load_tokenizer(config.model.generator, folder / LM_TOKENIZER)
-        model = cls(config, load_text_tokenizer(folder / TEXT_TOKENIZER), lm_tokenizer)
+        place = torch.device(device or "cpu")
+        computed = precision or ("fp32" if place.type == "cpu" else resolve_precision(config.predict.precision, place).precision)
+        with placed(Placement(place, computed)):
+            model = cls(config, load_text_tokenizer(folder / TEXT_TOKENIZER), lm_tokenizer)
         try:
             state = load_file(str(folder / WEIGHTS))
         except (SafetensorError, OSError) as error:
@@ -220,7 +227,7 @@ class GrexModel(nn.Module, ModelHubMixin):
                 f"{folder / WEIGHTS} cannot be read ({error})", "a whole safetensors file", "copy or train the model again"
             ) from None
         model.load_saved_state(state, str(folder / WEIGHTS))
-        return model.to(device or "cpu").eval()
+        return model.to(place).eval()
 
 
 def check_expression(text: Any) -> None:

@@ -5,7 +5,6 @@ LoRA: Hu et al. 2021; rsLoRA: Kalajdzievski 2023; DoRA: Liu et al. 2024; NF4: De
 
 from __future__ import annotations
 
-import importlib.util
 import logging
 import warnings
 from typing import TYPE_CHECKING, Any
@@ -14,15 +13,13 @@ import torch
 from torch import nn
 
 from grex_mllm.compat import fold_adapters
-from grex_mllm.errors import GrexError, fault
+from grex_mllm.errors import fault
+from grex_mllm.models.lm_loading import gathered, load_base, partitioned_lm
 from grex_mllm.models.lm_tokenizer import LMTokenizer
 
 if TYPE_CHECKING:
     from grex_mllm.models.generators.region_tokens.config import RegionTokensConfig
 
-DTYPES: dict[str, Any] = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, "auto": "auto"}
-QUANTISATIONS = ("none", "nf4", "int8")
-PARTS_OF_OTHERS = ("vision_config", "audio_config", "text_config", "thinker_config")  # what the configuration of a multimodal model has
 SAMPLED = 4096  # token embeddings that are measured
 
 
@@ -33,24 +30,30 @@ def build_language_model(cfg: RegionTokensConfig, tokenizer: LMTokenizer) -> Any
         GrexError: no LM asked for, an LM that cannot be had, one that is multimodal or no causal LM, an unknown dtype or quantisation,
             bitsandbytes missing, adapters that fit no layer.
     """
-    lm = _tiny(cfg, tokenizer) if cfg.lm == "tiny" else _pretrained(cfg, tokenizer)
-    if lm.get_input_embeddings().weight.shape[0] < len(tokenizer):
+    lm = _tiny(cfg, tokenizer) if cfg.lm == "tiny" else load_base(cfg, tokenizer)
+    num_embeddings, _ = embedding_shape(lm)
+    if num_embeddings < len(tokenizer):
         raise fault(
-            f"language model {cfg.lm} with {lm.get_input_embeddings().weight.shape[0]} token embeddings",
+            f"language model {cfg.lm} with {num_embeddings} token embeddings",
             f"at least the tokenizer's {len(tokenizer)}",
             "use the tokenizer that belongs to the model",
         )
     lm.requires_grad_(False)
-    if cfg.quantisation != "none":
-        from peft import prepare_model_for_kbit_training
-
-        lm = prepare_model_for_kbit_training(lm, use_gradient_checkpointing=cfg.gradient_checkpointing)
-        for layer in lm.modules():
-            if hasattr(layer, "support_avx512bf16_for_cpu"):  # else bitsandbytes repacks 4-bit weights on a CPU's first answer without
-                layer.support_avx512bf16_for_cpu = False  # gradients, after which training goes on without them, unannounced
-    elif cfg.gradient_checkpointing:
+    for layer in lm.modules():
+        if hasattr(layer, "support_avx512bf16_for_cpu"):  # else bitsandbytes repacks 4-bit weights on a CPU's first answer without
+            layer.support_avx512bf16_for_cpu = False  # gradients, after which training goes on without them, unannounced
+    if cfg.gradient_checkpointing:
         lm.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     return _with_lora(lm, cfg) if cfg.lora_rank else lm
+
+
+def describe_base(lm: nn.Module) -> str:
+    """Say in one line how a language model's own weights are held."""
+    frozen = [p for p in base_parameters(lm) if not p.requires_grad] or base_parameters(lm)
+    types = sorted({str(p.dtype).removeprefix("torch.") for p in frozen})
+    number = sum(getattr(p, "ds_numel", p.numel()) for p in frozen)
+    where = "in partitions over the processes" if partitioned_lm(lm) is not None else f"whole on {frozen[0].device}"
+    return f"language model: {number:,} stored numbers of its own in {', '.join(types)}, {where}"
 
 
 def is_base_key(name: str) -> bool:
@@ -68,11 +71,22 @@ def embedding_scale(lm: Any) -> float:
 
     Measured on what the embedding module gives, not on its weights: Gemma's multiplies them by sqrt(D).
     """
-    embed = lm.get_input_embeddings()
-    num = embed.weight.shape[0]
-    ids = torch.arange(0, num, max(1, num // SAMPLED), device=embed.weight.device)
-    with torch.no_grad():
-        return float(embed(ids).float().square().mean().sqrt())
+    num, weight = embedding_shape(lm)[0], embedding_weight(lm)
+    ids = torch.arange(0, num, max(1, num // SAMPLED), device=weight.device)
+    with torch.no_grad(), gathered(weight):
+        return float(lm.get_input_embeddings()(ids).float().square().mean().sqrt())
+
+
+def embedding_weight(lm: Any) -> nn.Parameter:
+    """Return the token embeddings for a look at their type and device; read as an attribute, ZeRO-3 would gather them."""
+    return next(lm.get_input_embeddings().parameters())  # type: ignore[no-any-return]
+
+
+def embedding_shape(lm: Any) -> tuple[int, int]:
+    """Return number and width of the token embeddings, also where they lie in partitions."""
+    weight = embedding_weight(lm)
+    number, width = getattr(weight, "ds_shape", weight.shape)
+    return int(number), int(width)
 
 
 def _tiny(cfg: RegionTokensConfig, tokenizer: LMTokenizer) -> Any:
@@ -107,63 +121,6 @@ def _tiny(cfg: RegionTokensConfig, tokenizer: LMTokenizer) -> Any:
     return LlamaForCausalLM(sizes)
 
 
-def _pretrained(cfg: RegionTokensConfig, tokenizer: LMTokenizer) -> Any:
-    from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig
-
-    if cfg.lm == "none":
-        raise fault("model.generator.lm: none", "tiny, a folder or a hub id", "configure a language model to describe objects")
-    if cfg.dtype not in DTYPES:
-        raise fault(f"model.generator.dtype {cfg.dtype!r}", f"one of {', '.join(DTYPES)}", "fix the value")
-    attention = None if cfg.attn_implementation == "auto" else cfg.attn_implementation
-    quantisation = _quantisation(cfg)
-    try:
-        _check_text_only(cfg.lm, AutoConfig.from_pretrained(cfg.lm))
-        lm = AutoModelForCausalLM.from_pretrained(
-            cfg.lm, dtype=DTYPES[cfg.dtype], attn_implementation=attention, quantization_config=quantisation
-        )
-    except GrexError:
-        raise
-    except (OSError, ImportError, KeyError, ValueError) as error:
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise fault(
-            f"language model {cfg.lm}: {reason}",
-            "a folder with config.json and safetensors weights of a causal language model, or a hub id, and the packages its options need",
-            "fix model.generator.lm, attn_implementation or quantisation",
-        ) from None
-    # an LLM's own generation_config.json (penalties, temperatures, banned n-grams) would have a say in beam search
-    lm.generation_config = GenerationConfig(eos_token_id=tokenizer.eos_id, pad_token_id=tokenizer.pad_id)
-    return lm
-
-
-def _check_text_only(name: str, config: Any) -> None:
-    parts = [part for part in PARTS_OF_OTHERS if getattr(config, part, None) is not None]
-    if parts:
-        raise fault(
-            f"language model {name} is a multimodal model ({config.model_type}, with {', '.join(parts)})",
-            "a causal language model of text alone: objects are seen through the image encoder of the grounding model",
-            "use a text model of its family (such as Qwen2.5-7B-Instruct, not -VL-), or save its language part as a folder",
-        )
-
-
-def _quantisation(cfg: RegionTokensConfig) -> Any:
-    if cfg.quantisation not in QUANTISATIONS:
-        raise fault(f"model.generator.quantisation {cfg.quantisation!r}", f"one of {', '.join(QUANTISATIONS)}", "fix the value")
-    if cfg.quantisation == "none":
-        return None
-    if importlib.util.find_spec("bitsandbytes") is None:
-        raise fault(
-            f"model.generator.quantisation {cfg.quantisation} without bitsandbytes",
-            "the package bitsandbytes",
-            "pip install bitsandbytes, or set quantisation: none",
-        )
-    from transformers import BitsAndBytesConfig
-
-    if cfg.quantisation == "int8":
-        return BitsAndBytesConfig(load_in_8bit=True)
-    compute = torch.float32 if cfg.dtype in ("float32", "auto") else DTYPES[cfg.dtype]
-    return BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=compute)
-
-
 def _with_lora(lm: Any, cfg: RegionTokensConfig) -> Any:
     # bitsandbytes, which peft imports, reports at each start that a kernel package for 4-bit models is not there
     logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
@@ -190,7 +147,7 @@ def _targets(lm: Any, cfg: RegionTokensConfig) -> list[str]:
     """Return the names of the layers that get adapters."""
     if cfg.lora_targets == "auto":
         lists = [module for module in lm.modules() if isinstance(module, nn.ModuleList)]
-        blocks = max(lists, key=lambda module: sum(p.numel() for p in module.parameters()), default=nn.ModuleList())
+        blocks = max(lists, key=lambda module: sum(getattr(p, "ds_numel", p.numel()) for p in module.parameters()), default=nn.ModuleList())
         found = _linear_names(blocks)
         if not found:
             raise fault(

@@ -33,10 +33,14 @@ class GrexPredictor:
         place = torch.device(pick_device(options.device))
         if place.index is not None and place.type == "cuda":
             torch.cuda.set_device(place)  # kernels start on the current GPU, wherever their tensors lie
-        self.net, self.listener = GrexModel.from_pretrained(name, device=str(place)), options.listener
-        config = self.net.config
+        changed, precision = None, options.precision
         if options.overrides:
             changed = load_config(Path(name) / CONFIG if Path(name).is_dir() else None, options.overrides, trusted=False)
+            precision = precision or changed.predict.precision
+        computed = None if precision is None else resolve_precision(precision, place).precision
+        self.net, self.listener = GrexModel.from_pretrained(name, device=str(place), precision=computed), options.listener
+        config = self.net.config
+        if changed is not None:
             data = replace(config.data, num_workers=changed.data.num_workers, sources=changed.data.sources)
             config = replace(config, predict=changed.predict, data=data)
         given: dict[str, Any] = {"precision": options.precision, "no_target_threshold": options.threshold}

@@ -5,6 +5,7 @@ from __future__ import annotations
 from grex_mllm.config import Config
 from grex_mllm.entries import entry
 from grex_mllm.errors import fault
+from grex_mllm.training.engine import stage_of
 from grex_mllm.training.step import GENERATE, tasks_of
 
 
@@ -46,6 +47,7 @@ def _check_encoder(config: Config) -> None:
 
 
 def _check_generation(config: Config) -> None:
+    _check_partitions(config)
     if config.data.num_generation_targets < 1:
         raise fault(
             f"data.num_generation_targets is {config.data.num_generation_targets} with a generator",
@@ -57,4 +59,23 @@ def _check_generation(config: Config) -> None:
             f"loss.generate_start is {config.loss.generate_start:g}",
             "a share of the training from 0 to below 1",
             "lower it: the generator would learn nothing",
+        )
+
+
+def _check_partitions(config: Config) -> None:
+    if config.train.deepspeed is None or stage_of(config.train.deepspeed) != 3:
+        return
+    generator = config.model.generator
+    quantisation = getattr(generator, "quantisation", "none")
+    if quantisation != "none":
+        raise fault(
+            f"model.generator.quantisation {quantisation} with ZeRO-3 (train.deepspeed {config.train.deepspeed})",
+            "weights of floating-point numbers there: ZeRO-3 cuts them into parts, and quantised ones cannot be put together again",
+            "use ZeRO-2, or set quantisation to none: ZeRO-3 itself gives each process a part of the base only",
+        )
+    if getattr(generator, "lora_dora", False):
+        raise fault(
+            f"model.generator.lora_dora with ZeRO-3 (train.deepspeed {config.train.deepspeed})",
+            "adapters that need no whole weights of the base: DoRA reads their lengths in every step",
+            "use ZeRO-2, or set lora_dora to false",
         )

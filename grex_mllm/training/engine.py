@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import os
 import socket
@@ -20,6 +21,8 @@ from torch.optim import Optimizer
 from grex_mllm.compat import forget_accelerator, leave_out_shm_comm
 from grex_mllm.config import TrainConfig
 from grex_mllm.errors import GrexError, fault
+from grex_mllm.models.lm_loading import partitioned_lm
+from grex_mllm.models.placement import Placement
 from grex_mllm.precision import DTYPES, Resolved, resolve_precision
 from grex_mllm.shipped import find_file
 from grex_mllm.training.optim import JoinedOptimizer
@@ -130,6 +133,11 @@ def check_deepspeed(path: str) -> dict[str, Any]:
     return values
 
 
+def stage_of(path: str) -> int:
+    """Return the ZeRO stage of a DeepSpeed JSON; raises as `check_deepspeed`."""
+    return int(check_deepspeed(path)["zero_optimization"]["stage"])
+
+
 def prepare(accelerator: Accelerator, module: nn.Module, optimizer: Optimizer) -> tuple[nn.Module, Any]:
     """Hand module and optimizer to Accelerate; returns them wrapped.
 
@@ -142,8 +150,19 @@ def prepare(accelerator: Accelerator, module: nn.Module, optimizer: Optimizer) -
         raise fault(
             "train.optim.muon is on with DeepSpeed", "AdamW there, because ZeRO flattens the matrices", "set train.optim.muon to false"
         )
+    if zero_stage(accelerator) == 3:
+        module.to(accelerator.device)  # DeepSpeed does not where a part of it lies in partitions already
     wrapped, prepared = accelerator.prepare(module, optimizer)
     return wrapped, prepared
+
+
+def own_placement(accelerator: Accelerator, config: TrainConfig) -> Placement:
+    """Return where this process loads a language model and in which precision; under ZeRO-3 all processes share its weights."""
+    zero3 = None
+    if zero_stage(accelerator) == 3:
+        sections = accelerator.state.deepspeed_plugin.deepspeed_config
+        zero3 = {"train_micro_batch_size_per_gpu": 1, "zero_optimization": sections["zero_optimization"]}
+    return Placement(accelerator.device, agreed_precision(accelerator, config).precision, zero3)
 
 
 def votes(accelerator: Accelerator, *mine: torch.Tensor | int) -> list[list[int]]:
@@ -209,6 +228,12 @@ def whole_parameter(tensor: Tensor, modify: bool = False) -> Iterator[None]:
         yield
 
 
+def spare_copy(module: nn.Module) -> nn.Module:
+    """Return a copy for `whole_copy`, made before DeepSpeed takes the module; a language model in partitions is shared, not copied."""
+    lm = partitioned_lm(module)
+    return copy.deepcopy(module, {} if lm is None else {id(lm): lm})
+
+
 @contextmanager
 def whole_weights(accelerator: Accelerator, parameters: Iterable[Tensor]) -> Iterator[None]:
     """Let the main process see these parameters whole within the block; all processes call it.
@@ -233,25 +258,33 @@ def whole_weights(accelerator: Accelerator, parameters: Iterable[Tensor]) -> Ite
 
 @contextmanager
 def whole_copy(accelerator: Accelerator, module: nn.Module, spare: nn.Module | None) -> Iterator[nn.Module]:
-    """Yield a module whose weights are whole, in evaluation mode: the module itself, or `spare`, a copy that gets its weights (ZeRO-3).
+    """Yield a module that answers in evaluation mode: the module itself, or `spare`, a copy that gets its weights (ZeRO-3).
 
-    The hooks of ZeRO-3 fetch weights together on all processes, and so allow no process to compute more or less than the others.
+    The hooks of ZeRO-3 fetch weights together on all processes, and so allow no process to compute more or less than the others. What
+    `spare` shares with the module, a language model in partitions, stays so: its calls go through `in_lockstep`.
     """
     if spare is None:
         module.eval()
         yield module
         return
+    pairs: list[tuple[Tensor, Tensor]] = list(zip(spare.parameters(), module.parameters(), strict=True))
+    pairs = [(own, theirs) for own, theirs in pairs if own is not theirs]
+    kept = [(own, theirs) for own, theirs in zip(spare.buffers(), module.buffers(), strict=True) if own is not theirs]
     with torch.no_grad():
-        for own, theirs in zip(spare.parameters(), module.parameters(), strict=True):
+        for own, theirs in pairs:
             with whole_parameter(theirs):
                 own.copy_(theirs)
-        for kept, buffer in zip(spare.buffers(), module.buffers(), strict=True):
-            kept.copy_(buffer)
-    spare.eval().to(accelerator.device)
+        for own, theirs in kept:
+            own.copy_(theirs)
+    copied = [own for own, _ in (*pairs, *kept)]
+    for own in copied:
+        own.data = own.data.to(accelerator.device)
+    spare.eval()
     try:
         yield spare
     finally:
-        spare.to("cpu")
+        for own in copied:
+            own.data = own.data.to("cpu")
 
 
 @contextmanager

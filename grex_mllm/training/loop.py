@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import math
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
@@ -29,6 +28,7 @@ from grex_mllm.training.engine import (
     gathered,
     is_deepspeed,
     prepare,
+    spare_copy,
     start_accelerator,
     votes,
     whole_copy,
@@ -82,6 +82,7 @@ def train(
     save_model: Callable[[Path], object] | None = None,
     on_step: Callable[[int, dict[str, float]], None] | None = None,
     validation: Validating | None = None,
+    accelerator: Any = None,
 ) -> TrainResult:
     """Train until `train.steps`, with checkpoints on the way, and publish the model.
 
@@ -90,6 +91,7 @@ def train(
     save_model(folder): writes the model; called on the main process for the best and the finished one, with the averaged weights if an
     average is kept.
     validation: called every `train.validation.every` steps on all processes, with the step module in evaluation mode and the same weights.
+    accelerator: from `join`, where the model had to know it; None = join now.
     on_step(step, losses): called after every optimizer step with the losses of its last batch.
     Whatever the model draws (dropout) depends on (seed, step, process) only. A resumed run gives the losses of an uninterrupted one,
     bit for bit on CPU with the same number of processes and up to rounding with another. SIGTERM or SIGUSR1 on any process ends all of
@@ -99,15 +101,25 @@ def train(
         GrexError: settings that cannot work, a run in `train.out` already, no room for checkpoints, a loss or gradient of any process that
             is not finite (on all processes).
     """
-    check(config.train)
-    processes = num_processes()
-    if config.train.batch_images % processes:
-        raise fault(f"train.batch_images is {config.train.batch_images}", f"a multiple of the {processes} processes", "change one of them")
-    accelerator = start_accelerator(config.train, config.train.batch_images // processes)
+    if accelerator is None:
+        check(config.train)
+        accelerator = join(config.train)
     with determinism(accelerator.device):
         run = _Run(step, model, batches, config, accelerator)
         run.validation, run.save_model = validation, save_model
         return run.go(on_step)
+
+
+def join(config: TrainConfig) -> Any:
+    """Meet the other processes and return the Accelerator, whose device is this process's own.
+
+    Raises:
+        GrexError: a batch that the processes cannot share; as `start_accelerator`.
+    """
+    processes = num_processes()
+    if config.batch_images % processes:
+        raise fault(f"train.batch_images is {config.batch_images}", f"a multiple of the {processes} processes", "change one of them")
+    return start_accelerator(config, config.batch_images // processes)
 
 
 def check(config: TrainConfig) -> None:
@@ -147,7 +159,7 @@ class _Run:
         found, settings = checkpoint.latest(config.train.out), to_dict(config)
         self.start = checkpoint.restore_weights(accelerator, model, settings, found) if found is not None else checkpoint.Position()
         self.step, validates = step, config.train.validation.every > 0
-        self.spare = copy.deepcopy(step) if validates and zero_stage(accelerator) == 3 else None
+        self.spare = spare_copy(step) if validates and zero_stage(accelerator) == 3 else None
         compile_parts(parts_of(step), config.train.compile, zero_stage(accelerator))
         wrapped, prepared = prepare(accelerator, step, optimizer)
         best = Best.of(config.train.validation) if validates else None

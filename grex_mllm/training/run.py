@@ -17,15 +17,18 @@ from grex_mllm.data.sources import PRETRAINING, describe_epochs, training_sample
 from grex_mllm.entries import SOURCES, entry
 from grex_mllm.errors import fault
 from grex_mllm.models.grex import GrexModel
+from grex_mllm.models.language_model import describe_base
+from grex_mllm.models.lm_loading import partitioned_lm
+from grex_mllm.models.placement import placed
 from grex_mllm.models.text import TextTokenizer, load_text_tokenizer, train_text_tokenizer
 from grex_mllm.precision import Resolved, resolve_precision
 from grex_mllm.progress import list_ids, progress_bar
 from grex_mllm.training import checkpoint
 from grex_mllm.training.batches import BatchStream, seed_all
 from grex_mllm.training.combinations import check_combinations
-from grex_mllm.training.engine import is_main_process, training_device, wait_for
+from grex_mllm.training.engine import is_main_process, own_placement, training_device, wait_for
 from grex_mllm.training.forecast import Forecast, forecast_training
-from grex_mllm.training.loop import TrainResult, check, num_processes, train
+from grex_mllm.training.loop import TrainResult, check, join, num_processes, train
 from grex_mllm.training.stages import Stage
 from grex_mllm.training.start import adopt_start, describe_new, start_from
 from grex_mllm.training.step import GENERATE, Step, tasks_of
@@ -62,15 +65,19 @@ def train_from_config(
     tokenizers = make_tokenizers(config)
     if config.model.text.path is None and config.train.start is None:
         config.model.text.vocab_size = tokenizers[0].vocab_size
+    accelerator = join(config.train)
     seed_all(config.train.seed)  # the weights do not depend on what the tokenizers drew
-    model = GrexModel(config, *tokenizers)
+    with placed(own_placement(accelerator, config.train)):
+        model = GrexModel(config, *tokenizers)
+    if is_main_process() and hasattr(model.generator, "lm"):
+        print(describe_base(model.generator.lm))
     if config.train.start is not None:
         print(f"started from {config.train.start}; {describe_new(start_from(model, config.train.start))}")
     batches = batch_stream(config, samples, *tokenizers, generates=generates)
     validation = _validation(config, tokenizers, generates)
     if checkpoint.latest(config.train.out) is None and is_main_process():
         stages = pretraining_stages(config, tokenizers)
-        if on_forecast is not None and num_processes() == 1:
+        if on_forecast is not None and num_processes() == 1 and partitioned_lm(model) is None:
             on_forecast(_forecast(model, batches, stages, config), resolve_precision(config.train.precision, training_device()))
         for stage in stages:  # the other processes get the weights when they meet
             with progress_bar(stage.name) as progress:
@@ -80,7 +87,8 @@ def train_from_config(
         for line in describe_epochs(samples, config.train.batch_images * config.train.accumulation, config.train.steps):
             print(line)
     step = Step(model, config)
-    return train(step, model, batches, config, save_model=model.save_pretrained, on_step=on_step, validation=validation)
+    hooks: dict[str, Any] = {"save_model": model.save_pretrained, "on_step": on_step, "validation": validation}
+    return train(step, model, batches, config, accelerator=accelerator, **hooks)
 
 
 def _validation(config: Config, tokenizers: tuple[TextTokenizer, Any], generates: bool) -> Validation | None:

@@ -26,7 +26,7 @@ GROUND, GENERATE, ALIGN = "ground", "generate", "align"
 class Step(nn.Module):
     """Model and losses, so that the forward pass goes through the wrapper of DDP or DeepSpeed.
 
-    precision: autocasts the forward pass; the weights stay float32, also under ZeRO.
+    precision: autocasts the forward pass; the weights that train stay float32, also under ZeRO.
     """
 
     def __init__(self, model: GrexModel, config: Config, precision: str = "fp32") -> None:

@@ -28,6 +28,7 @@ from grex_mllm.predictors.protocol import Item, object_sets
 from grex_mllm.score import load_protocol
 from grex_mllm.training.batches import BatchSource, map_tensors, seed_all
 from grex_mllm.training.engine import gathered, is_main_process, wait_for
+from grex_mllm.training.lockstep import in_lockstep
 from grex_mllm.training.step import GENERATE, tasks_of
 from grex_mllm.types import ExpressionRecord, ImageRecord, Sample
 
@@ -123,20 +124,20 @@ class Validation:
         """
         model, rank, num_ranks = step.model, accelerator.process_index, accelerator.num_processes
         batches = self.batches.share(rank, num_ranks) if num_ranks > 1 else self.batches
+        tally = _Tally(self.rules, self.tasks, self.generates)
         losses: dict[str, float] = {}
         num_batches = -(-len(self.subset) // self.config.train.batch_images)
-        with torch.no_grad():
+        with torch.no_grad(), in_lockstep(accelerator, step):
             for index in range(num_batches):
                 seed_all(self.config.train.seed, VALIDATION_STREAM, index, rank)
                 batch = map_tensors(batches.at(index), lambda tensor: tensor.to(accelerator.device))
                 for name, value in step(batch, 1.0).items():
                     losses[name] = losses.get(name, 0.0) + float(value) / num_batches
                 mark()
-        tally = _Tally(self.rules, self.tasks, self.generates)
-        for position in range(rank, len(self.subset), num_ranks):
-            with autocast(step.precision, model.device.type):
-                self._ask(model, self.subset[position], tally)
-            mark()
+            for position in range(rank, len(self.subset), num_ranks):
+                with autocast(step.precision, model.device.type):
+                    self._ask(model, self.subset[position], tally)
+                mark()
         parts = gathered(accelerator, {"losses": losses, "sums": tally.state()})
         found = _Tally(self.rules, self.tasks, self.generates).joined([part["sums"] for part in parts]).compute()
         return found | {f"loss/{name}": sum(part["losses"][name] for part in parts) / len(parts) for name in losses}

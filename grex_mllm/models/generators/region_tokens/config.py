@@ -19,7 +19,7 @@ class RegionTokensConfig:
     intermediate_size: int = 384
     max_positions: int = 512
     # how a folder or hub LLM is loaded
-    dtype: str = "float32"  # float32 | bfloat16 | float16 | auto
+    dtype: str = "auto"  # of the frozen base: auto | float32 | bfloat16 | float16; auto: what is computed in (bfloat16 under bf16)
     quantisation: str = "none"  # none | nf4 | int8 (bitsandbytes)
     attn_implementation: str = "auto"  # auto | sdpa | eager | flash_attention_2; auto: sdpa where the family can (Gemma 2 cannot)
     gradient_checkpointing: bool = False

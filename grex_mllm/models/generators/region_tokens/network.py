@@ -22,7 +22,14 @@ from grex_mllm.errors import fault
 from grex_mllm.models.generators.region_tokens.config import RegionTokensConfig
 from grex_mllm.models.generators.region_tokens.parts import GenerationPart
 from grex_mllm.models.generators.region_tokens.tokens import ObjectTokens, RegionTokens
-from grex_mllm.models.language_model import base_parameters, build_language_model, embedding_scale, is_base_key
+from grex_mllm.models.language_model import (
+    base_parameters,
+    build_language_model,
+    embedding_scale,
+    embedding_shape,
+    embedding_weight,
+    is_base_key,
+)
 from grex_mllm.models.lm_decoding import Prefix, beam_search, decode, stratified_uniforms
 from grex_mllm.models.lm_framing import PLACE, Frame, chat_frame, plain_frame, tiny_frame
 from grex_mllm.models.lm_loss import token_losses
@@ -60,9 +67,10 @@ class RegionTokenGenerator(nn.Module):
         self.cfg, self.tokenizer, self.feature_channels = cfg, tokenizer.in_style(cfg.prompt_style), list(feature_channels)
         self.frame = _frame(cfg, self.tokenizer)
         self.lm = build_language_model(cfg, self.tokenizer)
+        num_embeddings, width = embedding_shape(self.lm)
         self.region_tokens = RegionTokens(
             feature_channels,
-            self.lm.get_input_embeddings().weight.shape[1],
+            width,
             hidden=cfg.projector_width,
             image_grid=cfg.image_grid,
             max_distractors=cfg.max_distractors if cfg.distractors else 0,
@@ -72,7 +80,7 @@ class RegionTokenGenerator(nn.Module):
             distractor_dropout=cfg.distractor_dropout,
             token_scale=embedding_scale(self.lm),
         )
-        nameless = range(self.tokenizer.num_ids, self.lm.get_input_embeddings().weight.shape[0])  # embeddings that stand for no text
+        nameless = range(self.tokenizer.num_ids, num_embeddings)  # embeddings that stand for no text
         self.banned = [*self.tokenizer.unwritable, *nameless]
         self.register_state_dict_post_hook(_drop_named_base)
         self.register_load_state_dict_post_hook(_excuse_named_base)
@@ -104,8 +112,8 @@ class RegionTokenGenerator(nn.Module):
         """Return what stands before the expression of E object sets of objects that are tokens already."""
         member = _membership(image_index, target_index, objects.present, num_objects, weight)
         tokens, mask, summary = self.region_tokens.select(objects, image_index, member)
-        weight = self.lm.get_input_embeddings().weight
-        embeds, summary = tokens.to(weight.dtype), summary.to(weight.dtype)
+        dtype = embedding_weight(self.lm).dtype
+        embeds, summary = tokens.to(dtype), summary.to(dtype)
         if self.frame.before or self.frame.after:
             before, after = (self._embeds(ids, len(embeds)) for ids in (self.frame.before, self.frame.after))
             ones = mask.new_ones
@@ -302,8 +310,8 @@ class RegionTokenGenerator(nn.Module):
             )
 
     def _embeds(self, ids: list[int], rows: int) -> Tensor:
-        embed = self.lm.get_input_embeddings()
-        return embed(torch.tensor(ids, dtype=torch.int64, device=embed.weight.device)).to(embed.weight.dtype).expand(rows, -1, -1)
+        embed, weight = self.lm.get_input_embeddings(), embedding_weight(self.lm)
+        return embed(torch.tensor(ids, dtype=torch.int64, device=weight.device)).to(weight.dtype).expand(rows, -1, -1)
 
     def _some_as_boxes(self, instance_masks: list[Tensor]) -> list[Tensor]:
         chosen = (torch.rand(len(instance_masks)) < self.cfg.box_share).tolist()

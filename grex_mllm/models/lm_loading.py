@@ -1,0 +1,182 @@
+"""Read a causal language model from a folder or hub id: whole onto the process's own device, quantised, or in partitions for ZeRO-3.
+
+ZeRO-3: Rajbhandari et al. 2020. The weights are made in partitions and filled one by one, each read by the first process alone, so no
+process ever holds more than its share and one whole tensor.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+from contextlib import AbstractContextManager, nullcontext
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from grex_mllm.errors import GrexError, fault
+from grex_mllm.models.lm_tokenizer import LMTokenizer
+from grex_mllm.models.placement import Placement, placement
+from grex_mllm.precision import DTYPES as COMPUTED
+
+if TYPE_CHECKING:
+    from grex_mllm.models.generators.region_tokens.config import RegionTokensConfig
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+QUANTISATIONS = ("none", "nf4", "int8")
+PARTS_OF_OTHERS = ("vision_config", "audio_config", "text_config", "thinker_config")  # what the configuration of a multimodal model has
+WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
+
+
+def load_base(cfg: RegionTokensConfig, tokenizer: LMTokenizer) -> Any:
+    """Return the causal LM of a folder or hub id, in evaluation mode, as the current placement wants it.
+
+    Raises:
+        GrexError: no LM asked for, one that cannot be had, is multimodal or no causal LM, an unknown dtype or quantisation, bitsandbytes
+            missing.
+    """
+    from transformers import AutoConfig, GenerationConfig
+
+    if cfg.lm == "none":
+        raise fault("model.generator.lm: none", "tiny, a folder or a hub id", "configure a language model to describe objects")
+    here = placement()
+    options: dict[str, Any] = {"dtype": base_dtype(cfg, here.precision)}
+    options["attn_implementation"] = None if cfg.attn_implementation == "auto" else cfg.attn_implementation
+    quantisation = _quantisation(cfg, options["dtype"])
+    try:
+        config = AutoConfig.from_pretrained(cfg.lm)
+        _check_text_only(cfg.lm, config)
+        if here.zero3 is not None and quantisation is None:
+            lm = _partitioned(cfg.lm, config, here.zero3, options)
+        else:
+            lm = _whole(cfg.lm, here, options | {"quantization_config": quantisation})
+    except GrexError:
+        raise
+    except (OSError, ImportError, KeyError, ValueError) as error:
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise fault(
+            f"language model {cfg.lm}: {reason}",
+            "a folder with config.json and safetensors weights of a causal language model, or a hub id, and the packages its options need",
+            "fix model.generator.lm, attn_implementation or quantisation",
+        ) from None
+    # an LLM's own generation_config.json (penalties, temperatures, banned n-grams) would have a say in beam search
+    lm.generation_config = GenerationConfig(eos_token_id=tokenizer.eos_id, pad_token_id=tokenizer.pad_id)
+    return lm
+
+
+def base_dtype(cfg: RegionTokensConfig, precision: str) -> torch.dtype:
+    """Return the type of the frozen base: the configured one, or for `auto` the one that is computed in.
+
+    Raises:
+        GrexError: an unknown dtype.
+    """
+    if cfg.dtype not in ("auto", *DTYPES):
+        raise fault(f"model.generator.dtype {cfg.dtype!r}", f"one of auto, {', '.join(DTYPES)}", "fix the value")
+    return COMPUTED[precision] if cfg.dtype == "auto" else DTYPES[cfg.dtype]
+
+
+def partitioned_lm(module: nn.Module) -> Any:
+    """Return the language model below a module whose weights lie in partitions since it was read; None where there is none."""
+    from transformers import PreTrainedModel
+
+    models = (part for part in module.modules() if isinstance(part, PreTrainedModel))
+    return next((lm for lm in models if any(hasattr(parameter, "ds_id") for parameter in lm.parameters())), None)
+
+
+def gathered(*parameters: nn.Parameter) -> AbstractContextManager[object]:
+    """Let every process see these parameters whole within the block; all processes call it where they are partitioned."""
+    if not any(hasattr(parameter, "ds_id") for parameter in parameters):
+        return nullcontext()
+    import deepspeed
+
+    entered: AbstractContextManager[object] = deepspeed.zero.GatheredParameters(list(parameters))
+    return entered
+
+
+def _whole(name: str, here: Placement, options: dict[str, Any]) -> Any:
+    from transformers import AutoModelForCausalLM
+
+    return AutoModelForCausalLM.from_pretrained(name, device_map={"": here.device}, **options)
+
+
+def _partitioned(name: str, config: Any, zero3: dict[str, Any], options: dict[str, Any]) -> Any:
+    """Make the model in partitions, in its own types, and fill it; transformers' own way has the first process hold all of it."""
+    import deepspeed
+    from transformers import AutoModelForCausalLM
+    from transformers.initialization import no_init_weights
+
+    files = _weight_files(name)
+    kept = torch.random.fork_rng(devices=[])  # what is built after it does not depend on how it is read
+    with kept, deepspeed.zero.Init(config_dict_or_path=zero3, tensor_overrides=[]), no_init_weights():
+        lm = AutoModelForCausalLM.from_config(config, **options)
+    lm.tie_weights()
+    named = lm.state_dict(keep_vars=True)
+    missing = [key for key, tensor in lm.named_parameters() if files.get(key, ("", None))[1] != list(tensor.ds_shape)]
+    if missing:
+        raise fault(
+            f"language model {name}: {len(missing)} tensors are missing or have another shape ({', '.join(missing[:3])})",
+            "with ZeRO-3 the names and shapes of transformers' model, because every tensor is read by itself",
+            "write the folder anew (AutoModelForCausalLM.from_pretrained(...).save_pretrained(...)), or use ZeRO-2",
+        )
+    filled: set[int] = set()
+    for key, tensor in named.items():
+        if id(tensor) in filled or key not in files:
+            continue
+        filled.add(id(tensor))
+        with deepspeed.zero.GatheredParameters([tensor], modifier_rank=0), torch.no_grad():
+            if not isinstance(tensor, nn.Parameter) or torch.distributed.get_rank() == 0:
+                tensor.copy_(_read(files[key][0], key))
+    return lm.eval()
+
+
+def _weight_files(name: str) -> dict[str, tuple[str, list[int]]]:
+    """Return where each tensor of a folder or hub id lies, and its shape."""
+    from safetensors import safe_open
+    from transformers.utils import cached_file
+
+    index = cached_file(name, INDEX, _raise_exceptions_for_missing_entries=False)
+    parts = {WEIGHTS} if index is None else set(json.loads(Path(index).read_text(encoding="utf-8"))["weight_map"].values())
+    found: dict[str, tuple[str, list[int]]] = {}
+    for part in sorted(parts):
+        path = str(cached_file(name, part))
+        with safe_open(path, "pt") as file:
+            found |= {key: (path, list(file.get_slice(key).get_shape())) for key in file.keys()}  # noqa: SIM118
+    return found
+
+
+def _read(path: str, key: str) -> Tensor:
+    """Return one tensor; a file that stayed open would keep all that was read of it in memory."""
+    from safetensors import safe_open
+
+    with safe_open(path, "pt") as file:
+        tensor: Tensor = file.get_tensor(key)
+    return tensor
+
+
+def _check_text_only(name: str, config: Any) -> None:
+    parts = [part for part in PARTS_OF_OTHERS if getattr(config, part, None) is not None]
+    if parts:
+        raise fault(
+            f"language model {name} is a multimodal model ({config.model_type}, with {', '.join(parts)})",
+            "a causal language model of text alone: objects are seen through the image encoder of the grounding model",
+            "use a text model of its family (such as Qwen2.5-7B-Instruct, not -VL-), or save its language part as a folder",
+        )
+
+
+def _quantisation(cfg: RegionTokensConfig, compute: torch.dtype) -> Any:
+    if cfg.quantisation not in QUANTISATIONS:
+        raise fault(f"model.generator.quantisation {cfg.quantisation!r}", f"one of {', '.join(QUANTISATIONS)}", "fix the value")
+    if cfg.quantisation == "none":
+        return None
+    if importlib.util.find_spec("bitsandbytes") is None:
+        raise fault(
+            f"model.generator.quantisation {cfg.quantisation} without bitsandbytes",
+            "the package bitsandbytes",
+            "pip install bitsandbytes, or set quantisation: none",
+        )
+    from transformers import BitsAndBytesConfig
+
+    if cfg.quantisation == "int8":
+        return BitsAndBytesConfig(load_in_8bit=True)
+    return BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True, bnb_4bit_compute_dtype=compute)
