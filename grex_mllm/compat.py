@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 # package -> (first version checked, first one no longer checked)
 CHECKED = {"accelerate": ("1.15", "1.16"), "deepspeed": ("0.19.8", "0.20"), "numpy": ("2.0", "2.5"), "peft": ("0.21", "0.22")}
-CHECKED["torch"] = ("2.8", "2.14")
+CHECKED |= {"torch": ("2.8", "2.14"), "transformers": ("5.17", "5.24")}
 
 
 @cache
@@ -97,6 +97,11 @@ def zero_partitions(optimizer: Any) -> list[tuple[list[Tensor], Tensor]]:
     members, flat = ("fp16_groups", "fp32_partitioned_groups_flat") if stage3 else ("bit16_groups", "single_partition_of_fp32_groups")
     pairs = zip(private("deepspeed", optimizer, members), private("deepspeed", optimizer, flat), strict=True)
     return [(list(parameters), partition) for parameters, partition in pairs]
+
+
+def attention_of(lm: Any) -> str:
+    """Return which attention a model of transformers computes ("sdpa", "flash_attention_2", ...); it tells nowhere in public."""
+    return str(private("transformers", lm.config, "_attn_implementation"))
 
 
 def fold_adapters(adapted: nn.Module) -> None:

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
-from grex_mllm.compat import fold_adapters
+from grex_mllm.compat import attention_of, fold_adapters
 from grex_mllm.errors import fault
 from grex_mllm.models.lm_loading import gathered, load_base, partitioned_lm
 from grex_mllm.models.lm_tokenizer import LMTokenizer
@@ -48,12 +48,14 @@ def build_language_model(cfg: RegionTokensConfig, tokenizer: LMTokenizer) -> Any
 
 
 def describe_base(lm: nn.Module) -> str:
-    """Say in one line how a language model's own weights are held."""
+    """Say in one line how a language model's own weights are held, and which attention it computes, for what reason."""
     frozen = [p for p in base_parameters(lm) if not p.requires_grad] or base_parameters(lm)
     types = sorted({str(p.dtype).removeprefix("torch.") for p in frozen})
     number = sum(getattr(p, "ds_numel", p.numel()) for p in frozen)
     where = "in partitions over the processes" if partitioned_lm(lm) is not None else f"whole on {frozen[0].device}"
-    return f"language model: {number:,} stored numbers of its own in {', '.join(types)}, {where}"
+    reasons = [module.attention_reason for module in lm.modules() if hasattr(module, "attention_reason")]
+    attention = f"; attention {attention_of(lm)} ({reasons[0]})" if reasons else ""
+    return f"language model: {number:,} stored numbers of its own in {', '.join(types)}, {where}{attention}"
 
 
 def is_base_key(name: str) -> bool:

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from grex_mllm.errors import GrexError, fault
+from grex_mllm.models.attention_choice import choose_attention
 from grex_mllm.models.lm_tokenizer import LMTokenizer
 from grex_mllm.models.placement import Placement, placement
 from grex_mllm.precision import DTYPES as COMPUTED
@@ -42,7 +43,8 @@ def load_base(cfg: RegionTokensConfig, tokenizer: LMTokenizer) -> Any:
         raise fault("model.generator.lm: none", "tiny, a folder or a hub id", "configure a language model to describe objects")
     here = placement()
     options: dict[str, Any] = {"dtype": base_dtype(cfg, here.precision)}
-    options["attn_implementation"] = None if cfg.attn_implementation == "auto" else cfg.attn_implementation
+    attention = choose_attention(cfg.attn_implementation, here.device, options["dtype"])
+    options["attn_implementation"] = attention.name
     quantisation = _quantisation(cfg, options["dtype"])
     try:
         config = AutoConfig.from_pretrained(cfg.lm)
@@ -60,6 +62,7 @@ def load_base(cfg: RegionTokensConfig, tokenizer: LMTokenizer) -> Any:
             "a folder with config.json and safetensors weights of a causal language model, or a hub id, and the packages its options need",
             "fix model.generator.lm, attn_implementation or quantisation",
         ) from None
+    lm.attention_reason = attention.reason  # for the first lines of a training
     # an LLM's own generation_config.json (penalties, temperatures, banned n-grams) would have a say in beam search
     lm.generation_config = GenerationConfig(eos_token_id=tokenizer.eos_id, pad_token_id=tokenizer.pad_id)
     return lm

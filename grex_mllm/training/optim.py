@@ -11,6 +11,7 @@ import math
 import re
 from bisect import bisect_right
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from functools import partial
 from typing import Any
 
 import torch
@@ -91,9 +92,8 @@ def build_optimizer(model: nn.Module, config: OptimConfig, precision: str = "fp3
     rest = _groups({name: decay for name, decay in decays.items() if name not in hidden}, parameters, config.lr, config.lr_scale)
     betas = (config.betas[0], config.betas[1])
     fused = True if device == "cuda" and precision != "fp16" else None
-    optimizer: Optimizer = SGD(rest, lr=config.lr)
-    if config.name == "adamw":
-        optimizer = AdamW(rest, lr=config.lr, betas=betas, eps=config.eps, fused=fused)
+    adam, plain = partial(AdamW, lr=config.lr, betas=betas, eps=config.eps, fused=fused), partial(SGD, lr=config.lr)
+    optimizer: Optimizer = adam(rest) if config.name == "adamw" else plain(rest)
     if not hidden:
         return optimizer
     matrices = _groups({name: decays[name] for name in decays if name in hidden}, parameters, config.muon_lr, config.lr_scale)
