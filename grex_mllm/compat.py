@@ -67,6 +67,16 @@ def non_persistent_buffers(module: nn.Module) -> Collection[str]:
     return names
 
 
+def fake_mode() -> Any:
+    """Return a mode of torch's tensors that have shape, dtype and device, but no memory; the meta device knows no autocast and no CPU."""
+    return private("torch", "torch._subclasses.fake_tensor", "FakeTensorMode")(allow_non_fake_inputs=True)
+
+
+def is_fake(tensor: Any) -> bool:
+    """Tell whether a tensor is one of `fake_mode`."""
+    return isinstance(tensor, private("torch", "torch._subclasses.fake_tensor", "FakeTensor"))
+
+
 def array_builders() -> dict[str, Any]:
     """Return what pickles call to rebuild arrays, dotted name in numpy 1 or 2 -> function; numpy promises only to read its pickles."""
     found: dict[str, Any] = {}

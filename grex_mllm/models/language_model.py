@@ -40,6 +40,15 @@ def build_language_model(cfg: RegionTokensConfig, tokenizer: LMTokenizer) -> Any
             f"at least the tokenizer's {len(tokenizer)}",
             "use the tokenizer that belongs to the model",
         )
+    return frozen_with_adapters(lm, cfg)
+
+
+def frozen_with_adapters(lm: Any, cfg: RegionTokensConfig) -> Any:
+    """Return a loaded LM frozen, with the checkpointing and the adapters that the configuration asks for.
+
+    Raises:
+        GrexError: adapters that fit no layer.
+    """
     lm.requires_grad_(False)
     if cfg.quantisation != "none":
         from peft import prepare_model_for_kbit_training
