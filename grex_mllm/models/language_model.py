@@ -15,6 +15,7 @@ from torch import nn
 
 from grex_mllm.compat import fold_adapters
 from grex_mllm.errors import GrexError, fault
+from grex_mllm.models.lm_shapes import shape_of, weights_are_left_out
 from grex_mllm.models.lm_tokenizer import LMTokenizer
 
 if TYPE_CHECKING:
@@ -33,22 +34,16 @@ def build_language_model(cfg: RegionTokensConfig, tokenizer: LMTokenizer) -> Any
         GrexError: no LM asked for, an LM that cannot be had, one that is multimodal or no causal LM, an unknown dtype or quantisation,
             bitsandbytes missing, adapters that fit no layer.
     """
-    lm = _tiny(cfg, tokenizer) if cfg.lm == "tiny" else _pretrained(cfg, tokenizer)
+    if cfg.lm == "tiny":
+        lm = _tiny(cfg, tokenizer)
+    else:
+        lm = shape_of(cfg) if weights_are_left_out() else _pretrained(cfg, tokenizer)
     if lm.get_input_embeddings().weight.shape[0] < len(tokenizer):
         raise fault(
             f"language model {cfg.lm} with {lm.get_input_embeddings().weight.shape[0]} token embeddings",
             f"at least the tokenizer's {len(tokenizer)}",
             "use the tokenizer that belongs to the model",
         )
-    return frozen_with_adapters(lm, cfg)
-
-
-def frozen_with_adapters(lm: Any, cfg: RegionTokensConfig) -> Any:
-    """Return a loaded LM frozen, with the checkpointing and the adapters that the configuration asks for.
-
-    Raises:
-        GrexError: adapters that fit no layer.
-    """
     lm.requires_grad_(False)
     if cfg.quantisation != "none":
         from peft import prepare_model_for_kbit_training
@@ -79,6 +74,8 @@ def embedding_scale(lm: Any) -> float:
     """
     embed = lm.get_input_embeddings()
     num = embed.weight.shape[0]
+    if embed.weight.is_meta:
+        return 1.0  # nothing to measure
     ids = torch.arange(0, num, max(1, num // SAMPLED), device=embed.weight.device)
     with torch.no_grad():
         return float(embed(ids).float().square().mean().sqrt())
