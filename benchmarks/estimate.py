@@ -2,7 +2,7 @@
 
     python benchmarks/estimate.py                       # all of CASES; --case NAME: one of them
 
-Each case trains for three steps in a process of its own, through the loop of `grex train`, on the batch that the estimate assumes. glibc
+Each case trains for two steps in a process of its own, through the loop of `grex train`, on the batch that the estimate assumes. glibc
 keeps freed memory of changing thresholds; the processes run with MALLOC_MMAP_THRESHOLD_ fixed, so that large blocks go back to the system
 when they are freed, and the peak is what the program holds, not what the allocator has kept.
 """
@@ -10,6 +10,7 @@ when they are freed, and the peak is what the program holds, not what the alloca
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import os
 import subprocess
@@ -89,14 +90,16 @@ def measure(name: str, folder: Path) -> int:
         def at(self, index: int) -> Any:
             return made_batch(config, model, load)
 
-    peak = 0
+    class Enough(Exception):
+        """Two steps are done: the second is the first with the optimizer's state."""
 
     def on_step(step: int, losses: dict[str, float]) -> None:
-        nonlocal peak
-        peak = status("VmHWM") if step < config.train.steps else peak  # the last step also writes a checkpoint
+        if step == 2:
+            raise Enough
 
-    train(Step(model, config), model, Same(), config, on_step=on_step)  # type: ignore[arg-type]
-    return peak - start
+    with contextlib.suppress(Enough):
+        train(Step(model, config), model, Same(), config, on_step=on_step)  # type: ignore[arg-type]
+    return status("VmHWM") - start
 
 
 def estimated(name: str, folder: Path) -> int:
@@ -135,7 +138,10 @@ def main() -> None:
         return
     for name in [given.case] if given.case else CASES:
         guess, true = compare(name)
-        print(f"{name:10s} estimated {guess / 2**30:6.2f} GiB, measured {true / 2**30:6.2f} GiB, difference {guess / true - 1:+.1%}", flush=True)
+        print(
+            f"{name:10s} estimated {guess / 2**30:6.2f} GiB, measured {true / 2**30:6.2f} GiB, difference {guess / true - 1:+.1%}",
+            flush=True,
+        )
 
 
 if __name__ == "__main__":

@@ -20,7 +20,10 @@ from grex_mllm.training.engine import check_deepspeed
 
 DOCUMENTS = [
     *sorted((ROOT / "configs").glob("*.yaml")),
-    *(ROOT / folder / "README.md" for folder in (".", "configs", "deepspeed_configs", "data_prep", "benchmarks", "eval", "eval/protocols")),
+    *(
+        ROOT / folder / "README.md"
+        for folder in (".", "configs", "configs/cluster", "deepspeed_configs", "data_prep", "benchmarks", "eval", "eval/protocols")
+    ),
 ]
 LAUNCHERS = ("torchrun", "deepspeed", "accelerate")
 FOUND = {file.relative_to(ROOT).as_posix(): commands(file) for file in DOCUMENTS}

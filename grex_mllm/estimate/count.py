@@ -6,7 +6,6 @@ from contextlib import ExitStack
 from dataclasses import dataclass, field
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -75,10 +74,10 @@ def count(config: Config, load: Load, *, device: str, precision: str) -> Counted
     live = Live()
     step.criterion = OnZeros(step.criterion, live)
     step.train()
-    for weight in (*step.parameters(), *step.buffers()):
-        live.ignore(weight)
-    for parameter in trained:
-        parameter.register_post_accumulate_grad_hook(live.own)
+    for tensor in (*step.parameters(), *step.buffers()):
+        live.ignore(tensor)
+    for weight in trained:
+        weight.register_post_accumulate_grad_hook(live.own)
     with ExitStack() as stack:
         if device != "cpu":
             stack.enter_context(as_on_gpu())
@@ -124,12 +123,11 @@ def _part_of(name: str) -> str:
 
 def _weights(found: Counted, model: Any) -> None:
     seen: set[int] = set()
-    for name, tensor in (*model.named_parameters(), *model.named_buffers()):
-        size = tensor.numel() * tensor.element_size()
+    for tensor in (*model.parameters(), *model.buffers()):
         if tensor.requires_grad:
-            found.trainable += size
+            found.trainable += _bytes(tensor)
         else:
-            found.frozen += size
+            found.frozen += _bytes(tensor)
     lm = getattr(model.generator, "lm", None)
     if lm is None:
         return

@@ -6,7 +6,7 @@ et al. 2020, with what DeepSpeed adds to the paper: a float32 copy of each proce
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, fields
 
 from grex_mllm.errors import fault
 from grex_mllm.estimate.count import Counted
@@ -37,7 +37,7 @@ class Plan:
         """Raise GrexError for a plan that no training can have."""
         if self.stage not in STAGES:
             raise fault(f"ZeRO stage {self.stage}", "1, 2 or 3, or none", "fix it")
-        if self.offload == "optimizer" and self.stage is None or self.offload == "all" and self.stage != 3:
+        if (self.offload == "optimizer" and self.stage is None) or (self.offload == "all" and self.stage != 3):
             raise fault(f"offload {self.offload} with ZeRO stage {self.stage}", "stage 1 to 3 for the optimizer, 3 for all", "fix it")
         if self.quantisation != "none" and self.stage == 3:
             raise fault(f"quantisation {self.quantisation} with ZeRO-3", "whole weights on each GPU", "take stage 2")

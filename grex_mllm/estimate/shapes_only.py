@@ -107,7 +107,7 @@ class _InFloat32(TorchFunctionMode):
 
 
 class OnZeros(nn.Module):
-    """A module that reads the values of its inputs (losses with a matching): it gets zeros of their shapes instead, which are not counted."""
+    """A module that reads the values of its inputs (losses with a matching): it gets zeros instead, which are not counted."""
 
     def __init__(self, inner: nn.Module, live: Live) -> None:
         super().__init__()

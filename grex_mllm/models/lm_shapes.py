@@ -1,4 +1,4 @@
-"""Language models as shapes, without weights: from a folder's config.json, or from the published sizes in `shapes/` where it is not there."""
+"""Language models as shapes, without weights: from a folder's config.json, or where there is none from the published sizes in `shapes/`."""
 
 from __future__ import annotations
 
@@ -45,7 +45,9 @@ def shape_file(lm: str) -> Path:
     known = {file.stem.lower(): file for file in sorted(FOLDER.glob("*.json"))}
     if name not in known:
         raise fault(
-            f"language model {lm} is not there", f"its folder with config.json, or a name among {', '.join(known)}", "fix model.generator.lm"
+            f"language model {lm} is not there",
+            f"its folder with config.json, or a name among {', '.join(known)}",
+            "fix model.generator.lm",
         )
     return known[name]
 
