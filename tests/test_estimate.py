@@ -42,7 +42,7 @@ def small(name: str = "joint_rela_r50_qwen2.5_0.5b", *overrides: str) -> Any:
     """A shipped configuration at tiny size, its language model as published but for the sizes."""
     config = shrink_run(load_config(ROOT / "configs" / f"{name}.yaml", list(overrides)))
     config.model.generator.lm = "tiny"
-    config.train.optim.text, config.model.text.num_layers, config.model.decoder.num_layers, config.data.image_size = "all", 1, 1, 32
+    config.train.optim.text, config.model.text.num_layers, config.model.decoder.num_layers, config.data.image_size = "all", 1, 1, 64
     return standing_alone(config)[0]
 
 
