@@ -72,6 +72,13 @@ def fake_mode() -> Any:
     return private("torch", "torch._subclasses.fake_tensor", "FakeTensorMode")(allow_non_fake_inputs=True)
 
 
+def reading_of_a_number() -> Any:
+    """Return the operation behind `Tensor.item`, which shows at which places code wants the values of tensors."""
+    import torch
+
+    return private("torch", torch.ops.aten, "_local_scalar_dense").default
+
+
 def is_fake(tensor: Any) -> bool:
     """Tell whether a tensor is one of `fake_mode`."""
     return isinstance(tensor, private("torch", "torch._subclasses.fake_tensor", "FakeTensor"))

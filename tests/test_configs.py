@@ -98,7 +98,16 @@ def language_models(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-@pytest.mark.parametrize("file", WITH_LM, ids=lambda file: file.stem)
+@pytest.mark.parametrize(
+    "file",
+    [
+        file
+        if file.stem in ("joint_rela_swin_base_qwen2.5_7b_qlora", "joint_rela_r50_qwen2.5_0.5b")
+        else pytest.param(file, marks=pytest.mark.long)
+        for file in WITH_LM
+    ],
+    ids=lambda file: file.stem,
+)
 def test_joint_configuration_trains_every_part(file: Path, language_models: Path) -> None:
     """A step of both tasks moves the adapters, the region tokens and every part of the grounding model, and not the base."""
     config = shrink_run(load_config(file))

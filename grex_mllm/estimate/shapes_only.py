@@ -18,9 +18,10 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter, tree_map
 
-from grex_mllm.compat import fake_mode, is_fake
+from grex_mllm.compat import fake_mode, is_fake, reading_of_a_number
 
 ATEN = torch.ops.aten
+READ_NUMBER = reading_of_a_number()
 INDEXING = (ATEN.index.Tensor, ATEN.index_put.default, ATEN.index_put_.default)
 SPARSE = (ATEN.sparse_compressed_tensor.comp_plain_value_size, ATEN.sparse_sampled_addmm.default, ATEN.values.default)
 IN_FLOAT32 = {  # on a GPU, under autocast; on a CPU they follow their input
@@ -42,7 +43,7 @@ class Live(TorchDispatchMode):
         self.bytes = self.gradient_bytes = self.peak = self.peak_without_gradients = 0
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func is ATEN._local_scalar_dense.default and (args[0].is_meta or is_fake(args[0])):
+        if func is READ_NUMBER and (args[0].is_meta or is_fake(args[0])):
             return 0.0 if args[0].is_floating_point() else 0
         if func in SPARSE and any(is_fake(value) for value in args):
             return _values_alone(func, args)
