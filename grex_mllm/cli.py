@@ -7,14 +7,10 @@ import json
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated, Any, get_type_hints
+from typing import Annotated, get_type_hints
 
+from grex_mllm.arguments import AS_WRITTEN, Place, Places, parsed, split_overrides
 from grex_mllm.errors import GrexError, fault
-
-POSITIONAL = "positional"  # given without a flag
-AS_WRITTEN = "as written"  # read by the verb itself, not as YAML
-Place = Annotated[str, POSITIONAL]
-Places = Annotated[list[str], POSITIONAL]
 
 
 def demo(out: str = "runs/demo", config: str | None = None, overrides: list[str] | None = None) -> int:
@@ -46,6 +42,42 @@ def train(config: str | None = None, overrides: list[str] | None = None) -> int:
     train_from_config(settings)
     leave()
     return 0
+
+
+def estimate(
+    config: str,
+    *,
+    gpus: int = 1,
+    gpu_memory_gb: float = 80.0,
+    samples: int | None = None,
+    samples_per_s: float | None = None,
+    tflops: float | None = None,
+    utilisation: float = 0.35,
+    objects: int = 8,
+    tokens: int = 16,
+    device: str = "cuda",
+    json: bool = False,
+    overrides: list[str] | None = None,
+) -> int:
+    """Tell what a training would need: parameters, memory of each GPU by ZeRO stage, work and time, and what fits. Needs no weights.
+
+    Args:
+        config: a YAML of configs/; its fields are flags, as for train.
+        gpus: how many processes share a batch.
+        gpu_memory_gb: of one GPU.
+        samples: image-expression pairs of an epoch, for its time.
+        samples_per_s: a throughput that you know, of all GPUs together.
+        tflops: or the speed of one GPU in TFLOP/s, of which a share is used.
+        utilisation: that share, above 0 to 1.
+        objects: objects of an image.
+        tokens: tokens of an expression to generate.
+        device: cuda, or cpu for a training on one.
+        json: print JSON instead of a table.
+    """
+    from grex_mllm.estimate.command import Machine, run_estimate
+
+    machine = Machine(gpus, gpu_memory_gb, samples_per_s, tflops, utilisation, device)
+    return run_estimate(config, overrides or [], machine, samples=samples, objects=objects, tokens=tokens, as_json=json)
 
 
 def predict(
@@ -281,7 +313,7 @@ def report(run: Place, protocol: str | None = None) -> int:
 
 
 VERBS: dict[str, Callable[..., int]] = {
-    "demo": demo, "train": train, "predict": predict, "score": score, "ground": ground, "describe": describe,
+    "demo": demo, "train": train, "estimate": estimate, "predict": predict, "score": score, "ground": ground, "describe": describe,
     "data": data, "convert": convert, "compare": compare, "errors": errors, "report": report,
 }  # fmt: skip
 
@@ -327,72 +359,9 @@ def _run(verb: str, arguments: list[str]) -> int:
         near = difflib.get_close_matches(verb, VERBS, n=1)
         raise fault(f'unknown verb "{verb}"', f"one of {', '.join(VERBS)}", f'did you mean "{near[0]}"?' if near else "see grex --help")
     if "overrides" not in get_type_hints(VERBS[verb]):
-        return VERBS[verb](**_parsed(verb, arguments))
-    own, overrides = _split_overrides(arguments)
-    return VERBS[verb](**_parsed(verb, own), overrides=overrides)
-
-
-def _split_overrides(arguments: list[str]) -> tuple[list[str], list[str]]:
-    """Take the dotted flags (--a.b=c, --a.b c) out; they belong to the configuration."""
-    own, overrides = [], []
-    items = iter(arguments)
-    for item in items:
-        if item.startswith("--") and "." in item.split("=", 1)[0]:
-            value = None if "=" in item else next(items, None)
-            if "=" not in item and value is None:
-                raise fault(f"{item} without a value", f"{item}=VALUE", "give the value")
-            overrides.append(item if "=" in item else f"{item}={value}")
-        else:
-            own.append(item)
-    return own, overrides
-
-
-def _underscores(item: str) -> str:
-    name, equals, value = item.partition("=")
-    return name[:2] + name[2:].replace("-", "_") + equals + value if name.startswith("--") and " " not in name else item
-
-
-def _parsed(verb: str, arguments: list[str]) -> dict[str, Any]:
-    from jsonargparse import ArgumentError
-
-    try:
-        return vars(_parser(verb).parse_args([_underscores(item) for item in arguments]))
-    except ArgumentError as error:
-        raise fault(f"{error}".rstrip("."), "the options of this verb", f"see grex {verb} --help") from None
-
-
-def _parser(verb: str) -> Any:
-    import inspect
-
-    from jsonargparse import ArgumentParser
-
-    function = VERBS[verb]
-    description = (function.__doc__ or "").split("Args:")[0].strip()
-    parser = ArgumentParser(prog=f"grex {verb}", description=description, exit_on_error=False)
-    parameters, hints = inspect.signature(function).parameters, get_type_hints(function, include_extras=True)
-    texts = _argument_texts(function)
-    special: set[str | int] = {"overrides"}
-    for name, parameter in parameters.items():
-        marks, required = getattr(hints[name], "__metadata__", ()), parameter.default is inspect.Parameter.empty
-        many = "list[" in str(hints[name])
-        options: dict[str, Any] = {"help": texts.get(name, "")} | ({"nargs": "+"} if many else {})
-        if name == "overrides" or not (marks or many or parameter.default is False):
-            continue
-        special.add(name)
-        if parameter.default is False:
-            parser.add_argument(f"--{name}", action="store_true", **options)
-        elif POSITIONAL in marks:
-            parser.add_argument(name, **options)
-        else:
-            options["required" if required else "default"] = True if required else None
-            parser.add_argument(f"--{name}", **options)
-    parser.add_function_arguments(function, as_group=False, skip=special)
-    return parser
-
-
-def _argument_texts(function: Callable[..., int]) -> dict[str, str]:
-    lines = (line.strip().partition(": ") for line in (function.__doc__ or "").partition("Args:")[2].splitlines())
-    return {name: text for name, colon, text in lines if colon}
+        return VERBS[verb](**parsed(verb, VERBS[verb], arguments))
+    own, overrides = split_overrides(arguments)
+    return VERBS[verb](**parsed(verb, VERBS[verb], own), overrides=overrides)
 
 
 if __name__ == "__main__":

@@ -61,6 +61,23 @@ def foreach(operation: str) -> Callable[..., Any]:
     return function
 
 
+def fake_mode() -> Any:
+    """Return a mode of torch's tensors that have shape, dtype and device, but no memory; the meta device knows no autocast and no CPU."""
+    return private("torch", "torch._subclasses.fake_tensor", "FakeTensorMode")(allow_non_fake_inputs=True)
+
+
+def reading_of_a_number() -> Any:
+    """Return the operation behind `Tensor.item`, which shows at which places code wants the values of tensors."""
+    import torch
+
+    return private("torch", torch.ops.aten, "_local_scalar_dense").default
+
+
+def is_fake(tensor: Any) -> bool:
+    """Tell whether a tensor is one of `fake_mode`."""
+    return isinstance(tensor, private("torch", "torch._subclasses.fake_tensor", "FakeTensor"))
+
+
 def array_builders() -> dict[str, Any]:
     """Return what pickles call to rebuild arrays, dotted name in numpy 1 or 2 -> function; numpy promises only to read its pickles."""
     found: dict[str, Any] = {}

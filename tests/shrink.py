@@ -5,7 +5,7 @@ copies of all configurations and DeepSpeed files, tiny data, weights, checkpoint
 the document. These things alone are replaced, by `shrunken` and `launched`:
 
 1. PLACEHOLDERS in capitals (FOLDER, SPLIT, ...) become the name of a stand-in; `$k` becomes 0.
-2. A number of training steps over 2 becomes 2 (STEPS).
+2. A number of training steps over 2 becomes 2 (STEPS), and so does that of GPUs of `grex estimate`.
 3. What the command is to write (--out, --train.out) is removed first if the stage has it; `grex ground --out` is a folder of many.
 4. `grex demo` without --config takes the stage's configs/demo.yaml and the few scenes of DEMO_SIZES.
 5. Launchers: their own parsers read their flags. Then two processes on CPU are started; commands for several machines run on one.
@@ -34,6 +34,7 @@ from test_convert_swin import spelled
 from test_data_prep import annotation, instances, ref
 from tiny import tiny_speaker
 from tiny_folder import tiny_folder
+from tiny_llms import write_llm
 
 from grex_mllm.config import Config, load_config, save_config
 from grex_mllm.data.synthetic.settings import SyntheticConfig
@@ -45,6 +46,8 @@ PLACEHOLDERS |= {"PREDICTIONS": "runs/mine/predictions.jsonl", "GENERATED.jsonl"
 STEPS = re.compile(r"(--train\.(?:text\.)?(?:steps|scenes)=)(\d+)")
 DEMO_SIZES = {"demo.TEST_SCENES": 3, "demo.EXPRESSIONS_PER_SCENE": 2, "demo.LISTENER_CANDIDATES": 2, "training.run.CORPUS_LINES": 300}
 BENCHMARK_SIZES = {"rela_forward.py": ["--models", "r50", "--size", "64", "--repeats", "1", "--inner", "1", "--baseline", str(ROOT)]}
+LANGUAGE_MODELS = {"Qwen2.5-0.5B-Instruct": "qwen2", "Qwen2.5-1.5B-Instruct": "qwen2", "Qwen2.5-7B-Instruct": "qwen2"}
+LANGUAGE_MODELS |= {"Llama-3.1-8B-Instruct": "llama", "vicuna-7b-v1.5": "llama"}
 CHECKPOINTS = ("swin_base_patch4_window12_384_22k.pth", "swin_tiny_patch4_window7_224.pth", "resnet50.pth")
 
 
@@ -77,6 +80,8 @@ def shrunken(command: str) -> list[str]:
         for placeholder, stand_in in PLACEHOLDERS.items():
             word = re.sub(rf"(?<![\w.]){re.escape(placeholder)}(?!\w)", lambda _, stand_in=stand_in: stand_in, word)
         words.append(STEPS.sub(lambda hit: f"{hit[1]}{min(int(hit[2]), 2)}", word))
+    if words[:2] == ["grex", "estimate"] and "--gpus" in words:
+        words[words.index("--gpus") + 1] = "2"
     if words[:2] == ["grex", "demo"] and "--config" not in words:
         words += ["--config", "configs/demo.yaml"]
     return words
@@ -186,6 +191,8 @@ def make_stage(stage: Path) -> Path:
     _raw_files(stage)
     _weights(stage)
     _models(stage)
+    for lm, family in LANGUAGE_MODELS.items():
+        write_llm(family, stage / "models" / lm, ["the two red circles on the left", "a dog and the blue square"] * 5)
     pixels = np.random.default_rng(0).integers(0, 255, (96, 96, 3), dtype=np.uint8)
     Image.fromarray(pixels).save(stage / "scene.png")
     for number, name in enumerate(("first.png", "second.png")):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import importlib.util
 import os
+import re
 import shutil
 import socket
 import subprocess
@@ -20,12 +21,21 @@ from grex_mllm.training.engine import check_deepspeed
 
 DOCUMENTS = [
     *sorted((ROOT / "configs").glob("*.yaml")),
-    *(ROOT / folder / "README.md" for folder in (".", "configs", "deepspeed_configs", "data_prep", "benchmarks", "eval", "eval/protocols")),
+    *(
+        ROOT / folder / "README.md"
+        for folder in (".", "configs", "configs/cluster", "deepspeed_configs", "data_prep", "benchmarks", "eval", "eval/protocols")
+    ),
 ]
 LAUNCHERS = ("torchrun", "deepspeed", "accelerate")
 FOUND = {file.relative_to(ROOT).as_posix(): commands(file) for file in DOCUMENTS}
 ALL = [(name, command) for command, name in {c: name for name in reversed(FOUND) for c in FOUND[name]}.items()]  # each once
-TOO_LONG = ("benchmarks/rela_forward.py",)  # a model of full width
+TOO_LONG = ("benchmarks/rela_forward.py", "benchmarks/estimate.py")  # models of full width
+
+
+def is_long(command: str) -> bool:
+    """Tell whether a command belongs to `make test-long`: full width, and all but one of the configurations with a language model."""
+    family = re.search(r"_(?:qwen|llama|vicuna)[\w.]*?(?=\.yaml)", command)
+    return any(name in command for name in TOO_LONG) or (family is not None and not family[0].endswith("qwen2.5_7b"))
 
 
 @pytest.fixture(scope="module")
@@ -100,7 +110,7 @@ def try_command(command: str, stage: Path) -> None:
 
 @pytest.mark.parametrize(
     ("document", "command"),
-    [pytest.param(*pair, marks=pytest.mark.long) if any(name in pair[1] for name in TOO_LONG) else pair for pair in ALL],
+    [pytest.param(*pair, marks=pytest.mark.long) if is_long(pair[1]) else pair for pair in ALL],
     ids=[f"{name}: {command[:60]}" for name, command in ALL],
 )
 def test_documented_command_runs(document: str, command: str, stage: Path) -> None:

@@ -8,16 +8,23 @@ from typing import Any
 import pytest
 import torch
 from made_batch import make_batch
-from shrink import shrink
+from shrink import LANGUAGE_MODELS, shrink, shrink_run
+from tiny import WORDS
+from tiny_llms import write_llm
 from torch import Tensor
 
 from grex_mllm.config import Config, load_config
 from grex_mllm.entries import entry
 from grex_mllm.errors import GrexError
+from grex_mllm.estimate.model import Load, made_batch
 from grex_mllm.models import build_grounding
 from grex_mllm.models.answer import answers
 from grex_mllm.models.decoders.rela.criterion import RelaCriterion
+from grex_mllm.models.grex import GrexModel
+from grex_mllm.models.lm_tokenizer import LMTokenizer
+from grex_mllm.models.text import train_text_tokenizer
 from grex_mllm.training.optim import build_optimizer, build_schedule, clip_gradients, optimized_parameters
+from grex_mllm.training.step import Step
 from grex_mllm.types import Batch
 
 FOLDER = Path(__file__).resolve().parent.parent / "configs"
@@ -59,7 +66,8 @@ def test_configuration_trains_a_step(file: Path) -> None:
     torch.manual_seed(0)
     model, batch = build_grounding(config.model).train(), tiny_batch()
     scales = config.train.optim.lr_scale  # the generator's have no parameter here
-    config.train.optim.lr_scale = {start: scale for start, scale in scales.items() if not start.startswith("generator.")}
+    own = {start.removeprefix("grounding."): scale for start, scale in scales.items() if not start.startswith("generator.")}
+    config.train.optim.lr_scale = own
     optimizer = build_optimizer(model, config.train.optim)
     schedule = build_schedule(optimizer, config.train.optim, config.train.steps)
     before = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
@@ -77,6 +85,56 @@ def test_configuration_trains_a_step(file: Path) -> None:
         assert torch.isfinite(criterion(config)(output, batch)["total"])
     results = answers(output, ["a", "b"], batch.geometries, (SIZE, SIZE), config.predict)
     assert len(results) == 2
+
+
+WITH_LM = [file for file in FILES if getattr(load_config(file).model.generator, "lm", "tiny") != "tiny"]
+
+
+@pytest.fixture(scope="module")
+def language_models(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("models")
+    for family in sorted(set(LANGUAGE_MODELS.values())):
+        write_llm(family, folder / family, WORDS * 5)
+    return folder
+
+
+@pytest.mark.parametrize(
+    "file",
+    [
+        file
+        if file.stem in ("joint_rela_swin_base_qwen2.5_7b_qlora", "joint_rela_r50_qwen2.5_0.5b")
+        else pytest.param(file, marks=pytest.mark.long)
+        for file in WITH_LM
+    ],
+    ids=lambda file: file.stem,
+)
+def test_joint_configuration_trains_every_part(file: Path, language_models: Path) -> None:
+    """A step of both tasks moves the adapters, the region tokens and every part of the grounding model, and not the base."""
+    config = shrink_run(load_config(file))
+    assert Path(config.model.generator.lm).name in LANGUAGE_MODELS
+    config.model.generator.lm = str(language_models / LANGUAGE_MODELS[Path(config.model.generator.lm).name])
+    config.model.vision.weights = config.model.text.path = None
+    torch.manual_seed(0)
+    tokenizer, words = LMTokenizer.load(config.model.generator.lm), train_text_tokenizer(WORDS, 200)
+    model = GrexModel(config, words, tokenizer)
+    optimizer = build_optimizer(model, config.train.optim)
+    chosen = {id(parameter) for parameter in optimized_parameters(optimizer)}
+    assert {group["lr"] for group in optimizer.param_groups} == {1e-5, 3e-5, 1e-4}
+    before = {name: parameter.detach().clone() for name, parameter in model.named_parameters() if parameter.requires_grad}
+    base = [name for name, parameter in model.generator.lm.named_parameters() if id(parameter) in chosen]
+    assert base and all("lora_" in name for name in base)
+    batch = made_batch(config, model, Load(2, objects=3, tokens=6))
+    Step(model, config)(batch)["total"].backward()
+    optimizer.step()
+    moved = {name for name, parameter in model.named_parameters() if name in before and not torch.equal(parameter, before[name])}
+    parts = {".".join(name.split(".")[:2]) for name in moved}
+    assert parts == {"grounding.vision", "grounding.text", "grounding.pixel_decoder", "grounding.decoder", "generator.lm",
+                     "generator.region_tokens"}  # fmt: skip
+
+
+def test_there_is_a_configuration_for_every_language_model() -> None:
+    named = {Path(load_config(file).model.generator.lm).name for file in WITH_LM}
+    assert named == set(LANGUAGE_MODELS) and "joint_rela_swin_base_qwen2.5_7b" in {file.stem for file in WITH_LM}
 
 
 @pytest.mark.parametrize("file", [file for file in FILES if load_config(file).model.decoder.name == "rela"], ids=lambda file: file.stem)
@@ -130,8 +188,6 @@ def test_the_table_names_every_configuration() -> None:
 
 
 def test_a_released_model_starts_a_joint_one_without_its_new_heads(tmp_path: Path) -> None:
-    from grex_mllm.models.grex import GrexModel
-    from grex_mllm.models.text import train_text_tokenizer
     from grex_mllm.training.start import describe_new, start_from
 
     tokenizer = train_text_tokenizer(["two red circles", "the blue square"], 200)

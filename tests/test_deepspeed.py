@@ -22,7 +22,7 @@ from grex_mllm.config import TrainConfig, save_config
 from grex_mllm.data.dataset import epoch_index
 from grex_mllm.errors import GrexError
 from grex_mllm.models.grex import GrexModel
-from grex_mllm.training.engine import check_deepspeed, check_precision
+from grex_mllm.training.engine import check_deepspeed, check_precision, deepspeed_plugin
 from grex_mllm.training.run import train_from_config
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -184,6 +184,23 @@ def test_shipped_files_take_shared_numbers_from_the_configuration(file: Path) ->
     for name in ("train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps", "gradient_clipping"):
         assert values[name] == "auto"
     assert f"`{file.name}`" in (file.parent / "README.md").read_text()
+
+
+@pytest.mark.parametrize("file", SHIPPED, ids=lambda file: file.name)
+def test_nothing_is_left_to_fill_in(file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What Accelerate gets holds numbers alone, and DeepSpeed knows every field of its section."""
+    pytest.importorskip("deepspeed")
+    from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
+
+    for name, value in {"RANK": "0", "WORLD_SIZE": "4", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29500"}.items():
+        monkeypatch.setenv(name, value)
+    config = TrainConfig(deepspeed=str(file), accumulation=3)
+    values = deepspeed_plugin(config, batch_images=2, on_cpu=True).hf_ds_config.config
+    assert '"auto"' not in json.dumps(values)
+    assert (values["train_batch_size"], values["train_micro_batch_size_per_gpu"], values["gradient_accumulation_steps"]) == (24, 2, 3)
+    zero = json.loads(file.read_text())["zero_optimization"]
+    assert set(zero) <= {field.alias or name for name, field in DeepSpeedZeroConfig.model_fields.items()}
+    assert DeepSpeedZeroConfig(**zero).stage == zero["stage"]
 
 
 def test_files_that_cannot_work_are_refused(tmp_path: Path) -> None:

@@ -25,6 +25,7 @@ BANNED_NAMES = {"utils", "util", "misc", "helpers", "helper", "manager", "legacy
 # One number per room: an import never goes to a higher number. Rooms of one number may meet, without a circle, except those APART.
 LAYERS = {
     "errors": 0,
+    "arguments": 0,
     "compat": 0,
     "shipped": 0,
     "config": 0,
@@ -45,6 +46,7 @@ LAYERS = {
     "predict": 3,
     "score": 3,
     "training": 4,
+    "estimate": 4,
     "report": 4,
     "compare": 4,
     "error_analysis": 4,

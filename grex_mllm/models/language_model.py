@@ -15,6 +15,7 @@ from torch import nn
 from grex_mllm.compat import attention_of, fold_adapters
 from grex_mllm.errors import fault
 from grex_mllm.models.lm_loading import gathered, load_base, partitioned_lm
+from grex_mllm.models.lm_shapes import shape_of, weights_are_left_out
 from grex_mllm.models.lm_tokenizer import LMTokenizer
 
 if TYPE_CHECKING:
@@ -30,7 +31,10 @@ def build_language_model(cfg: RegionTokensConfig, tokenizer: LMTokenizer) -> Any
         GrexError: no LM asked for, an LM that cannot be had, one that is multimodal or no causal LM, an unknown dtype or quantisation,
             bitsandbytes missing, adapters that fit no layer.
     """
-    lm = _tiny(cfg, tokenizer) if cfg.lm == "tiny" else load_base(cfg, tokenizer)
+    if cfg.lm == "tiny":
+        lm = _tiny(cfg, tokenizer)
+    else:
+        lm = shape_of(cfg) if weights_are_left_out() else load_base(cfg, tokenizer)
     num_embeddings, _ = embedding_shape(lm)
     if num_embeddings < len(tokenizer):
         raise fault(
@@ -74,6 +78,8 @@ def embedding_scale(lm: Any) -> float:
     Measured on what the embedding module gives, not on its weights: Gemma's multiplies them by sqrt(D).
     """
     num, weight = embedding_shape(lm)[0], embedding_weight(lm)
+    if weight.is_meta:
+        return 1.0  # nothing to measure
     ids = torch.arange(0, num, max(1, num // SAMPLED), device=weight.device)
     with torch.no_grad(), gathered(weight):
         return float(lm.get_input_embeddings()(ids).float().square().mean().sqrt())

@@ -8,6 +8,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from grex_mllm.ops.paths import on_cpu
+
 
 def attend(query: Tensor, key: Tensor, value: Tensor, allowed: Tensor | None = None) -> Tensor:
     """Return softmax(q k^T / sqrt(d)) v, float [..., heads, Q, d].
@@ -16,7 +18,7 @@ def attend(query: Tensor, key: Tensor, value: Tensor, allowed: Tensor | None = N
     Torch's fused kernels (flash attention where shapes allow) do the work, except for training on a CPU: there the backward pass of the
     fused kernel took 24 ms where the plain products take 3 ms (192 x 4 heads, 16 x 14 positions, bfloat16, 2 threads).
     """
-    if query.device.type != "cpu" or not (torch.is_grad_enabled() and query.requires_grad):
+    if not on_cpu(query) or not (torch.is_grad_enabled() and query.requires_grad):
         return F.scaled_dot_product_attention(query, key, value, attn_mask=allowed)
     logits = (query * (1.0 / math.sqrt(query.shape[-1]))) @ key.transpose(-1, -2)
     if allowed is not None:
@@ -26,7 +28,7 @@ def attend(query: Tensor, key: Tensor, value: Tensor, allowed: Tensor | None = N
 
 def softmax_of_few(x: Tensor) -> Tensor:
     """Return softmax over the last dimension, written out: torch's own takes six times as long on CPU where that dimension is a dozen."""
-    if x.device.type != "cpu":
+    if not on_cpu(x):
         return x.softmax(dim=-1)
     share = (x - x.amax(dim=-1, keepdim=True)).exp()
     return share / share.sum(dim=-1, keepdim=True)

@@ -16,6 +16,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from grex_mllm.ops.paths import on_cpu
+
 Shapes = Sequence[tuple[int, int]]
 
 MOST_POINTS = 2**19
@@ -29,7 +31,7 @@ def deformable_attention(value: Tensor, shapes: Shapes, points: Tensor, weights:
     points: float [B, Q, 2, A, L, K], x and y of K points in cells of each map: (0, 0) is the centre of the first cell.
     weights: float [B, Q, A, L, K].  Returns float [B, Q, A * D].
     """
-    if value.device.type == "cpu":
+    if on_cpu(value):
         return deformable_attention_bags(value, shapes, points, weights)
     return deformable_attention_reference(value, shapes, points, weights)
 
@@ -166,7 +168,7 @@ def _stack(tables: list[Tensor]) -> Tensor:
     Valid until the next call with the same dtype.
     """
     like, wanted = tables[0], 4 * tables[0].numel()
-    if torch.compiler.is_compiling() or like.device.type != "cpu" or wanted > 4 * MOST_POINTS:
+    if torch.compiler.is_compiling() or type(like) is not Tensor or not on_cpu(like) or wanted > 4 * MOST_POINTS:
         return torch.stack(tables, dim=1)
     kept = _KEPT.__dict__.setdefault("tables", {})
     if like.dtype not in kept or kept[like.dtype].numel() < wanted:

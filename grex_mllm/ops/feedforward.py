@@ -9,6 +9,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
+from grex_mllm.ops.paths import on_cpu
+
 LARGE = 2**23  # numbers of a hidden layer that are worth it: in float32 the 32 MiB from which glibc returns all freed memory at once
 MOST_HIDDEN = 2**20  # numbers of the hidden layer at a time
 ACTIVATIONS = ("relu", "gelu")
@@ -29,7 +31,7 @@ def feedforward(x: Tensor, first: nn.Linear, second: nn.Linear, activation: str)
         raise ValueError(f"activation {activation}; one of {ACTIVATIONS}; choose one of them")
     chunked = (
         x.numel() // x.shape[-1] * first.out_features > LARGE
-        and x.device.type == "cpu"
+        and on_cpu(x)
         and x.dtype == torch.float32
         and not torch.is_autocast_enabled("cpu")
         and not torch.compiler.is_compiling()

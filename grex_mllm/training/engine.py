@@ -42,7 +42,7 @@ def start_accelerator(config: TrainConfig, batch_images: int) -> Accelerator:
     device = training_device()
     on_cpu = device.type == "cpu"
     check_precision(config.precision, device.type, config.deepspeed is not None)
-    plugin = _deepspeed_plugin(config, batch_images, on_cpu=on_cpu) if config.deepspeed else None
+    plugin = deepspeed_plugin(config, batch_images, on_cpu=on_cpu) if config.deepspeed else None
 
     from accelerate import Accelerator
     from accelerate.utils import InitProcessGroupKwargs
@@ -339,11 +339,17 @@ def leave(status: int = 0) -> None:
     os._exit(status)
 
 
-def _deepspeed_plugin(config: TrainConfig, batch_images: int, on_cpu: bool) -> Any:
-    """Fill the "auto" numbers from the training configuration."""
+def deepspeed_plugin(config: TrainConfig, batch_images: int, on_cpu: bool) -> Any:
+    """Return Accelerate's plugin for `train.deepspeed`, its "auto" numbers filled from the training configuration.
+
+    Raises:
+        GrexError: as `check_deepspeed`; a number that contradicts the configuration.
+    """
     assert config.deepspeed is not None
     values = check_deepspeed(config.deepspeed)
+    processes = int(os.environ.get("WORLD_SIZE", "1"))
     filled: dict[str, float] = {
+        "train_batch_size": batch_images * config.accumulation * processes,
         "train_micro_batch_size_per_gpu": batch_images,
         "gradient_accumulation_steps": config.accumulation,
         "gradient_clipping": config.optim.clip,

@@ -1,0 +1,1 @@
+"""What a training needs before it is started: parameters, memory of each GPU, work and time; counted on shapes, without weights."""

@@ -1,0 +1,68 @@
+"""Language models as shapes, without weights: from a folder's config.json, or where there is none from the published sizes in `shapes/`."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from grex_mllm.errors import fault
+
+if TYPE_CHECKING:
+    from grex_mllm.models.generators.region_tokens.config import RegionTokensConfig
+
+FOLDER = Path(__file__).resolve().parent / "shapes"  # facts of the models' config.json, as their authors publish them
+_STATE = {"left_out": False}
+
+
+@contextmanager
+def leaving_out_weights() -> Iterator[None]:
+    """Build language models of folders as shapes within the block; used on devices without memory."""
+    _STATE["left_out"] = True
+    try:
+        yield
+    finally:
+        _STATE["left_out"] = False
+
+
+def weights_are_left_out() -> bool:
+    """Tell whether this is within `leaving_out_weights`."""
+    return _STATE["left_out"]
+
+
+def shape_file(lm: str) -> Path:
+    """Return the config.json of a language model's folder, or the file of published sizes of that name where there is no such folder.
+
+    Raises:
+        GrexError: neither is there.
+    """
+    own = Path(lm) / "config.json"
+    if own.is_file():
+        return own
+    name = Path(lm).name.lower()
+    known = {file.stem.lower(): file for file in sorted(FOLDER.glob("*.json"))}
+    if name not in known:
+        raise fault(
+            f"language model {lm} is not there",
+            f"its folder with config.json, or a name among {', '.join(known)}",
+            "fix model.generator.lm",
+        )
+    return known[name]
+
+
+def shape_of(cfg: RegionTokensConfig) -> Any:
+    """Return the language model that a configuration names, with the sizes of `shape_file` and no weights worth the name.
+
+    Raises:
+        GrexError: as `shape_file`.
+    """
+    import torch
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    values = json.loads(shape_file(cfg.lm).read_text(encoding="utf-8"))
+    config = AutoConfig.for_model(values.pop("model_type"), **values)
+    dtype = torch.bfloat16 if cfg.dtype == "auto" else getattr(torch, cfg.dtype)
+    options = {} if cfg.attn_implementation == "auto" else {"attn_implementation": cfg.attn_implementation}
+    return AutoModelForCausalLM.from_config(config, dtype=dtype, **options)
