@@ -127,7 +127,8 @@ def test_no_process_loads_the_whole_model(tmp_path: Path, monkeypatch: pytest.Mo
     lm = write_llm("llama", tmp_path / "lm", LINES, shard="200MB", head_dim=128, **sizes)
     whole = sum(file.stat().st_size for file in lm.glob("*.safetensors"))
     assert whole > 1e9 and len(list(lm.glob("*.safetensors"))) > 4
-    lean = {"reduce_bucket_size": 1_000_000, "stage3_prefetch_bucket_size": 1_000_000, "stage3_max_live_parameters": 10_000_000}
+    lean = {f"stage3_max_{name}": 10_000_000 for name in ("live_parameters", "reuse_distance")}
+    lean |= {"reduce_bucket_size": 1_000_000, "stage3_prefetch_bucket_size": 1_000_000}
     config = joint(tmp_path / "parts", lm, PARTS | lean)
     save_config(config, tmp_path / "parts.yaml")
     monkeypatch.setenv("stop_after", "1")

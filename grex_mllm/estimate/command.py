@@ -120,6 +120,7 @@ def _plan(settings: Config) -> Plan:
         plan = replace(plan, bucket=bucket)
     if prefetch != "auto":
         plan = replace(plan, prefetch=prefetch)
+    plan = replace(plan, live=zero.get("stage3_max_live_parameters", plan.live))
     return replace(plan, overlap=bool(zero.get("overlap_comm", False)))
 
 

@@ -31,7 +31,7 @@ class Counted:
     """What a step of one process needs. Bytes, but for parts and operations.
 
     frozen, trainable: weights.  quantisable: of the frozen ones, the matrices that 4 and 8 bits can hold, and the parameters in them.
-    other_base: parameters of the language model that quantisation leaves whole.  gradients, state: of all that trains.
+    gradients, state: of all that trains.
     peak: most at once in forward and backward pass.  peak_without_gradients: the same without the gradients of weights.
     update: most at once in clipping and the optimizer's step, beyond gradients and state.
     forward_flops, flops: of the step, its forward pass alone and all of it.
@@ -42,8 +42,6 @@ class Counted:
     trainable: int = 0
     quantisable: int = 0
     quantisable_parameters: int = 0
-    other_base_bytes: int = 0
-    other_base_parameters: int = 0
     largest_matrix: int = 0
     largest_layer: int = 0
     gradients: int = 0
@@ -136,14 +134,10 @@ def _weights(found: Counted, model: Any) -> None:
         base = [p for key, p in module.named_parameters(recurse=False) if is_base_key(f"{name}.{key}") and id(p) not in seen]
         seen |= {id(p) for p in base}
         matrix = isinstance(module, nn.Linear) and module is not head
-        for p in base:
-            if matrix and p.ndim == 2:
-                found.quantisable += _bytes(p)
-                found.quantisable_parameters += p.numel()
-                found.largest_matrix = max(found.largest_matrix, _bytes(p))
-            else:
-                found.other_base_bytes += _bytes(p)
-                found.other_base_parameters += p.numel()
+        for p in [p for p in base if matrix and p.ndim == 2]:
+            found.quantisable += _bytes(p)
+            found.quantisable_parameters += p.numel()
+            found.largest_matrix = max(found.largest_matrix, _bytes(p))
     lists = (m for m in model.modules() if isinstance(m, nn.ModuleList))
     layers = [_bytes_of(layer) for found_list in lists for layer in found_list]
     singles = [_bytes_of(m) for m in model.modules() if isinstance(m, nn.Embedding | nn.Linear)]

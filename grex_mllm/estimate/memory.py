@@ -23,7 +23,7 @@ class Plan:
     """How a model is trained. stage: of ZeRO, None = plain.  offload: none | optimizer | all (weights, too: stage 3).
 
     quantisation: none | nf4 | int8.  bucket: numbers of a gradient bucket.  overlap: a second bucket while the first is sent.
-    prefetch: numbers that stage 3 fetches ahead.
+    prefetch: numbers that stage 3 fetches ahead.  live: numbers that it keeps gathered at most, besides a layer that is at work.
     """
 
     stage: int | None = None
@@ -32,6 +32,7 @@ class Plan:
     bucket: int = 200_000_000
     overlap: bool = True
     prefetch: int = 50_000_000
+    live: int = 500_000_000
 
     def check(self) -> None:
         """Raise GrexError for a plan that no training can have."""
@@ -89,7 +90,9 @@ def memory(counted: Counted, plan: Plan, gpus: int) -> Memory:
     if plan.stage == 3:
         whole = found.weights
         found.weights = whole // gpus
-        found.buffers += min(whole - found.weights, plan.prefetch * NUMBER + 2 * counted.largest_layer)
+        numbers = sum(part.total for part in counted.parts.values())
+        gathered = max(plan.live * whole // max(numbers, 1), 2 * counted.largest_layer)
+        found.buffers += min(whole - found.weights, plan.prefetch * NUMBER + gathered)
     if plan.offload != "none":
         found.cpu += found.optimizer + found.gradients
         found.optimizer = 0
@@ -100,8 +103,7 @@ def memory(counted: Counted, plan: Plan, gpus: int) -> Memory:
 
 
 def quantised_change(counted: Counted, quantisation: str) -> int:
-    """Return by how many bytes the frozen weights grow: matrices shrink, the rest of the language model becomes float32 (as peft does)."""
+    """Return by how many bytes the frozen weights grow: the language model's matrices shrink, the rest of it stays."""
     if quantisation == "none":
         return 0
-    rest = counted.other_base_parameters * NUMBER - counted.other_base_bytes
-    return int(counted.quantisable_parameters * BYTES[quantisation]) - counted.quantisable + rest
+    return int(counted.quantisable_parameters * BYTES[quantisation]) - counted.quantisable

@@ -6,8 +6,10 @@ process ever holds more than its share and one whole tensor.
 
 from __future__ import annotations
 
+import ctypes
 import importlib.util
 import json
+import sys
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -27,6 +29,7 @@ if TYPE_CHECKING:
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 QUANTISATIONS = ("none", "nf4", "int8")
 PARTS_OF_OTHERS = ("vision_config", "audio_config", "text_config", "thinker_config")  # what the configuration of a multimodal model has
+MMAP_THRESHOLD = -3  # of glibc's mallopt
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 
 
@@ -50,6 +53,7 @@ def load_base(cfg: RegionTokensConfig, tokenizer: LMTokenizer) -> Any:
         config = AutoConfig.from_pretrained(cfg.lm)
         _check_text_only(cfg.lm, config)
         if here.zero3 is not None and quantisation is None:
+            return_freed_memory(here.device)
             lm = _partitioned(cfg.lm, config, here.zero3, options)
         else:
             lm = _whole(cfg.lm, here, options | {"quantization_config": quantisation})
@@ -95,6 +99,16 @@ def gathered(*parameters: nn.Parameter) -> AbstractContextManager[object]:
 
     entered: AbstractContextManager[object] = deepspeed.zero.GatheredParameters(list(parameters))
     return entered
+
+
+def return_freed_memory(device: torch.device) -> None:
+    """Let this process give whole tensors back to the system as soon as they are freed.
+
+    On a CPU under glibc freed blocks of up to 32 MiB stay with the process, in pieces: with two processes each half of a language model of
+    1.07 GB then took 1.13 GB, and 0.6 with this.
+    """
+    if device.type == "cpu" and sys.platform == "linux" and hasattr(ctypes.CDLL(None), "mallopt"):
+        ctypes.CDLL(None).mallopt(MMAP_THRESHOLD, 1 << 20)
 
 
 def _whole(name: str, here: Placement, options: dict[str, Any]) -> Any:
