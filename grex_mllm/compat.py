@@ -121,6 +121,12 @@ def attention_of(lm: Any) -> str:
     return str(private("transformers", lm.config, "_attn_implementation"))
 
 
+def recompute_blocks(model: Any) -> None:
+    """Turn on a transformers model's own gradient checkpointing; from 5.2x on it has another name, under which the first one warns."""
+    switch = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
+    switch({"use_reentrant": False})
+
+
 def fold_adapters(adapted: nn.Module) -> None:
     """Let every adapted layer compute x (W + s B A)' instead of x W' + s (x A') B': the same function and gradients, in one product.
 

@@ -217,3 +217,22 @@ def test_scene_metadata_and_pixel_masks() -> None:
     instances[0].mask = np.zeros((3, 3), bool)
     with pytest.raises(GrexError, match=r"annotation 0.*shape"):
         collate([Sample(gradient(), record, [text])], encode, image_size=20)
+
+
+def test_targets_alone_give_the_same_masks_and_boxes(tmp_path: Path) -> None:
+    whole, alone = make_batch(tmp_path / "a"), make_batch(tmp_path / "b", targets_only=True)
+    assert sum(map(len, alone.instance_masks)) < sum(map(len, whole.instance_masks))
+    assert torch.equal(alone.gt_count, whole.gt_count) and alone.gt_masks is not None and torch.equal(alone.gt_masks, whole.gt_masks)  # type: ignore[arg-type]
+    for few, all_boxes in zip(alone.gt_boxes_norm, whole.gt_boxes_norm, strict=True):
+        assert torch.equal(few, all_boxes)
+
+
+def test_an_unchanged_folder_is_parsed_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = tiny_folder(tmp_path / "data")
+    first = FolderDataset(folder, "val", training=True)
+    assert FolderDataset(folder, "val").dataset is first.dataset
+    lines = (folder / "expressions.jsonl").read_text().splitlines(keepends=True)
+    (folder / "expressions.jsonl").write_text("".join(lines[:-1]))
+    assert len(FolderDataset(folder, "val").dataset.expressions) == len(first.dataset.expressions) - 1
+    monkeypatch.chdir(tmp_path)
+    assert FolderDataset("data", "val").dataset.folder == Path("data")  # messages name a folder as it was given

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -27,17 +28,18 @@ def collate(
     image_size: int,
     resize: str = "squash",
     num_generation_targets: int | None = None,
+    targets_only: bool = False,
 ) -> Batch:
     """Return the batch of B samples with all their E expressions, at S x S = image_size.
 
     The text encoder gets `raw` (as the released ReLA does), a generator `expression`. collate_generation: the generator's own `collate`;
     it gets the expressions with a target, at most num_generation_targets of an image, maybe none. gt_masks is None where a target has no
-    mask (box-only data).
+    mask (box-only data).  targets_only: leave out the instances that are no target of these expressions, where nothing reads them.
 
     Raises:
         GrexError: no or an empty expression, or a target that is no selectable instance of its image.
     """
-    pairs = _kept(samples)
+    pairs = [_with_targets_alone(sample) if targets_only else sample for sample in _kept(samples)]
     expressions = [expression for sample in pairs for expression in sample.expressions]
     prepared = [prepare(sample, image_size, resize) for sample in pairs]
     targets = [_target_index(expression, ready) for ready, sample in zip(prepared, pairs, strict=True) for expression in sample.expressions]
@@ -76,6 +78,12 @@ def _kept(samples: Sequence[Sample]) -> list[Sample]:
         if not expression.raw.strip():
             raise fault(f"expression {expression.expression_id} is empty", "text", "fix field raw in expressions.jsonl")
     return kept
+
+
+def _with_targets_alone(sample: Sample) -> Sample:
+    wanted = {target for expression in sample.expressions for target in expression.targets}
+    instances = [instance for instance in sample.record.instances if instance.annotation_id in wanted]
+    return replace(sample, record=replace(sample.record, instances=instances))
 
 
 def _generation_items(

@@ -17,13 +17,25 @@ from typing import Protocol
 import numpy as np
 
 from grex_mllm.data.images import load_image, resolve_image
-from grex_mllm.data.records import IMAGES, load_dataset
+from grex_mllm.data.records import EXPRESSIONS, IMAGES, INFO, Dataset, load_dataset
 from grex_mllm.errors import GrexError, fault
 from grex_mllm.types import ExpressionRecord, Sample
 
 MIXTURE_BLOCK = 1000  # positions over which a mixture keeps its ratio exactly
 EXACT, RELEASED = SAMPLINGS = ("exact", "released")
 SAME_ORIENTATION = 6  # samples in a row with images of one orientation under RELEASED: a GPU's images, 48 on 8 GPUs
+
+
+def read_once(folder: str | Path, image_root: str | Path | None = None) -> Dataset:
+    """Return what `load_dataset` gives; a folder whose files are unchanged is not parsed again by this process."""
+    files = [Path(folder).resolve() / name for name in (INFO, IMAGES, EXPRESSIONS)]
+    state = tuple((file, file.stat().st_mtime_ns, file.stat().st_size) for file in files if file.is_file())
+    return _read(Path(folder), image_root, state)
+
+
+@lru_cache(maxsize=4)
+def _read(folder: Path, image_root: str | Path | None, _state: tuple[tuple[Path, int, int], ...]) -> Dataset:
+    return load_dataset(folder, image_root)
 
 
 class SampleSource(Protocol):
@@ -119,7 +131,7 @@ class FolderDataset:
     ) -> None:
         if expressions_per_image < 1:
             raise fault(f"expressions_per_image {expressions_per_image}", "at least 1", "fix data.expressions_per_image")
-        self.dataset = load_dataset(folder, image_root)
+        self.dataset = read_once(folder, image_root)
         self.split, self.training = split, training
         self.expressions = self.dataset.expressions_of(split)
         if targeted_only:

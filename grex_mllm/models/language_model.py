@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
-from grex_mllm.compat import attention_of, fold_adapters
+from grex_mllm.compat import attention_of, fold_adapters, recompute_blocks
 from grex_mllm.errors import fault
 from grex_mllm.models.lm_loading import gathered, load_base, partitioned_lm
 from grex_mllm.models.lm_shapes import shape_of, weights_are_left_out
@@ -47,7 +47,7 @@ def build_language_model(cfg: RegionTokensConfig, tokenizer: LMTokenizer) -> Any
         if hasattr(layer, "support_avx512bf16_for_cpu"):  # else bitsandbytes repacks 4-bit weights on a CPU's first answer without
             layer.support_avx512bf16_for_cpu = False  # gradients, after which training goes on without them, unannounced
     if cfg.gradient_checkpointing:
-        lm.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        recompute_blocks(lm)
     return _with_lora(lm, cfg) if cfg.lora_rank else lm
 
 

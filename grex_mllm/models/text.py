@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from grex_mllm.compat import recompute_blocks
 from grex_mllm.config import TextConfig
 from grex_mllm.errors import fault
 from grex_mllm.types import TextFeatures
@@ -51,7 +52,7 @@ class TextEncoder(nn.Module):
         self.bert.set_attn_implementation(config.attention)
         self.bert.config.use_cache = False
         if config.gradient_checkpointing:
-            self.bert.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+            recompute_blocks(self.bert)
 
     @property
     def width(self) -> int:

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from itertools import pairwise
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
+from grex_mllm.compat import recompute_blocks
 from grex_mllm.config import VisionConfig
 from grex_mllm.errors import GrexError, fault
 from grex_mllm.types import TextFeatures
@@ -101,7 +103,7 @@ def build_vision(config: VisionConfig, text_width: int) -> nn.Module:
         _recompute(net.net.set_grad_checkpointing, config)
     elif config.name.startswith("hf:"):
         net = HubEncoder(config.name.removeprefix("hf:"))
-        _recompute(net.net.gradient_checkpointing_enable, config)
+        _recompute(partial(recompute_blocks, net.net), config)
     else:
         raise fault(f'model.vision.name "{config.name}"', "resnet, swin, timm:<model> or hf:<folder or hub id>", "fix the name")
     if config.weights is not None:

@@ -160,9 +160,12 @@ def batch_stream(
     if generates and config.model.generator is not None:
         chosen = entry("model.generator", config.model.generator.name)
         generation = partial(chosen.collate, config.model.generator, lm_tokenizer)
+    criterion = entry("model.decoder", config.model.decoder.name).Criterion
+    targets_only = generation is None and getattr(criterion, "reads_targets_only", False)
     data = config.data
     most = data.num_generation_targets if num_generation_targets == -1 else num_generation_targets
-    options: dict[str, Any] = {"image_size": data.image_size, "resize": data.resize, "num_generation_targets": most}
+    options: dict[str, Any] = {"image_size": data.image_size, "resize": data.resize, "num_generation_targets": most,
+                               "targets_only": targets_only}  # fmt: skip
     return BatchStream(partial(_make_batch, samples, partial(collate, encode_text=encode, collate_generation=generation, **options)),
                        config.train.batch_images)  # fmt: skip
 

@@ -105,6 +105,8 @@ def box_score(box_logits: Tensor, matches: Matches, kind: str) -> Tensor:
 class RelaCriterion:
     """Turn a grounding answer and its batch into named, unweighted terms and their weighted `total`."""
 
+    reads_targets_only = True
+
     def __init__(self, decoder: RelaConfig) -> None:
         self.config = config = decoder.loss
         self.weights = {name: float(getattr(config, name)) for name in TERMS}
