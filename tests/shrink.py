@@ -46,6 +46,7 @@ PLACEHOLDERS |= {"PREDICTIONS": "runs/mine/predictions.jsonl", "GENERATED.jsonl"
 STEPS = re.compile(r"(--train\.(?:text\.)?(?:steps|scenes)=)(\d+)")
 DEMO_SIZES = {"demo.TEST_SCENES": 3, "demo.EXPRESSIONS_PER_SCENE": 2, "demo.LISTENER_CANDIDATES": 2, "training.run.CORPUS_LINES": 300}
 BENCHMARK_SIZES = {"rela_forward.py": ["--models", "r50", "--size", "64", "--repeats", "1", "--inner", "1", "--baseline", str(ROOT)]}
+BENCHMARK_SIZES["train_step.py"] = ["--batch", "1", "--steps", "1", "--repeats", "1", "--set=--data.image_size=64"]
 LANGUAGE_MODELS = {"Qwen2.5-0.5B-Instruct": "qwen2", "Qwen2.5-1.5B-Instruct": "qwen2", "Qwen2.5-7B-Instruct": "qwen2"}
 LANGUAGE_MODELS |= {"Llama-3.1-8B-Instruct": "llama", "vicuna-7b-v1.5": "llama"}
 CHECKPOINTS = ("swin_base_patch4_window12_384_22k.pth", "swin_tiny_patch4_window7_224.pth", "resnet50.pth")
