@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
 
 import torch
 import torch.nn.functional as F
@@ -13,14 +15,27 @@ from grex_mllm.ops.matching import Matches
 from grex_mllm.types import MORE_THAN_FIVE
 
 
+_ALONE: ContextVar[bool] = ContextVar("alone", default=False)
+
+
+@contextmanager
+def alone() -> Iterator[None]:
+    """Let this process compute losses by itself within the block, because the others take no part in it."""
+    token = _ALONE.set(True)
+    try:
+        yield
+    finally:
+        _ALONE.reset(token)
+
+
 def shared_count(count: Tensor | float, like: Tensor, least: float = 1.0) -> Tensor:
     """Return what a sum of this process is divided by, a float32 scalar on the device of `like`: the mean of the count over the processes.
 
     Gradients are averaged over the processes, so sums divided by it give the loss and the gradients that one process has for the whole
-    batch. Every process must call it the same number of times in a step.  least: of the count over all processes.
+    batch. Every process must call it the same number of times in a step, but within `alone`.  least: of the count over all processes.
     """
     total = torch.as_tensor(count, dtype=torch.float32, device=like.device).detach().clone()
-    if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
+    if _ALONE.get() or not (torch.distributed.is_available() and torch.distributed.is_initialized()):
         return total.clamp(min=least)
     torch.distributed.all_reduce(total)
     return total.clamp(min=least) / torch.distributed.get_world_size()

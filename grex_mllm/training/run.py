@@ -21,6 +21,7 @@ from grex_mllm.models.language_model import describe_base
 from grex_mllm.models.lm_loading import partitioned_lm
 from grex_mllm.models.placement import placed
 from grex_mllm.models.text import TextTokenizer, load_text_tokenizer, train_text_tokenizer
+from grex_mllm.ops.losses import alone
 from grex_mllm.precision import Resolved, resolve_precision
 from grex_mllm.progress import list_ids, progress_bar
 from grex_mllm.training import checkpoint
@@ -80,7 +81,7 @@ def train_from_config(
         if on_forecast is not None and num_processes() == 1 and partitioned_lm(model) is None:
             on_forecast(_forecast(model, batches, stages, config), resolve_precision(config.train.precision, training_device()))
         for stage in stages:  # the other processes get the weights when they meet
-            with progress_bar(stage.name) as progress:
+            with alone(), progress_bar(stage.name) as progress:
                 stage.run(model, stage.steps, progress)
     if is_main_process():
         _report_cut(config, tokenizers[0])
