@@ -14,7 +14,6 @@ from grex_mllm.ops.boxes import cxcywh_to_xyxy, generalized_iou
 from grex_mllm.ops.matching import Matches
 from grex_mllm.types import MORE_THAN_FIVE
 
-
 _ALONE: ContextVar[bool] = ContextVar("alone", default=False)
 
 
