@@ -121,13 +121,13 @@ def launched(words: list[str]) -> tuple[str, list[str], int]:
 
 def check_original(words: list[str], num_processes: int) -> None:
     """Check of a `train` command what its shrunken configuration hides: precision on a GPU, number of images, DeepSpeed with Muon."""
-    from grex_mllm.training.engine import check_precision
+    from grex_mllm.training.engine import check_precision, wanted_precision
 
     items = [part for word in words for part in (word.split("=", 1) if word.startswith("--") else [word])]
     fields = {flag: value for flag, value in pairwise(items) if flag.startswith("--")}
     overrides = [f"{flag}={value}" for flag, value in fields.items() if "." in flag]
     settings = load_config(ROOT / fields["--config"], overrides).train
-    check_precision(settings.precision, "cuda", deepspeed=settings.deepspeed is not None)
+    check_precision(wanted_precision(settings), "cuda")
     assert settings.batch_images % num_processes == 0, f"{settings.batch_images} images over {num_processes} processes"
     assert not (settings.deepspeed and settings.optim.muon), "DeepSpeed has no Muon"
 

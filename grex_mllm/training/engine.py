@@ -10,6 +10,7 @@ import sys
 import time
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from datetime import timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -41,7 +42,7 @@ def start_accelerator(config: TrainConfig, batch_images: int) -> Accelerator:
     """
     device = training_device()
     on_cpu = device.type == "cpu"
-    check_precision(config.precision, device.type, config.deepspeed is not None)
+    check_precision(wanted_precision(config), device.type)
     plugin = deepspeed_plugin(config, batch_images, on_cpu=on_cpu) if config.deepspeed else None
 
     from accelerate import Accelerator
@@ -57,7 +58,7 @@ def start_accelerator(config: TrainConfig, batch_images: int) -> Accelerator:
         handlers.append(InitProcessGroupKwargs(backend="gloo" if on_cpu else "nccl", timeout=limit))
     accelerator = Accelerator(
         cpu=on_cpu and plugin is None,  # with cpu=True Accelerate would silently drop DeepSpeed
-        mixed_precision="fp16" if config.precision == "fp16" else "no",  # only for its gradient scaler: Step does the autocast
+        mixed_precision="fp16" if wanted_precision(config) == "fp16" else "no",  # only for its gradient scaler: Step does the autocast
         gradient_accumulation_steps=config.accumulation,
         deepspeed_plugin=plugin,
         kwargs_handlers=handlers,
@@ -75,19 +76,24 @@ def training_device() -> torch.device:
     return device if device is not None else torch.device("cpu")
 
 
-def check_precision(precision: str, device: str, deepspeed: bool) -> None:
+def wanted_precision(config: TrainConfig) -> str:
+    """Return the configured precision; under DeepSpeed bf16 in the place of fp16, because bf16 needs no scaled loss."""
+    return "bf16" if config.precision == "fp16" and config.deepspeed is not None else config.precision
+
+
+def check_precision(precision: str, device: str) -> None:
     """Raise GrexError for a precision that does not exist or cannot work there."""
     if precision not in ("auto", *DTYPES):
         raise fault(f'train.precision is "{precision}"', f"one of auto, {', '.join(DTYPES)}", "choose one of them")
     if precision == "fp16" and device != "cuda":
         raise fault(f"train.precision is fp16 on {device}", "a CUDA GPU for fp16", 'set train.precision to "bf16" or "fp32"')
-    if precision == "fp16" and deepspeed:
-        raise fault("train.precision is fp16 with DeepSpeed", "bf16 or fp32 there", 'set train.precision to "bf16"')
 
 
 def agreed_precision(accelerator: Accelerator, config: TrainConfig) -> Resolved:
     """Return the precision that all processes use: float32 where `auto` finds that for one of them."""
-    own = resolve_precision(config.precision, accelerator.device)
+    own = resolve_precision(wanted_precision(config), accelerator.device)
+    if wanted_precision(config) != config.precision:
+        return replace(own, reason=f"{config.precision} is configured; under DeepSpeed it is bf16, which needs no scaled loss")
     if config.precision != "auto" or accelerator.num_processes == 1:
         return own
     votes = accelerator.gather(torch.tensor([own.precision == "bf16"], device=accelerator.device, dtype=torch.int64))

@@ -328,7 +328,7 @@ class _Run:
         else:
             self.accelerator.unscale_gradients()
             norm = clip_gradients(self.trained, self.config.optim.clip)
-        if self.config.precision != "fp16" and not math.isfinite(float(norm)):  # fp16: the scaler skips the step and lowers its factor
+        if self.precision.precision != "fp16" and not math.isfinite(float(norm)):  # fp16: the scaler skips the step and lowers its factor
             raise self._not_finite(f"gradient norm {float(norm)}", step, batch)
         return norm
 
