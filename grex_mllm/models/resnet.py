@@ -87,6 +87,19 @@ class Block(nn.Module):
         return F.relu_(y + (x if self.shortcut is None else self.shortcut(x)))
 
 
+class Stage(nn.Sequential):
+    """Blocks one after the other; recompute: their insides are not kept for the backward pass."""
+
+    def __init__(self, *blocks: Block, recompute: bool) -> None:
+        super().__init__(*blocks)
+        self.recompute = recompute
+
+    def forward(self, x: Tensor) -> Tensor:
+        for block in self:
+            x = run_block(block, x, recompute=self.recompute)
+        return x
+
+
 class Stem(nn.Module):
     """conv7: 7x7 convolution of stride 2, norm, ReLU, 3x3 max pool of stride 2.  conv3: 3x3 convolution of stride 2, norm, ReLU."""
 
@@ -115,7 +128,7 @@ class ResNet(nn.Module):
             raise fault(
                 f"model.vision.widths {config.widths} and depths {config.depths}", f"{len(STAGE_STRIDES)} numbers in each", "fix the lists"
             )
-        self.coordinates, self.recompute = config.coordinates, config.gradient_checkpointing
+        self.coordinates = config.coordinates
         self.stem = Stem(config.stem, 5 if config.coordinates else 3, config.stem_width, config.norm)
         first = 4 if config.stem == "conv7" else 2
         self.strides = tuple(first * 2**i for i in range(4))
@@ -127,7 +140,7 @@ class ResNet(nn.Module):
         for i, (out_width, depth, stride) in enumerate(zip(config.widths, config.depths, STAGE_STRIDES, strict=True)):
             inner = config.bottleneck_widths[i] if config.block == "bottleneck" else None
             blocks = [Block(out_width if j else width, out_width, inner, 1 if j else stride, config.norm) for j in range(depth)]
-            self.stages.append(nn.Sequential(*blocks))
+            self.stages.append(Stage(*blocks, recompute=config.gradient_checkpointing))
             width = out_width
         for module in self.modules():
             if isinstance(module, nn.Conv2d):
@@ -145,8 +158,7 @@ class ResNet(nn.Module):
         x = self.stem(x if torch.is_grad_enabled() else x.contiguous(memory_format=torch.channels_last))
         maps = []
         for stage in self.stages:
-            for block in stage:  # type: ignore[attr-defined]
-                x = run_block(block, x, recompute=self.recompute)
+            x = stage(x)
             maps.append(x)
         return maps
 
