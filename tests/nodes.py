@@ -44,7 +44,9 @@ def documented(launcher: str, **values: Any) -> list[str]:
 
 def environment(**changes: str) -> dict[str, str]:
     """Return the environment of a node: our package, one thread, no GPU, nothing of another launcher."""
-    kept = {name: text for name, text in os.environ.items() if name not in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")}
+    kept = {
+        name: text for name, text in os.environ.items() if name not in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
+    }
     path = f"{Path(sys.executable).parent}{os.pathsep}{kept['PATH']}"
     return {**kept, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "PATH": path, **changes}
 
@@ -121,9 +123,19 @@ def torchrun(folder: Path, yaml: Path, *, nodes: int = 2, each: int = 1, **value
     return Cluster(folder, [documented("torchrun", node_rank=k, **fixed, **settings) for k in range(nodes)], environment())
 
 
+def accelerate(folder: Path, yaml: Path, *, nodes: int = 2, **values: Any) -> Cluster:
+    """Start Accelerate's launcher for each node, one process each, as the document says."""
+    settings = {"config": yaml, "train__deepspeed": None, "train__out": None, **values}
+    fixed = {"num_machines": nodes, "main_process_ip": "127.0.0.1", "main_process_port": free_port(), "num_processes": nodes}
+    lines = [documented("accelerate", machine_rank=k, **fixed, **settings) for k in range(nodes)]
+    for words in lines:  # it leaves the device to the program; without these it asks for a file of answers
+        words[2:2] = ["--multi_gpu", "--mixed_precision", "no", "--dynamo_backend", "no"]
+    return Cluster(folder, lines, environment())
+
+
 @contextmanager
 def ssh_server(folder: Path) -> Iterator[psutil.Process]:
-    """Run an ssh server on a free port of the loopback; `folder/bin/ssh` knows it as node0 and node1. Skip, with the reason, without one."""
+    """Run an ssh server on a free port of the loopback; `folder/bin/ssh` knows it as node0 and node1. Skip, with the reason, without it."""
     for tool, package in ((SSHD, "openssh-server"), ("ssh", "openssh-client"), ("ssh-keygen", "openssh-client"), ("pdsh", "pdsh")):
         if shutil.which(tool) is None:
             pytest.skip(f"needs {tool} (on Debian and Ubuntu: apt-get install {package})")
@@ -161,7 +173,7 @@ def deepspeed(folder: Path, yaml: Path, server: psutil.Process, *, each: int = 1
     """Start DeepSpeed's launcher on this machine, which starts node0 and node1 over ssh, as the document says."""
     (folder / "hosts").write_text(f"node0 slots={each}\nnode1 slots={each}\n")
     (folder / ".deepspeed_env").write_text("OMP_NUM_THREADS=1\n")
-    words = documented("deepspeed", config=yaml, train__out=None, **values)
+    words = documented("deepspeed", **{"config": yaml, "train__out": None, **values})
     words[1:1] = ["--master_addr", "127.0.0.1", "--master_port", str(free_port())]
     env = environment()
     return Cluster(folder, [words], env | {"PATH": f"{folder / 'bin'}{os.pathsep}{env['PATH']}"}, over=server)

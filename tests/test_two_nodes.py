@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from nodes import Cluster, deepspeed, ssh_server, torchrun
+from nodes import Cluster, accelerate, deepspeed, ssh_server, torchrun
 from safetensors.torch import load_file
 from test_deepspeed import write_json
 from test_elastic import assert_same_run, real_config
@@ -20,6 +20,7 @@ from toy_training import losses
 from grex_mllm.config import Config, save_config
 from grex_mllm.training import checkpoint, run
 from grex_mllm.training.run import train_from_config
+from grex_mllm.training.watch import FOLDER as STANDING
 
 SGD = {"train__optim__name": "sgd", "train__optim__lr": 0.01}
 ENGINES = pytest.mark.parametrize("stage", [None, 2, 3], ids=["DDP", "ZeRO-2", "ZeRO-3"])
@@ -87,6 +88,13 @@ def test_two_launchers_train_as_one_process_under_every_engine(tmp_path: Path, t
 
 
 @pytest.mark.long
+def test_two_launchers_of_accelerate_train_as_one_process(tmp_path: Path, tokenizers: Path) -> None:
+    finish(accelerate(tmp_path, settle(tmp_path, tokenizers, "two", train__steps=4)[1]))
+    train_from_config(settle(tmp_path, tokenizers, "one", train__steps=4)[0])
+    assert_as_one(tmp_path / "two", tmp_path / "one")
+
+
+@pytest.mark.long
 @ENGINES
 def test_one_process_is_killed_in_a_step_and_any_number_goes_on(tmp_path: Path, tokenizers: Path, stage: int | None) -> None:
     """Two processes go on bit for bit; one and four within 1e-4 (losses, predictions) and 1e-5 (weights) under plain SGD."""
@@ -104,6 +112,7 @@ def test_one_process_is_killed_in_a_step_and_any_number_goes_on(tmp_path: Path, 
         shown = finish(torchrun(tmp_path, yaml, nodes=nodes, each=each, **given, train__out=tmp_path / name, train__resume="true"))
         assert f"going on after step {int(found.name[-8:])}" in shown
         assert_same_run(tmp_path / name, tmp_path / "whole", 1e-5)
+        assert not (tmp_path / name / STANDING).exists()
     assert_equal(tmp_path / "two", tmp_path / "whole")
 
 
@@ -140,7 +149,7 @@ def kill_while_saving(cluster: Cluster, root: Path, delay_s: float) -> bool:
 
 @pytest.mark.long
 def test_a_node_falls_silent_and_the_other_goes_on_alone(tmp_path: Path, tokenizers: Path) -> None:
-    """A machine without power says no goodbye: the other names it after `hang_s` and ends; alone, it loses the steps since the checkpoint."""
+    """A machine without power says no goodbye: the other names it after `hang_s` and ends; alone, it loses the steps since the save."""
     _, yaml = settle(tmp_path, tokenizers, "whole", **SGD)
     finish(torchrun(tmp_path, yaml, nodes=1))
     _, yaml = settle(tmp_path, tokenizers, "cut", **SGD, train__hang_s=15.0)
