@@ -111,7 +111,11 @@ def test_a_lone_process_that_hangs_says_so(tmp_path: Path) -> None:
 
 
 def test_who_goes_on_is_left_alone_and_nothing_stays(tmp_path: Path) -> None:
+    for rank in range(3):  # of a killed run with more processes
+        (tmp_path / FOLDER).mkdir(exist_ok=True)
+        (tmp_path / FOLDER / f"rank_{rank}.json").write_text("{}")
     with Watch(tmp_path, 0, 1, 0.4) as watch:
+        assert [file.name for file in (tmp_path / FOLDER).iterdir()] == ["rank_0.json"]
         for step in range(12):
             watch.mark(step, "forward pass")
             time.sleep(0.1)

@@ -40,6 +40,9 @@ class Watch:
     def __enter__(self) -> Self:
         if self.limit_s > 0:
             self.folder.mkdir(parents=True, exist_ok=True)
+            if self.rank == 0:  # what a killed run of more processes left
+                for left in set(self.folder.glob("rank_*.json")) - {self._path(rank) for rank in range(self.num_ranks)}:
+                    left.unlink(missing_ok=True)
             self._file = os.open(self._path(self.rank), os.O_RDWR | os.O_CREAT | os.O_TRUNC)
             self._write()
             self._thread.start()
