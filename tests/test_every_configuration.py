@@ -6,9 +6,10 @@ The rule by which a configuration is made tiny, and free of chance, for this (`e
 2. Every dropout is 0: of the text encoder, of the adapters, of Swin's paths, of distractors, and the share of boxes instead of masks.
 3. Ten steps of four images, at most two batches a step; no pre-training. Dataset folders are one of SCENES synthetic scenes, some of
    whose expressions have no target; a named language model is a tiny random one of its family, in the type that is computed in.
-4. AdamW with epsilon 1e-2, learning rate 2e-5, gradients clipped at norm 1, no decay. With its usual epsilon AdamW divides the
+4. AdamW with epsilon 1e-2, learning rate 2e-6, gradients clipped at norm 1, no decay. With its usual epsilon AdamW divides the
    gradient of each weight by its own size, so that a weight whose gradient is zero but for rounding (the bias of a key, of what is
-   normalised next) moves as far as any other, in a direction that rounding draws: 1e-3 of a loss after ten steps. The moments stay.
+   normalised next) moves as far as any other, in a direction that rounding draws. A step that is too long for the sharpest direction
+   (random Swin with fusion: gradient norms of 2,000) makes differences of rounding grow in every step, too.
 5. Under DeepSpeed neither Muon nor an average of weights, as deepspeed_configs/README.md says; plain data parallelism keeps both.
 
 As a program: `python test_every_configuration.py CONFIG.yaml ...` trains one after the other, also as several processes.
@@ -47,7 +48,7 @@ pytest.importorskip("deepspeed")
 FILES = {file.stem: file for file in sorted((ROOT / "configs").glob("*.yaml"))}
 SCENES, STEPS, CORPUS_LINES = 16, 10, 300
 EXACT, IN_BF16 = 1e-5, 0.02  # bounds of the relative difference of a loss
-MOMENT = "exp_avg/"  # in front of a weight's name in a checkpoint of the optimizer
+MOMENTS = ("exp_avg", "momentum_buffer")  # Adam's, Muon's: in front of a weight's name in a checkpoint of the optimizer
 DEAD = re.compile(r"grounding\.vision\.stages\.\d\.gate\.[02]\.weight")  # as released, zero on both sides of a ReLU: no gradient ever
 CPU: dict[str, str] = {"device": "cpu"}
 PARTS: dict[str, Any] = {"stage": 3, "stage3_param_persistence_threshold": 0}
@@ -94,7 +95,7 @@ def exact(name: str, stage: Path, engine: str, precision: str) -> Config:
         config.data.train = str(stage / "data")
     train.steps, train.save_every, train.log_every, train.batch_images, train.accumulation = STEPS, STEPS, 1, 4, accumulation
     train.precision, train.num_threads = precision, 1
-    optim.lr, optim.eps, optim.clip, optim.weight_decay, optim.adapter_decay = 2e-5, 1e-2, 1.0, 0.0, 0.0
+    optim.lr, optim.eps, optim.clip, optim.weight_decay, optim.adapter_decay = 2e-6, 1e-2, 1.0, 0.0, 0.0
     if ENGINES[engine] is not None:
         optim.muon, optim.average_decay = False, 0.0
     return config
@@ -127,35 +128,39 @@ def two(cases: list[tuple[str, str]], stage: Path, folder: Path, precision: str)
     return outs
 
 
-def worst_difference(ours: Path, theirs: Path) -> float:
-    """Return the largest difference of a loss term over all steps, relative to the term."""
+def worst_difference(ours: Path, theirs: Path) -> tuple[float, float]:
+    """Return the largest differences over all steps of a loss term, relative to the term, and of the gradient norm."""
     found, expected = losses(ours), losses(theirs)
     assert [sorted(line) for line in found] == [sorted(line) for line in expected] and len(found) == STEPS
-    pairs = [(line[key], other[key]) for line, other in zip(found, expected, strict=True) for key in line if key.startswith("loss/")]
-    return max(abs(mine - other) / max(abs(other), 1e-6) for mine, other in pairs)
+    gaps = [
+        (key, abs(line[key] - other[key]) / max(abs(other[key]), 1e-6)) for line, other in zip(found, expected, strict=True) for key in line
+    ]
+    return max(gap for key, gap in gaps if key.startswith("loss/")), max(gap for key, gap in gaps if key == "grad_norm")
 
 
 def unreached(out: Path) -> list[str]:
     """Return the trained weights that no gradient but zero has reached; the first moments tell."""
     moments = load_file(out / "checkpoints" / f"step_{STEPS:08d}" / "optimizer.safetensors")
-    reached = {name.rpartition("/")[2] for name, value in moments.items() if MOMENT in name and bool(value.any())}
+    states = [(*key.split("/"), value) for key, value in moments.items()]
+    reached = {name for kind, name, value in states if kind in MOMENTS and bool(value.any())}
     return [name for name in json.loads((out / "trained.json").read_text()) if name not in reached and not DEAD.fullmatch(name)]
 
 
 def compare(cases: list[tuple[str, str]], stage: Path, folder: Path, bound: float, precision: str = "fp32") -> None:
-    """Require of two processes the losses of one, and a gradient for every trained weight."""
+    """Require of two processes the losses of one, its gradient norm within ten times the bound, and a gradient for every trained weight."""
     far, still = {}, {}
     for (name, engine), out in two(cases, stage, folder, precision).items():
         far[name, engine] = worst_difference(out, one(name, stage, engine, precision))
         still[name, engine] = unreached(out)
-        print(f"{precision} {engine}: {name} {far[name, engine]:.1e}")
-    assert {case: gap for case, gap in far.items() if gap > bound} == {}
+        print(f"{precision} {engine}: {name}", *(f"{gap:.1e}" for gap in far[name, engine]))
+    assert {case: gaps for case, gaps in far.items() if gaps[0] > bound or gaps[1] > 10 * bound} == {}
     assert {case: names for case, names in still.items() if names} == {}
 
 
 def test_two_processes_equal_one(stage: Path, tmp_path: Path) -> None:
-    names = ["demo", "joint_rela_swin_base_qwen2.5_7b"]
-    compare([(name, engine) for engine in ("DDP", "ZeRO-3") for name in names], stage, tmp_path, EXACT)
+    """Our own decoder with Muon; ReLA on Swin with a named language model, whole and in partitions."""
+    joint = "joint_rela_swin_tiny_qwen2.5_1.5b"
+    compare([("demo", "DDP"), (joint, "DDP"), (joint, "ZeRO-3")], stage, tmp_path, EXACT)
 
 
 @pytest.mark.long
