@@ -8,8 +8,7 @@ The rule by which a configuration is made tiny, and free of chance, for this (`e
    whose expressions have no target; a named language model is a tiny random one of its family, in the type that is computed in.
 4. AdamW with epsilon 1e-2, learning rate 2e-6, gradients clipped at norm 1, no decay. With its usual epsilon AdamW divides the
    gradient of each weight by its own size, so that a weight whose gradient is zero but for rounding (the bias of a key, of what is
-   normalised next) moves as far as any other, in a direction that rounding draws. A step that is too long for the sharpest direction
-   (random Swin with fusion: gradient norms of 2,000) makes differences of rounding grow in every step, too.
+   normalised next) moves as far as any other, in a direction that rounding draws. The moments stay.
 5. Under DeepSpeed neither Muon nor an average of weights, as deepspeed_configs/README.md says; plain data parallelism keeps both.
 
 As a program: `python test_every_configuration.py CONFIG.yaml ...` trains one after the other, also as several processes.
@@ -158,8 +157,8 @@ def compare(cases: list[tuple[str, str]], stage: Path, folder: Path, bound: floa
 
 
 def test_two_processes_equal_one(stage: Path, tmp_path: Path) -> None:
-    """Our own decoder with Muon; ReLA on Swin with a named language model, whole and in partitions."""
-    joint = "joint_rela_swin_tiny_qwen2.5_1.5b"
+    """Our own decoder with Muon; ReLA with a named language model, whole and in partitions."""
+    joint = "joint_rela_r50_qwen2.5_0.5b"
     compare([("demo", "DDP"), (joint, "DDP"), (joint, "ZeRO-3")], stage, tmp_path, EXACT)
 
 
