@@ -90,7 +90,7 @@ REAL = {
 @pytest.mark.parametrize(
     ("decoder", "zero"),
     [
-        pytest.param("rela", {"stage": 3}),
+        pytest.param("rela", {"stage": 3}, marks=pytest.mark.long),
         pytest.param("rela", {"stage": 2}, marks=pytest.mark.long),
         pytest.param("rela", {"stage": 2, "offload_optimizer": {"device": "cpu"}}, marks=pytest.mark.long),
         pytest.param("instance_selection", {"stage": 3}, marks=pytest.mark.long),
