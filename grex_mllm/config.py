@@ -132,6 +132,7 @@ class LossConfig:
 
     ground: float = 1.0
     generate: float = 1.0
+    contrast: float = 0.0  # object sets and their expressions meet in one space (`models/contrast.py`); needs both parts; 0 = not
     generate_start: float = 0.0  # share of the training before the expressions are learned; see the generator's `forward`
 
 

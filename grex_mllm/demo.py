@@ -19,7 +19,7 @@ DEMO_CONFIG = CONFIG_FOLDER / "demo.yaml"
 PROTOCOL = PROTOCOL_FOLDER / "all.yaml"
 DATA, PREDICTIONS, RESULTS = "data", "predictions.jsonl", "results.json"
 TEST_SCENES, EXPRESSIONS_PER_SCENE, LISTENER_CANDIDATES = 250, 8, 16
-PREDICTION_STEPS, SCORING_S = 90, 15.0  # time of the prediction in joint training steps, and of scores and report; for the announcement
+PREDICTION_STEPS, SCORING_S = 120, 15.0  # time of the prediction in joint training steps, and of scores and report; for the announcement
 
 
 def run_demo(out: Path, config_file: str | None, overrides: list[str]) -> dict[str, Any]:

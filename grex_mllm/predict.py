@@ -25,6 +25,7 @@ from grex_mllm.data.images import resolve_image
 from grex_mllm.data.judges import Judge, find_judge
 from grex_mllm.data.sources import options_of, source_of
 from grex_mllm.errors import GrexError, fault
+from grex_mllm.metrics.language import OTHER_WAYS
 from grex_mllm.predictors import open_predictor
 from grex_mllm.predictors.lines import answer_fields
 from grex_mllm.predictors.protocol import STATUSES, TASKS, Answer, Item, ObjectSet, Options, Predictor, object_sets, set_key
@@ -161,13 +162,13 @@ def _predict(
 
 
 def _line(answer: Answer, question: _Question, source: FolderDataset, judge: Judge | None, truth: str) -> dict[str, Any]:
-    """Return the prediction line of an answer, with what the data's judge makes of the expression and of the listener's choice."""
+    """Return the prediction line of an answer, with what the data's judge makes of each of its expressions."""
     fields = answer_fields(answer)
     if truth:
         fields["reads_truth"] = truth
     if question.targets is None:
         return {"expression_id": answer.key, **fields}
-    for said in (fields, fields.get("listener")):
+    for said in (fields, *(fields.get(way) for way in OTHER_WAYS)):
         if judge is not None and said and "expression" in said:
             said["judgement"] = judge(said["expression"], source.dataset.images[question.image_id], question.targets)
     return {"image_id": question.image_id, "targets": list(question.targets), **fields}

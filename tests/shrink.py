@@ -49,6 +49,7 @@ BENCHMARK_SIZES = {"rela_forward.py": ["--models", "r50", "--size", "64", "--rep
 BENCHMARK_SIZES["train_step.py"] = ["--batch", "1", "--steps", "1", "--repeats", "1", "--set=--data.image_size=64"]
 LANGUAGE_MODELS = {"Qwen2.5-0.5B-Instruct": "qwen2", "Qwen2.5-1.5B-Instruct": "qwen2", "Qwen2.5-7B-Instruct": "qwen2"}
 LANGUAGE_MODELS |= {"Llama-3.1-8B-Instruct": "llama", "vicuna-7b-v1.5": "llama"}
+BENCHMARK_SIZES["joint_ablation.py"] = ["--steps", "2", "--scenes", "2", "--seeds", "0", "--variants", "contrast"]
 CHECKPOINTS = ("swin_base_patch4_window12_384_22k.pth", "swin_tiny_patch4_window7_224.pth", "resnet50.pth")
 
 

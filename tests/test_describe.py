@@ -15,7 +15,14 @@ from tiny import tiny_speaker
 
 from grex_mllm.data.synthetic import SyntheticDataset
 from grex_mllm.data.synthetic.settings import SyntheticConfig
-from grex_mllm.models.describe import LISTENER_TEMPERATURE, agreements, describe, describe_encoded, rerank_by_grounding
+from grex_mllm.models.describe import (
+    LISTENER_TEMPERATURE,
+    agreements,
+    describe,
+    describe_among_found,
+    describe_encoded,
+    rerank_by_grounding,
+)
 from grex_mllm.models.grex import EncodedImage, GrexModel
 from grex_mllm.predictors.grex import describe_sets
 from grex_mllm.predictors.lines import answer_fields
@@ -288,3 +295,31 @@ def test_predicted_lines_hold_the_greedy_answer_and_the_chosen_one(ask: Any) -> 
     for line in lines:
         assert line["listener"]["score"] > 0.5 and len(line["candidates"]) == 4
         assert line["candidates"][0] == line["listener"]["expression"] and sorted(line["candidates"]) == ["greedy", *DRAWN[:3]]
+
+
+def test_sets_are_described_among_what_the_model_finds(speaker: GrexModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Found: the objects 0 and 2 themselves, inexactly, 2 twice, and something that the data do not know. Object 1 is not found."""
+    masks = large(objects())
+    unknown = np.zeros((64, 64), bool)
+    unknown[50:60, 50:60] = True
+    found = [np.roll(masks[0], 1, 0), unknown, masks[2], np.roll(masks[2], 2, 1)]
+    image = speaker.encode(np.full((64, 64, 3), 90, np.uint8))
+    monkeypatch.setattr("grex_mllm.models.describe.found_objects", lambda model, encoded, least: found)
+    asked: dict[str, Any] = {}
+    write = speaker.generator.generate
+
+    def generate(features: Any, encoded: Any, known: np.ndarray, sets: list[list[int]], **options: Any) -> Any:
+        asked.update(known=known, sets=sets, texts=write(features, encoded, known, sets, **options), **options)
+        return asked["texts"]
+
+    monkeypatch.setattr(speaker.generator, "generate", generate)
+    texts = describe_among_found(speaker, image, masks, [[0], [1], [0, 2]])
+    assert texts == [text for [text] in asked["texts"]]
+    assert np.array_equal(asked["known"], np.concatenate([masks, found]))
+    assert asked["sets"] == [[0], [1], [0, 2]] and asked["beside"] == [[4, 5], [3, 4, 5], [4]]
+    for chosen, others, text in zip(asked["sets"], asked["beside"], texts, strict=True):  # as if nothing else were known
+        known = asked["known"][[*chosen, *others]]
+        [[alone]] = write(speaker.grounding.language_free(image.features), image, known, [list(range(len(chosen)))], mode="greedy")
+        assert alone == text
+    image.features.decoded = None
+    assert describe_among_found(speaker, image, masks, [[0]]) is None

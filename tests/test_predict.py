@@ -59,7 +59,9 @@ def test_one_line_for_every_expression_and_object_set(place):
     grounded = [line for line in lines if "expression_id" in line]
     generated = [line for line in lines if "targets" in line]
     assert len(grounded) == 30 and len({line["expression_id"] for line in grounded}) == 30
-    assert generated and all({"image_id", "targets", "expression", "status", "listener", "candidates"} <= line.keys() for line in generated)
+    assert generated and all(
+        {"image_id", "targets", "expression", "status", "listener", "candidates", "among_found"} <= line.keys() for line in generated
+    )
     assert {line["judgement"] for line in generated} <= {"exact", "wrong", "ambiguous", "unparsable"}
     for line in grounded:
         assert decode_rle(line["mask_rle"]).shape == (64, 64) and 0 <= line["no_target_prob"] <= 1

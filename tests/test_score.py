@@ -286,6 +286,8 @@ def test_generation_without_java(data: Path, monkeypatch: pytest.MonkeyPatch) ->
         trip = {key: v for key, v in answer(i, k, [0]).items() if key in ("mask_rle", "boxes_xyxy", "box_scores", "no_target")}
         second = generation(i, k, f"the {k} squares", "exact")
         lines.append(generated | {"round_trip": trip, "listener": {k2: second[k2] for k2 in ("expression", "judgement")} | {"score": 1.0}})
+        if k == 1:
+            lines[-1]["among_found"] = {"expression": "the square", "judgement": "exact"}
     results = run(data, lines)
     greg = results["results"]["strict"]["greg"]
     assert set(results["results"]["strict"]) == {"greg"}
@@ -294,6 +296,7 @@ def test_generation_without_java(data: Path, monkeypatch: pytest.MonkeyPatch) ->
     assert "apt-get install" in greg["all"]["not_computed"]["METEOR"]
     assert greg["all"]["correct"] == pytest.approx(10 / 15)
     assert greg["listener"]["all"]["correct"] == 1.0
+    assert greg["among_found"]["all"]["correct"] == 5 / 15 and greg["among_found"]["single"]["correct"] == 1.0
     assert greg["all"]["round_trip_gIoU"] == pytest.approx((1 + 1 / 2 + 1 / 3) / 3)
     assert greg["all"]["round_trip_Pr@F1"] == pytest.approx(1 / 3)
     assert greg["all"]["distinct"] == 3 / 15

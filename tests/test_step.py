@@ -34,6 +34,7 @@ CASES: dict[str, dict[str, object]] = {
     "instance_selection": {"model__decoder__attribute_classes": ATTRIBUTES, "model__generator__attribute_classes": ATTRIBUTES},
     "rela": {"model__decoder__name": "rela", "model__decoder__num_layers": 2, "model__decoder__minimap_side": 4},
     "generate": {"train__tasks": "generate"},
+    "contrast": {"loss__contrast": 0.5},
 }
 IMAGES, WORLD = 4, 2
 
@@ -134,6 +135,9 @@ def test_what_is_not_learned_has_no_gradient(tmp_path: Path) -> None:
     assert tasks_of(model.config) == ("ground",)
     model.config.train.tasks, model.config.model.generator = "generate", None
     with pytest.raises(GrexError, match=r"model\.generator is null"):
+        tasks_of(model.config)
+    model.config.train.tasks, model.config.loss.contrast = "ground", 0.5
+    with pytest.raises(GrexError, match=r"loss\.contrast is 0\.5 with train\.tasks ground"):
         tasks_of(model.config)
 
 

@@ -39,6 +39,7 @@ JUDGEMENTS = ("exact", "wrong", "ambiguous", "unparsable")
 TITLE = "Group expressions (GREG)"
 NEEDS = {"strict": ("expression",)}
 UNIT = "object_set"
+OTHER_WAYS = ("listener", "among_found")  # fields of a line with answers beside the greedy one: re-ranked, and among the objects found
 COLUMNS = (
     Column("METEOR", "METEOR"),
     Column("CIDEr", "CIDEr", format="points"),
@@ -49,6 +50,7 @@ COLUMNS = (
     Column("distinct", "distinct", shown=("table",)),
     Column("all.correct", "exact set, greedy", shown=("report",)),
     Column("listener.all.correct", "exact set, listener", shown=("report",)),
+    Column("among_found.all.correct", "exact set, others found", shown=("report",)),
     Column("all.round_trip_gIoU", "round-trip gIoU", shown=("report",)),
     Column("all.METEOR", "METEOR", shown=("report",)),
     Column("all.CIDEr", "CIDEr", format="points", shown=("report",)),
@@ -68,27 +70,24 @@ class Rules:
 
 
 def row(prediction: dict[str, Any] | None, truth: Truth, rules: Rules, protocol: str) -> dict[str, Any]:
-    """Return text, references, judgement and round trip of one object set; and, under "listener", of the re-ranked answer, if any."""
-    found = _answer(prediction or {}, truth)
-    again = (prediction or {}).get("listener")
-    return found | {"listener": _answer(again, truth) if again else None}
+    """Return text, references, judgement and round trip of one object set; and the same of its other answers, if any."""
+    given = prediction or {}
+    return _answer(given, truth) | {way: _answer(given[way], truth) if given.get(way) else None for way in OTHER_WAYS}
 
 
 def finish(rows: list[dict[str, Any]], rules: Rules) -> dict[str, Any]:
-    """Return the block: single, multi, all; the same of the listener's answers where a row has one. Java runs once for all of them."""
-    kinds = [rows]
-    if any(row["listener"] for row in rows):
-        nothing = {"expression": "", "judgement": None, "round_trip": None}
-        kinds.append([row | (row["listener"] or nothing) for row in rows])
-    subsets = {f"{n} {name}": [n * len(rows) + k for k in at] for n in range(len(kinds)) for name, at in _subsets(rows).items()}
-    answers = [row for kind in kinds for row in kind]
+    """Return the block: single, multi, all; the same of the other answers where a row has one. Java runs once for all of them."""
+    nothing = {"expression": "", "judgement": None, "round_trip": None}
+    ways = ["", *(way for way in OTHER_WAYS if any(row[way] for row in rows))]
+    kinds = {way: [row | (row[way] or nothing) for row in rows] if way else rows for way in ways}
+    subsets = {f"{way} {name}": [n * len(rows) + k for k in at] for n, way in enumerate(ways) for name, at in _subsets(rows).items()}
+    answers = [row for kind in kinds.values() for row in kind]
     texts = score_texts([a["expression"] for a in answers], [a["references"] for a in answers], subsets, rules.tokenizer, rules.spice)
-    blocks: list[dict[str, Any]] = [{} for _ in kinds]
+    blocks: dict[str, dict[str, Any]] = {way: {} for way in ways}
     for key, members in subsets.items():
-        number, _, name = key.partition(" ")
-        blocks[int(number)][name] = texts[key] | _beside([answers[k] for k in members], kinds[int(number)])
-    again = {"listener": blocks[1]} if len(blocks) > 1 else {}
-    return blocks[0] | again | {"group_by": rules.group_by, "tokenizer": rules.tokenizer}
+        way, _, name = key.partition(" ")
+        blocks[way][name] = texts[key] | _beside([answers[k] for k in members], kinds[way])
+    return blocks.pop("") | blocks | {"group_by": rules.group_by, "tokenizer": rules.tokenizer}
 
 
 def _answer(answer: dict[str, Any], truth: Truth) -> dict[str, Any]:

@@ -159,11 +159,33 @@ def other_objects(model: Describing, encoded: EncodedImage, selected: np.ndarray
 
     Only decoders that know instances find any. selected: bool [n, H0, W0].
     """
-    found = np.zeros((0, *selected.shape[1:]), bool)
-    for mask in found_objects(model, encoded, SURE):
-        if all(_overlap(mask, other) < MAX_OVERLAP for other in (*selected, *found)):
-            found = np.concatenate([found, mask[None]])
-    return found
+    found = found_objects(model, encoded, SURE)
+    kept = [found[n] for n in _others(found, selected)]
+    return np.stack(kept) if kept else np.zeros((0, *selected.shape[1:]), bool)
+
+
+def _others(found: list[np.ndarray], selected: np.ndarray) -> list[int]:
+    """Return the positions of the found masks that are other objects than the selected ones, each object once."""
+    kept: list[int] = []
+    for n, mask in enumerate(found):
+        if all(_overlap(mask, other) < MAX_OVERLAP for other in (*selected, *(found[k] for k in kept))):
+            kept.append(n)
+    return kept
+
+
+@torch.inference_mode()
+def describe_among_found(model: Describing, encoded: EncodedImage, masks: np.ndarray, sets: list[list[int]]) -> list[str] | None:
+    """Write the greedy expression of each object set among what the model finds beside it, as `describe` does for a user.
+
+    masks: bool [N, H0, W0], the objects that the sets name.  None where the decoder finds no objects by itself.
+    """
+    if model.grounding.proposals(encoded.features) is None:
+        return None
+    found = found_objects(model, encoded, SURE)
+    known = np.concatenate([masks, np.stack(found)]) if found else masks
+    beside = [[len(masks) + n for n in _others(found, masks[chosen])] for chosen in sets]
+    features = model.grounding.language_free(encoded.features)
+    return [texts[0] for texts in model.generator.generate(features, encoded, known, sets, mode="greedy", beside=beside)]
 
 
 @torch.inference_mode()

@@ -18,6 +18,7 @@ from grex_mllm.entries import entry
 from grex_mllm.errors import GrexError, fault
 from grex_mllm.models import build_grounding
 from grex_mllm.models.answer import EncodedImage, answers, check_rules
+from grex_mllm.models.contrast import SetContrast
 from grex_mllm.models.describe import describe
 from grex_mllm.models.pixel_decoder import NUM_LEVELS
 from grex_mllm.models.placement import Placement, placed
@@ -59,6 +60,12 @@ class GrexModel(nn.Module, ModelHubMixin):
         if config.model.generator is not None:
             chosen = entry("model.generator", config.model.generator.name)
             self.generator = chosen.Generator(config.model.generator, self.feature_channels, lm_tokenizer)
+        self.contrast: SetContrast | None = None  # of use in training alone, so no model folder holds it
+        if config.loss.contrast > 0:
+            if not hasattr(self.generator, "set_features"):
+                given = f"loss.contrast is {config.loss.contrast:g} with a generator that gives no features of object sets"
+                raise fault(given, "model.generator.name: region_tokens, or loss.contrast: 0", "change one of them")
+            self.contrast = SetContrast(self.generator.set_width, config.model.text.hidden_size)
 
     @property
     def feature_channels(self) -> list[int]:

@@ -117,7 +117,10 @@ class GroundingModel(nn.Module):
 
         image_index: int64 [E], image of each expression.  text_ids, text_mask: int64 [E, L].
         """
-        text = self.encode_text(text_ids, text_mask)
+        return self.ground_text(features, image_index, self.encode_text(text_ids, text_mask))
+
+    def ground_text(self, features: ImageFeatures, image_index: Tensor, text: TextFeatures) -> GroundingOutput:
+        """Ground E encoded expressions in the encoded images."""
         if not self.fuses_language:
             return self.decoder.language_part(features.decoded, image_index, text)
         whole = torch.is_grad_enabled() or torch.compiler.is_compiling() or image_index.device.type != "cpu"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -13,7 +13,7 @@ import torch
 
 from grex_mllm.config import load_config, to_dict
 from grex_mllm.models.answer import EncodedImage, check_rules
-from grex_mllm.models.describe import Description, describe_encoded
+from grex_mllm.models.describe import Description, describe_among_found, describe_encoded
 from grex_mllm.models.grex import CONFIG, MAX_EXPRESSION_CHARACTERS, GrexModel
 from grex_mllm.precision import autocast, pick_device, resolve_precision
 from grex_mllm.predictors.lines import round_trip_fields
@@ -115,9 +115,12 @@ def describe_sets(net: GrexModel, item: Item, encoded: EncodedImage, sets: list[
         reranked = list(
             describe_encoded(net, encoded, item.masks, positions, mode="sample", candidates=listener, rerank="listener", greedy=texts)
         )
+    among_found: Sequence[str | None] = describe_among_found(net, encoded, item.masks, positions) or [None] * len(sets)
     answers = []
-    for targets, first, best in zip(sets, greedy, reranked, strict=True):
+    for targets, first, best, other in zip(sets, greedy, reranked, among_found, strict=True):
         fields = _said(net, encoded, first.expression)
+        if other is not None:
+            fields["among_found"] = _said(net, encoded, other)
         if best is not None:
             fields["listener"] = {"score": round(best.score or 0.0, 5), **_said(net, encoded, best.expression)}
             fields["candidates"] = [text for text, _ in best.candidates]

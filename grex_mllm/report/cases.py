@@ -117,7 +117,7 @@ def is_right(line: dict[str, Any]) -> bool | None:
 
 def final_way(ways: dict[str, dict[str, Any]]) -> str:
     """Return the way of choosing whose text is the system's last word."""
-    return "listener" if "listener" in ways else sorted(ways)[0]
+    return next((way for way in ("listener", "greedy") if way in ways), sorted(ways)[0])
 
 
 def round_trip_iou(record: ImageRecord, targets: Iterable[str], line: dict[str, Any]) -> float | None:

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from grex_mllm.errors import fault
+from grex_mllm.metrics.language import OTHER_WAYS
 
 TASKS = {"ground": "grounding", "grounding": "grounding", "generate": "generation", "generation": "generation", "describe": "generation"}
 GenerationKey = tuple[str, tuple[str, ...]]
@@ -153,8 +154,7 @@ def _read_predictions(run_dir: Path, run: RunFiles) -> bool:
                 key = (str(row["image_id"]), tuple(sorted(str(target) for target in row["targets"])))
                 ways = run.generation.setdefault(key, {})
                 ways[way or "greedy"] = row
-                if isinstance(row.get("listener"), dict):
-                    ways["listener"] = row["listener"]
+                ways |= {name: row[name] for name in OTHER_WAYS if isinstance(row.get(name), dict)}
     return bool(files)
 
 

@@ -9,6 +9,7 @@ from typing import Any
 
 from grex_mllm.errors import GrexError, fault
 from grex_mllm.metrics import entry
+from grex_mllm.metrics.language import OTHER_WAYS
 from grex_mllm.metrics.sums import empty_sums, stacked
 from grex_mllm.metrics.truth import Truth
 from grex_mllm.score.protocol import Protocol
@@ -132,7 +133,7 @@ def _ground(round_trip: RoundTrip, sets: dict[SetKey, ReferenceSet], answers: di
     """Fill in the round trips that the lines do not carry, image by image."""
     waiting: dict[str, list[dict[str, Any]]] = {}
     for key, answer in answers.items():
-        for way in (answer, (answer or {}).get("listener")):
+        for way in (answer, *((answer or {}).get(name) for name in OTHER_WAYS)):
             if way and str(way.get("expression") or "").strip() and not way.get("round_trip"):
                 waiting.setdefault(sets[key].image_id, []).append(way)
     for image_id, ways in waiting.items():

@@ -16,6 +16,7 @@ import numpy as np
 
 from grex_mllm.data.records import decode_line
 from grex_mllm.errors import GrexError, fault
+from grex_mllm.metrics.language import OTHER_WAYS
 from grex_mllm.score.identity import duplicates, id_number, sha256_of
 from grex_mllm.score.truth import TruthFolder
 
@@ -23,7 +24,7 @@ EXAMPLES = 5
 STATUSES = ("ok", "unparsable", "refused", "error")
 ANSWERS = ("mask_rle", "mask_rle_input", "boxes_xyxy", "count", "no_target", "no_target_prob")
 GROUNDING_KEYS = {"expression_id", "image_id", "expression", "box_scores", "minimap", "status", "reason", "reads_truth", *ANSWERS}
-GENERATION_KEYS = {"image_id", "targets", "ref_id", "expression", "candidates", "round_trip", "judgement", "listener", "status", "reason"}
+GENERATION_KEYS = {"image_id", "targets", "ref_id", "expression", "candidates", "round_trip", "judgement", "status", "reason", *OTHER_WAYS}
 GENERATION_KEYS |= {"reads_truth"}
 
 

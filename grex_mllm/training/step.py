@@ -39,20 +39,24 @@ class Step(nn.Module):
             freeze_but_projector(model)
 
     def forward(self, batch: Batch, progress: float = 1.0) -> dict[str, Tensor]:
-        """Return the named loss terms, float32 scalars: "ground/<term>", "generate/<term>", and "total", which is minimised.
+        """Return the named loss terms, float32 scalars: "ground/<term>", "generate/<term>", "contrast" where it is learned,
+        and "total", which is minimised.
 
         progress: share of the training that is done, from 0 to 1; see `loss.generate_start`.
         """
         with autocast(self.precision, batch.image.device.type):
             terms = {name: value.float() for name, value in self._terms(batch, progress).items()}
         parts = [terms[f"{task}/total"] * getattr(self.loss, task) for task in self.tasks]
+        if "contrast" in terms:
+            parts.append(terms["contrast"] * self.loss.contrast)
         return terms | {"total": torch.stack(parts).sum()}
 
     def _terms(self, batch: Batch, progress: float) -> dict[str, Tensor]:
         grounding, terms = self.model.grounding, dict[str, Tensor]()
         if GROUND in self.tasks:
             features = grounding.encode_image(batch.image, batch.input_sizes)
-            output = grounding.ground(features, batch.image_index, batch.text_ids, batch.text_mask)
+            text = grounding.encode_text(batch.text_ids, batch.text_mask)
+            output = grounding.ground_text(features, batch.image_index, text)
             found = self.criterion(output, batch)
             found["total"] = found["total"] + nothing_of(output)
             terms |= {f"{GROUND}/{name}": value for name, value in found.items()}
@@ -61,6 +65,9 @@ class Step(nn.Module):
                 features = grounding.normalised(batch.image, batch.input_sizes)
             found = self.model.generator(grounding.language_free(features), batch, early=progress < self.loss.generate_start)
             terms |= {f"{GENERATE}/{name}": value for name, value in found.items()}
+        if self.model.contrast is not None:
+            sets = self.model.generator.set_features(grounding.language_free(features), batch)
+            terms["contrast"] = self.model.contrast(sets, text.tokens[:, 0], batch.image_index, batch.target_index)
         return terms
 
 
@@ -68,13 +75,15 @@ def tasks_of(config: Config) -> tuple[str, ...]:
     """Return what a training learns, of "ground" and "generate"; to align is to generate with everything but the projector frozen.
 
     Raises:
-        GrexError: an unknown `train.tasks`, or generation without a generator.
+        GrexError: an unknown `train.tasks`, generation without a generator, or a contrast where not both are learned.
     """
     tasks = config.train.tasks
     if tasks not in TASKS:
         raise fault(f'train.tasks is "{tasks}"', f"one of {', '.join(TASKS)}", "choose one of them")
     if tasks in (GENERATE, ALIGN) and config.model.generator is None:
         raise fault(f"train.tasks is {tasks}, but model.generator is null", "a generator", "set model.generator (for example lm: tiny)")
+    if config.loss.contrast > 0 and tasks != "all":
+        raise fault(f"loss.contrast is {config.loss.contrast:g} with train.tasks {tasks}", "train.tasks: all", "learn both, or set it to 0")
     if tasks == "all":
         return (GROUND, GENERATE) if config.model.generator is not None else (GROUND,)
     return (GENERATE,) if tasks == ALIGN else (tasks,)

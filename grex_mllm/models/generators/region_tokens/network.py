@@ -21,6 +21,7 @@ from grex_mllm.data.transforms import input_masks
 from grex_mllm.errors import fault
 from grex_mllm.models.generators.region_tokens.config import RegionTokensConfig
 from grex_mllm.models.generators.region_tokens.parts import GenerationPart
+from grex_mllm.models.generators.region_tokens.sets import membership, positions_of
 from grex_mllm.models.generators.region_tokens.tokens import ObjectTokens, RegionTokens
 from grex_mllm.models.language_model import (
     base_parameters,
@@ -100,18 +101,29 @@ class RegionTokenGenerator(nn.Module):
         valid_sizes: Tensor | None = None,
         instance_boxes_norm: list[Tensor] | None = None,
         weight: Tensor | None = None,
+        beside: list[Tensor] | None = None,
     ) -> Prefix:
-        """Return what stands before the expression of E object sets; arguments as in `likelihood`."""
+        """Return what stands before the expression of E object sets; arguments as in `likelihood`.
+
+        beside: E x int64, the objects that may stand beside each set (None: all others).
+        """
         masks = self._some_as_boxes(instance_masks) if self.training and self.cfg.box_share > 0 else instance_masks
         objects = self.region_tokens(features, masks, valid_sizes, instance_boxes_norm)
-        return self.arrange(objects, [len(m) for m in masks], image_index, target_index, weight)
+        return self.arrange(objects, [len(m) for m in masks], image_index, target_index, weight, beside)
 
     def arrange(
-        self, objects: ObjectTokens, num_objects: list[int], image_index: Tensor, target_index: list[Tensor], weight: Tensor | None = None
+        self,
+        objects: ObjectTokens,
+        num_objects: list[int],
+        image_index: Tensor,
+        target_index: list[Tensor],
+        weight: Tensor | None = None,
+        beside: list[Tensor] | None = None,
     ) -> Prefix:
-        """Return what stands before the expression of E object sets of objects that are tokens already."""
-        member = _membership(image_index, target_index, objects.present, num_objects, weight)
-        tokens, mask, summary = self.region_tokens.select(objects, image_index, member)
+        """Return what stands before the expression of E object sets of objects that are tokens already; arguments as in `prefix`."""
+        member = membership(image_index, target_index, objects.present, num_objects, weight)
+        others = None if beside is None else positions_of(beside, member)
+        tokens, mask, summary = self.region_tokens.select(objects, image_index, member, others)
         dtype = embedding_weight(self.lm).dtype
         embeds, summary = tokens.to(dtype), summary.to(dtype)
         if self.frame.before or self.frame.after:
@@ -150,6 +162,21 @@ class RegionTokenGenerator(nn.Module):
             terms[f"object_{name}"] = entropy / shared_count((labels != IGNORED).sum(), entropy)
             total = total + terms[f"object_{name}"] * self.cfg.attribute_loss
         return terms | {"total": total}
+
+    @property
+    def set_width(self) -> int:
+        """Channels of `set_features`."""
+        return self.cfg.projector_width
+
+    def set_features(self, features: list[Tensor], batch: Batch) -> Tensor:
+        """Return float [E, C]: the mean of the region tokens that each expression of a batch means; zero where it means none."""
+        sizes = batch.image_index.new_tensor(batch.input_sizes)
+        objects = self.region_tokens(features, batch.instance_masks, sizes, batch.instance_boxes_norm)
+        member = torch.zeros(len(batch.image_index), objects.tokens.shape[1], dtype=objects.tokens.dtype, device=sizes.device)
+        for e, targets in enumerate(batch.target_index):
+            member[e, targets] = 1.0
+        pooled = (member[..., None] * objects.tokens[batch.image_index]).sum(1)
+        return pooled / member.sum(1, keepdim=True).clamp(min=1)
 
     @staticmethod
     def _labels(batch: Batch, name: str, logits: Tensor) -> Tensor:
@@ -199,11 +226,20 @@ class RegionTokenGenerator(nn.Module):
         loss = (nll.sum(1) * share).sum() / shared_count((num_tokens * share).sum(), nll)
         return GeneratorOutput(loss, -nll.sum(1), num_tokens, prefix.objects.attribute_logits)
 
-    def generate(self, features: list[Tensor], encoded: Any, masks: np.ndarray, sets: list[list[int]], **options: Any) -> list[list[str]]:
+    def generate(
+        self,
+        features: list[Tensor],
+        encoded: Any,
+        masks: np.ndarray,
+        sets: list[list[int]],
+        beside: list[list[int]] | None = None,
+        **options: Any,
+    ) -> list[list[str]]:
         """Return expressions for object sets of one image.
 
         features: its feature maps, float [1, C_i, h_i, w_i].  encoded: `EncodedImage`.  masks: bool [N, H0, W0], every object that is
-        known.  sets: positions in masks.  options: as `generate_batch`.
+        known.  sets: positions in masks.  beside: positions of those that may stand beside each set (None: all others).  options: as
+        `generate_batch`.
         """
         device, geometry = features[0].device, encoded.geometry
         return self.generate_batch(
@@ -212,6 +248,7 @@ class RegionTokenGenerator(nn.Module):
             torch.zeros(len(sets), dtype=torch.int64, device=device),
             [torch.tensor(s, dtype=torch.int64, device=device) for s in sets],
             valid_sizes=torch.tensor([[geometry.input_height, geometry.input_width]], device=device),
+            beside=None if beside is None else [torch.tensor(b, dtype=torch.int64, device=device) for b in beside],
             **options,
         )
 
@@ -231,6 +268,7 @@ class RegionTokenGenerator(nn.Module):
         seed: int = 0,
         valid_sizes: Tensor | None = None,
         instance_boxes_norm: list[Tensor] | None = None,
+        beside: list[Tensor] | None = None,
     ) -> list[list[str]]:
         """Return `num_candidates` expressions for each of E object sets (greedy: one).
 
@@ -245,7 +283,7 @@ class RegionTokenGenerator(nn.Module):
         self.eval()
         try:
             drawn = {"valid_sizes": valid_sizes, "instance_boxes_norm": instance_boxes_norm}
-            prefix = self.prefix(features, instance_masks, image_index, target_index, **drawn)  # type: ignore[arg-type]
+            prefix = self.prefix(features, instance_masks, image_index, target_index, **drawn, beside=beside)  # type: ignore[arg-type]
             self._check_length(int(prefix.mask.sum(1).max()) + 1 + steps)
             answers: list[list[str]] = []
             copies = max(num_beams, num_candidates) if mode == "beam" else num_candidates
@@ -325,33 +363,6 @@ def _frame(cfg: RegionTokensConfig, tokenizer: LMTokenizer) -> Frame:
     if cfg.lm == "tiny":
         return tiny_frame(tokenizer.hf, tokenizer.bos_id, cfg.prompt)
     return (chat_frame if tokenizer.style == "chat" else plain_frame)(tokenizer.hf, cfg.prompt)
-
-
-def _membership(image_index: Tensor, target_index: list[Tensor], present: Tensor, num_objects: list[int], weight: Tensor | None) -> Tensor:
-    """Return bool [E, N]: which objects of its image each set selects."""
-    lengths = [len(t) for t in target_index]
-    if len(lengths) != len(image_index):
-        raise fault(f"{len(lengths)} object sets for {len(image_index)} image indices", "one image index a set", "pass lists of one length")
-    if 0 in lengths and (weight is None or bool(weight[lengths.index(0)] != 0)):
-        raise fault(f"object set {lengths.index(0)} is empty", "at least one object", "leave no-target samples out of generation")
-    rows = torch.repeat_interleave(torch.tensor(lengths)).to(present.device)
-    columns = torch.cat([t.to(present.device) for t in target_index])
-    limits = torch.tensor(num_objects, device=present.device)[image_index][rows]
-    wrong = (columns < 0) | (columns >= limits)
-    if bool(wrong.any()):
-        at = int(wrong.nonzero()[0, 0])
-        raise fault(
-            f"object set {int(rows[at])} names object {int(columns[at])}",
-            f"0 to {int(limits[at]) - 1}, the objects of its image",
-            "fix the set",
-        )
-    member = torch.zeros(len(lengths), present.shape[1], dtype=torch.bool, device=present.device)
-    member[rows, columns] = True
-    lost = member & ~present[image_index]
-    if bool(lost.any()):
-        e, n = lost.nonzero()[0].tolist()
-        raise fault(f"object {n} of object set {e} has a mask without a pixel", "at least one pixel", "pass its box too, or leave it out")
-    return member
 
 
 def _check_mode(mode: str, num_candidates: int, temperature: float) -> None:

@@ -141,15 +141,18 @@ class RegionTokens(nn.Module):
         image = self._image_tokens(features, valid_sizes.to(dtype), (height, width))
         return ObjectTokens(self.norm(token), present, order, area / limits[..., :2].prod(-1), image, attribute_logits, probs)
 
-    def select(self, objects: ObjectTokens, image_index: Tensor, member: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def select(
+        self, objects: ObjectTokens, image_index: Tensor, member: Tensor, beside: Tensor | None = None
+    ) -> tuple[Tensor, Tensor, Tensor]:
         """Return the prefix of E object sets: tokens [E, G + P, D], their mask (bool), and the sets' summaries [E, D].
 
         Order: image tokens, distractors left to right, targets left to right, padding. member: bool [E, N], the targets of each set among
-        its image's objects.
+        its image's objects.  beside: bool [E, N], the objects that may stand beside them (None: all others).
         """
         order = objects.order[image_index]
         target = member.gather(1, order)
-        other = objects.present[image_index].gather(1, order) & ~target
+        other = objects.present[image_index] if beside is None else objects.present[image_index] & beside
+        other = other.gather(1, order) & ~target
         area = objects.area[image_index].gather(1, order).masked_fill(~other, -1.0)
         rank = area.argsort(dim=1, descending=True, stable=True).argsort(dim=1)
         other = other & (rank < self.max_distractors)
