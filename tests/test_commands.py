@@ -132,7 +132,7 @@ def test_the_documents_have_commands() -> None:
         "accelerate launch --num_proceses 8 -m grex_mllm train --config configs/gres_rela_r50.yaml --train.out runs/x",
         "accelerate launch --num_processes 7 -m grex_mllm train --config configs/gres_rela_r50.yaml --train.out runs/x",
         "accelerate launch --num_processes 8 -m grex_mllm.demo train --config configs/gres_rela_r50.yaml --train.out runs/x",
-        "torchrun --nproc_per_node=2 -m grex_mllm train --config configs/gres_rela_r50.yaml --train.deepspeed deepspeed_configs/zero3.json",
+        "torchrun --nproc_per_node=2 -m grex_mllm train --config configs/demo.yaml --train.deepspeed deepspeed_configs/zero3.json",
         "grex train --config configs/small.yaml --data.train data/grefcocos --train.out runs/x",
         "grex convert swin swin_base_patch4_window12_384_22k.pth",
         "grex demo --out runs/x --loss.lm_starts=0",
