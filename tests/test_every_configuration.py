@@ -54,7 +54,7 @@ pytest.importorskip("deepspeed")
 FILES = {file.stem: file for file in sorted((ROOT / "configs").glob("*.yaml"))}
 SCENES, STEPS, CORPUS_LINES = 16, 10, 300
 EXACT, FUSED, IN_BF16 = 1e-5, 3e-5, 0.02  # bounds of the relative difference of a loss
-NEAR, DECIDED_BY_ROUNDING = 1e-6, 1e-3
+NEAR, DECIDED_BY_ROUNDING = 1e-6, 2e-2
 MOMENTS = ("exp_avg", "momentum_buffer")  # Adam's, Muon's: in front of a weight's name in a checkpoint of the optimizer
 DEAD = re.compile(r"grounding\.vision\.stages\.\d\.gate\.[02]\.weight")  # as released, zero on both sides of a ReLU: no gradient ever
 CPU: dict[str, str] = {"device": "cpu"}
