@@ -24,7 +24,8 @@ For scoring, an entry is a module with plain names, found by its name in METRICS
 
 Where it has them: `rows(samples, rules, protocol)`, the rows of many (prediction, truth), where arrays are faster; `LEFT_OUT`, words for
 the expressions without a row; `baselines(columns, rules)`, the columns that the dummies `always_empty` and `oracle` would give;
-`UNIT = "object_set"`: it scores generated texts, and gets one line for each set of objects; `Rules.group_by` pools their references.
+`UNIT = "object_set"`: it scores generated texts, and gets one line for each set of objects; `Rules.group_by` pools their references;
+`part(rows, every, rules)` -> the block of a group of the rows `every`, where not all numbers of the whole make sense for one.
 """
 
 from __future__ import annotations

@@ -35,6 +35,7 @@ METEOR_TOKENS = 200  # its alignment search explodes when both sides repeat; ref
 JAVA_OPTIONS = ["-XX:+UseSerialGC", "-Dfile.encoding=UTF-8", "-Duser.language=en", "-Duser.country=US"]
 PUNCTUATION = frozenset(["''", "'", "``", "`", "-LRB-", "-RRB-", "-LCB-", "-RCB-", ".", "?", "!", ",", ":", "-", "--", "...", ";"])
 SINGLE, MULTI, ALL = "single", "multi", "all"
+NOTHING: dict[str, Any] = {"expression": "", "judgement": None, "round_trip": None}
 JUDGEMENTS = ("exact", "wrong", "ambiguous", "unparsable")
 TITLE = "Group expressions (GREG)"
 NEEDS = {"strict": ("expression",)}
@@ -77,9 +78,8 @@ def row(prediction: dict[str, Any] | None, truth: Truth, rules: Rules, protocol:
 
 def finish(rows: list[dict[str, Any]], rules: Rules) -> dict[str, Any]:
     """Return the block: single, multi, all; the same of the other answers where a row has one. Java runs once for all of them."""
-    nothing = {"expression": "", "judgement": None, "round_trip": None}
     ways = ["", *(way for way in OTHER_WAYS if any(row[way] for row in rows))]
-    kinds = {way: [row | (row[way] or nothing) for row in rows] if way else rows for way in ways}
+    kinds = {way: [row | (row[way] or NOTHING) for row in rows] if way else rows for way in ways}
     subsets = {f"{way} {name}": [n * len(rows) + k for k in at] for n, way in enumerate(ways) for name, at in _subsets(rows).items()}
     answers = [row for kind in kinds.values() for row in kind]
     texts = score_texts([a["expression"] for a in answers], [a["references"] for a in answers], subsets, rules.tokenizer, rules.spice)
@@ -88,6 +88,16 @@ def finish(rows: list[dict[str, Any]], rules: Rules) -> dict[str, Any]:
         way, _, name = key.partition(" ")
         blocks[way][name] = texts[key] | _beside([answers[k] for k in members], kinds[way])
     return blocks.pop("") | blocks | {"group_by": rules.group_by, "tokenizer": rules.tokenizer}
+
+
+def part(rows: list[dict[str, Any]], every: list[dict[str, Any]], rules: Rules) -> dict[str, Any]:
+    """Return the block of a group without its text metrics: corpora of different sizes have different document frequencies."""
+    size = {"num_samples": len(rows)}
+    blocks: dict[str, Any] = {ALL: size | _beside(rows, every)}
+    for way in (way for way in OTHER_WAYS if any(row[way] for row in every)):
+        some, whole = ([row[way] or NOTHING for row in group] for group in (rows, every))
+        blocks[way] = {ALL: size | _beside(some, whole)}
+    return blocks
 
 
 def _answer(answer: dict[str, Any], truth: Truth) -> dict[str, Any]:

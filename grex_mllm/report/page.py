@@ -133,10 +133,13 @@ def _data_line(results: dict[str, Any]) -> str:
 
 
 def _breakdowns(results: dict[str, Any], modules: set[str]) -> str:
+    sources, systems = results.get("by_source") or {}, dict(results.get("mean_of_sources") or {})
+    means = {"this run": systems.pop("strict", None)} | {name: block for name, block in systems.items() if name != "official"}
     return (
         tables.breakdown(results.get("by_num_targets"), "by number of targets", modules)
         + tables.breakdown(results.get("by_tag"), "by phenomenon", modules, worst_first=True)
-        + (tables.breakdown(results.get("by_source"), "by source", modules) if len(results.get("by_source") or {}) > 1 else "")
+        + (tables.breakdown(sources, "by source", modules) if len(sources) > 1 else "")
+        + tables.breakdown({name: block for name, block in means.items() if block}, "mean of the sources, each counting the same", modules)
     )
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import shutil
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -39,6 +39,7 @@ def score(
     device: str = "auto",
     config: dict[str, Any] | None = None,
     show: bool = False,
+    beside: Mapping[str, dict[str, Any]] | None = None,
 ) -> dict[str, Any]:
     """Score predictions on a split of a dataset folder; return the results and write them to `out` (results.json).
 
@@ -46,7 +47,7 @@ def score(
     allow_missing: expressions without a prediction count as wrong instead of being an error.
     per_sample: also write `<out>.samples.jsonl`, one line for each expression (compare and errors need it). config: kept in the provenance.
     round_trip: a model folder that grounds generated texts without a `round_trip` of their own, on `device`; image_root: their images.
-    show: print the table.
+    show: print the table.  beside: name -> results of other systems on the same split, to stand among the baselines.
 
     Raises:
         GrexError: predictions, dataset or protocol at fault (three parts: given, expected, remedy). Nothing is written then.
@@ -73,7 +74,7 @@ def score(
         provenance = describe_run(protocol, truth, index, num_missing, config=config, notes=notes)
         if trip is not None:
             provenance["round_trip"] = trip.provenance()
-        results = assemble(tally, blocks, provenance)
+        results = assemble(tally, blocks, provenance, beside)
         if out is not None:
             out = Path(out)
             out.parent.mkdir(parents=True, exist_ok=True)

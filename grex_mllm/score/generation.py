@@ -15,6 +15,7 @@ from grex_mllm.metrics.truth import Truth
 from grex_mllm.score.protocol import Protocol
 from grex_mllm.score.reading import EXAMPLES, PredictionFiles
 from grex_mllm.score.round_trip import RoundTrip
+from grex_mllm.score.tally import ALL, groups_of
 from grex_mllm.score.truth import TruthFolder
 
 SetKey = tuple[str, ...]  # image id, then the sorted target ids; with group_by "ref_id" also the ref id in front
@@ -22,11 +23,13 @@ SetKey = tuple[str, ...]  # image id, then the sorted target ids; with group_by 
 
 @dataclass
 class ReferenceSet:
-    """The expressions that name one set of objects."""
+    """The expressions that name one set of objects. sources, tags: of all of them."""
 
     image_id: str
     targets: list[str]
     references: list[str] = field(default_factory=list)
+    sources: list[str] = field(default_factory=list)
+    tags: list[str] = field(default_factory=list)
 
 
 def set_tasks(protocol: Protocol) -> list[str]:
@@ -43,8 +46,8 @@ def score_generation(
     allow_missing: bool,
     notes: list[str],
     round_trip: RoundTrip | None = None,
-) -> dict[str, Any]:
-    """Return the block of one metric of object sets.
+) -> dict[str, dict[str, Any]]:
+    """Return the blocks of one metric of object sets: of ALL, and of each group (`groups_of`; a set has the tags of all its expressions).
 
     round_trip: grounds the texts whose line carries no `round_trip` of its own.
 
@@ -64,11 +67,21 @@ def score_generation(
         find_image = partial(truth.image, item.image_id)
         about = Truth(":".join(key), item.targets, find_image, item.references, tasks=protocol.tasks, find_mask=truth.mask)
         rows.append(metric.row(answers[key], about, rules, "strict"))
-    sums = empty_sums(metric, rules, "strict")
-    sums.update_rows(stacked(metric, rows))
     if missing:
         notes.append(f"{task}: {missing} of {len(sets)} object sets have no generated expression and count as wrong (empty text)")
-    return dict(sums.compute()) | {"statuses": dict(sorted(statuses.items()))}
+    members: dict[str, list[dict[str, Any]]] = {}
+    for item, row in zip(sets.values(), rows, strict=True):
+        for group in groups_of(len(item.targets), item.sources, item.tags):
+            members.setdefault(group, []).append(row)
+    blocks = {ALL: _block(metric, rules, rows) | {"statuses": dict(sorted(statuses.items()))}}
+    part = getattr(metric, "part", lambda some, _, rules: _block(metric, rules, some))
+    return blocks | {group: part(some, rows, rules) for group, some in members.items()}
+
+
+def _block(metric: Any, rules: Any, rows: list[dict[str, Any]]) -> dict[str, Any]:
+    sums = empty_sums(metric, rules, "strict")
+    sums.update_rows(stacked(metric, rows))
+    return dict(sums.compute())
 
 
 def reference_sets(truth: TruthFolder, group_by: str) -> dict[SetKey, ReferenceSet]:
@@ -77,8 +90,10 @@ def reference_sets(truth: TruthFolder, group_by: str) -> dict[SetKey, ReferenceS
     for record in truth.expressions():
         if record.targets:
             key = _key(record.image_id, record.targets, record.ref_id, group_by)
-            entry = sets.setdefault(key, ReferenceSet(record.image_id, sorted(record.targets)))
-            entry.references.append(record.expression)
+            found = sets.setdefault(key, ReferenceSet(record.image_id, sorted(record.targets)))
+            found.references.append(record.expression)
+            found.sources.append(record.source)
+            found.tags += record.tags
     return sets
 
 

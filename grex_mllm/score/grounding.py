@@ -14,10 +14,9 @@ from grex_mllm.metrics import entry, needs_of
 from grex_mllm.score.generation import set_tasks
 from grex_mllm.score.protocol import Protocol
 from grex_mllm.score.reading import PredictionFiles, index_predictions
-from grex_mllm.score.tally import Plan, Tally
+from grex_mllm.score.tally import Plan, Tally, groups_of
 from grex_mllm.score.truth import TruthFolder, open_truth
 
-MANY_TARGETS = 3
 EXPLAINED = {
     "head": "decision of a no-target head (no_target or no_target_prob)",
     "mask_rle_input": "mask_rle_input (the mask at the model's input size, before any resize back)",
@@ -67,8 +66,7 @@ def evaluate(truth: TruthFolder, index: PredictionFiles, plan: Plan, start: int,
             status = "missing" if line is None else line.get("status", "ok")
             answer = line if status == "ok" else None
             num = len(record.targets)
-            groups = [f"num|{num}" if num < MANY_TARGETS else f"num|{MANY_TARGETS}+", f"source|{record.source}"]
-            groups += [f"tag|{tag}" for tag in dict.fromkeys(record.tags)]
+            groups = groups_of(num, [record.source], record.tags)
             about = {"expression_id": record.expression_id, "image_id": record.image_id, "num_targets": num, "source": record.source}
             about |= {"tags": record.tags, "status": status} | {key: (answer or {}).get(key) for key in ("count", "no_target_prob")}
             tally.add(answer, truth.about(record, plan.protocol.tasks), groups, about)

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import math
 import subprocess
 import warnings
+from collections.abc import Mapping, Sequence
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -17,26 +19,62 @@ from grex_mllm.score.truth import TruthFolder
 from grex_mllm.writing import whole_file
 
 PACKAGES = ("numpy", "pycocotools", "pycocoevalcap", "torch", "transformers")
+PROTOCOLS = ("strict", "official")
+COUNTED = ("statuses", "judgements", "not_computed")  # of these a mean says nothing
 NUM_BUCKETS = ("0", "1", "2", "3+")
 
 
-def assemble(tally: Tally, of_sets: dict[str, Any], provenance: dict[str, Any]) -> dict[str, Any]:
-    """Return the whole results dictionary. of_sets: blocks of the metrics of object sets."""
-    strict, official = group_scores(tally, ALL, "strict") | of_sets, group_scores(tally, ALL, "official")
-    groups = sorted({key[0] for key in tally.sums})
+def assemble(
+    tally: Tally, of_sets: dict[str, dict[str, Any]], provenance: dict[str, Any], beside: Mapping[str, dict[str, Any]] | None = None
+) -> dict[str, Any]:
+    """Return the whole results dictionary.
+
+    of_sets: blocks of the metrics of object sets, by group.  beside: results of other systems on the split, set among the baselines.
+    """
+    groups = sorted({key[0] for key in tally.sums} | {group for blocks in of_sets.values() for group in blocks})
     tags, sources = ([g.partition("|")[2] for g in groups if g.startswith(f"{kind}|")] for kind in ("tag", "source"))
+
+    def scores(group: str, protocol: str = "strict") -> dict[str, Any]:
+        found = group_scores(tally, group, protocol)
+        return found | {task: blocks[group] for task, blocks in of_sets.items() if protocol == "strict" and group in blocks}
+
     results = {
         "provenance": provenance,
-        "results": {"strict": strict, "official": official},
-        "by_num_targets": {b: group_scores(tally, f"num|{b}", "strict") for b in NUM_BUCKETS if f"num|{b}" in groups},
-        "by_tag": {tag: group_scores(tally, f"tag|{tag}", "strict") for tag in tags},
-        "by_source": {name: {p: group_scores(tally, f"source|{name}", p) for p in ("strict", "official")} for name in sources},
+        "results": {protocol: scores(ALL, protocol) for protocol in PROTOCOLS},
+        "by_num_targets": {b: scores(f"num|{b}") for b in NUM_BUCKETS if f"num|{b}" in groups},
+        "by_tag": {tag: scores(f"tag|{tag}") for tag in tags},
+        "by_source": {name: {protocol: scores(f"source|{name}", protocol) for protocol in PROTOCOLS} for name in sources},
         "baselines": {name: group_scores(tally, f"baseline|{name}", "strict") for name in BASELINES if f"baseline|{name}" in groups},
     }
+    if len(sources) > 1:
+        results["mean_of_sources"] = {p: mean_of([both[p] for both in results["by_source"].values()]) for p in PROTOCOLS}
+    for name, other in (beside or {}).items():
+        results["baselines"][name] = other["results"]["strict"]
+        if len(sources) > 1 and other.get("mean_of_sources"):
+            results["mean_of_sources"][name] = other["mean_of_sources"]["strict"]
     calibration = tally.calibration.compute()
     if calibration["num_samples"]:
         results["calibration"] = calibration
     return results
+
+
+def mean_of(blocks: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """Return the mean of every number over blocks that count the same each, whatever their sizes; num_samples are added up.
+
+    A number that some blocks do not have (N_acc of a source in which nothing is without a target) is the mean of the others.
+    """
+    found: dict[str, Any] = {}
+    for key in dict.fromkeys(key for block in blocks for key in block):
+        values = [block[key] for block in blocks if block.get(key) is not None]
+        if key in COUNTED:
+            continue
+        if values and all(isinstance(value, dict) for value in values):
+            found[key] = mean_of(values)
+        elif values and all(type(value) in (int, float) for value in values):
+            found[key] = sum(values) if key == "num_samples" else math.fsum(values) / len(values)
+        elif not values:
+            found[key] = None
+    return found
 
 
 def group_scores(tally: Tally, group: str, protocol: str) -> dict[str, Any]:

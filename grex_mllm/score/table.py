@@ -35,6 +35,8 @@ def print_results(results: dict[str, Any], console: Console | None = None) -> No
     for task in in_order(strict):
         if hasattr(entry(task), "UNIT"):
             console.print(_parts_table(task, strict[task]))
+            if (groups := _groups_table(task, results)).row_count:
+                console.print(groups)
     for note in provenance["notes"]:
         console.print(f"note: {note}", highlight=False)
     console.print(f"thresholds: {provenance['thresholds']['chosen']}", highlight=False)
@@ -54,6 +56,7 @@ def table_rows(results: dict[str, Any]) -> list[tuple[str, dict[str, str]]]:
     blocks += [(f"tag {name}", block) for name, block in results["by_tag"].items()]
     if len(results["by_source"]) > 1:
         blocks += [(f"source {name}, {p}", both[p]) for name, both in results["by_source"].items() for p in ("strict", "official")]
+    blocks += [(f"mean of sources, {name}", block) for name, block in results.get("mean_of_sources", {}).items()]
     return [(label, cells) for label, block in blocks if (cells := _cells(block))]
 
 
@@ -83,4 +86,23 @@ def _parts_table(task: str, block: dict[str, Any]) -> Table:
         table.add_column(column.name, justify="right")
     for name, row in rows:
         table.add_row(name, *(_text(column, row.get(column.key)) for column in shown))
+    return table
+
+
+def _groups_table(task: str, results: dict[str, Any]) -> Table:
+    """Return the table of a metric of object sets beside the baselines, and by group: the numbers that stand in the report."""
+    groups = [("this run", results["results"]["strict"]), *results["baselines"].items()]
+    groups += [(f"{name} targets", block) for name, block in results["by_num_targets"].items()]
+    groups += [(f"tag {name}", block) for name, block in results["by_tag"].items()]
+    if len(results["by_source"]) > 1:
+        groups += [(f"source {name}", both["strict"]) for name, both in results["by_source"].items()]
+    groups += [(f"mean of sources, {name}", block) for name, block in results.get("mean_of_sources", {}).items()]
+    rows = [(name, block[task]) for name, block in groups if task in block]
+    shown = [column for column in columns(entry(task), "report") if any(column.find(row) is not None for _, row in rows)]
+    table = Table(title=f"{entry(task).TITLE}, by group (percent)")
+    for name in ("", "N", *(column.name for column in shown)):
+        table.add_column(name, justify="right" if name else "left", no_wrap=True)
+    for name, row in rows if shown else ():
+        size = next((part["num_samples"] for _, part in parts(row)), "")
+        table.add_row(name, str(size), *(column.text(column.find(row)) for column in shown))
     return table

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 from collections import Counter, defaultdict
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, TextIO
@@ -24,6 +24,13 @@ BUFFER = 4096
 CHUNK = 64  # samples that are held whole, with prediction and image
 ALL = "all|"
 BASELINES = ("always_empty", "oracle")
+MANY_TARGETS = 3
+
+
+def groups_of(num_targets: int, sources: Iterable[str], tags: Iterable[str]) -> list[str]:
+    """Return the groups that an expression, or a set of objects, belongs to beside ALL."""
+    number = f"num|{num_targets}" if num_targets < MANY_TARGETS else f"num|{MANY_TARGETS}+"
+    return [number, *(f"source|{name}" for name in dict.fromkeys(sources)), *(f"tag|{tag}" for tag in dict.fromkeys(tags))]
 
 
 @dataclass
