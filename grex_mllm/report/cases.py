@@ -141,6 +141,11 @@ def worst(cases: list[Any], number: int) -> list[Any]:
     return sorted(taken + rest[: number - len(taken)], key=lambda case: case.score)
 
 
+def spread(cases: list[Any], number: int) -> list[Any]:
+    """Return `number` cases at even distances, all of them where there are no more."""
+    return cases if len(cases) <= number else [cases[(2 * k + 1) * len(cases) // (2 * number)] for k in range(number)]
+
+
 def truth_of(record: ImageRecord, targets: list[str]) -> Truth:
     """Return what is true of an expression or object set with these targets."""
     return Truth(record.image_id, targets, lambda: record)

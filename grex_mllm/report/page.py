@@ -33,6 +33,7 @@ def write_report(
     published: Path | None = PUBLISHED_FOLDER,
     protocol: str | Path | None = None,
     num_cases: int = 12,
+    num_unselected: int = 0,
     seed: int = 0,
 ) -> Path:
     """Write `run_dir`/report.html and return its path.
@@ -41,7 +42,8 @@ def write_report(
     get_sample: image id -> Sample with all expressions of the image; without it there are no pictures.
     image_ids: which images; by default those that the prediction lines name ("image_id").
     protocol: the protocol file of the run, whose metrics are imported beside METRICS; of others the raw numbers are shown.
-    num_cases: cards of each sheet.
+    num_cases: cards of each sheet.  num_unselected: so many generated texts (and half as many expressions) at even distances in the order
+    of the split instead of random ones: a sheet to read, in which nobody chose.
 
     Raises:
         GrexError: `run_dir` is no run folder.
@@ -49,7 +51,7 @@ def write_report(
     run_dir = Path(run_dir)
     modules = {*METRICS, *(load_protocol(protocol).tasks if protocol is not None else ())}
     run = read_run(run_dir, published)
-    sheets = _sheets(run, get_sample, image_ids, num_cases, seed)
+    sheets = _sheets(run, get_sample, image_ids, (num_cases, num_unselected), seed)
     provenance = run.results.get("provenance")
     run.notes += [str(note) for note in (provenance.get("notes") or [] if isinstance(provenance, dict) else [])]
     notes = "".join(f"<li>{escape(note)}</li>" for note in run.notes)
@@ -67,7 +69,7 @@ def write_report(
     return run_dir / REPORT
 
 
-def _sheets(run: RunFiles, get_sample: Any, image_ids: Iterable[str] | None, number: int, seed: int) -> list[Section]:
+def _sheets(run: RunFiles, get_sample: Any, image_ids: Iterable[str] | None, numbers: tuple[int, int], seed: int) -> list[Section]:
     if get_sample is None or not (run.grounding or run.generation):
         return []
     if image_ids is None:
@@ -76,7 +78,7 @@ def _sheets(run: RunFiles, get_sample: Any, image_ids: Iterable[str] | None, num
     run.notes += found.notes
     if found.num_images < found.num_images_all:
         run.notes.append(f"Cases were chosen from {found.num_images:,} of {found.num_images_all:,} images.")
-    dice = random.Random(seed)
+    dice, (number, unselected) = random.Random(seed), numbers
 
     def ground(case: cases.GroundingCase) -> str:
         sample = get_sample(case.image_id)
@@ -87,17 +89,18 @@ def _sheets(run: RunFiles, get_sample: Any, image_ids: Iterable[str] | None, num
         return pictures.generation_card(get_sample(case.image_id), run.generation[case.key], case)
 
     parts: list[Section] = []
-    for identifier, title, all_cases, card in (
-        ("grounding", "Grounding, case by case", found.grounding, ground),
-        ("generation", "Group expressions, case by case", found.generation, generate),
+    for identifier, title, all_cases, card, evenly in (
+        ("grounding", "Grounding, case by case", found.grounding, ground, unselected // 2),
+        ("generation", "Group expressions, case by case", found.generation, generate, unselected),
     ):
         chosen: list[Any] = list(all_cases)
-        picked = dice.sample(chosen, min(number, len(chosen)))
+        picked = cases.spread(chosen, evenly) if evenly else dice.sample(chosen, min(number, len(chosen)))
         bad = cases.worst([case for case in chosen if case not in picked], number)
         lowest = f"The lowest scores among {len(chosen):,} cases, spread over the phenomena."
         drawn = f"Drawn from the same {len(chosen):,} cases with a fixed seed, not chosen."
+        even = f"{len(picked)} of the same {len(chosen):,} cases at even distances in the order of the split, not chosen."
         body = pictures.sheet("Worst", [card(case) for case in bad], lowest)
-        body += pictures.sheet("Random", [card(case) for case in picked], drawn)
+        body += pictures.sheet("Unselected" if evenly else "Random", [card(case) for case in picked], even if evenly else drawn)
         parts.append(Section(identifier, title, _filter(picked + bad) + body if body else ""))
     return parts
 
