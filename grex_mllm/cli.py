@@ -299,16 +299,19 @@ def errors(results: Place, out: str = "errors", data: str | None = None, predict
     return 0
 
 
-def report(run: Place, protocol: str | None = None) -> int:
+def report(run: Place, protocol: str | None = None, data: str | None = None, split: str = "test", unselected: int = 0) -> int:
     """Write report.html of a finished run.
 
     Args:
         run: the run's folder.
         protocol: the run's protocol file, where it names metrics of your own.
+        data: its dataset folder (default: data/ in the run's folder).
+        split: which split was predicted.
+        unselected: show so many generated texts at even distances instead of random ones.
     """
-    from grex_mllm.demo import report_run
+    from grex_mllm.job import report_run
 
-    print(report_run(Path(run), protocol))
+    print(report_run(Path(run), protocol, data=Path(data) if data else None, split=split, num_unselected=unselected))
     return 0
 
 

@@ -50,6 +50,7 @@ LAYERS = {
     "report": 4,
     "compare": 4,
     "error_analysis": 4,
+    "job": 5,
     "demo": 5,
     "cli": 5,
     "__main__": 6,
