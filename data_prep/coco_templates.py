@@ -22,6 +22,7 @@ from rich.console import Console
 from rich.progress import track
 
 from grex_mllm.data.coco import check_image_files, describe_file
+from grex_mllm.data.images import load_image
 from grex_mllm.data.refs_program import show, status_of
 from grex_mllm.data.templates import Shares, count_cooccurrence, draw_statements, read_scene
 from grex_mllm.data.templates.balance import balanced, distribution, distribution_table
@@ -29,7 +30,6 @@ from grex_mllm.data.templates.colours import possible_colours
 from grex_mllm.data.templates.drawing import Statement
 from grex_mllm.data.templates.judge import SCENES, SCENES_HASH, scenes_json
 from grex_mllm.data.templates.photographs import Photograph, Source, read_excluded, read_sources
-from grex_mllm.data.images import load_image
 from grex_mllm.data.writing import DatasetWriter
 from grex_mllm.errors import fault
 from grex_mllm.types import ExpressionRecord
@@ -199,7 +199,9 @@ def parse_numbers(text: str, splits: list[str]) -> dict[str, int]:
         GrexError: another form, a split left out, or a number below 1.
     """
     try:
-        pairs = dict.fromkeys(splits, int(text)) if "=" not in text else {k: int(v) for k, v in (item.split("=") for item in text.split(","))}
+        pairs = (
+            dict.fromkeys(splits, int(text)) if "=" not in text else {k: int(v) for k, v in (item.split("=") for item in text.split(","))}
+        )
     except ValueError:
         pairs = {}
     if set(pairs) != set(splits) or min(pairs.values()) < 1:

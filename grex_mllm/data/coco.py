@@ -222,7 +222,9 @@ def _unpacked(path: Path) -> bytes:
     with gzip.open(path) as file:
         data = file.read(MAX_UNPACKED_BYTES + 1)
     if len(data) > MAX_UNPACKED_BYTES:
-        raise fault(f"{path} unpacks to more than {MAX_UNPACKED_BYTES:,} bytes", "an instance file of at most that size", "unpack it yourself")
+        raise fault(
+            f"{path} unpacks to more than {MAX_UNPACKED_BYTES:,} bytes", "an instance file of at most that size", "unpack it yourself"
+        )
     return data
 
 

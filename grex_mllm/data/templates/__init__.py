@@ -1,10 +1,10 @@
 """Templated expressions over photographs with instances: true or false by the annotations, with margins where a person would hesitate.
 
-    meaning.py    the tree of meanings            scene.py        what is known of an image
-    evaluate.py   what a meaning denotes          places.py       where things are       colours.py  colours from pixels
-    wording.py    meanings to words               parsing.py      words to meanings      lexicon.py  the words
-    naming.py     sets of objects to meanings     enumeration.py  what can be asked      drawing.py  what is asked
-    judge.py      texts to exact, wrong, ...      mirror.py       texts of flipped pictures
+meaning.py    the tree of meanings            scene.py        what is known of an image
+evaluate.py   what a meaning denotes          places.py       where things are       colours.py  colours from pixels
+wording.py    meanings to words               parsing.py      words to meanings      lexicon.py  the words
+naming.py     sets of objects to meanings     enumeration.py  what can be asked      drawing.py  what is asked
+judge.py      texts to exact, wrong, ...      mirror.py       texts of flipped pictures
 """
 
 from grex_mllm.data.templates.drawing import Shares, Statement, count_cooccurrence, draw_statements

@@ -7,7 +7,7 @@ any other; a name is excluded where few lie in its rim; everything between stays
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 
 import numpy as np
 from scipy import ndimage
@@ -19,6 +19,8 @@ COLOURED = frozenset(  # categories of which people say the colour
     {"cat", "dog", "horse", "cow", "bear", "bird", "car", "bus", "truck", "train", "motorcycle", "umbrella", "suitcase", "backpack"}
     | {"handbag", "couch", "chair", "frisbee", "kite", "surfboard"}
 )
+ANIMALS = frozenset({"cat", "dog", "horse", "cow", "bear", "bird"})
+OF_ANIMALS = ("black", "white", "grey", "orange", "brown")  # an orange cat is deceptive where there is none, a green one is not
 NAMES = ("black", "white", "grey", "red", "orange", "yellow", "green", "blue", "brown")
 COLOUR_WORDS = {name: name for name in NAMES} | {"gray": "grey", "ginger": "orange"}
 CORE_SHARE = 0.7  # of the pixels, for a name to hold
@@ -92,6 +94,6 @@ def _votes(lab: np.ndarray, rim: float) -> dict[str, float]:
     return {name: float(np.mean(region)) for name, region in inside.items()}
 
 
-def names_of(colours: Iterable[Iterable[str]]) -> list[str]:
-    """Return the names that are certain for at least one instance."""
-    return sorted({next(iter(names)) for names in map(list, colours) if len(names) == 1})
+def names_for(category: str) -> tuple[str, ...]:
+    """Return the colours that objects of a category are said to have."""
+    return OF_ANIMALS if category in ANIMALS else NAMES

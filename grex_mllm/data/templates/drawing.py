@@ -11,6 +11,7 @@ import numpy as np
 
 from grex_mllm.data.templates.enumeration import absent
 from grex_mllm.data.templates.evaluate import evaluate
+from grex_mllm.data.templates.judge import denoted
 from grex_mllm.data.templates.meaning import PLURAL, Except, Meaning, Phrase, Union
 from grex_mllm.data.templates.naming import Names, Set
 from grex_mllm.data.templates.scene import Scene
@@ -71,9 +72,7 @@ def absent_categories(scene: Scene, cooccurrence: Counter[tuple[str, str]]) -> l
     return [name for name, _ in sorted(score.items(), key=lambda item: (-item[1], item[0]))[:MOST_ABSENT]]
 
 
-def statements(
-    names: Names, cooccurrence: Counter[tuple[str, str]], rng: np.random.Generator
-) -> Iterator[tuple[str, str, Meaning, Set]]:
+def statements(names: Names, cooccurrence: Counter[tuple[str, str]], rng: np.random.Generator) -> Iterator[tuple[str, str, Meaning, Set]]:
     """Yield (class, kind, meaning, targets) of everything that is certainly true or false of a scene; conjunctions are a drawn part of them."""
     scene = names.scene
     if not names.whole:
@@ -117,7 +116,7 @@ def _conjunctions(names: Names, rng: np.random.Generator) -> Iterator[Union]:
     single = [
         (phrase, ids)
         for kind, phrase, ids in names.known
-        if ids and kind in ("category", "side", "position", "size", "order", "colour", "depth") and not _framed(phrase)
+        if ids and kind in ("category", "side", "position", "size", "order", "colour", "depth") and not _unusual(phrase)
     ]
     pairs = list(combinations(range(len(single)), 2))
     chosen = rng.permutation(len(pairs))
@@ -132,7 +131,10 @@ def _conjunctions(names: Names, rng: np.random.Generator) -> Iterator[Union]:
         yield Union((one, two) if rng.random() < 0.5 else (two, one))
 
 
-def _framed(phrase: Phrase) -> bool:
+def _unusual(phrase: Phrase) -> bool:
+    """Tell whether nobody says a phrase beside another one: "of the picture", "the fifth from the left", "the three topmost"."""
+    if phrase.pick and (phrase.pick.rank > 3 or (phrase.number > 2 and phrase.pick.by in ("top", "bottom"))):
+        return True
     return any(getattr(condition, "frame", False) for condition in phrase.conditions)
 
 
@@ -144,6 +146,7 @@ def draw_statements(
     First the class, by its share, then the kind among those possible here, then the meaning, then the words.
     """
     names = Names(scene)
+    categories = tuple(sorted({*scene.present, *(scene.labelled or ())}))
     pools: dict[str, dict[str, list[tuple[Meaning, Set]]]] = {group: {} for group in CLASSES}
     for group, kind, meaning, ids in statements(names, cooccurrence, rng):
         pools[group].setdefault(kind, []).append((meaning, ids))
@@ -162,6 +165,8 @@ def draw_statements(
                 del pool[kind]
             said = wordings(meaning)
             text = said[0] if rng.random() < CANONICAL_SHARE else said[int(rng.integers(len(said)))]
+            if denoted(text, scene, categories) != ids:  # another reading means something else here
+                continue
             if text in texts or (ids and uses[ids] >= MOST_OF_A_SET):
                 continue
             texts.add(text)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
 
-from grex_mllm.data.templates.colours import NAMES
+from grex_mllm.data.templates.colours import names_for
 from grex_mllm.data.templates.evaluate import MOST_COMPARED
 from grex_mllm.data.templates.meaning import CORNERS, DIRECTIONS, PLURAL, RELATIONS, SIDES, Phrase, Pick, Relation, Where
 from grex_mllm.data.templates.scene import KINDS, Scene
@@ -13,6 +13,7 @@ MOST_NAMED = 8  # nobody counts more at a glance
 MOST_RANKED = 5
 MOST_ANCHORS = 4
 FEW = 2
+SAID_OF_EACH_OTHER = ("person", "cat", "dog", "car")
 
 Candidate = tuple[str, Phrase]  # kind, meaning
 
@@ -90,7 +91,7 @@ def _corners(names: tuple[str, ...]) -> Iterator[Candidate]:
 
 
 def _colours(names: tuple[str, ...]) -> Iterator[Candidate]:
-    for name in NAMES:
+    for name in names_for(names[0]):
         yield from (("colour", Phrase(names, number, name)) for number in (1, PLURAL, 2, 3))
         for side in ("left", "right"):
             yield from (("colour", Phrase(names, number, name, conditions=(Where(side),))) for number in (1, PLURAL))
@@ -102,12 +103,12 @@ def _relations(scene: Scene, category: str) -> Iterator[Candidate]:
     single = [name for name, things in scene.groups.items() if len(things) == 1 and name != category]
     single.sort(key=lambda name: -scene.groups[name][0].area)
     anchors = [Phrase((name,), 1) for name in single[:MOST_ANCHORS]]
-    if category in ("person", "cat", "dog", "car") and len(scene.groups.get(category, ())) > 1:
-        anchors += [Phrase((category,), 1, pick=Pick(by)) for by in ("largest",)]
+    if category in SAID_OF_EACH_OTHER and len(scene.groups.get(category, ())) > FEW:
+        anchors.append(Phrase((category,), 1, pick=Pick("largest")))
     for anchor in anchors:
-        for number in (1, PLURAL):
-            for kind in RELATIONS:
-                yield "relation", Phrase((category,), number, conditions=(Relation(kind, anchor),))
+        own = anchor.categories == (category,)
+        for kind in RELATIONS:
+            yield from (("relation", Phrase((category,), n, conditions=(Relation(kind, anchor),))) for n in ((1,) if own else (1, PLURAL)))
         yield "relation", Phrase((category,), 1, pick=Pick("nearest", anchor=anchor))
 
 

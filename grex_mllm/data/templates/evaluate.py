@@ -14,7 +14,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 from operator import attrgetter
 
-from grex_mllm.data.templates.meaning import PLURAL, SIDES, Except, Meaning, Phrase, Pick, Relation, Union, Where
+from grex_mllm.data.templates.meaning import PLURAL, SIDES, Meaning, Phrase, Pick, Relation, Union, Where
 from grex_mllm.data.templates.places import decide_relation, decide_where, is_far, ranked_apart
 from grex_mllm.data.templates.scene import Scene, Thing
 

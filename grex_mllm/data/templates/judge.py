@@ -86,7 +86,9 @@ def judge_of(folder: Path, info: Mapping[str, Any]) -> TemplateJudge:
     """
     path = folder / SCENES
     if not path.is_file():
-        raise fault(f"{folder} holds no {SCENES}", "the file beside images.jsonl", "write the folder again with data_prep/coco_templates.py")
+        raise fault(
+            f"{folder} holds no {SCENES}", "the file beside images.jsonl", "write the folder again with data_prep/coco_templates.py"
+        )
     data = path.read_bytes()
     digest = hashlib.sha256(data).hexdigest()
     if digest != info.get(SCENES_HASH):

@@ -102,7 +102,12 @@ LINKS: Words[None] = _words((f"{who} {verb}", None) for who, verb in product(("t
 LINKS["is"], LINKS["are"] = [(("is",), None)], [(("are",), None)]
 RELATIONS_AFTER: Words[str] = _words(
     [
-        *((f"{prep}{side} {part}of", f"{side} of") for side in ("left", "right") for prep in ("to the ", "on the ", "") for part in ("", "side ")),
+        *(
+            (f"{prep}{side} {part}of", f"{side} of")
+            for side in ("left", "right")
+            for prep in ("to the ", "on the ", "")
+            for part in ("", "side ")
+        ),
         *(("above", "above"), ("over", "above"), ("below", "below"), ("under", "below"), ("beneath", "below"), ("underneath", "below")),
         *(("in front of", "in front of"), ("before", "in front of"), ("behind", "behind")),
     ]

@@ -57,6 +57,7 @@ class _Draft:
 
     number: int | None = None
     every: bool = False
+    several: bool = False  # "all", "both": the noun is a plural
     order: int = 0
     colour: str = ""
     negated_colour: bool = False
@@ -161,17 +162,16 @@ class _Reader:
     def _lead(self, pos: int) -> Iterator[tuple[_Draft, int]]:
         token = self.token(pos)
         if token == "all":
-            pos = self.after(self.after(self.after(pos + 1, "of"), "the"), "of")
-        elif token in ("every", "each", "any"):
+            yield _Draft(several=True), self.after(self.after(self.after(pos + 1, "of"), "the"), "of")
+            return
+        if token in ("every", "each", "any"):
             yield _Draft(every=True), self.after(self.after(pos + 1, "single"), "of")
             return
-        elif token == "both":
-            yield _Draft(number=2), self.after(self.after(pos + 1, "of"), "the")
+        if token == "both":
+            yield _Draft(number=2, several=True), self.after(self.after(pos + 1, "of"), "the")
             return
-        else:
-            pos = self.after(pos, "the", "a", "an", "just", "only")
-            pos = self.after(pos, "only", "single")
-        yield _Draft(), pos
+        pos = self.after(pos, "the", "a", "an", "just", "only")
+        yield _Draft(), self.after(pos, "only", "single")
 
     def _before(self, draft: _Draft, pos: int) -> Iterator[tuple[_Draft, int]]:
         yield draft, pos
@@ -194,7 +194,8 @@ class _Reader:
 
     def _noun(self, draft: _Draft, pos: int, context: tuple[str, ...], described: bool) -> Iterator[tuple[Meaning, int]]:
         for (categories, plural), end in self._nouns(pos):
-            yield from self._after(draft, categories, plural, end)
+            for one in (False, True) if plural is None and not draft.every else (bool(plural),):
+                yield from self._after(draft, categories, one, end)
         if context and self.token(pos) in ("one", "ones"):
             yield from self._after(draft, context, self.token(pos) == "ones", pos + 1)
         elif context and described and draft.number is None:
@@ -247,13 +248,15 @@ def _built(draft: _Draft, categories: tuple[str, ...], plural: bool | None) -> P
     """Return the phrase of a draft, None where its parts do not go together."""
     if draft.order:
         return None
+    if draft.several and plural is False:
+        return None
     number = draft.number
     if draft.every:
         number = PLURAL
         if draft.pick:
             return None
     elif number is None:
-        number = PLURAL if plural else 1
+        number = PLURAL if plural or draft.several else 1
     if draft.pick and draft.pick.rank and number != 1:
         return None
     return Phrase(categories, number, draft.colour, draft.negated_colour, draft.conditions, draft.pick)

@@ -17,6 +17,7 @@ ELSEWHERE = 0.04  # of the image's side, between the centres of what is certainl
 TOUCH = 0.01  # of the image's side: by so much may boxes overlap that lie beside each other
 SHARED = 0.3  # share of the lower height that two things have in common that lie beside each other
 BEFORE = 0.6  # share of the width that a thing has in common with what it stands before
+ASIDE = 0.15  # of the width, between boxes of things of which none is before the other
 DEPTH = 0.04  # of the image's height, between lower edges
 FURTHER_AWAY = 1.4  # ratio of areas of two things of a category, of which one is behind the other
 GROUND = frozenset({"person", "bicycle", "car", "motorcycle", "bus", "train", "truck"})  # what stands before each other on one ground
@@ -94,7 +95,7 @@ def _beside(one: Thing, other: Thing, axis: int) -> bool | None:
 
 def _before(one: Thing, other: Thing) -> bool | None:
     """Tell whether one stands before the other: it reaches further down, and lies largely across it."""
-    if max(one.low[0] - other.high[0], other.low[0] - one.high[0]) > TOUCH or other.high[1] - one.high[1] > DEPTH:
+    if max(one.low[0] - other.high[0], other.low[0] - one.high[0]) > ASIDE or other.high[1] - one.high[1] > DEPTH:
         return False
     if one.category != other.category and not {one.category, other.category} <= GROUND:
         return None

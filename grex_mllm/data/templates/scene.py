@@ -117,9 +117,7 @@ class Scene:
         return Scene(seen, self.blocked, self.labelled, self.present, self.aspect)
 
 
-def read_scene(
-    record: ImageRecord, labelled: Iterable[str] | None = None, colours: Mapping[str, Sequence[str]] | None = None
-) -> Scene:
+def read_scene(record: ImageRecord, labelled: Iterable[str] | None = None, colours: Mapping[str, Sequence[str]] | None = None) -> Scene:
     """Return the scene of an image record; areas and centroids come from the masks.
 
     labelled: categories that are exhaustively labelled in this image; None = those that are in it.

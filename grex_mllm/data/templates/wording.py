@@ -132,7 +132,10 @@ def _phrase(phrase: Phrase, one: str = "") -> list[str]:
     for noun in [one] if one else nouns(phrase.categories, phrase.number != 1):
         for before, after in _around(phrase):
             words = " ".join(filter(None, (before, noun, after)))
-            found += [f"{lead} {words}" if lead else words for lead in _leads(phrase, bool(one))]
+            leads = _leads(phrase, bool(one))
+            if phrase.number == PLURAL and not one and noun in nouns(phrase.categories, False):  # "sheep"
+                leads = ["all the", "all"]
+            found += [f"{lead} {words}" if lead else words for lead in leads]
             if phrase.number > 1 and phrase.pick and not phrase.pick.rank and before:
                 found.append(f"the {before} {number_word(phrase.number)} {' '.join(filter(None, (noun, after)))}")
     return found
