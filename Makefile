@@ -1,4 +1,5 @@
-# setup: .venv with everything, from nothing.  demo: train, predict, score and report on synthetic scenes.  test, lint: what .ci/run runs.
+# setup: .venv with everything, from nothing.  demo: train, predict, score and report on synthetic scenes.
+# photos: the same on photographs of your own, with pre-trained parts that pip brings: make photos COCO=FOLDER.  test, lint: what .ci/run runs.
 # test-long: what takes longer than make test may (10 minutes on two cores): kills at every moment, load, long runs.
 PYTHON ?= python3
 # Installed first and pinned, so that no later request of pip brings another build of it.
@@ -6,7 +7,7 @@ TORCH ?= torch==2.13.0
 BIN := .venv/bin
 STAMP := .venv/.installed
 
-.PHONY: setup demo test test-long lint clean
+.PHONY: setup demo photos photos-given test test-long lint clean
 
 setup: $(STAMP)
 
@@ -22,6 +23,13 @@ $(STAMP): pyproject.toml
 
 demo: setup
 	$(BIN)/grex demo
+
+photos: photos-given setup
+	$(BIN)/python -m pip install --quiet -e '.[photos]'
+	$(BIN)/python data_prep/photos.py --coco "$(COCO)" $(PHOTOS)
+
+photos-given:
+	@test -n "$(COCO)" || { echo "make photos without COCO; expected a folder of photographs with instances*.json (or sub-folders of that form); run: make photos COCO=FOLDER" >&2; exit 2; }
 
 test: setup
 	$(BIN)/python -m pytest

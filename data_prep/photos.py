@@ -27,12 +27,13 @@ from grex_mllm.config import CONFIG_FOLDER
 from grex_mllm.data.coco import describe_file
 from grex_mllm.data.records import load_dataset, read_info
 from grex_mllm.data.refs_program import status_of
+from grex_mllm.data.templates.photographs import COCO_NUMBER
 from grex_mllm.errors import GrexError, fault
 from grex_mllm.job import DATA, PREDICTIONS, RESULTS, SHEET, predict_once, report_run, run_job, say, score_once, timed
 
 PROGRAM = "data_prep/photos.py"
 STAGES = [str(CONFIG_FOLDER / name) for name in ("photos_ground.yaml", "photos_align.yaml", "photos.yaml")]
-SPLITS = "train=0.8,val=0.05,test=0.15"
+SPLITS, EXPRESSIONS = "train=0.8,val=0.05,test=0.15", "train=24,val=8,test=8"
 HUMAN = "human"
 LAYOUT = "instances*.json or .json.gz, and a folder images; or sub-folders of that form, one for each source"
 
@@ -49,7 +50,7 @@ def main(arguments: list[str] | None = None) -> int:
         "--stages", nargs="+", default=STAGES, help="configurations, one for each training in turn (default: configs/photos*)"
     )
     parser.add_argument("--human", type=Path, help="folder with human expressions in gRefCOCO's format, to be tested on")
-    parser.add_argument("--expressions-per-image", type=int, default=24, help="of an image, at most (default: %(default)s)")
+    parser.add_argument("--expressions-per-image", default=EXPRESSIONS, help="of an image, at most (default: %(default)s)")
     parser.add_argument("--candidates", type=int, default=8, help="texts to choose from by grounding (default: %(default)s)")
     options, overrides = parser.parse_known_args(arguments)
     return status_of(PROGRAM, lambda: run(options, overrides))
@@ -117,7 +118,7 @@ def source_of(folder: Path) -> tuple[Path, Path] | None:
     return files[0], images
 
 
-def make_data(sources: dict[str, tuple[Path, Path]], out: Path, human: Path | None, expressions: int) -> Path:
+def make_data(sources: dict[str, tuple[Path, Path]], out: Path, human: Path | None, expressions: str) -> Path:
     """Write templated expressions about every source, without the photographs of the human expressions, unless they are there.
 
     Raises:
@@ -129,7 +130,7 @@ def make_data(sources: dict[str, tuple[Path, Path]], out: Path, human: Path | No
     else:
         say(f"data: templated expressions about {', '.join(sources)} into {folder}")
         words = [part for name, (file, images) in sources.items() for part in ("--source", f"{name}={file}:{images}")]
-        words += ["--out", str(folder), "--splits", SPLITS, "--expressions-per-image", str(expressions)]
+        words += ["--out", str(folder), "--splits", SPLITS, "--expressions-per-image", expressions]
         if human is not None:
             words += ["--exclude", str(list_photographs(human, out / "excluded.txt"))]
         if coco_templates.main(words):
@@ -153,9 +154,14 @@ def file_names(dataset: Path) -> set[str]:
     return {Path(record.file).name for record in load_dataset(dataset).images.values()}
 
 
+def photographs(dataset: Path) -> set[str]:
+    """Return a dataset folder's photographs by COCO number, whatever stands before it in the name; those without one by file name."""
+    return {COCO_NUMBER.findall(name)[-1] if COCO_NUMBER.search(name) else name for name in file_names(dataset)}
+
+
 def check_apart(data: Path, human: Path | None) -> None:
     """Raise GrexError where a photograph of the human expressions is among those of the training."""
-    shared = sorted(file_names(data) & file_names(human)) if human is not None else []
+    shared = sorted(photographs(data) & photographs(human)) if human is not None else []
     if shared:
         given = f"{data} with {len(shared)} photographs of --human (first: {shared[0]})"
         raise fault(given, "none of them in the training", "choose another --out, so that the data is written anew")

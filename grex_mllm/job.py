@@ -27,7 +27,7 @@ PROTOCOL = PROTOCOL_FOLDER / "all.yaml"
 DATA, PREDICTIONS, RESULTS, TIMES, WEIGHTS = "data", "predictions.jsonl", "results.json", "times.json", "model.safetensors"
 STAGES, BASELINES = "stages", "baselines"
 TASKS = ["ground", "generate"]
-RULES = ("always_empty", "largest", "all", "oracle", "category_side")  # what stands beside a model
+RULES = ("always_empty", "largest", "all", "oracle")  # what stands beside a model
 SHEET = 48  # generated texts in the report that nobody chose
 IMAGE_STEPS = 1.5  # time of the prediction of an image, with candidates, in joint training steps; for the announcement
 SCORING_S = 120.0  # scores of the model and of the rules, and the report; for the announcement
@@ -86,8 +86,8 @@ def plan_stages(data: Path, files: Sequence[str | Path], out: Path, overrides: S
     for file, name in zip(files, names, strict=True):
         folder = out if name == names[-1] else out / STAGES / name
         given = read_yaml(file)
-        fields = [] if "train" in (given.get("data") or {}) else [f"--data.train={data}"]
-        if stages and "start" not in (given.get("train") or {}):
+        fields = [] if (given.get("data") or {}).get("train") else [f"--data.train={data}"]
+        if stages and not (given.get("train") or {}).get("start"):
             fields.append(f"--train.start={stages[-1].out}")
         fields += [*overrides, f"--train.out={folder}", "--train.resume=true"]
         stages.append(TrainingStage(name, load_config(file, fields), folder))

@@ -17,7 +17,7 @@ from grex_mllm.data.dataset import FolderDataset, SampleSource
 from grex_mllm.data.sources import PRETRAINING, describe_epochs, training_samples, training_text, weighted
 from grex_mllm.entries import SOURCES, entry
 from grex_mllm.errors import fault
-from grex_mllm.models.grex import GrexModel
+from grex_mllm.models.grex import WEIGHTS, GrexModel
 from grex_mllm.models.language_model import describe_base
 from grex_mllm.models.lm_loading import partitioned_lm
 from grex_mllm.models.placement import Placement, placed
@@ -91,7 +91,7 @@ def forecast_from_config(config: Config) -> tuple[Forecast, Resolved]:
         GrexError: what `train_from_config` raises before its first step.
     """
     config = copy.deepcopy(config)
-    if config.train.start is not None and not Path(config.train.start).is_dir():
+    if config.train.start is not None and not Path(config.train.start, WEIGHTS).is_file():
         config.train.start = None
     samples, tokenizers, generates = _materials(config)
     device = training_device()
