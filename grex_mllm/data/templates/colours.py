@@ -20,7 +20,8 @@ COLOURED = frozenset(  # categories of which people say the colour
     | {"handbag", "couch", "chair", "frisbee", "kite", "surfboard"}
 )
 ANIMALS = frozenset({"cat", "dog", "horse", "cow", "bear", "bird"})
-OF_ANIMALS = ("black", "white", "grey", "orange", "brown")  # an orange cat is deceptive where there is none, a green one is not
+OF_ANIMALS = ("black", "white", "grey", "orange", "brown")
+VAGUE = frozenset({"grey", "brown"})  # people call many things so: never said where there is none
 NAMES = ("black", "white", "grey", "red", "orange", "yellow", "green", "blue", "brown")
 COLOUR_WORDS = {name: name for name in NAMES} | {"gray": "grey", "ginger": "orange"}
 CORE_SHARE = 0.7  # of the pixels, for a name to hold

@@ -9,6 +9,7 @@ from itertools import combinations
 
 import numpy as np
 
+from grex_mllm.data.templates.colours import VAGUE
 from grex_mllm.data.templates.enumeration import absent
 from grex_mllm.data.templates.evaluate import evaluate
 from grex_mllm.data.templates.judge import denoted
@@ -22,6 +23,7 @@ MOST_ABSENT = 6
 MOST_OF_A_SET = 3  # expressions of one object set
 FEWEST_FOR_EXCEPTION = 3
 MOST_PAIRS = 200  # conjunctions that are looked at
+JOINED = frozenset({"category", "side", "position", "size", "order", "colour", "depth"})  # kinds in conjunctions
 CANONICAL_SHARE = 0.25  # of the texts
 FALSE_KINDS = {"category": "", "count": "wrong_count", "order": "wrong_order", "side": "wrong_place", "negation": ""}
 FALSE_KINDS |= {"position": "", "size": "", "depth": "", "colour": "wrong_colour", "relation": "wrong_relation"}
@@ -73,7 +75,7 @@ def absent_categories(scene: Scene, cooccurrence: Counter[tuple[str, str]]) -> l
 
 
 def statements(names: Names, cooccurrence: Counter[tuple[str, str]], rng: np.random.Generator) -> Iterator[tuple[str, str, Meaning, Set]]:
-    """Yield (class, kind, meaning, targets) of everything that is certainly true or false of a scene; conjunctions are a drawn part of them."""
+    """Yield (class, kind, meaning, targets) of what is certainly true or false of a scene; of conjunctions, a drawn part."""
     scene = names.scene
     if not names.whole:
         return
@@ -85,7 +87,7 @@ def statements(names: Names, cooccurrence: Counter[tuple[str, str]], rng: np.ran
     for kind, phrase, ids in names.known:
         if ids:
             yield group_of(ids), kind, phrase, ids
-        elif FALSE_KINDS[kind]:
+        elif FALSE_KINDS[kind] and phrase.colour not in VAGUE:
             yield NONE, FALSE_KINDS[kind], phrase, ids
     for category in absent_categories(scene, cooccurrence):
         for kind, phrase in absent(category):
@@ -113,10 +115,11 @@ def _exceptions(names: Names) -> Iterator[Except]:
 
 def _conjunctions(names: Names, rng: np.random.Generator) -> Iterator[Union]:
     """Yield two things together, of one category or of two."""
+    wholes = set(names.whole.values())
     single = [
         (phrase, ids)
         for kind, phrase, ids in names.known
-        if ids and kind in ("category", "side", "position", "size", "order", "colour", "depth") and not _unusual(phrase)
+        if ids and kind in JOINED and not _unusual(phrase) and (kind == "category" or ids not in wholes)
     ]
     pairs = list(combinations(range(len(single)), 2))
     chosen = rng.permutation(len(pairs))

@@ -81,7 +81,9 @@ def _positions(names: tuple[str, ...], num: int) -> Iterator[Candidate]:
 
 def _orders(names: tuple[str, ...], num: int) -> Iterator[Candidate]:
     for rank in range(2, min(num + 2, MOST_RANKED) + 1):
-        sides = DIRECTIONS if rank <= num else ("left", "right")
+        if rank == num:  # the outermost from the other side: nobody counts so
+            continue
+        sides = ("left", "right") if rank > num else DIRECTIONS
         yield from (("order", Phrase(names, 1, pick=Pick(side, rank))) for side in sides)
 
 
@@ -109,7 +111,8 @@ def _relations(scene: Scene, category: str) -> Iterator[Candidate]:
         own = anchor.categories == (category,)
         for kind in RELATIONS:
             yield from (("relation", Phrase((category,), n, conditions=(Relation(kind, anchor),))) for n in ((1,) if own else (1, PLURAL)))
-        yield "relation", Phrase((category,), 1, pick=Pick("nearest", anchor=anchor))
+        if len(scene.groups.get(category, ())) > 1:
+            yield "relation", Phrase((category,), 1, pick=Pick("nearest", anchor=anchor))
 
 
 def _counted_sides(names: tuple[str, ...]) -> Iterator[Candidate]:

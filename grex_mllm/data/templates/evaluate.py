@@ -201,13 +201,14 @@ def _first(things: tuple[Thing, ...], by: str, number: int, margin: float) -> Fo
         ratio = min(areas[0]) / max(areas[1]) if by == "front" else min(areas[1]) / max(areas[0])
         return tuple(inside) if edges >= MARGIN_DEPTH and ratio >= MARGIN_SIZE else None
     axis, sign = (0 if by in ("left", "right") else 1), (1 if by in ("left", "top") else -1)
-    edge = attrgetter("low" if sign == 1 else "high")
     ranked = sorted(things, key=lambda thing: sign * thing.centre(axis))
     inside, outside = ranked[:number], ranked[number:]
     centres = min(sign * thing.centre(axis) for thing in outside) - max(sign * thing.centre(axis) for thing in inside)
     centroids = min(sign * thing.centroid[axis] for thing in outside) - max(sign * thing.centroid[axis] for thing in inside)
-    edges = min(sign * edge(thing)[axis] for thing in outside) - max(sign * edge(thing)[axis] for thing in inside)
-    return tuple(inside) if min(centres, centroids) >= margin and edges >= 0 else None
+    outer = attrgetter("low" if sign == 1 else "high")
+    sides = (outer,) if axis == 0 else (attrgetter("low"), attrgetter("high"))  # who is upright is not "topmost" among the seated
+    ordered = all(min(sign * edge(thing)[axis] for thing in outside) >= max(sign * edge(thing)[axis] for thing in inside) for edge in sides)
+    return tuple(inside) if min(centres, centroids) >= margin and ordered else None
 
 
 def _nearest(things: tuple[Thing, ...], pick: Pick, number: int, scene: Scene) -> Found:
