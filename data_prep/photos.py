@@ -89,9 +89,8 @@ def find_sources(folder: Path) -> dict[str, tuple[Path, Path]]:
     """
     if not folder.is_dir():
         raise fault(f"--coco {folder} is no folder", f"a folder with {LAYOUT}", "give another path")
-    found = {name.name: place for name in [folder, *sorted(folder.iterdir())] if name.is_dir() and (place := source_of(name)) is not None}
-    if folder.name in found and len(found) > 1:
-        found = {folder.name: found[folder.name]}
+    places = [folder] if source_of(folder) is not None else sorted(place for place in folder.iterdir() if place.is_dir())
+    found = {place.resolve().name: source for place in places if (source := source_of(place)) is not None}
     if not found:
         raise fault(f"--coco {folder} without instances", LAYOUT, "lay the files so, or write the data with data_prep/coco_templates.py")
     return found

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from grex_mllm.config import PROTOCOL_FOLDER, Config, load_config, read_yaml, to_dict
+from grex_mllm.entries import SOURCES
 from grex_mllm.errors import fault
 from grex_mllm.types import Sample
 from grex_mllm.writing import whole_file
@@ -27,7 +28,7 @@ PROTOCOL = PROTOCOL_FOLDER / "all.yaml"
 DATA, PREDICTIONS, RESULTS, TIMES, WEIGHTS = "data", "predictions.jsonl", "results.json", "times.json", "model.safetensors"
 STAGES, BASELINES = "stages", "baselines"
 TASKS = ["ground", "generate"]
-RULES = ("always_empty", "largest", "all", "oracle")  # what stands beside a model
+RULES = ("always_empty", "largest", "all", "oracle", "category_side")  # what stands beside a model
 SHEET = 48  # generated texts in the report that nobody chose
 IMAGE_STEPS = 1.5  # time of the prediction of an image, with candidates, in joint training steps; for the announcement
 SCORING_S = 120.0  # scores of the model and of the rules, and the report; for the announcement
@@ -61,7 +62,7 @@ def run_job(data: Path, files: Sequence[str | Path], out: Path, overrides: Seque
     with timed(out, "prediction"):
         predict_once(out, data, "test", out / PREDICTIONS, candidates)
     with timed(out, "baselines"):
-        beside = {name: rule_results(name, data, "test", out) for name in RULES}
+        beside = {name: rule_results(name, data, "test", out / BASELINES, listener=out) for name in RULES}
     with timed(out, "scores"):
         results = score_once(out / PREDICTIONS, data, "test", out / RESULTS, beside=beside, config=to_dict(stages[-1].config))
     page = report_run(out, data=data, num_unselected=SHEET)
@@ -74,7 +75,7 @@ def run_job(data: Path, files: Sequence[str | Path], out: Path, overrides: Seque
 def plan_stages(data: Path, files: Sequence[str | Path], out: Path, overrides: Sequence[str] = ()) -> list[TrainingStage]:
     """Return the trainings: the last one's model folder is `out`, the others' lie in `out`/stages.
 
-    A stage trains on `data` unless its file names data.train, and starts from the stage before unless its file names train.start.
+    A stage trains on `data` unless its file names a mixture or drawn scenes, and starts from the stage before unless it names train.start.
 
     Raises:
         GrexError: no file, two of one name, or one that does not load.
@@ -86,7 +87,8 @@ def plan_stages(data: Path, files: Sequence[str | Path], out: Path, overrides: S
     for file, name in zip(files, names, strict=True):
         folder = out if name == names[-1] else out / STAGES / name
         given = read_yaml(file)
-        fields = [] if (given.get("data") or {}).get("train") else [f"--data.train={data}"]
+        own = (given.get("data") or {}).get("train")
+        fields = [] if isinstance(own, list) or own in SOURCES else [f"--data.train={data}"]
         if stages and not (given.get("train") or {}).get("start"):
             fields.append(f"--train.start={stages[-1].out}")
         fields += [*overrides, f"--train.out={folder}", "--train.resume=true"]
@@ -158,16 +160,15 @@ def score_once(
     return score(predictions, data, split, PROTOCOL, out, per_sample=True, **options)
 
 
-def rule_results(name: str, data: Path, split: str, run: Path) -> dict[str, Any]:
-    """Return the results of a fixed rule on a split; its files lie in `run`/baselines. What it writes is grounded by the run's model."""
+def rule_results(name: str, data: Path, split: str, folder: Path, *, listener: Path | None = None) -> dict[str, Any]:
+    """Return the results of a fixed rule on a split; its files lie in `folder`. listener: the model that grounds what it writes."""
     from grex_mllm.predictors import open_predictor
     from grex_mllm.predictors.protocol import Options
 
-    folder = run / BASELINES
     predictions = folder / f"{name}.jsonl"
     writes = "generate" in open_predictor(name, Options()).can.tasks
     predict_once(name, data, split, predictions)
-    return score_once(predictions, data, split, folder / f"{name}.json", round_trip=run if writes else None, show=False)
+    return score_once(predictions, data, split, folder / f"{name}.json", round_trip=listener if writes else None, show=False)
 
 
 def report_run(run: Path, protocol: str | None = None, *, data: Path | None = None, split: str = "test", num_unselected: int = 0) -> Path:
