@@ -4,7 +4,7 @@
 
 For a model whose decoder is `instance_selection`. Rows of the table (strict protocol; with several sources their mean, each the same):
 
-- as it is: the model's own answers.
+- as it is: the model's own answers; put together: the same from its regions, resized one by one and then united, as in the other rows.
 - true masks: what it selected stays selected; a region that overlaps a true object (mask IoU from 0.5, one to one) becomes that object.
 - true selection: of its regions those that match the targets, with its own masks. What is lost: detection and masks.
 - true selection and masks: those regions become the objects. What is lost: objects that no region has found.
@@ -48,7 +48,7 @@ from grex_mllm.types import MORE_THAN_FIVE, Grounding, GroundingOutput, Sample
 
 OVERLAP = 0.5  # mask IoU from which a region has found an object
 SURE = 10.0  # logit of a true object's being one
-ROWS = ("as it is", "true masks", "true selection", "true selection and masks", "true objects")
+ROWS = ("as it is", "put together", "true masks", "true selection", "true selection and masks", "true objects")
 MEASURES = {"gIoU": "gres.gIoU", "N-acc": "gres.N_acc", "T-acc": "gres.T_acc", "count": "count.accuracy", "Pr@F1": "grec.Pr@F1"}
 
 
@@ -138,6 +138,7 @@ def lines_of(net: GrexModel, sample: Sample, counted: Counter[str]) -> Iterator[
         matched = [k for k, n in seen.pairs.items() if n in wanted]
         made = {
             "as it is": own[e],
+            "put together": selected(net, output, e, seen, record.raw, true=False),
             "true masks": selected(net, output, e, seen, record.raw, true=True),
             "true selection": assembled(record.raw, seen, matched, matched, len(matched), none=not wanted, true=False),
             "true selection and masks": assembled(record.raw, seen, matched, matched, len(matched), none=not wanted, true=True),
