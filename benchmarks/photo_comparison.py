@@ -35,7 +35,7 @@ from grex_mllm.writing import whole_file
 
 HERE = Path(__file__).resolve().parent
 RELA = "--model.decoder={name: rela, width: PIXEL_WIDTH, num_heads: 8, num_layers: 4, feedforward: 512, mask_language_padding: true}"
-SCENES = ["--data.train=synthetic", "--data.resize=squash", "--data.sources.synthetic.image_size=320"]
+SCENES = ["--data.train=synthetic", "--data.sources.synthetic.image_size=160"]
 ROUNDS, DRAWS, LEAST_STEPS = 3, 2000, 2
 MEASURES = {"gIoU": "gres", "N_acc": "gres", "T_acc": "gres", "accuracy": "count", "Pr@F1": "grec"}  # key of a column -> its metric
 EXACT = "exact, greedy"  # object sets whose greedy text means exactly them

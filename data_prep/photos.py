@@ -23,7 +23,6 @@ import coco_templates
 import grefcoco
 import weights
 
-from grex_mllm.config import CONFIG_FOLDER
 from grex_mllm.data.coco import describe_file
 from grex_mllm.data.records import load_dataset, read_info
 from grex_mllm.data.refs_program import status_of
@@ -32,7 +31,7 @@ from grex_mllm.errors import GrexError, fault
 from grex_mllm.job import DATA, PREDICTIONS, RESULTS, SHEET, predict_once, report_run, run_job, say, score_once, timed
 
 PROGRAM = "data_prep/photos.py"
-STAGES = [str(CONFIG_FOLDER / name) for name in ("photos_ground.yaml", "photos_align.yaml", "photos.yaml")]
+STAGES = ["configs/photos_ground.yaml", "configs/photos_align.yaml", "configs/photos.yaml"]
 SPLITS, EXPRESSIONS = "train=0.8,val=0.05,test=0.15", "train=24,val=8,test=8"
 HUMAN = "human"
 LAYOUT = "instances*.json or .json.gz, and a folder images; or sub-folders of that form, one for each source"

@@ -9,7 +9,7 @@ the document. These things alone are replaced, by `shrunken` and `launched`:
 3. What the command is to write (--out, --train.out) is removed first if the stage has it; `grex ground --out` is a folder of many.
 4. `grex demo` without --config takes the stage's configs/demo.yaml and the few scenes of DEMO_SIZES.
 5. Launchers: their own parsers read their flags. Then two processes on CPU are started; commands for several machines run on one.
-6. `make TARGET` is `make -n TARGET`, without doing it; benchmarks get BENCHMARK_SIZES; what `pip` does is done in tests/test_wheel.py.
+6. `make TARGET` is `make -n TARGET`, without doing it; long programs get BENCHMARK_SIZES; what `pip` does is done in tests/test_wheel.py.
 
 What a shrunken copy hides is checked on the original: precision and number of processes (`check_original`).
 """
@@ -29,14 +29,16 @@ from typing import Any
 import numpy as np
 import torch
 from conftest import ROOT
+from made_photos import made_coco, made_human
 from PIL import Image
+from safetensors.torch import save_file
 from test_convert_swin import spelled
 from test_data_prep import annotation, instances, ref
 from tiny import tiny_speaker
 from tiny_folder import tiny_folder
 from tiny_llms import write_llm
 
-from grex_mllm.config import Config, load_config, save_config
+from grex_mllm.config import Config, VisionConfig, load_config, save_config
 from grex_mllm.data.synthetic.settings import SyntheticConfig
 from grex_mllm.ops.masks import encode_rle
 
@@ -49,6 +51,9 @@ BENCHMARK_SIZES = {"rela_forward.py": ["--models", "r50", "--size", "64", "--rep
 BENCHMARK_SIZES["train_step.py"] = ["--batch", "1", "--steps", "1", "--repeats", "1", "--set=--data.image_size=64"]
 LANGUAGE_MODELS = {"Qwen2.5-0.5B-Instruct": "qwen2", "Qwen2.5-1.5B-Instruct": "qwen2", "Qwen2.5-7B-Instruct": "qwen2"}
 LANGUAGE_MODELS |= {"Llama-3.1-8B-Instruct": "llama", "vicuna-7b-v1.5": "llama"}
+LANGUAGE_MODELS |= {"smollm2-135m-instruct": "llama"}
+BENCHMARK_SIZES["photos.py"] = ["--candidates", "2", "--expressions-per-image", "3"]
+BENCHMARK_SIZES["photo_comparison.py"] = ["--seconds", "0.01", "--seeds", "0", "--variants", "without geometry"]
 BENCHMARK_SIZES["joint_ablation.py"] = ["--steps", "2", "--scenes", "2", "--seeds", "0", "--variants", "contrast"]
 CHECKPOINTS = ("swin_base_patch4_window12_384_22k.pth", "swin_tiny_patch4_window7_224.pth", "resnet50.pth")
 
@@ -191,6 +196,7 @@ def make_stage(stage: Path) -> Path:
     for name in ("data/grefcoco", "data/refcoco", "data/coco_templates", "data/mini", "datasets/grefcoco", "datasets/refcoco"):
         tiny_folder(stage / name)
     _raw_files(stage)
+    made_human(stage / "human_refs", made_coco(stage / "photographs"))
     _weights(stage)
     _models(stage)
     for lm, family in LANGUAGE_MODELS.items():
@@ -244,6 +250,9 @@ def _weights(stage: Path) -> None:
     bert = BertConfig(vocab_size=200, **sizes)
     BertModel(bert, add_pooling_layer=False).save_pretrained(stage / "models" / "bert-base-uncased")
     (stage / "models" / "bert-base-uncased" / "vocab.txt").write_text("\n".join(words), encoding="utf-8")
+    shutil.copytree(stage / "models" / "bert-base-uncased", stage / "models" / "all-minilm-l6-v2")
+    lite = build_vision(VisionConfig(name="efficientnet_lite0"), 16)
+    save_file(lite.state_dict(), str(stage / "models" / "efficientnet_lite0.safetensors"))
 
 
 def torchvision_names(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:

@@ -72,8 +72,7 @@ def score(
         rest: dict[str, Any] = {"allow_missing": allow_missing, "notes": notes, "round_trip": trip}
         blocks = {task: score_generation(truth, index, protocol, task, **rest) for task in of_sets}
         provenance = describe_run(protocol, truth, index, num_missing, config=config, notes=notes)
-        if trip is not None:
-            provenance["round_trip"] = trip.provenance()
+        provenance |= {"round_trip": trip.provenance()} if trip is not None else {}
         results = assemble(tally, blocks, provenance, beside)
         if out is not None:
             out = Path(out)
