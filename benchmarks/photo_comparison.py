@@ -102,7 +102,7 @@ def count_steps(options: argparse.Namespace, files: dict[str, str]) -> dict[str,
         for name in open_ones:
             for place, phase in enumerate(VARIANTS[name]):
                 config = load_config(
-                    files[phase.config], [*fields(phase, 0, files[phase.config], options), f"--train.out={options.out / 'timing' / name}"]
+                    files[phase.config], [*fields(phase, 0, files, options), f"--train.out={options.out / 'timing' / name}"]
                 )
                 forecast, _ = forecast_from_config(config)
                 found[name][place].append(forecast.joint_s / config.train.steps)
@@ -115,11 +115,15 @@ def count_steps(options: argparse.Namespace, files: dict[str, str]) -> dict[str,
     return {name: known["steps"][name] for name in options.variants}
 
 
-def fields(phase: Phase, seed: int, file: str, options: argparse.Namespace) -> list[str]:
-    """Return the fields of a training with this file, beside its steps; those of the phase come last."""
-    width = str(load_config(file).model.pixel_decoder.width)  # which rela shares
+def fields(phase: Phase, seed: int, files: dict[str, str], options: argparse.Namespace) -> list[str]:
+    """Return the fields of a training of a phase beside its steps; its own changes come last."""
+    own, first = (load_config(files[name]).model for name in (phase.config, "ground"))
+    parts = {"text.path": first.text.path, "text.tokenizer": first.text.tokenizer, "vision.weights": first.vision.weights}
+    missing = parts if own.text.path is None and own.text.tokenizer is None else {}  # a later stage has them from its start
+    given = [f"--model.{name}={value}" for name, value in missing.items() if value is not None]
+    width = str(own.pixel_decoder.width)  # which rela shares
     common = [f"--data.train={options.data}", f"--train.seed={seed}", f"--train.num_threads={options.threads}", "--train.resume=true"]
-    return [*common, *(change.replace("PIXEL_WIDTH", width) for change in phase.changes)]
+    return [*common, *given, *(change.replace("PIXEL_WIDTH", width) for change in phase.changes)]
 
 
 def run_folder(out: Path, name: str, seed: int) -> Path:
@@ -134,7 +138,7 @@ def one_run(name: str, seed: int, steps: list[int], files: dict[str, str], optio
     for place, (phase, number) in enumerate(zip(VARIANTS[name], steps, strict=True)):
         folder = run if place == len(steps) - 1 else run / f"phase{place}"
         if not (folder / "model.safetensors").exists():
-            given = [*fields(phase, seed, files[phase.config], options), f"--train.steps={number}", f"--train.out={folder}", *start]
+            given = [*fields(phase, seed, files, options), f"--train.steps={number}", f"--train.out={folder}", *start]
             grex("train", "--config", files[phase.config], *given)
         start = [f"--train.start={folder}"]
     predictions, results = run / "predictions.jsonl", run / "results.json"

@@ -27,6 +27,7 @@ READABLE_SIDE = 384  # small images are enlarged up to this side
 PIXELS_PER_LINE = 240  # a line of one pixel for every so many pixels of the longer side
 FILL_OPACITY = 0.36
 OUTSIDE_LIGHT = 0.42  # what is left of the brightness outside a spotlight
+OUTSIDE_LIGHT_LARGE = 0.65  # in photographs, which are often dark and whose surroundings must stay readable
 MAX_CAPTION_CHARACTERS = 400
 # Dark violet over teal to yellow: rises in lightness alone, so that it reads in grey as well.
 HEAT = np.array([(68, 1, 84), (59, 82, 139), (33, 145, 140), (94, 201, 98), (253, 231, 37)], np.float64)
@@ -226,7 +227,8 @@ def _paint_mask(picture: Image.Image, mask: np.ndarray, colour: Colour, factor: 
 
 def _darken_outside(picture: Image.Image, mask: np.ndarray, factor: int) -> Image.Image:
     stencil = _stencil(mask.repeat(factor, axis=0).repeat(factor, axis=1))
-    return Image.composite(picture, picture.point(lambda value: value * OUTSIDE_LIGHT), stencil)
+    light = OUTSIDE_LIGHT if factor > 1 else OUTSIDE_LIGHT_LARGE
+    return Image.composite(picture, picture.point(lambda value: value * light), stencil)
 
 
 def _stencil(mask: np.ndarray) -> Image.Image:

@@ -5,6 +5,7 @@ Everything is what any other user calls, and nothing is done twice: a part whose
 
 from __future__ import annotations
 
+import copy
 import json
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -105,7 +106,7 @@ def announce_stages(stages: Sequence[TrainingStage], data: Path) -> float | None
     if any(stage.done or latest(str(stage.out)) is not None for stage in stages):
         return None  # a run that goes on: its log says how far it is
     say("measuring a few steps of every stage")
-    found = [(stage.name, *forecast_from_config(stage.config)) for stage in stages]
+    found = [(stage.name, *forecast_from_config(whole_config(stage.config, stages[0].config))) for stage in stages]
     num_images = len(FolderDataset(data, "test", 10**9))
     prediction = num_images * IMAGE_STEPS * found[-1][1].step_s
     say_precision(found[-1][2])
@@ -114,6 +115,15 @@ def announce_stages(stages: Sequence[TrainingStage], data: Path) -> float | None
     parts.append(f"prediction of {num_images} images {prediction / 60:.1f}")
     say(f"expected on this machine: {seconds / 60:.1f} minutes in all: {', '.join(parts)} (measured; other programs make it longer)")
     return seconds
+
+
+def whole_config(config: Config, first: Config) -> Config:
+    """Return a configuration that needs no `train.start`: the pre-trained parts that it takes from there are those of the first stage."""
+    whole = copy.deepcopy(config)
+    if whole.model.text.path is None and whole.model.text.tokenizer is None:
+        whole.model.text.path, whole.model.text.tokenizer = first.model.text.path, first.model.text.tokenizer
+        whole.model.vision.weights = first.model.vision.weights
+    return whole
 
 
 def train_stages(stages: Sequence[TrainingStage], out: Path) -> bool:

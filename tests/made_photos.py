@@ -92,6 +92,8 @@ def made_stages(folder: Path, **changes: object) -> list[str]:
         fields |= {"data__expressions_per_image": 3, "predict__precision": "fp32", "train__num_threads": 1}
         config = to_dict(tiny_config(**(fields | task | ({} if name == "ground" else speaker) | changes)))  # type: ignore[arg-type]
         del config["data"]["train"], config["train"]["start"]  # the driver says where the data are, and what a stage starts from
+        if name != "ground":
+            config["model"]["text"]["tokenizer"] = None  # comes from the stage before
         files.append(str(folder / f"{name}.yaml"))
         Path(files[-1]).write_text("# tiny\n" + yaml.safe_dump(config), encoding="utf-8")
     return files

@@ -256,3 +256,14 @@ def test_tables_take_protocols_or_none() -> None:
     flat = {"gres": {"gIoU": 0.5}}
     assert tables.protocol_block(flat) == tables.protocol_block({"strict": flat}) == flat
     assert tables.protocol_block(flat, "official") == {}
+
+
+def test_unselected_cases_lie_at_even_distances(tmp_path: Path) -> None:
+    assert cases.spread(list(range(10)), 3) == [1, 5, 8] and cases.spread([1, 2], 3) == [1, 2]
+    run = make_run(tmp_path / "run", num_images=12)
+    text = write_report(run, index_sample, num_cases=1, num_unselected=4).read_text(encoding="utf-8")
+    page = Page(text)
+    assert "Unselected" in page.text and "Random" not in page.text and "not chosen" in page.text
+    found = cases.scan(read_run(run), index_sample, [key[0] for key in read_run(run).generation], 2000, 0)
+    shown = [f"{case.image_id}: {', '.join(case.key[1])}" for case in cases.spread(found.generation, 4)]
+    assert len(shown) == 4 and all(name in page.text for name in shown)
