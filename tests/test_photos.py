@@ -46,6 +46,7 @@ def test_the_whole_job_from_photographs_to_a_report(
     photos: ModuleType, made: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(language, "java_missing", lambda: "left out: it takes seconds")
+    monkeypatch.setattr("grex_mllm.training.forecast.MEASURED", 1)
     made_human(made / "human", made / "coco")
     given = words(made, "--human", str(made / "human"))
     assert photos.main(given) == 0
