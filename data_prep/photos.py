@@ -32,7 +32,7 @@ from grex_mllm.job import DATA, PREDICTIONS, RESULTS, SHEET, predict_once, repor
 
 PROGRAM = "data_prep/photos.py"
 STAGES = ["configs/photos_ground.yaml", "configs/photos_align.yaml", "configs/photos.yaml"]
-SPLITS, EXPRESSIONS = "train=0.8,val=0.05,test=0.15", "train=24,val=8,test=8"
+SPLITS, EXPRESSIONS = "train=0.8,val=0.05,test=0.15", "train=24,val=24,test=24"
 HUMAN = "human"
 LAYOUT = "instances*.json or .json.gz, and a folder images; or sub-folders of that form, one for each source"
 

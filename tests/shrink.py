@@ -195,6 +195,8 @@ def make_stage(stage: Path) -> Path:
         (stage / "deepspeed_configs" / file.name).write_text(json.dumps({**on_cpu, "zero_optimization": zero}), encoding="utf-8")
     for name in ("data/grefcoco", "data/refcoco", "data/coco_templates", "data/mini", "datasets/grefcoco", "datasets/refcoco"):
         tiny_folder(stage / name)
+    tested = tiny_folder(stage / "data" / "photos") / "expressions.jsonl"
+    tested.write_text(tested.read_text(encoding="utf-8").replace('"split": "val"', '"split": "test"'), encoding="utf-8")
     _raw_files(stage)
     made_human(stage / "human_refs", made_coco(stage / "photographs"))
     _weights(stage)
