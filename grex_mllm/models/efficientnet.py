@@ -143,7 +143,7 @@ class EfficientNetLite0(nn.Module):
             if number == 0:
                 x = F.relu6(self.stem(x), inplace=True)
                 continue
-            for block in self.stages[number - 1]:
+            for block in self.stages[number - 1].children():
                 x = run_block(block, x, recompute=self.recompute and self.training)
             if number - 1 in GIVEN_AFTER:
                 maps.append(x)
