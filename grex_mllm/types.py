@@ -67,12 +67,13 @@ class ExpressionRecord:
 class Sample:
     """One image with expressions that belong to it, at original size, before resizing and tokenisation.
 
-    image: uint8 [H0, W0, 3] RGB, EXIF orientation applied.
+    image: uint8 [H0, W0, 3] RGB, EXIF orientation applied.  scale: share of the network input's side that it takes, in (0, 1].
     """
 
     image: np.ndarray
     record: ImageRecord
     expressions: list[ExpressionRecord]
+    scale: float = 1.0
 
 
 @dataclass

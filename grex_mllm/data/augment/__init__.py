@@ -1,0 +1,166 @@
+"""Training samples varied so that every expression stays true of what is seen: a pure function of the sample and the numbers drawn.
+
+What decides the truth after a cut or a paste is the judge of the dataset folder (`grex_mllm/data/judges.py`). Without one, a cut takes
+all instances whole and leaves out expressions that speak of places in the picture, and nothing is pasted.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, replace
+
+import numpy as np
+
+from grex_mllm.augmentation import AugmentConfig
+from grex_mllm.data.augment.geometry import Window, crop_record, instance_area, mirror_record
+from grex_mllm.data.augment.paste import paste_objects
+from grex_mllm.data.augment.pixels import change_colours
+from grex_mllm.data.augment.words import has_colour_word, has_place_word, mirrored_expression
+from grex_mllm.data.judges import Judge
+from grex_mllm.types import ExpressionRecord, ImageRecord, Instance, Sample
+
+KEPT_SHARE = 0.75  # a cut or a paste that makes more of a sample's expressions untrue is not made
+ASPECT = 4 / 3  # a window is at most so much wider, or higher, than the image is
+WINDOWS = 4  # drawn for a cut; the one that leaves the fewest slivers of other instances is taken
+SLIVER = 0.3  # share of a box below which what is left of an instance is hard to recognise
+LEAST_PIXELS = 32.0  # of a target, at network size, that shrinking leaves
+
+
+@dataclass(frozen=True)
+class Surroundings:
+    """What is known about a sample beside itself.
+
+    judge: of its dataset, None where what expressions mean cannot be computed.  donor: draws another sample of the same source, to take
+    objects from; None where there is none.  image_size: S of the network's input; 0 = unknown.
+    """
+
+    judge: Judge | None = None
+    donor: Callable[[Sample, np.random.Generator], Sample | None] | None = None
+    image_size: int = 0
+
+
+def augment(sample: Sample, config: AugmentConfig, rng: np.random.Generator, surroundings: Surroundings | None = None) -> Sample:
+    """Return a sample varied as the configuration says, with at least one expression; the sample given stays as it is.
+
+    Paste, cut, flip, colours, size, in this order. An expression that a cut or a paste makes untrue is left out of this sample. A sample
+    with an expression that cannot be mirrored is not flipped.
+    """
+    around = surroundings or Surroundings()
+    paste, cut, flip, colour = rng.random(4) < [config.paste, config.crop, config.flip, config.colour]
+    numbers, zoom, fit = rng.uniform(-1, 1, 4), rng.random(), rng.random()
+    low, high = min(config.scale[0], 1.0), max(config.scale[1], 1.0)
+    if paste and around.judge is not None and around.donor is not None:
+        sample = _pasted(sample, around, rng)
+    if cut:
+        sample = _cut(sample, around.judge, high**zoom, rng)
+    if flip:
+        sample = flipped(sample)
+    if colour:
+        keep_hues = any(has_colour_word(text) for e in sample.expressions for text in (e.raw, e.expression))
+        sample = replace(sample, image=change_colours(sample.image, numbers, keep_hues=keep_hues))
+    return replace(sample, scale=max(low**fit, _least_scale(sample, around.image_size)))
+
+
+def flipped(sample: Sample) -> Sample:
+    """Return the sample mirrored, picture and words; as it is where one of its expressions cannot be mirrored."""
+    expressions = [mirrored_expression(expression) for expression in sample.expressions]
+    kept = [expression for expression in expressions if expression is not None]
+    if len(kept) < len(expressions):
+        return sample
+    return replace(sample, image=sample.image[:, ::-1], record=mirror_record(sample.record), expressions=kept)
+
+
+def cropped(sample: Sample, window: Window, judge: Judge | None) -> Sample:
+    """Return a window of the sample with those of its expressions that are still true, maybe none.
+
+    judge: None for a window that holds all instances whole: then expressions that speak of places in the picture are left out.
+    """
+    record = crop_record(sample.record, window)
+    image = sample.image[window.top : window.bottom, window.left : window.right]
+    if judge is None:
+        kept = [e for e in sample.expressions if not (has_place_word(e.raw) or has_place_word(e.expression))]
+    else:
+        kept = still_true(judge, record, sample.expressions, f"{sample.record.image_id} {tuple(window)}")
+    return replace(sample, image=image, record=record, expressions=kept)
+
+
+def still_true(judge: Judge, record: ImageRecord, expressions: Iterable[ExpressionRecord], name: str) -> list[ExpressionRecord]:
+    """Return the expressions that denote exactly their targets in a changed record. name: its own, for a judge that remembers images."""
+    named = replace(record, image_id=name)
+    verdicts: dict[tuple[str, tuple[str, ...]], bool] = {}
+    kept = []
+    for expression in expressions:
+        for text in {expression.raw, expression.expression}:
+            question = (text, tuple(expression.targets))
+            if question not in verdicts:
+                verdicts[question] = judge(text, named, expression.targets) == "exact"
+            if not verdicts[question]:
+                break
+        else:
+            kept.append(expression)
+    return kept
+
+
+def draw_window(sample: Sample, around: Iterable[Instance], zoom: float, rng: np.random.Generator) -> Window | None:
+    """Draw a window that holds the instances `around` whole and enlarges the image up to `zoom`; None where that is the whole image."""
+    height, width = sample.record.height, sample.record.width
+    boxes = np.array([instance.box_xyxy for instance in around], np.float64).reshape(-1, 4)
+    drawn = rng.random((WINDOWS, 3))
+    best: tuple[int, Window] | None = None
+    for aspect, across, down in drawn:
+        stretch = ASPECT ** (aspect - 0.5)
+        ends = []
+        for axis, (side, factor, place) in enumerate(((width, stretch, across), (height, 1 / stretch, down))):
+            low = max(int(np.floor(boxes[:, axis].min())), 0) if len(boxes) else side
+            high = min(int(np.ceil(boxes[:, axis + 2].max())), side) if len(boxes) else 0
+            length = max(min(round(side / zoom * factor), side), high - low, 1)
+            first, last = max(high - length, 0), min(low, side - length)
+            start = first + int(place * (last - first + 1))
+            ends.append((start, start + length))
+        window = Window(ends[0][0], ends[1][0], ends[0][1], ends[1][1])
+        slivers = _num_slivers(sample.record, window)
+        if best is None or slivers < best[0]:
+            best = slivers, window
+    assert best is not None
+    return None if best[1] == (0, 0, width, height) else best[1]
+
+
+def _num_slivers(record: ImageRecord, window: Window) -> int:
+    boxes = np.array([instance.box_xyxy for instance in record.instances if not instance.iscrowd], np.float64).reshape(-1, 4)
+    size = np.maximum(boxes[:, 2:] - boxes[:, :2], 1e-6)
+    inside = np.maximum(np.minimum(boxes[:, 2:], window[2:]) - np.maximum(boxes[:, :2], window[:2]), 0)
+    share = inside.prod(axis=1) / size.prod(axis=1)
+    return int(((share > 0) & (share < SLIVER)).sum())
+
+
+def _cut(sample: Sample, judge: Judge | None, zoom: float, rng: np.random.Generator) -> Sample:
+    """Return a window of the sample, or the sample where no such window keeps enough of its expressions."""
+    wanted = {target for expression in sample.expressions for target in expression.targets}
+    instances = [i for i in sample.record.instances if (not i.iscrowd if judge is None else i.annotation_id in wanted)]
+    window = draw_window(sample, instances, zoom, rng)
+    return sample if window is None else _if_enough(sample, cropped(sample, window, judge))
+
+
+def _pasted(sample: Sample, around: Surroundings, rng: np.random.Generator) -> Sample:
+    """Return the sample with objects of another one, or the sample where they find no place or make too much untrue."""
+    assert around.judge is not None and around.donor is not None
+    donor = around.donor(sample, rng)
+    changed = None if donor is None else paste_objects(sample, donor, rng)
+    if donor is None or changed is None:
+        return sample
+    name = f"{sample.record.image_id} with {' '.join(i.annotation_id for i in changed.record.instances)}"
+    return _if_enough(sample, replace(changed, expressions=still_true(around.judge, changed.record, sample.expressions, name)))
+
+
+def _if_enough(before: Sample, after: Sample) -> Sample:
+    return after if len(after.expressions) >= max(1.0, KEPT_SHARE * len(before.expressions)) else before
+
+
+def _least_scale(sample: Sample, image_size: int) -> float:
+    """Return the share of the network's side below which the smallest target would have fewer than LEAST_PIXELS."""
+    wanted = {target for expression in sample.expressions for target in expression.targets}
+    areas = [instance_area(instance) for instance in sample.record.instances if instance.annotation_id in wanted]
+    if not areas or image_size == 0:
+        return 0.0
+    full = image_size / max(sample.record.height, sample.record.width)
+    return min(1.0, float(np.sqrt(LEAST_PIXELS / max(min(areas), 1e-6))) / full)
