@@ -14,7 +14,6 @@ from grex_mllm.ops.masks import decode_rle, encode_rle, mask_to_box_xyxy, segmen
 from grex_mllm.types import ImageRecord, Instance
 
 LEAST_AREA = 0.25  # square pixels of a polygon's remainder that is kept
-SURE_AREA = 16.0  # square pixels from which on the remainder of an instance certainly has a pixel
 
 
 class Window(NamedTuple):
@@ -125,10 +124,8 @@ def _cut_polygons(instance: Instance, window: Window, box: list[float]) -> Insta
     polygons = [points.reshape(-1).tolist() for points in shifted]
     if whole and _within(instance, window):
         return replace(instance, box_xyxy=box, segmentation=polygons)
-    if sum(map(polygon_area, shifted)) < SURE_AREA and not segmentation_to_mask(polygons, height, width).any():
-        return None
-    everything = np.concatenate(shifted)
-    return replace(instance, box_xyxy=[*everything.min(axis=0).tolist(), *everything.max(axis=0).tolist()], segmentation=polygons)
+    mask = segmentation_to_mask(polygons, height, width)  # the corners would not do: bridges reach beyond the parts
+    return replace(instance, box_xyxy=mask_to_box_xyxy(mask), segmentation=polygons) if mask.any() else None
 
 
 def _within(instance: Instance, window: Window) -> bool:
