@@ -24,7 +24,7 @@ ALWAYS = ("model.decoder",)  # present also where a configuration does not name 
 
 @dataclass
 class VisionConfig:
-    """Image encoder. name: resnet | swin | timm:<model> | hf:<path or hub id>; weights: a safetensors file for the backbone, or None."""
+    """Image encoder. name: resnet | swin | efficientnet_lite0 | timm:<model> | hf:<path or hub id>; weights: safetensors, or None."""
 
     name: str = "resnet"
     weights: str | None = None
@@ -154,6 +154,8 @@ class OptimConfig:
     muon_lr: float = 1e-3
     muon_convolutions: bool = False  # Muon for the kernels of hidden convolutions, too
     muon_momentum: float = 0.95
+    muon_spares: list[str] = field(default_factory=list)  # starts of names that AdamW keeps: pre-trained parts
+    frozen: list[str] = field(default_factory=list)  # starts of names of parameters that do not train, such as grounding.vision.blocks.0
     schedule: str = "cosine"  # constant | multistep | cosine
     warmup_fraction: float = 0.0
     milestones: list[int] = field(default_factory=lambda: [110_000, 140_000])

@@ -81,6 +81,19 @@ def test_an_interrupted_alignment_goes_on_exactly(tmp_path: Path) -> None:
     assert result.resumed_from == 3 and changed(weights(tmp_path / "whole"), weights(tmp_path / "cut")) == set()
 
 
+def test_named_parts_are_frozen(tmp_path: Path) -> None:
+    """A stage of the image encoder and the text encoder; an unknown name is refused."""
+    train_from_config(settings(tmp_path, "start", train__steps=1, train__optim__lr=0))
+    frozen = ["grounding.vision.stages.0", "grounding.text"]
+    train_from_config(settings(tmp_path, "partly", train__tasks="ground", train__steps=2, train__optim__frozen=frozen))
+    first, after = weights(tmp_path / "start"), weights(tmp_path / "partly")
+    moved = {name for name, value in first.items() if not torch.equal(value, after[name])}
+    assert not any(name.startswith(tuple(frozen)) for name in moved)
+    assert any(name.startswith("grounding.vision.stages.1") for name in moved)
+    with pytest.raises(GrexError, match=r"frozen names grounding.wision; expected the start of a parameter's name"):
+        train_from_config(settings(tmp_path, "none", train__tasks="ground", train__steps=1, train__optim__frozen=["grounding.wision"]))
+
+
 def test_a_generator_without_a_projector_cannot_be_aligned(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.syspath_prepend(Path(__file__).parent / "examples")
     config = tiny_config(model__generator__name="generator_example", data__train=eight_sets(tmp_path / "data"), train__tasks="align",

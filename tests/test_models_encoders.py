@@ -131,3 +131,30 @@ def test_text_encoder_starts_from_a_folder_with_the_configured_dropout(tmp_path:
     assert second.bert.config.hidden_dropout_prob == 0.0 and second.width == 16
     with pytest.raises(GrexError, match=r"config\.json"):
         TextEncoder(TextConfig(path=str(tmp_path / "none")))
+
+
+def test_efficientnet_pads_and_normalises_as_its_weights_were_trained() -> None:
+    """Strides, channels and "same" padding by hand; statistics stay; gradients reach every weight."""
+    from torch.nn import functional as F
+
+    from grex_mllm.models.efficientnet import KeptBatchNorm, SameConv
+
+    net = build_vision(VisionConfig(name="efficientnet_lite0"), 8).train()
+    image = torch.rand(2, 3, 64, 96, requires_grad=True)
+    before = {name: value.clone() for name, value in net.named_buffers()}
+    maps = net(image)
+    assert [tuple(m.shape[1:]) for m in maps] == [(c, 64 // s, 96 // s) for c, s in zip(net.channels, net.strides, strict=True)]
+    assert (net.strides, net.channels) == ((4, 8, 16, 32), (24, 40, 112, 320))
+    sum(m.square().sum() for m in maps).backward()
+    assert all(parameter.grad is not None and parameter.grad.abs().sum() > 0 for parameter in net.parameters())
+    assert all(torch.equal(value, before[name]) for name, value in net.named_buffers())
+    conv = SameConv(2, 4, 5, 2)
+    x = torch.rand(1, 2, 8, 7)  # rows: 4 out, 3 more needed, 1 above and 2 below; columns: 4 out, 4 more, 2 and 2
+    assert torch.equal(conv(x), F.conv2d(F.pad(x, (2, 2, 1, 2)), conv.weight, stride=2))
+    norm = KeptBatchNorm(1)
+    norm.running_mean.fill_(2.0)
+    norm.running_var.fill_(4.0 - 1e-3)
+    assert torch.allclose(norm(torch.full((1, 1, 1, 1), 6.0)), torch.tensor(2.0))
+    mean, std = torch.tensor([0.485, 0.456, 0.406]), torch.tensor([0.229, 0.224, 0.225])
+    grey = (torch.full((3,), 0.75) - mean) / std
+    assert torch.allclose(grey.view(3, 1, 1) * net.scale + net.shift, torch.full((3, 1, 1), 0.5), atol=1e-6)

@@ -112,6 +112,13 @@ def test_muon_gets_hidden_matrices_and_nothing_else() -> None:
     assert by_lr == {0.01: 3, 0.002: len(list(model.parameters())) - 3}
 
 
+def test_muon_leaves_named_parts_to_adamw() -> None:
+    model = nn.ModuleDict({"given": nn.Linear(32, 32), "own": nn.Linear(32, 32)})
+    optimizer = build_optimizer(model, OptimConfig(muon=True, muon_spares=["given"], lr=1e-3, muon_lr=0.5))
+    rates = {id(p): group["lr"] for group in optimizer.param_groups for p in group["params"]}
+    assert rates[id(model["own"].weight)] == 0.5 and rates[id(model["given"].weight)] == 1e-3
+
+
 def test_plain_sgd_moves_against_the_gradient_and_decays_matrices() -> None:
     model = nn.Linear(2, 1)
     weight, bias = model.weight.detach().clone(), model.bias.detach().clone()

@@ -1,4 +1,4 @@
-"""Image encoders by name: our ResNet and Swin (exact to the released ReLA), any timm network, any transformers backbone."""
+"""Image encoders by name: our ResNet and Swin (exact to the released ReLA), EfficientNet-Lite0, any of timm, any transformers backbone."""
 
 from __future__ import annotations
 
@@ -98,6 +98,10 @@ def build_vision(config: VisionConfig, text_width: int) -> nn.Module:
         from grex_mllm.models.swin import SwinTransformer
 
         net = SwinTransformer(config, text_width)
+    elif config.name == "efficientnet_lite0":
+        from grex_mllm.models.efficientnet import EfficientNetLite0
+
+        net = EfficientNetLite0(config)
     elif config.name.startswith("timm:"):
         net = TimmEncoder(config.name.removeprefix("timm:"))
         _recompute(net.net.set_grad_checkpointing, config)
@@ -105,7 +109,9 @@ def build_vision(config: VisionConfig, text_width: int) -> nn.Module:
         net = HubEncoder(config.name.removeprefix("hf:"))
         _recompute(partial(recompute_blocks, net.net), config)
     else:
-        raise fault(f'model.vision.name "{config.name}"', "resnet, swin, timm:<model> or hf:<folder or hub id>", "fix the name")
+        raise fault(
+            f'model.vision.name "{config.name}"', "resnet, swin, efficientnet_lite0, timm:<model> or hf:<folder or hub id>", "fix the name"
+        )
     if config.weights is not None:
         load_weights(net, config.weights)
     if config.patches:
@@ -135,7 +141,7 @@ def load_weights(net: nn.Module, file: str) -> None:
     from safetensors.torch import load_file
 
     if not Path(file).is_file():
-        raise fault(f"model.vision.weights {file}", "a safetensors file", "write one with `grex convert swin`")
+        raise fault(f"model.vision.weights {file}", "a safetensors file", "write one with `grex convert swin` or data_prep/weights.py")
     given = load_file(file)
     own = net.state_dict()
     missing = [k for k in own if k not in given and not is_fusion(k)]

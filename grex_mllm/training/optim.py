@@ -88,6 +88,7 @@ def build_optimizer(model: nn.Module, config: OptimConfig, precision: str = "fp3
     decays = dict(released_decays(model, config) if released else default_decays(model, config))
     parameters = dict(model.named_parameters())
     hidden = hidden_matrices(model, config.muon_convolutions) & decays.keys() if config.muon else set()
+    hidden = {name for name in hidden if not name.startswith(tuple(config.muon_spares))}
     _check_scales(config.lr_scale, parameters)
     rest = _groups({name: decay for name, decay in decays.items() if name not in hidden}, parameters, config.lr, config.lr_scale)
     betas = (config.betas[0], config.betas[1])

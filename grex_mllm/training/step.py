@@ -37,6 +37,7 @@ class Step(nn.Module):
         freeze_unused(model, self.tasks)
         if config.train.tasks == ALIGN:
             freeze_but_projector(model)
+        freeze_named(model, config.train.optim.frozen)
 
     def forward(self, batch: Batch, progress: float = 1.0) -> dict[str, Tensor]:
         """Return the named loss terms, float32 scalars: "ground/<term>", "generate/<term>", "contrast" where it is learned,
@@ -116,6 +117,22 @@ def freeze_but_projector(model: GrexModel) -> None:
         )
     model.requires_grad_(False)
     projector.requires_grad_(True)
+
+
+def freeze_named(model: GrexModel, starts: list[str]) -> None:
+    """Take the gradient from every parameter whose name begins with one of `starts` (`train.optim.frozen`).
+
+    Raises:
+        GrexError: a start that no parameter has.
+    """
+    for start in starts:
+        found = [parameter for name, parameter in model.named_parameters() if name.startswith(start)]
+        if not found:
+            raise fault(
+                f"train.optim.frozen names {start}", "the start of a parameter's name", "take one of grounding.vision, grounding.text ..."
+            )
+        for parameter in found:
+            parameter.requires_grad_(False)
 
 
 def nothing_of(tree: Any) -> Tensor:
