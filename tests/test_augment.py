@@ -16,6 +16,7 @@ from grex_mllm.augmentation import AugmentConfig
 from grex_mllm.config import load_config
 from grex_mllm.data.augment import Surroundings, augment, cropped, draw_window, flipped
 from grex_mllm.data.augment.geometry import Window, clip_polygon, crop_record, instance_area, mirror_record, polygon_area
+from grex_mllm.data.augment.paste import paste_objects
 from grex_mllm.data.augment.source import Augmented, check_augmentation
 from grex_mllm.data.augment.words import has_colour_word, has_place_word, mirrored_expression
 from grex_mllm.data.dataset import FolderDataset
@@ -182,7 +183,7 @@ def test_colours_change_but_hues_stay_where_a_colour_is_named() -> None:
 
 
 @pytest.mark.parametrize(("text", "colour", "place"), [
-    ("the person in white", True, False), ("the blonde girl", True, False), ("guy in Red shirt", True, False), ("the red-haired one", True, False),
+    ("the person in white", True, False), ("the blonde girl", True, False), ("guy in Red", True, False), ("a red-haired one", True, False),
     ("the leftmost cat", False, True), ("top-right corner", False, True), ("second from left", False, True), ("the 2nd dog", False, True),
     ("the largest cat", False, False), ("all people but the smallest", False, False), ("the person with an umbrella", False, False),
 ])  # fmt: skip
@@ -263,3 +264,34 @@ def test_mirroring_twice_gives_the_record_back() -> None:
     for was, now in zip(known.instances, again.instances, strict=True):
         assert was.box_xyxy == now.box_xyxy
         assert was.segmentation == now.segmentation or was.mask is not None
+
+
+def test_pasted_objects_hide_what_lies_behind_them_and_are_in_the_record() -> None:
+    """Pixels, masks and boxes agree; ids are new; nothing loses more than half; most of the image stays as it was."""
+    before = sample()
+    donor = Sample(255 - gradient(), replace(record(), image_id="j", instances=[record().instances[i] for i in (0, 2, 3)]), [])
+    pasted = 0
+    for seed in range(40):
+        after = paste_objects(before, donor, np.random.default_rng(seed))
+        if after is None:
+            continue
+        olds, news = after.record.instances[:6], after.record.instances[6:]
+        pasted += len(news)
+        assert 1 <= len(news) <= 3 and len({i.annotation_id for i in after.record.instances}) == 6 + len(news)
+        assert {i.annotation_id.rstrip("+") for i in news} <= {"1", "3", "4"}
+        front = np.zeros((HEIGHT, WIDTH), bool)
+        for new in reversed(news):
+            mask = pixels_of(new, after.record)
+            assert mask.any() and new.box_xyxy == mask_to_box_xyxy(mask) and not (mask & front).any()
+            front |= mask
+        assert np.array_equal(after.image[~front], before.image[~front]) and not np.array_equal(after.image[front], before.image[front])
+        for was, now in zip(before.record.instances, olds, strict=True):
+            whole, seen = pixels_of(was, before.record), pixels_of(now, after.record)
+            if was.iscrowd or (was.segmentation is None and was.mask is None):
+                continue
+            assert np.array_equal(seen, whole & ~front) and seen.sum() >= whole.sum() / 2
+            assert now is was or now.box_xyxy == mask_to_box_xyxy(seen)
+        assert np.array_equal(before.image, gradient()) and before.record.instances[0].segmentation == [LETTER_C], "the sample given"
+    assert pasted > 20
+    crowd = replace(donor, record=replace(donor.record, instances=[record().instances[i] for i in (1, 4, 5)]))
+    assert paste_objects(before, crowd, np.random.default_rng(0)) is None, "cut by the border, a box alone, a crowd region"

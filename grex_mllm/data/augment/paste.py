@@ -30,10 +30,11 @@ def paste_objects(sample: Sample, donor: Sample, rng: np.random.Generator) -> Sa
     wanted = int(rng.integers(1, MOST + 1))
     chosen = [candidates[place] for place in rng.permutation(len(candidates))[:wanted]]
     image, record = sample.image, sample.record
+    areas: dict[str, int] = {}
     for instance in chosen:
         cutout = _cut_out(instance, donor, record, rng)
         places = rng.random((PLACES, 2))
-        spot = None if cutout is None else _free_place(cutout[1], record, places)
+        spot = None if cutout is None else _free_place(cutout[1], record, areas, places)
         if cutout is None or spot is None:
             continue
         pixels, mask = cutout
@@ -79,15 +80,18 @@ def _cut_out(instance: Instance, donor: Sample, record: ImageRecord, rng: np.ran
     return (pixels[:, ::-1], shape[:, ::-1]) if mirror else (pixels, shape)
 
 
-def _free_place(mask: np.ndarray, record: ImageRecord, places: np.ndarray) -> tuple[int, int] | None:
-    """Return the column and row, among those drawn, where an object hides the smallest part of any other; None where it hides too much."""
+def _free_place(mask: np.ndarray, record: ImageRecord, areas: dict[str, int], places: np.ndarray) -> tuple[int, int] | None:
+    """Return the column and row, among those drawn, where an object hides the smallest part of any other; None where it hides too much.
+
+    areas: of the instances before the first paste, as far as they were asked for.
+    """
     h, w = mask.shape
     best: tuple[float, tuple[int, int]] | None = None
     boxes = np.array([instance.box_xyxy for instance in record.instances], np.float64).reshape(-1, 4)
     for across, down in places:
         x, y = int(across * (record.width - w + 1)), int(down * (record.height - h + 1))
         met = (boxes[:, 0] < x + w) & (boxes[:, 2] > x) & (boxes[:, 1] < y + h) & (boxes[:, 3] > y)
-        hidden = max((_hidden_share(record.instances[i], mask, (x, y), record) for i in np.flatnonzero(met)), default=0.0)
+        hidden = max((_hidden_share(record.instances[i], mask, (x, y), record, areas) for i in np.flatnonzero(met)), default=0.0)
         if best is None or hidden < best[0]:
             best = hidden, (x, y)
         if hidden == 0:
@@ -95,12 +99,15 @@ def _free_place(mask: np.ndarray, record: ImageRecord, places: np.ndarray) -> tu
     return best[1] if best is not None and best[0] <= MOST_HIDDEN else None
 
 
-def _hidden_share(instance: Instance, mask: np.ndarray, spot: tuple[int, int], record: ImageRecord) -> float:
-    if instance.iscrowd:
-        return 0.0
+def _hidden_share(instance: Instance, mask: np.ndarray, spot: tuple[int, int], record: ImageRecord, areas: dict[str, int]) -> float:
+    """Return which share of an instance would be hidden by all that was pasted, with a mask at this spot."""
     (x, y), (h, w) = spot, mask.shape
     other = _full_mask(instance, record)
-    return float(np.count_nonzero(other[y : y + h, x : x + w] & mask)) / max(int(np.count_nonzero(other)), 1)
+    area = int(np.count_nonzero(other))
+    whole = areas.setdefault(instance.annotation_id, area)
+    if instance.iscrowd or whole == 0:
+        return 0.0
+    return 1 - (area - int(np.count_nonzero(other[y : y + h, x : x + w] & mask))) / whole
 
 
 def _behind(instance: Instance, front: np.ndarray, new: Instance, record: ImageRecord) -> Instance:
