@@ -126,6 +126,7 @@ class DataConfig:
     num_generation_targets: int = 8  # expressions of a sample, at most, that the generator learns from; fewer than it has: drawn anew
     sources: dict[str, Any] = field(default_factory=dict)
     augment: AugmentConfig = field(default_factory=AugmentConfig)  # of dataset folders, in training alone
+    feature_cache: float = 0.0  # GiB for the maps of a frozen image encoder, computed once for each image and its mirror image; 0 = none
 
 
 @dataclass

@@ -191,7 +191,7 @@ class FolderDataset:
                         f'expression {expression.expression_id}: target "{target}" of field targets {problem}; expected the id of an '
                         "instance of the image; fix expressions.jsonl"
                     )
-        return Sample(image, record, expressions)
+        return Sample(image, record, expressions, view=f"{self.dataset.folder}/{record.image_id}")
 
 
 class Mixture:

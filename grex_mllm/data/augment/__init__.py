@@ -57,8 +57,10 @@ def augment(sample: Sample, config: AugmentConfig, rng: np.random.Generator, sur
         sample = flipped(sample)
     if colour:
         keep_hues = any(has_colour_word(text) for e in sample.expressions for text in (e.raw, e.expression))
-        sample = replace(sample, image=change_colours(sample.image, numbers, keep_hues=keep_hues))
-    return replace(sample, scale=max(low**fit, _least_scale(sample, around.image_size)))
+        sample = replace(sample, image=change_colours(sample.image, numbers, keep_hues=keep_hues), view=None)
+    if low == 1:
+        return sample
+    return replace(sample, scale=max(low**fit, _least_scale(sample, around.image_size)), view=None)
 
 
 def flipped(sample: Sample) -> Sample:
@@ -67,7 +69,8 @@ def flipped(sample: Sample) -> Sample:
     kept = [expression for expression in expressions if expression is not None]
     if len(kept) < len(expressions):
         return sample
-    return replace(sample, image=sample.image[:, ::-1], record=mirror_record(sample.record), expressions=kept)
+    view = sample.view and f"{sample.view}/flip"
+    return replace(sample, image=sample.image[:, ::-1], record=mirror_record(sample.record), expressions=kept, view=view)
 
 
 def cropped(sample: Sample, window: Window, judge: Judge | None) -> Sample:
@@ -81,7 +84,7 @@ def cropped(sample: Sample, window: Window, judge: Judge | None) -> Sample:
         kept = [e for e in sample.expressions if not (has_place_word(e.raw) or has_place_word(e.expression))]
     else:
         kept = still_true(judge, record, sample.expressions, f"{sample.record.image_id} {tuple(window)}")
-    return replace(sample, image=image, record=record, expressions=kept)
+    return replace(sample, image=image, record=record, expressions=kept, view=None)
 
 
 def still_true(judge: Judge, record: ImageRecord, expressions: Iterable[ExpressionRecord], name: str) -> list[ExpressionRecord]:

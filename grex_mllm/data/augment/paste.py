@@ -49,7 +49,7 @@ def paste_objects(sample: Sample, donor: Sample, rng: np.random.Generator) -> Sa
         known.add(name)
         new = replace(instance, annotation_id=name, box_xyxy=mask_to_box_xyxy(full), segmentation=encode_rle(full), mask=None)
         record = replace(record, instances=[*(_behind(other, full, new, record) for other in record.instances), new])
-    return None if image is sample.image else replace(sample, image=image, record=record)
+    return None if image is sample.image else replace(sample, image=image, record=record, view=None)
 
 
 def _is_whole(instance: Instance, record: ImageRecord) -> bool:
