@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import gzip
 import hashlib
 import json
+import zlib
 from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass, field
@@ -23,6 +25,7 @@ from grex_mllm.types import ExpressionRecord, ImageRecord, Instance
 NO_TARGET = -1  # gRefCOCO's annotation id of an expression that refers to nothing
 THIN_PX = 4.0  # only instances thinner than this can vanish when they are rasterised
 BOTH_FILES = "give refs and instances of one release"
+MAX_UNPACKED_BYTES = 2 << 30  # four times COCO's largest instance file
 PICKLE_SUFFIXES = (".p", ".pkl", ".pickle")
 
 
@@ -210,9 +213,19 @@ def _load_json(path: Path) -> Any:
     if not path.is_file():
         raise fault(f"{path} does not exist", "a JSON file as published", "check the path")
     try:
-        return json.loads(path.read_bytes())
-    except ValueError as error:
+        return json.loads(_unpacked(path) if path.suffix == ".gz" else path.read_bytes())
+    except (ValueError, EOFError, OSError, zlib.error) as error:
         raise fault(f"{path} is not JSON ({error})", "a JSON file as published", "fetch the file again") from None
+
+
+def _unpacked(path: Path) -> bytes:
+    with gzip.open(path) as file:
+        data = file.read(MAX_UNPACKED_BYTES + 1)
+    if len(data) > MAX_UNPACKED_BYTES:
+        raise fault(
+            f"{path} unpacks to more than {MAX_UNPACKED_BYTES:,} bytes", "an instance file of at most that size", "unpack it yourself"
+        )
+    return data
 
 
 def _targets(ref: dict[str, Any], instances: CocoInstances, place: str, skipped: Counter[str]) -> list[int]:
