@@ -18,6 +18,7 @@ from grex_mllm.data.augment import Surroundings, augment, cropped, draw_window, 
 from grex_mllm.data.augment.geometry import Window, clip_polygon, crop_record, instance_area, mirror_record, polygon_area
 from grex_mllm.data.augment.paste import paste_objects
 from grex_mllm.data.augment.source import Augmented, check_augmentation
+from grex_mllm.data.augment.truth import Origins
 from grex_mllm.data.augment.words import has_colour_word, has_place_word, mirrored_expression
 from grex_mllm.data.dataset import FolderDataset
 from grex_mllm.data.sources import PRETRAINING, describe_epochs, training_samples
@@ -55,9 +56,17 @@ def pixels_of(instance: Instance, of: ImageRecord) -> np.ndarray:
     return instance_mask(instance, Geometry(of.height, of.width, of.height, of.width))
 
 
-def exact(text: str, record: ImageRecord, targets: Sequence[str]) -> str:
-    """A judge with one rule: "whole" is true where the image has all six instances."""
-    return "wrong" if text == "whole" and len(record.instances) < 6 else "exact"
+class WholeScene:
+    """A scene with one rule: "whole" is true where the image has six instances; what is drawn is "drawn"."""
+
+    def __init__(self, record: ImageRecord, origins: Origins) -> None:
+        self.num, self.origins = len(record.instances), origins
+
+    def holds(self, expression: ExpressionRecord) -> bool:
+        return expression.raw != "whole" or self.num == 6
+
+    def draw(self, num: int, rng: np.random.Generator, like: ExpressionRecord) -> list[ExpressionRecord]:
+        return [replace(like, raw="drawn")] * num
 
 
 def same(first: Sample, second: Sample) -> bool:
@@ -137,13 +146,15 @@ def test_without_a_judge_a_cut_keeps_all_whole_and_speaks_of_no_place() -> None:
 def test_a_judge_says_which_expressions_a_cut_leaves_true() -> None:
     before = sample("the cat", "whole", "small", "cat")
     window = Window(3, 2, 27, 26)
-    after = cropped(before, window, exact)
+    after = cropped(before, window, Surroundings(WholeScene))
     assert len(after.record.instances) < 6 and [e.raw for e in after.expressions] == ["the cat", "small", "cat"]
     assert np.array_equal(after.image, gradient()[2:26, 3:27])
     for kept in (0, 1):  # of ("whole", "x"): fewer than three quarters stay, so the image is not cut
         texts = ["whole", "x"][: kept + 1]
         for seed in range(10):
-            drawn = augment(sample(*texts), AugmentConfig(crop=1.0, scale=[1.0, 4.0]), np.random.default_rng(seed), Surroundings(exact))
+            drawn = augment(
+                sample(*texts), AugmentConfig(crop=1.0, scale=[1.0, 4.0]), np.random.default_rng(seed), Surroundings(WholeScene)
+            )
             assert len(drawn.record.instances) == 6 and [e.raw for e in drawn.expressions] == texts
 
 
@@ -272,9 +283,10 @@ def test_pasted_objects_hide_what_lies_behind_them_and_are_in_the_record() -> No
     donor = Sample(255 - gradient(), replace(record(), image_id="j", instances=[record().instances[i] for i in (0, 2, 3)]), [])
     pasted = 0
     for seed in range(40):
-        after = paste_objects(before, donor, np.random.default_rng(seed))
-        if after is None:
+        found = paste_objects(before, donor, np.random.default_rng(seed))
+        if found is None:
             continue
+        after, origins = found
         olds, news = after.record.instances[:6], after.record.instances[6:]
         pasted += len(news)
         assert 1 <= len(news) <= 3 and len({i.annotation_id for i in after.record.instances}) == 6 + len(news)
@@ -291,6 +303,8 @@ def test_pasted_objects_hide_what_lies_behind_them_and_are_in_the_record() -> No
                 continue
             assert np.array_equal(seen, whole & ~front) and seen.sum() >= whole.sum() / 2
             assert now is was or now.box_xyxy == mask_to_box_xyxy(seen)
+            assert (was.annotation_id in origins) == (now is was)
+        assert all(origins[new.annotation_id] == ("j", new.annotation_id.rstrip("+")) for new in news)
         assert np.array_equal(before.image, gradient()) and before.record.instances[0].segmentation == [LETTER_C], "the sample given"
     assert pasted > 20
     crowd = replace(donor, record=replace(donor.record, instances=[record().instances[i] for i in (1, 4, 5)]))

@@ -1,7 +1,7 @@
 """Training samples varied so that every expression stays true of what is seen: a pure function of the sample and the numbers drawn.
 
-What decides the truth after a cut or a paste is the judge of the dataset folder (`grex_mllm/data/judges.py`). Without one, a cut takes
-all instances whole and leaves out expressions that speak of places in the picture, and nothing is pasted.
+What is true after a cut or a paste is decided where expressions come from templates (`truth.py`). Elsewhere a cut takes all instances
+whole and leaves out expressions that speak of places in the picture, and nothing is pasted.
 """
 
 from __future__ import annotations
@@ -15,11 +15,11 @@ from grex_mllm.augmentation import AugmentConfig
 from grex_mllm.data.augment.geometry import Window, crop_record, instance_area, mirror_record
 from grex_mllm.data.augment.paste import paste_objects
 from grex_mllm.data.augment.pixels import change_colours
+from grex_mllm.data.augment.truth import ChangedScene, Origins
 from grex_mllm.data.augment.words import has_colour_word, has_place_word, mirrored_expression
-from grex_mllm.data.judges import Judge
-from grex_mllm.types import ExpressionRecord, ImageRecord, Instance, Sample
+from grex_mllm.types import ImageRecord, Instance, Sample
 
-KEPT_SHARE = 0.75  # a cut or a paste that makes more of a sample's expressions untrue is not made
+KEPT_SHARE = 0.75  # a cut after which fewer of a sample's expressions are true is not made
 ASPECT = 4 / 3  # a window is at most so much wider, or higher, than the image is
 WINDOWS = 4  # drawn for a cut; the one that leaves the fewest slivers of other instances is taken
 SLIVER = 0.3  # share of a box below which what is left of an instance is hard to recognise
@@ -30,11 +30,11 @@ LEAST_PIXELS = 32.0  # of a target, at network size, that shrinking leaves
 class Surroundings:
     """What is known about a sample beside itself.
 
-    judge: of its dataset, None where what expressions mean cannot be computed.  donor: draws another sample of the same source, to take
-    objects from; None where there is none.  image_size: S of the network's input; 0 = unknown.
+    scene: reads a changed image, to judge what is said of it; None where what expressions mean cannot be computed.  donor: draws another
+    sample of the same source, to take objects from; None where there is none.  image_size: S of the network's input; 0 = unknown.
     """
 
-    judge: Judge | None = None
+    scene: Callable[[ImageRecord, Origins], ChangedScene] | None = None
     donor: Callable[[Sample, np.random.Generator], Sample | None] | None = None
     image_size: int = 0
 
@@ -42,17 +42,18 @@ class Surroundings:
 def augment(sample: Sample, config: AugmentConfig, rng: np.random.Generator, surroundings: Surroundings | None = None) -> Sample:
     """Return a sample varied as the configuration says, with at least one expression; the sample given stays as it is.
 
-    Paste, cut, flip, colours, size, in this order. An expression that a cut or a paste makes untrue is left out of this sample. A sample
-    with an expression that cannot be mirrored is not flipped.
+    Paste or else cut, then flip, colours, size. An expression that a cut makes untrue is left out of this sample; after a paste others are
+    drawn in its place. A sample with an expression that cannot be mirrored is not flipped.
     """
     around = surroundings or Surroundings()
     paste, cut, flip, colour = rng.random(4) < [config.paste, config.crop, config.flip, config.colour]
     numbers, zoom, fit = rng.uniform(-1, 1, 4), rng.random(), rng.random()
     low, high = min(config.scale[0], 1.0), max(config.scale[1], 1.0)
-    if paste and around.judge is not None and around.donor is not None:
-        sample = _pasted(sample, around, rng)
-    if cut:
-        sample = _cut(sample, around.judge, high**zoom, rng)
+    pasted = _pasted(sample, around, rng) if paste else None
+    if pasted is not None:
+        sample = pasted
+    elif cut:
+        sample = _cut(sample, around, high**zoom, rng)
     if flip:
         sample = flipped(sample)
     if colour:
@@ -73,35 +74,34 @@ def flipped(sample: Sample) -> Sample:
     return replace(sample, image=sample.image[:, ::-1], record=mirror_record(sample.record), expressions=kept, view=view)
 
 
-def cropped(sample: Sample, window: Window, judge: Judge | None) -> Sample:
+def cropped(sample: Sample, window: Window, around: Surroundings) -> Sample:
     """Return a window of the sample with those of its expressions that are still true, maybe none.
 
-    judge: None for a window that holds all instances whole: then expressions that speak of places in the picture are left out.
+    Where nothing judges them, the window must hold all instances whole, and expressions that speak of places in the picture are left out.
     """
     record = crop_record(sample.record, window)
     image = sample.image[window.top : window.bottom, window.left : window.right]
-    if judge is None:
+    if around.scene is None:
         kept = [e for e in sample.expressions if not (has_place_word(e.raw) or has_place_word(e.expression))]
     else:
-        kept = still_true(judge, record, sample.expressions, f"{sample.record.image_id} {tuple(window)}")
+        scene = around.scene(record, _untouched(sample.record, record))
+        kept = [expression for expression in sample.expressions if scene.holds(expression)]
     return replace(sample, image=image, record=record, expressions=kept, view=None)
 
 
-def still_true(judge: Judge, record: ImageRecord, expressions: Iterable[ExpressionRecord], name: str) -> list[ExpressionRecord]:
-    """Return the expressions that denote exactly their targets in a changed record. name: its own, for a judge that remembers images."""
-    named = replace(record, image_id=name)
-    verdicts: dict[tuple[str, tuple[str, ...]], bool] = {}
-    kept = []
-    for expression in expressions:
-        for text in {expression.raw, expression.expression}:
-            question = (text, tuple(expression.targets))
-            if question not in verdicts:
-                verdicts[question] = judge(text, named, expression.targets) == "exact"
-            if not verdicts[question]:
-                break
-        else:
-            kept.append(expression)
-    return kept
+def _untouched(before: ImageRecord, after: ImageRecord) -> dict[str, tuple[str, str]]:
+    """Return the origins of the instances that are as large as before: what is cut or hidden loses a side of its box, or pixels."""
+    known = {instance.annotation_id: instance for instance in before.instances}
+    found = {}
+    for now in after.instances:
+        was = known.get(now.annotation_id)
+        if was is not None and np.abs(np.subtract(_size(now.box_xyxy), _size(was.box_xyxy))).max() < 1e-6:
+            found[now.annotation_id] = (before.image_id, now.annotation_id)
+    return found
+
+
+def _size(box: list[float]) -> tuple[float, float]:
+    return box[2] - box[0], box[3] - box[1]
 
 
 def draw_window(sample: Sample, around: Iterable[Instance], zoom: float, rng: np.random.Generator) -> Window | None:
@@ -136,27 +136,28 @@ def _num_slivers(record: ImageRecord, window: Window) -> int:
     return int(((share > 0) & (share < SLIVER)).sum())
 
 
-def _cut(sample: Sample, judge: Judge | None, zoom: float, rng: np.random.Generator) -> Sample:
+def _cut(sample: Sample, around: Surroundings, zoom: float, rng: np.random.Generator) -> Sample:
     """Return a window of the sample, or the sample where no such window keeps enough of its expressions."""
     wanted = {target for expression in sample.expressions for target in expression.targets}
-    instances = [i for i in sample.record.instances if (not i.iscrowd if judge is None else i.annotation_id in wanted)]
+    instances = [i for i in sample.record.instances if (not i.iscrowd if around.scene is None else i.annotation_id in wanted)]
     window = draw_window(sample, instances, zoom, rng)
-    return sample if window is None else _if_enough(sample, cropped(sample, window, judge))
-
-
-def _pasted(sample: Sample, around: Surroundings, rng: np.random.Generator) -> Sample:
-    """Return the sample with objects of another one, or the sample where they find no place or make too much untrue."""
-    assert around.judge is not None and around.donor is not None
-    donor = around.donor(sample, rng)
-    changed = None if donor is None else paste_objects(sample, donor, rng)
-    if donor is None or changed is None:
+    if window is None:
         return sample
-    name = f"{sample.record.image_id} with {' '.join(i.annotation_id for i in changed.record.instances)}"
-    return _if_enough(sample, replace(changed, expressions=still_true(around.judge, changed.record, sample.expressions, name)))
+    cut = cropped(sample, window, around)
+    return cut if len(cut.expressions) >= max(1.0, KEPT_SHARE * len(sample.expressions)) else sample
 
 
-def _if_enough(before: Sample, after: Sample) -> Sample:
-    return after if len(after.expressions) >= max(1.0, KEPT_SHARE * len(before.expressions)) else before
+def _pasted(sample: Sample, around: Surroundings, rng: np.random.Generator) -> Sample | None:
+    """Return the sample with objects of another one; None where that cannot be judged, or nothing finds a place or a word."""
+    donor = around.donor(sample, rng) if around.scene is not None and around.donor is not None else None
+    pasted = None if donor is None else paste_objects(sample, donor, rng)
+    if pasted is None or around.scene is None:
+        return None
+    changed, origins = pasted
+    scene = around.scene(changed.record, origins)
+    kept = [expression for expression in sample.expressions if scene.holds(expression)]
+    kept += scene.draw(len(sample.expressions) - len(kept), rng, sample.expressions[0])
+    return replace(changed, expressions=kept) if kept else None
 
 
 def _least_scale(sample: Sample, image_size: int) -> float:

@@ -7,6 +7,7 @@ from dataclasses import replace
 import numpy as np
 from PIL import Image
 
+from grex_mllm.data.augment.truth import Origins
 from grex_mllm.data.transforms import instance_mask
 from grex_mllm.ops.masks import encode_rle, mask_to_box_xyxy
 from grex_mllm.types import Geometry, ImageRecord, Instance, Sample
@@ -19,13 +20,13 @@ MOST_HIDDEN = 0.5  # share of an instance that a pasted object may hide
 BORDER_PX = 2.0  # an object that touches the border of its photograph is probably cut by it
 
 
-def paste_objects(sample: Sample, donor: Sample, rng: np.random.Generator) -> Sample | None:
-    """Return the sample with one to three objects of the donor in it; None where none fits. Expressions are left as they are.
+def paste_objects(sample: Sample, donor: Sample, rng: np.random.Generator) -> tuple[Sample, Origins] | None:
+    """Return the sample with one to three objects of the donor in it, and the origins of all instances of which nothing is hidden.
 
-    Pasted objects come last in the record, under their annotation ids, with a mark where the image has the id already. What they hide is
-    taken from the other instances' masks and boxes.
+    None where nothing fits. Expressions are left as they are. Pasted objects come last in the record, under their annotation ids, with a
+    mark where the image has the id already. What they hide is taken from the other instances' masks and boxes.
     """
-    known = {instance.annotation_id for instance in sample.record.instances}
+    origins = {instance.annotation_id: (sample.record.image_id, instance.annotation_id) for instance in sample.record.instances}
     candidates = [instance for instance in donor.record.instances if _is_whole(instance, donor.record)]
     wanted = int(rng.integers(1, MOST + 1))
     chosen = [candidates[place] for place in rng.permutation(len(candidates))[:wanted]]
@@ -44,12 +45,16 @@ def paste_objects(sample: Sample, donor: Sample, rng: np.random.Generator) -> Sa
         full = np.zeros((record.height, record.width), bool)
         full[y : y + h, x : x + w] = mask
         name = instance.annotation_id
-        while name in known:
+        while any(name == other.annotation_id for other in record.instances):
             name += "+"
-        known.add(name)
         new = replace(instance, annotation_id=name, box_xyxy=mask_to_box_xyxy(full), segmentation=encode_rle(full), mask=None)
-        record = replace(record, instances=[*(_behind(other, full, new, record) for other in record.instances), new])
-    return None if image is sample.image else replace(sample, image=image, record=record, view=None)
+        seen = [_behind(other, full, new, record) for other in record.instances]
+        for was, now in zip(record.instances, seen, strict=True):
+            if was is not now:
+                origins.pop(was.annotation_id, None)
+        origins[name] = (donor.record.image_id, instance.annotation_id)
+        record = replace(record, instances=[*seen, new])
+    return None if image is sample.image else (replace(sample, image=image, record=record, view=None), origins)
 
 
 def _is_whole(instance: Instance, record: ImageRecord) -> bool:

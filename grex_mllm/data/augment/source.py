@@ -8,9 +8,11 @@ import numpy as np
 
 from grex_mllm.augmentation import AugmentConfig
 from grex_mllm.data.augment import Surroundings, augment
+from grex_mllm.data.augment.truth import TemplateScene
 from grex_mllm.data.augment.words import has_place_word, mirrored_expression
 from grex_mllm.data.dataset import FolderDataset
 from grex_mllm.data.judges import find_judge
+from grex_mllm.data.templates.judge import TemplateJudge
 from grex_mllm.errors import fault
 from grex_mllm.types import Sample
 
@@ -30,8 +32,9 @@ class Augmented:
     def __init__(self, source: FolderDataset, config: AugmentConfig, seed: int, image_size: int) -> None:
         check_augmentation(config)
         self.source, self.config, self.seed = source, config, seed
-        self.judge = find_judge(source.dataset.info)
-        self.around = Surroundings(self.judge, partial(_donor, source), image_size)
+        judge = find_judge(source.dataset.folder, source.dataset.info)
+        scene = partial(TemplateScene, judge) if isinstance(judge, TemplateJudge) else None
+        self.around = Surroundings(scene, partial(_donor, source), image_size)
 
     def __len__(self) -> int:
         return len(self.source)
@@ -46,17 +49,19 @@ class Augmented:
         if config.flip:
             fixed = sum(mirrored_expression(expression) is None for expression in expressions)
             parts.append(f"flip ({fixed:,} of {len(expressions):,} expressions cannot be mirrored: their samples are not)")
-        if config.crop and self.judge is not None:
-            parts.append("crop (a judge leaves out what is no longer true)")
+        if config.crop and self.around.scene is not None:
+            parts.append("crop (what is no longer true is left out)")
         elif config.crop:
             placed = sum(has_place_word(expression.raw) for expression in expressions)
-            parts.append(f"crop (no judge: all instances stay whole, {placed:,} expressions that name a place are left out then)")
+            parts.append(
+                f"crop (nothing judges expressions here: none of {placed:,} expressions that name a place in it)"
+            )
         if config.colour:
             parts.append("colour")
         if config.scale[0] < 1:
             parts.append(f"size down to {config.scale[0]:g}")
         if config.paste:
-            parts.append("paste" if self.judge is not None else "no paste (it needs a judge, this folder has none)")
+            parts.append("paste" if self.around.scene is not None else "no paste (nothing judges expressions here)")
         return f"augmentation of {self.source.dataset.folder}: {', '.join(parts) or 'none'}"
 
 
