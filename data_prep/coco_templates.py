@@ -166,7 +166,7 @@ def balance(drawn: list[Drawn], shares: Shares, seed: int) -> list[Drawn]:
 
 
 def records(photograph: Photograph, split: str, statements: list[Statement]) -> list[ExpressionRecord]:
-    """Return the expression records of a photograph: `raw` is what somebody says, `expression` the canonical wording of the same objects."""
+    """Return the expression records of a photograph: `raw` as somebody says it, `expression` canonical."""
     image_id, found = photograph.record.image_id, []
     for number, said in enumerate(statements):
         name = f"{photograph.source}:{image_id}.{number}"
@@ -199,9 +199,8 @@ def parse_numbers(text: str, splits: list[str]) -> dict[str, int]:
         GrexError: another form, a split left out, or a number below 1.
     """
     try:
-        pairs = (
-            dict.fromkeys(splits, int(text)) if "=" not in text else {k: int(v) for k, v in (item.split("=") for item in text.split(","))}
-        )
+        given = text.split(",") if "=" in text else [f"{split}={text}" for split in splits]
+        pairs = {name.strip(): int(number) for name, number in (item.split("=") for item in given)}
     except ValueError:
         pairs = {}
     if set(pairs) != set(splits) or min(pairs.values()) < 1:

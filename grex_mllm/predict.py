@@ -143,7 +143,7 @@ def _predict(
     left = dict.fromkeys(mine, 0)
     for key in wanted:
         left[asked[key].position] += 1
-    judge, finished = find_judge(source.dataset.info), sum(not num for num in left.values())
+    judge, finished = find_judge(source.dataset.folder, source.dataset.info), sum(not num for num in left.values())
     items = _items(source, [position for position, num in left.items() if num], tasks, frozenset(writer.done), predictor.can.ahead)
     for answer in _answers(predictor, items, tasks):
         if answer.key not in wanted or answer.status not in STATUSES:

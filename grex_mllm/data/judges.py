@@ -3,24 +3,31 @@
 from __future__ import annotations
 
 import importlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 from grex_mllm.types import ImageRecord
 
 Judge = Callable[[str, ImageRecord, Sequence[str]], str]
 
-JUDGES: dict[str, str] = {"grex_mllm.data.synthetic.export": "grex_mllm.data.synthetic.meaning:check_expression"}
+JUDGES: dict[str, str] = {  # tool -> "module:function"; function(folder, dataset.json) returns the judge
+    "grex_mllm.data.synthetic.export": "grex_mllm.data.synthetic.meaning:judge_of",
+    "data_prep/coco_templates.py": "grex_mllm.data.templates.judge:judge_of",
+}
 
 
-def find_judge(info: dict[str, Any]) -> Judge | None:
+def find_judge(folder: str | Path, info: Mapping[str, Any]) -> Judge | None:
     """Return the judge of a dataset folder, or None where what its expressions mean cannot be computed.
 
     info: dataset.json.  The judge takes (expression, image, target ids) and says exact, wrong, ambiguous or unparsable.
+
+    Raises:
+        GrexError: a file that the judge needs is missing or altered.
     """
     place = JUDGES.get(str(info.get("tool")))
     if place is None:
         return None
     module, _, name = place.partition(":")
-    judge: Judge = getattr(importlib.import_module(module), name)
+    judge: Judge = getattr(importlib.import_module(module), name)(Path(folder), info)
     return judge

@@ -25,6 +25,7 @@ PREDICTORS: dict[str, str] = {
     "largest": "grex_mllm.predictors.fixed:largest",
     "all": "grex_mllm.predictors.fixed:all",
     "random": "grex_mllm.predictors.fixed:random",
+    "category_side": "grex_mllm.predictors.category_side",
     "replay": "grex_mllm.predictors.replay",
 }
 MODULE = re.compile(r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)*")

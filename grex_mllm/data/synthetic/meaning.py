@@ -12,7 +12,9 @@ undetermined.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
+from typing import Any
 
 from grex_mllm.data.synthetic.grammar import ALL, THE, Description, Exclusion, Expression, Extreme, Ordinal, Reference, Shared, Union
 from grex_mllm.data.synthetic.parser import parse
@@ -166,3 +168,8 @@ def check_expression(text: str, scene: Scene | Sample | ImageRecord, targets: It
     if found is None:
         return "ambiguous"
     return "exact" if found == wanted else "wrong"
+
+
+def judge_of(folder: Path, info: Mapping[str, Any]) -> Callable[[str, Scene | Sample | ImageRecord, Iterable[int | str]], str]:
+    """Return the judge of a folder of scenes; all that it needs is in the records."""
+    return check_expression

@@ -75,7 +75,7 @@ def absent_categories(scene: Scene, cooccurrence: Counter[tuple[str, str]]) -> l
 
 
 def statements(names: Names, cooccurrence: Counter[tuple[str, str]], rng: np.random.Generator) -> Iterator[tuple[str, str, Meaning, Set]]:
-    """Yield (class, kind, meaning, targets) of everything that is certainly true or false of a scene; conjunctions are a drawn part of them."""
+    """Yield (class, kind, meaning, targets) of what is certainly true or false of a scene; of conjunctions, a drawn part."""
     scene = names.scene
     if not names.whole:
         return

@@ -21,6 +21,7 @@ from grex_mllm.types import ImageRecord
 SCENES = "template_scenes.json"
 SCENES_HASH = "template_scenes_sha256"  # in dataset.json
 SCENES_KEPT = 512
+REMEDY = "write the folder again with data_prep/coco_templates.py"
 
 
 class TemplateJudge:
@@ -57,7 +58,7 @@ class TemplateJudge:
 
 
 def judge_text(text: str, scene: Scene, targets: Iterable[str], categories: Sequence[str] = ()) -> str:
-    """Judge a text as a reference to a set of objects of a scene (see `TemplateJudge`). categories: that can be named, beside the scene's."""
+    """Judge a text as a reference to a set of objects of a scene, as `TemplateJudge`. categories: that can be named, beside the scene's."""
     named = tuple(sorted({*categories, *scene.present, *(scene.labelled or ())}))
     found = denoted(text, scene, named)
     if isinstance(found, str):
@@ -93,7 +94,7 @@ def judge_of(folder: Path, info: Mapping[str, Any]) -> TemplateJudge:
     digest = hashlib.sha256(data).hexdigest()
     if digest != info.get(SCENES_HASH):
         given = f"{path} has another SHA-256 than dataset.json says"
-        raise fault(given, str(info.get(SCENES_HASH)), "write the folder again with data_prep/coco_templates.py")
+        raise fault(given, str(info.get(SCENES_HASH)), REMEDY)
     return _read(data, str(path))
 
 

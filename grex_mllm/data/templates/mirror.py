@@ -11,12 +11,12 @@ SIDE_WORD = re.compile(r"(top|bottom|upper|lower|mid|middle|far)?(left|right)(mo
 OTHER_WORDS = re.compile(r"(?:up|out|b|f)right\w*|copyright\w*|wright\w*|playwright\w*|cleft\w*")  # hold the letters, but mean no side
 # Words that say what a flip changes, but that have no partner, or slips of the pen that hide a side.
 UNKNOWN = re.compile(
-    r"\w*clockwise|oclock|clock|east\w*|west\w*|lft|rgt|rght|rigth|righ|rigt|rigjt|rihgt|leftt|lef|leftmsot|rite|letters?|writing|numbers?|digits?|reads|says|word|words",
+    r"\w*clockwise|east\w*|west\w*|lft|rgt|rght|rigth|righ|rigt|rigjt|rihgt|leftt|lef|leftmsot|rite|letters?|writing|numbers?|digits?|reads|says|word|words",
 )
 # "right" as an adverb ("right behind the car"), "left" as a verb ("left over", "to be left alone").
 NO_SIDE = re.compile(
     r"\bright\s+(?:next|beside|behind|in|above|below|under|underneath|over|before|after|at|there|here|by|near|where|now|up|down|through|against)\b"
-    r"|\b(?:alright|all\s+right|right\s+away|right\s+angle\w*)\b"
+    r"|\bo'?clock\b|\b(?:alright|all\s+right|right\s+away|right\s+angle\w*)\b"
     r"|\bleft\s*-?\s*(?:over|overs|behind|alone|open|out|in|unattended)\b|\b(?:is|are|was|were|being|been|has|have|had|be)\s+left\b(?!\s+(?:of|hand|side))",
     re.IGNORECASE,
 )

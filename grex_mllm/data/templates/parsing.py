@@ -10,6 +10,7 @@ import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from functools import lru_cache
+from typing import TypeVar
 
 from grex_mllm.data.templates.lexicon import (
     AFTER,
@@ -30,6 +31,7 @@ from grex_mllm.data.templates.meaning import PLURAL, Except, Meaning, Phrase, Pi
 MOST_TOKENS = 48
 MOST_DEPTH = 3  # anchors of anchors
 SPELLING = ((r"\b(left|right|top|bottom|front|back|upper|rear)[- ]most\b", r"\1most"), (r"\b(left|right)-?hand( side)?\b", r"\1\2"))
+Value = TypeVar("Value")
 Noun = tuple[tuple[str, ...], bool | None]  # categories, plural (None = either)
 
 
@@ -92,7 +94,7 @@ class _Reader:
         """Return the position behind one of the words, or the same position."""
         return pos + 1 if self.token(pos) in words else pos
 
-    def matches(self, words: Words[object], pos: int) -> Iterator[tuple[object, int]]:
+    def matches(self, words: Words[Value], pos: int) -> Iterator[tuple[Value, int]]:
         """Yield (value, end) of all entries that stand at a position."""
         for entry, value in words.get(self.token(pos), ()):
             if self.tokens[pos : pos + len(entry)] == entry:
@@ -183,14 +185,13 @@ class _Reader:
             found.append((draft.with_item(COLOURS[token]), pos + 1))
         if token in ORDER and not draft.order:
             found.append((replace(draft, order=ORDER[token]), pos + 1))
-        found += [(draft.with_item(item), end) for item, end in self.matches(BEFORE, pos)]  # type: ignore[arg-type]
+        found += [(draft.with_item(item), end) for item, end in self.matches(BEFORE, pos)]
         for longer, end in found:
             if longer is not None:
                 yield from self._before(longer, end)
 
     def _nouns(self, pos: int) -> Iterator[tuple[Noun, int]]:
-        for value, end in self.matches(self.nouns, pos):  # type: ignore[arg-type]
-            yield value, end  # type: ignore[misc]
+        yield from self.matches(self.nouns, pos)
 
     def _noun(self, draft: _Draft, pos: int, context: tuple[str, ...], described: bool) -> Iterator[tuple[Meaning, int]]:
         for (categories, plural), end in self._nouns(pos):
@@ -224,7 +225,7 @@ class _Reader:
 
     def _items(self, pos: int, draft: _Draft) -> Iterator[tuple[Where | Relation | Pick, int]]:
         """Yield what may stand behind a noun: a place, an order, a relation."""
-        yield from self.matches(AFTER, pos)  # type: ignore[misc]
+        yield from self.matches(AFTER, pos)
         order, start = draft.order, pos
         if not order and self.token(self.after(pos, "the")) in ORDER:
             start = self.after(pos, "the") + 1
@@ -237,7 +238,7 @@ class _Reader:
             return
         self.depth += 1
         for words in (RELATIONS_AFTER, NEAREST):
-            for kind, start in self.matches(words, pos):  # type: ignore[arg-type]
+            for kind, start in self.matches(words, pos):
                 for anchor, end in list(self.phrase(start, ())):
                     if isinstance(anchor, Phrase) and anchor.number == 1:
                         yield (Pick("nearest", 0, anchor) if kind == "nearest" else Relation(str(kind), anchor)), end

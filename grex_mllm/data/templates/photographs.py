@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import re
 from collections import Counter
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -38,12 +38,12 @@ class Photograph:
 
 
 def read_sources(
-    sources: Sequence[tuple[str, Path, Path]], excluded: Collection[str], skipped: Counter[str]
+    sources: Sequence[tuple[str, Path, Path]], excluded: frozenset[str], skipped: Counter[str]
 ) -> tuple[list[Source], list[Photograph]]:
     """Return the sources and their photographs, without the excluded ones, which are counted in `skipped`.
 
-    sources: (name, instance file, image folder).  excluded: see `read_excluded`.  A photograph is excluded by its id, its file's name, or the
-    COCO number in that name. Files are relative to the folder that all image folders share.
+    sources: (name, instance file, image folder).  excluded: see `read_excluded`.  A photograph is excluded by its id, its file's name, or
+    the COCO number in that name. Files are relative to the folder that all image folders share.
 
     Raises:
         GrexError: an instance file that is none, or without a category.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import pairwise
 
 from grex_mllm.data.templates.meaning import Where
 from grex_mllm.data.templates.scene import Thing
@@ -64,7 +65,7 @@ def ranked_apart(things: Sequence[Thing], by: str, margin: float) -> list[Thing]
     """Return things in an order (left, right, top, bottom) where each is clearly after the one before, None otherwise."""
     axis, sign = (0 if by in ("left", "right") else 1), (1 if by in ("left", "top") else -1)
     ranked = sorted(things, key=lambda thing: sign * thing.centre(axis))
-    for one, other in zip(ranked, ranked[1:], strict=False):
+    for one, other in pairwise(ranked):
         steps = (other.centre(axis) - one.centre(axis), other.centroid[axis] - one.centroid[axis])
         if min(sign * step for step in steps) < margin:
             return None

@@ -133,7 +133,7 @@ def read_scene(record: ImageRecord, labelled: Iterable[str] | None = None, colou
         if instance.segmentation is None and instance.mask is None:
             area, centroid = (x2 - x1) * (y2 - y1), ((x1 + x2) / 2 / w, (y1 + y2) / 2 / h)
         else:
-            mask = instance.mask if instance.segmentation is None else segmentation_to_mask(instance.segmentation, h, w)
+            mask = segmentation_to_mask(instance.segmentation, h, w) if instance.mask is None else instance.mask
             columns, rows = mask.sum(axis=0), mask.sum(axis=1)
             area = float(columns.sum())
             centroid = (float(np.arange(w) @ columns) / max(area, 1) / w, float(np.arange(h) @ rows) / max(area, 1) / h)

@@ -74,7 +74,7 @@ SIDE_BEFORE |= {
     "bottom left": ("bottom left", "lower left"),
     "bottom right": ("bottom right", "lower right"),
 }
-FRAME_AFTER = {
+FRAME_AFTER: dict[str, tuple[str, ...]] = {
     side: (f"on the {side} side of the picture", f"in the {side} half of the image", f"on the {side} side of the photo")
     for side in ("left", "right")
 }
