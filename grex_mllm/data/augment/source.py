@@ -53,9 +53,7 @@ class Augmented:
             parts.append("crop (what is no longer true is left out)")
         elif config.crop:
             placed = sum(has_place_word(expression.raw) for expression in expressions)
-            parts.append(
-                f"crop (nothing judges expressions here: none of {placed:,} expressions that name a place in it)"
-            )
+            parts.append(f"crop (nothing judges expressions here: none of {placed:,} expressions that name a place in it)")
         if config.colour:
             parts.append("colour")
         if config.scale[0] < 1:

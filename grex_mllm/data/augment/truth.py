@@ -48,7 +48,7 @@ class TemplateScene:
         """See `ChangedScene`."""
         found = []
         for number, said in enumerate(draw_statements(self.scene, Counter(), num=num, shares=Shares(), rng=rng)[:num]):
-            name = f"{like.expression_id}/drawn.{number}"
-            words = {"expression": said.expression, "raw": said.text, "targets": list(said.targets), "tags": [said.kind]}
-            found.append(replace(like, expression_id=name, ref_id=name, **words))
+            name, kinds = f"{like.expression_id}/drawn.{number}", [said.kind]
+            changed = replace(like, expression_id=name, ref_id=name, targets=list(said.targets), tags=kinds)
+            found.append(replace(changed, expression=said.expression, raw=said.text))
         return found
