@@ -64,7 +64,7 @@ def test_everything_said_is_true_and_everything_lies_where_it_is_seen(folder: Pa
         seen["kept"] += len(sample.expressions)
         seen["all"] += len(plain.expressions)
     assert min(seen[name] for name in ("cropped", "pasted", "drawn")) >= 3, seen
-    assert seen["kept"] >= 0.9 * seen["all"] and seen["undecided"] <= 0.01 * seen["kept"], seen
+    assert seen["kept"] >= 0.9 * seen["all"] and seen["undecided"] <= 0.05 * seen["kept"], seen
 
 
 def num_undecided(scene: TemplateScene, expressions: list[ExpressionRecord]) -> int:
@@ -91,7 +91,7 @@ def test_flipped_photographs_keep_every_expression_and_its_truth(folder: Path) -
         num += len(sample.expressions)
         undecided += num_undecided(scene, sample.expressions)
         num_flipped += np.array_equal(sample.image, plain.image[:, ::-1])
-    assert num_flipped > 0.9 * len(range(0, len(varied), 2)) and undecided <= 0.01 * num
+    assert num_flipped >= 0.9 * len(range(0, len(varied), 2)) and undecided <= 0.05 * num
 
 
 def test_positions_give_the_same_photographs_in_any_order(folder: Path) -> None:
