@@ -16,6 +16,7 @@ MOST = 3  # objects that are pasted into an image
 LEAST_SHARE, LARGEST_SHARE = 0.003, 0.15  # of the image's area that a pasted object's box takes
 RESIZE = (0.6, 1.25)  # of an object, against its share of the photograph that it comes from
 PLACES = 8  # tried for an object; the one that hides least is taken
+HEIGHT_CHANGE = 0.15  # of the image's height, by which an object is moved up or down at most
 MOST_HIDDEN = 0.5  # share of an instance that a pasted object may hide
 BORDER_PX = 2.0  # an object that touches the border of its photograph is probably cut by it
 
@@ -35,6 +36,8 @@ def paste_objects(sample: Sample, donor: Sample, rng: np.random.Generator) -> tu
     for instance in chosen:
         cutout = _cut_out(instance, donor, record, rng)
         places = rng.random((PLACES, 2))
+        stands = instance.box_xyxy[3] / donor.record.height  # its lower edge stays about as high, so that few float in the sky
+        places[:, 1] = stands + HEIGHT_CHANGE * (2 * places[:, 1] - 1)
         spot = None if cutout is None else _free_place(cutout[1], record, areas, places)
         if cutout is None or spot is None:
             continue
@@ -88,13 +91,14 @@ def _cut_out(instance: Instance, donor: Sample, record: ImageRecord, rng: np.ran
 def _free_place(mask: np.ndarray, record: ImageRecord, areas: dict[str, int], places: np.ndarray) -> tuple[int, int] | None:
     """Return the column and row, among those drawn, where an object hides the smallest part of any other; None where it hides too much.
 
-    areas: of the instances before the first paste, as far as they were asked for.
+    areas: of the instances before the first paste, as far as they were asked for.  places: float [P, 2], of the left edge as a share of the
+    room across, and of the lower edge as a share of the image's height.
     """
     h, w = mask.shape
     best: tuple[float, tuple[int, int]] | None = None
     boxes = np.array([instance.box_xyxy for instance in record.instances], np.float64).reshape(-1, 4)
-    for across, down in places:
-        x, y = int(across * (record.width - w + 1)), int(down * (record.height - h + 1))
+    for across, low in places:
+        x, y = int(across * (record.width - w + 1)), min(max(round(low * record.height) - h, 0), record.height - h)
         met = (boxes[:, 0] < x + w) & (boxes[:, 2] > x) & (boxes[:, 1] < y + h) & (boxes[:, 3] > y)
         hidden = max((_hidden_share(record.instances[i], mask, (x, y), record, areas) for i in np.flatnonzero(met)), default=0.0)
         if best is None or hidden < best[0]:
