@@ -137,7 +137,7 @@ def test_efficientnet_pads_and_normalises_as_its_weights_were_trained() -> None:
     """Strides, channels and "same" padding by hand; statistics stay; gradients reach every weight."""
     from torch.nn import functional as F
 
-    from grex_mllm.models.efficientnet import KeptBatchNorm, SameConv
+    from grex_mllm.models.efficientnet import ConvNorm
 
     net = build_vision(VisionConfig(name="efficientnet_lite0"), 8).train()
     image = torch.rand(2, 3, 64, 96, requires_grad=True)
@@ -148,13 +148,33 @@ def test_efficientnet_pads_and_normalises_as_its_weights_were_trained() -> None:
     sum(m.square().sum() for m in maps).backward()
     assert all(parameter.grad is not None and parameter.grad.abs().sum() > 0 for parameter in net.parameters())
     assert all(torch.equal(value, before[name]) for name, value in net.named_buffers())
-    conv = SameConv(2, 4, 5, 2)
+    layer = ConvNorm(2, 4, 5, 2)
+    for values in (layer.mean, layer.var, layer.scale.data, layer.shift.data):
+        values.uniform_(0.5, 1.5)
     x = torch.rand(1, 2, 8, 7)  # rows: 4 out, 3 more needed, 1 above and 2 below; columns: 4 out, 4 more, 2 and 2
-    assert torch.equal(conv(x), F.conv2d(F.pad(x, (2, 2, 1, 2)), conv.weight, stride=2))
-    norm = KeptBatchNorm(1)
-    norm.running_mean.fill_(2.0)
-    norm.running_var.fill_(4.0 - 1e-3)
-    assert torch.allclose(norm(torch.full((1, 1, 1, 1), 6.0)), torch.tensor(2.0))
+    plain = F.conv2d(F.pad(x, (2, 2, 1, 2)), layer.weight, stride=2)
+    expected = F.batch_norm(plain, layer.mean, layer.var, layer.scale, layer.shift, training=False, eps=1e-3)
+    assert torch.allclose(layer(x), expected, atol=1e-6)
     mean, std = torch.tensor([0.485, 0.456, 0.406]), torch.tensor([0.229, 0.224, 0.225])
     grey = (torch.full((3,), 0.75) - mean) / std
     assert torch.allclose(grey.view(3, 1, 1) * net.scale + net.shift, torch.full((3, 1, 1), 0.5), atol=1e-6)
+
+
+def test_frozen_stages_of_efficientnet_give_the_same_maps_and_the_rest_the_same_gradients() -> None:
+    net = build_vision(VisionConfig(name="efficientnet_lite0"), 8).train()
+    image = torch.rand(1, 3, 64, 64)
+    whole = net(image)
+    sum(m.square().sum() for m in whole).backward()
+    gradients = {name: parameter.grad.clone() for name, parameter in net.named_parameters()}
+    net.zero_grad()
+    for part in (net.stem, *net.stages[:3]):
+        part.requires_grad_(False)
+    partly = net(image)
+    sum(m.square().sum() for m in partly).backward()
+    assert all(torch.allclose(a, b, rtol=1e-4, atol=1e-5) for a, b in zip(whole, partly, strict=True))
+    assert [m.requires_grad for m in partly] == [False, False, True, True]
+    for name, parameter in net.named_parameters():
+        if parameter.requires_grad:
+            assert torch.allclose(parameter.grad, gradients[name], rtol=1e-3, atol=1e-4 * float(gradients[name].abs().max())), name
+    with torch.no_grad():
+        assert all(torch.allclose(a, b, rtol=1e-4, atol=1e-5) for a, b in zip(whole, net(image), strict=True))

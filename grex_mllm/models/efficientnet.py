@@ -2,14 +2,14 @@
 
 Tan and Le 2019, in the "Lite" form for edge devices: no squeeze-and-excitation, ReLU6, a stem of fixed width. Convolutions pad as
 TensorFlow's "same" does (more at the right and bottom where the padding is odd), and batch norm has an epsilon of 1e-3, because the
-published weights were trained so. Names of parameters are those of timm's `tf_efficientnet_lite0`, without its classifier and the
-convolution before it, which no feature map reads.
+published weights were trained so. The classifier and the convolution before it are left out: no feature map reads them.
 
 Batch norm keeps the statistics of ImageNet, in training too: batches of a few photographs would spoil them. Scales and shifts train.
 """
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from typing import NamedTuple
 
 import torch
@@ -49,36 +49,36 @@ STAGES = (
 GIVEN_AFTER = (1, 2, 4, 6)  # the last stages at strides 4, 8, 16, 32
 
 
-class KeptBatchNorm(nn.Module):
-    """Batch norm that uses its stored statistics in training as well and never changes them; scale and shift train."""
+class ConvNorm(nn.Module):
+    """A convolution and its batch norm in one pass, with "same" padding: ceil(size / stride) rows and columns.
 
-    running_mean: Tensor
-    running_var: Tensor
+    The stored statistics serve in training as well and never change, so scale and shift of the norm, which train, fold into the kernel
+    and a bias: equal but for rounding, and one pass over the map less, forward and backward.
+    """
 
-    def __init__(self, channels: int) -> None:
-        super().__init__()
-        self.weight, self.bias = nn.Parameter(torch.ones(channels)), nn.Parameter(torch.zeros(channels))
-        self.register_buffer("running_mean", torch.zeros(channels))
-        self.register_buffer("running_var", torch.ones(channels))
-
-    def forward(self, x: Tensor) -> Tensor:
-        return F.batch_norm(x, self.running_mean, self.running_var, self.weight, self.bias, training=False, eps=EPSILON)
-
-
-class SameConv(nn.Conv2d):
-    """A convolution without bias whose output has ceil(size / stride) rows and columns; an odd padding is larger at the end."""
+    mean: Tensor
+    var: Tensor
 
     def __init__(self, before: int, after: int, kernel: int, stride: int = 1, groups: int = 1) -> None:
-        super().__init__(before, after, kernel, stride, kernel // 2 if stride == 1 else 0, groups=groups, bias=False)
+        super().__init__()
+        self.stride, self.groups = stride, groups
+        self.weight = nn.Parameter(torch.empty(after, before // groups, kernel, kernel))
+        nn.init.kaiming_normal_(self.weight, mode="fan_out")
+        self.scale, self.shift = nn.Parameter(torch.ones(after)), nn.Parameter(torch.zeros(after))
+        self.register_buffer("mean", torch.zeros(after))
+        self.register_buffer("var", torch.ones(after))
 
     def forward(self, x: Tensor) -> Tensor:
-        if self.stride[0] > 1:
-            x = F.pad(x, (*self._sides(x.shape[-1]), *self._sides(x.shape[-2])))
-        return super().forward(x)
+        factor = self.scale * (self.var + EPSILON).rsqrt()
+        padding = self.weight.shape[-1] // 2
+        if self.stride > 1:
+            x, padding = F.pad(x, (*self._sides(x.shape[-1]), *self._sides(x.shape[-2]))), 0
+        kernel, bias = self.weight * factor[:, None, None, None], self.shift - self.mean * factor
+        return F.conv2d(x, kernel, bias, self.stride, padding, groups=self.groups)
 
     def _sides(self, size: int) -> tuple[int, int]:
-        stride, kernel = self.stride[0], self.kernel_size[0]
-        total = max((-(-size // stride) - 1) * stride + kernel - size, 0)
+        kernel = self.weight.shape[-1]
+        total = max((-(-size // self.stride) - 1) * self.stride + kernel - size, 0)
         return total // 2, total - total // 2
 
 
@@ -88,23 +88,14 @@ class Block(nn.Module):
     def __init__(self, before: int, after: int, kernel: int, stride: int, expansion: int) -> None:
         super().__init__()
         inner = before * expansion
-        self.expands, self.adds = expansion > 1, stride == 1 and before == after
-        if self.expands:
-            self.conv_pw, self.bn1 = SameConv(before, inner, 1), KeptBatchNorm(inner)
-            self.conv_dw, self.bn2 = SameConv(inner, inner, kernel, stride, inner), KeptBatchNorm(inner)
-            self.conv_pwl, self.bn3 = SameConv(inner, after, 1), KeptBatchNorm(after)
-        else:
-            self.conv_dw, self.bn1 = SameConv(inner, inner, kernel, stride, inner), KeptBatchNorm(inner)
-            self.conv_pw, self.bn2 = SameConv(inner, after, 1), KeptBatchNorm(after)
+        self.adds = stride == 1 and before == after
+        self.expand = ConvNorm(before, inner, 1) if expansion > 1 else None
+        self.depthwise = ConvNorm(inner, inner, kernel, stride, inner)
+        self.project = ConvNorm(inner, after, 1)
 
     def forward(self, x: Tensor) -> Tensor:
-        if self.expands:
-            y = F.relu6(self.bn1(self.conv_pw(x)))
-            y = F.relu6(self.bn2(self.conv_dw(y)))
-            y = self.bn3(self.conv_pwl(y))
-        else:
-            y = F.relu6(self.bn1(self.conv_dw(x)))
-            y = self.bn2(self.conv_pw(y))
+        y = x if self.expand is None else F.relu6(self.expand(x), inplace=True)
+        y = self.project(F.relu6(self.depthwise(y), inplace=True))
         return x + y if self.adds else y
 
 
@@ -120,7 +111,7 @@ class EfficientNetLite0(nn.Module):
     def __init__(self, config: VisionConfig) -> None:
         super().__init__()
         self.recompute = config.gradient_checkpointing
-        self.conv_stem, self.bn1 = SameConv(3, STEM_WIDTH, 3, 2), KeptBatchNorm(STEM_WIDTH)
+        self.stem = ConvNorm(3, STEM_WIDTH, 3, 2)
         width, stages = STEM_WIDTH, []
         for stage in STAGES:
             blocks = []
@@ -128,18 +119,32 @@ class EfficientNetLite0(nn.Module):
                 blocks.append(Block(width, stage.width, stage.kernel, stage.stride if number == 0 else 1, stage.expansion))
                 width = stage.width
             stages.append(nn.Sequential(*blocks))
-        self.blocks = nn.Sequential(*stages)
+        self.stages = nn.Sequential(*stages)
         given_mean, given_std = torch.tensor(GIVEN_MEAN).view(3, 1, 1), torch.tensor(GIVEN_STD).view(3, 1, 1)
         self.register_buffer("scale", given_std / OWN_STD, persistent=False)
         self.register_buffer("shift", (given_mean - OWN_MEAN) / OWN_STD, persistent=False)
 
     def forward(self, image: Tensor, text: TextFeatures | None = None) -> list[Tensor]:
         """Return four maps, fine to coarse, of normalised images [B, 3, H, W]; `text` is unread."""
-        x = F.relu6(self.bn1(self.conv_stem(image * self.scale + self.shift)))
-        maps = []
-        for number, stage in enumerate(self.blocks):
-            for block in stage:
-                x = run_block(block, x, recompute=self.recompute and self.training)
-            if number in GIVEN_AFTER:
-                maps.append(x)
+        x, maps = image * self.scale + self.shift, list[Tensor]()
+        # What is frozen at the beginning needs no gradient and runs in the layout that is a third faster on a CPU; the backward pass of
+        # torch 2.13 corrupts memory in it (see resnet.py).
+        learns = [torch.is_grad_enabled() and any(p.requires_grad for p in part.parameters()) for part in (self.stem, *self.stages)]
+        first = learns.index(True) if True in learns else len(learns)
+        with torch.no_grad() if torch.is_grad_enabled() else nullcontext():
+            x = self._run(0, first, x.contiguous(memory_format=torch.channels_last), maps)
+        x, maps = x.contiguous(), [m.contiguous() for m in maps]
+        self._run(first, len(learns), x, maps)
         return maps
+
+    def _run(self, start: int, stop: int, x: Tensor, maps: list[Tensor]) -> Tensor:
+        """Run the stem (0) and stages (from 1 on), and add the maps that are given out."""
+        for number in range(start, stop):
+            if number == 0:
+                x = F.relu6(self.stem(x), inplace=True)
+                continue
+            for block in self.stages[number - 1]:
+                x = run_block(block, x, recompute=self.recompute and self.training)
+            if number - 1 in GIVEN_AFTER:
+                maps.append(x)
+        return x
