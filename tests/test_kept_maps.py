@@ -52,7 +52,7 @@ def test_kept_maps_give_the_same_losses_and_gradients(build: Build, tasks: str, 
     model.config.data.feature_cache = 0.5
     kept = Step(model, model.config)
     assert kept.kept_maps is not None and plain.kept_maps is None
-    for number in range(9):  # of three expressions in an epoch, on one image of the training split
+    for number in range(6):  # of three expressions in an epoch, on one image of the training split
         found = []
         for step in (plain, kept):
             model.zero_grad()
