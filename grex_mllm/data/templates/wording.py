@@ -208,7 +208,7 @@ def _except(meaning: Except) -> list[str]:
     base = meaning.base
     many, one = nouns(base.categories, True)[0], nouns(base.categories, False)[0]
     minus = _again(meaning.minus, base)
-    whole = canonical(base).removeprefix("the ")
+    whole = canonical(base).removeprefix("all ").removeprefix("the ")
     found = [f"all the {whole} except {minus[0]}"]
     for said in minus:
         found += [f"all the {whole} but {said}", f"all {whole} except {said}", f"the {whole} other than {said}"]
@@ -225,7 +225,7 @@ def _again(meaning: Meaning, base: Phrase) -> list[str]:
     """Return wordings of a part of the base, its noun said again or replaced by "one"."""
     if not isinstance(meaning, Phrase):
         return wordings(meaning)[:3]
-    if meaning.categories != base.categories or (meaning.pick and meaning.pick.anchor):
+    if meaning.categories != base.categories or meaning.plain or (meaning.pick and meaning.pick.anchor):
         return wordings(meaning)[:4]
     return [*_phrase(meaning, "one" if meaning.number == 1 else "ones")[:3], *wordings(meaning)[:4]]
 
