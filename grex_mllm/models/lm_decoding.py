@@ -14,6 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from grex_mllm.models.lm_packing import Shared
+
 
 @dataclass
 class Prefix:
@@ -21,12 +23,14 @@ class Prefix:
 
     summary: float [E, D], added to the embedding of the token that opens the expression.
     objects: all objects of the images that the sets belong to.
+    shared: what the prefixes begin with in common.
     """
 
     embeds: Tensor
     mask: Tensor
     summary: Tensor
     objects: Any = None
+    shared: Shared | None = None
 
     def open(self, lm: Any, opener: int) -> tuple[Tensor, Tensor]:
         """Return (embeds [E, P + 1, D], mask [E, P + 1]) with the token that opens the expression."""
