@@ -291,7 +291,7 @@ class RegionTokenGenerator(nn.Module):
             copies = max(num_beams, num_candidates) if mode == "beam" else num_candidates
             chunk = max(1, self.cfg.max_rows // copies)
             for start in range(0, len(prefix.embeds), chunk):
-                part = Prefix(*(t[start : start + chunk] for t in (prefix.embeds, prefix.mask, prefix.summary)))
+                part = prefix.part(slice(start, start + chunk))
                 tokens = self._write(
                     part, mode, num_candidates=num_candidates, num_beams=copies, temperature=temperature, steps=steps, seed=seed
                 )
