@@ -205,7 +205,7 @@ def fetch_from_hub(part: Part, name: str, target: Path) -> None:
 
 
 def write_image_encoder(part: Part, files: list[Path], target: Path) -> None:
-    """Write EfficientNet-Lite0 under timm's names, from a state dict of tensors alone.
+    """Write EfficientNet-Lite0 for `model.vision.weights`, from a state dict of tensors alone.
 
     Raises:
         GrexError: a pickle that holds anything else (nothing of it is run), or other weights.
@@ -349,6 +349,7 @@ def _save_image(state: dict[str, torch.Tensor], origin: dict[str, Any], target: 
 
     with torch.device("meta"):
         wanted = EfficientNetLite0(VisionConfig()).state_dict()
+    state = EfficientNetLite0.own_names(state)
     wrong = [key for key, value in wanted.items() if key not in state or state[key].shape != value.shape]
     if wrong:
         raise fault(f"weights without {wrong[0]}, or with another shape of it", "EfficientNet-Lite0", "give its published weights")

