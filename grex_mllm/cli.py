@@ -96,7 +96,7 @@ def predict(
     """Answer every expression and describe every object set of a split; resumable.
 
     Args:
-        model: a model folder or hub id, always_empty, oracle, largest, all, random:SEED, replay:FILE, or a module of your own.
+        model: a model folder or hub id, always_empty, oracle, largest, all, random:SEED, category_side, replay:FILE, or your own module.
         data: a dataset folder, or "synthetic": scenes are drawn into the folder x.data beside x.jsonl; give that to grex score --data.
         out: the predictions.jsonl to write; an interrupted run goes on from its .part file.
         split: which split.

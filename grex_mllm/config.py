@@ -11,6 +11,7 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any
 
+from grex_mllm.augmentation import AugmentConfig
 from grex_mllm.entries import CONTRACTS, SOURCES, entry
 from grex_mllm.errors import GrexError, fault
 from grex_mllm.shipped import CONFIG_FOLDER as CONFIG_FOLDER
@@ -124,6 +125,8 @@ class DataConfig:
     num_workers: int = 0
     num_generation_targets: int = 8  # expressions of a sample, at most, that the generator learns from; fewer than it has: drawn anew
     sources: dict[str, Any] = field(default_factory=dict)
+    augment: AugmentConfig = field(default_factory=AugmentConfig)  # of dataset folders, in training alone
+    feature_cache: float = 0.0  # GiB for the maps of a frozen image encoder, computed once for each image and its mirror image; 0 = none
 
 
 @dataclass

@@ -67,12 +67,15 @@ class ExpressionRecord:
 class Sample:
     """One image with expressions that belong to it, at original size, before resizing and tokenisation.
 
-    image: uint8 [H0, W0, 3] RGB, EXIF orientation applied.
+    image: uint8 [H0, W0, 3] RGB, EXIF orientation applied.  scale: share of the network input's side that it takes, in (0, 1].
+    view: name of these very pixels, where they come again in every epoch; else None.
     """
 
     image: np.ndarray
     record: ImageRecord
     expressions: list[ExpressionRecord]
+    scale: float = 1.0
+    view: str | None = None
 
 
 @dataclass
@@ -111,7 +114,7 @@ class Batch:
     target_index: E tensors int64 [n_e], positions of the targets among the image's instances.
     generation: what the generator's own `collate` made; None without a generator.
     too_long: ids of expressions that the generator would have learned from, but for their length.
-    geometries: B.  expression_ids: E.  image_ids: B.
+    geometries: B.  expression_ids: E.  image_ids: B.  views: B names, see `Sample`, or empty.
     """
 
     image: Tensor
@@ -131,6 +134,7 @@ class Batch:
     instance_attributes: dict[str, list[Tensor]] | None = None
     generation: Any = None
     too_long: list[str] = field(default_factory=list)
+    views: list[str | None] = field(default_factory=list)
 
     @property
     def input_sizes(self) -> list[tuple[int, int]]:

@@ -296,7 +296,7 @@ def test_templates_over_real_photographs(shared: Path, tmp_path: Path, templates
     assert len(one.expressions) > 300 and 0.12 < share < 0.28 and set(one.splits) == {"train", "val", "test"}
     assert {e.source for e in one.expressions} == {"coco_templates"} and "synthetic" in one.info["text"]
     for image_id in one.images:
-        texts = [e.expression for e in one.expressions if e.image_id == image_id]
+        texts = [e.raw for e in one.expressions if e.image_id == image_id]
         assert len(texts) == len(set(texts))
 
 

@@ -39,7 +39,7 @@ BY_NAME |= {("LossConfig", "ground"), ("LossConfig", "generate")}
 # what chooses an entry; the contract tests build every one by its name
 BY_NAME |= {("ModelConfig", "decoder"), *((f"{kind}Config", "name") for kind in ("Rela", "InstanceSelection", "RegionTokens"))}
 FILES = (
-    "config.py", "models/decoders/rela/config.py", "models/decoders/instance_selection/config.py",
+    "config.py", "augmentation.py", "models/decoders/rela/config.py", "models/decoders/instance_selection/config.py",
     "models/generators/region_tokens/config.py", "data/synthetic/settings.py", "training/pretraining.py",
 )  # fmt: skip
 

@@ -26,6 +26,7 @@ BANNED_NAMES = {"utils", "util", "misc", "helpers", "helper", "manager", "legacy
 LAYERS = {
     "errors": 0,
     "arguments": 0,
+    "augmentation": 0,
     "compat": 0,
     "shipped": 0,
     "config": 0,

@@ -61,6 +61,7 @@ def collate(
         expression_ids=[expression.expression_id for expression in expressions],
         image_ids=[sample.record.image_id for sample in pairs],
         instance_attributes=_attributes([ready.instances for ready in prepared]),
+        views=[sample.view for sample in pairs],
     )
     if collate_generation is not None:
         images = [GenerationImage(s.image, s.record, p.geometry, p.instance_masks) for s, p in zip(pairs, prepared, strict=True)]

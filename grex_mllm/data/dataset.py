@@ -156,15 +156,20 @@ class FolderDataset:
     def __getitem__(self, position: int) -> Sample:
         if self.training:
             image, chosen = self.epochs.at(position)
-            return self._sample([self.groups[image][place] for place in chosen])
+            return self.sample_of([self.groups[image][place] for place in chosen])
         if not 0 <= position < len(self):
             raise IndexError(position)
-        return self._sample(self.groups[position])
+        return self.sample_of(self.groups[position])
 
     def __iter__(self) -> Iterator[Sample]:
         return (self[position] for position in range(len(self)))
 
-    def _sample(self, expressions: list[ExpressionRecord]) -> Sample:
+    def sample_of(self, expressions: list[ExpressionRecord]) -> Sample:
+        """Read the image of some expressions of one image, and return it with them.
+
+        Raises:
+            GrexError: an image that cannot be read or has another size than stated, or targets that are none of its instances.
+        """
         images = self.dataset.images
         record = images[expressions[0].image_id]
         place = f"{self.dataset.folder / IMAGES} line {images.line_of(record.image_id)}"
@@ -186,7 +191,7 @@ class FolderDataset:
                         f'expression {expression.expression_id}: target "{target}" of field targets {problem}; expected the id of an '
                         "instance of the image; fix expressions.jsonl"
                     )
-        return Sample(image, record, expressions)
+        return Sample(image, record, expressions, view=f"{self.dataset.folder}/{record.image_id}")
 
 
 class Mixture:

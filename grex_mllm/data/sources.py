@@ -11,7 +11,9 @@ from importlib import import_module
 from types import ModuleType
 from typing import Any
 
+from grex_mllm.augmentation import AugmentConfig
 from grex_mllm.config import DataConfig, WeightedSource
+from grex_mllm.data.augment.source import Augmented
 from grex_mllm.data.dataset import EXACT, MIXTURE_BLOCK, RELEASED, SAMPLINGS, FolderDataset, Mixture, SampleSource
 from grex_mllm.entries import SOURCES
 from grex_mllm.errors import fault
@@ -53,23 +55,23 @@ def training_samples(data: DataConfig, seed: int, positions: int, purpose: str =
         if module is not None:
             found.append(module.training_samples(data, options_of(data, part.train), purpose, positions, generates))
             continue
-        found.append(
-            FolderDataset(
-                part.train,
-                part.split or data.train_split,
-                data.expressions_per_image,
-                training=True,
-                seed=seed,
-                sampling=EXACT if purpose == PRETRAINING else data.sampling,
-                targeted_only=purpose == PRETRAINING,
-                image_root=part.image_root or data.image_root,
-            )
+        folder = FolderDataset(
+            part.train,
+            part.split or data.train_split,
+            data.expressions_per_image,
+            training=True,
+            seed=seed,
+            sampling=EXACT if purpose == PRETRAINING else data.sampling,
+            targeted_only=purpose == PRETRAINING,
+            image_root=part.image_root or data.image_root,
         )
+        varied = purpose == TRAINING and data.augment != AugmentConfig()
+        found.append(Augmented(folder, data.augment, seed, data.image_size) if varied else folder)
     return found[0] if len(found) == 1 else Mixture(found, [part.weight for part in parts], seed)
 
 
 def describe_epochs(samples: SampleSource, samples_per_step: int, steps: int) -> list[str]:
-    """Return a line for each dataset folder of a training: how long its epoch is, and how many a training of so many steps has.
+    """Return lines for each dataset folder of a training: how long its epoch is, how many a training of so many steps has, what is varied.
 
     samples_per_step: of all sources together, over all processes.
     """
@@ -77,13 +79,16 @@ def describe_epochs(samples: SampleSource, samples_per_step: int, steps: int) ->
     if isinstance(samples, Mixture):
         parts = [(source, share / MIXTURE_BLOCK) for source, share in zip(samples.sources, samples.shares, strict=True)]
     lines = []
-    for source, share in parts:
+    for given, share in parts:
+        source = given.source if isinstance(given, Augmented) else given
         if isinstance(source, FolderDataset):
             expressions, length = sum(len(group) for group in source.groups), len(source) / (samples_per_step * share)
             lines.append(
                 f"one epoch of {source.dataset.folder} ({source.split}) = {expressions:,} expressions of {len(source.groups):,} images in "
                 f"{len(source):,} samples = {length:,.1f} steps; this run: {steps / length:,.2f} epochs"
             )
+        if isinstance(given, Augmented):
+            lines.append(given.describe())
     return lines
 
 

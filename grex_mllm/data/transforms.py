@@ -51,7 +51,7 @@ def prepare(sample: Sample, image_size: int, resize: str = "squash") -> Prepared
         GrexError: unknown `resize`, or a segmentation that does not fit the image.
     """
     height, width = sample.image.shape[:2]
-    image, geometry = resize_image(sample.image, image_size, resize)
+    image, geometry = resize_image(sample.image, image_size, resize, sample.scale)
     instances = selectable_instances(sample.record)
     masks = np.zeros((len(instances), image_size, image_size), bool)
     for position, instance in enumerate(instances):
@@ -65,29 +65,30 @@ def prepare(sample: Sample, image_size: int, resize: str = "squash") -> Prepared
     return Prepared(image, geometry, instances, masks, has_mask, xyxy_to_cxcywh(boxes).astype(np.float32))
 
 
-def fit(height: int, width: int, image_size: int, resize: str) -> Geometry:
-    """Return how an image of this size lies in the S x S input.
+def fit(height: int, width: int, image_size: int, resize: str, scale: float = 1.0) -> Geometry:
+    """Return how an image of this size lies in the S x S input. scale: share of S that its longest side takes, in (0, 1].
 
     Raises:
         GrexError: unknown `resize`.
     """
     if resize == "squash":
-        return Geometry(height, width, image_size, image_size)
+        side = max(1, round(image_size * scale))
+        return Geometry(height, width, side, side)
     if resize == "pad":
-        scale = image_size / max(height, width)
-        return Geometry(height, width, max(1, round(height * scale)), max(1, round(width * scale)))
+        factor = image_size * scale / max(height, width)
+        return Geometry(height, width, max(1, round(height * factor)), max(1, round(width * factor)))
     raise fault(f'resize "{resize}"', "squash or pad", "fix data.resize in the configuration")
 
 
-def resize_image(image: np.ndarray, image_size: int, resize: str = "squash") -> tuple[np.ndarray, Geometry]:
+def resize_image(image: np.ndarray, image_size: int, resize: str = "squash", scale: float = 1.0) -> tuple[np.ndarray, Geometry]:
     """Return an image uint8 [H0, W0, 3] at network input size, uint8 [S, S, 3], and how it lies there.
 
-    PIL BILINEAR on uint8, zeros right and below the image.
+    PIL BILINEAR on uint8, zeros right and below the image. scale: see `fit`.
 
     Raises:
         GrexError: unknown `resize`.
     """
-    geometry = fit(image.shape[0], image.shape[1], image_size, resize)
+    geometry = fit(image.shape[0], image.shape[1], image_size, resize, scale)
     inner = (geometry.input_height, geometry.input_width)
     if image.shape[:2] != inner:
         image = np.asarray(Image.fromarray(image).resize(inner[::-1], Image.Resampling.BILINEAR))

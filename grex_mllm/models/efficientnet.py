@@ -25,6 +25,11 @@ EPSILON = 1e-3
 # of ImageNet's normalisation (`models/grounding.py`), which the input has, and of the published weights
 GIVEN_MEAN, GIVEN_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 OWN_MEAN, OWN_STD = 0.5, 0.5
+# timm's names and ours
+OUTER = ("conv_stem", "bn1")
+FIELDS = {"weight": "scale", "bias": "shift", "running_mean": "mean", "running_var": "var"}
+FIRST_PARTS = {"conv_dw": "depthwise", "bn1": "depthwise", "conv_pw": "project", "bn2": "project"}
+PARTS = {"conv_pw": "expand", "bn1": "expand", "conv_dw": "depthwise", "bn2": "depthwise", "conv_pwl": "project", "bn3": "project"}
 
 
 class Stage(NamedTuple):
@@ -124,6 +129,26 @@ class EfficientNetLite0(nn.Module):
         self.register_buffer("scale", given_std / OWN_STD, persistent=False)
         self.register_buffer("shift", (given_mean - OWN_MEAN) / OWN_STD, persistent=False)
 
+    @staticmethod
+    def own_names(state: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Return the tensors of timm's `tf_efficientnet_lite0` under the names of this module, without those that it does not have.
+
+        Names that are not timm's stay as they are.
+        """
+        named = {}
+        for key, value in state.items():
+            words = key.split(".")
+            if words[0] in ("conv_head", "bn2", "classifier") or words[-1] == "num_batches_tracked":
+                continue
+            if words[0] in OUTER and len(words) == 2:
+                key = f"stem.{words[1] if words[0] == 'conv_stem' else FIELDS.get(words[1], words[1])}"
+            elif words[0] == "blocks" and len(words) == 5:
+                part = (FIRST_PARTS if words[1] == "0" else PARTS).get(words[3], words[3])
+                field = words[4] if words[3].startswith("conv") else FIELDS.get(words[4], words[4])
+                key = f"stages.{words[1]}.{words[2]}.{part}.{field}"
+            named[key] = value
+        return named
+
     def forward(self, image: Tensor, text: TextFeatures | None = None) -> list[Tensor]:
         """Return four maps, fine to coarse, of normalised images [B, 3, H, W]; `text` is unread."""
         x, maps = image * self.scale + self.shift, list[Tensor]()
@@ -143,7 +168,7 @@ class EfficientNetLite0(nn.Module):
             if number == 0:
                 x = F.relu6(self.stem(x), inplace=True)
                 continue
-            for block in self.stages[number - 1]:
+            for block in self.stages[number - 1].children():
                 x = run_block(block, x, recompute=self.recompute and self.training)
             if number - 1 in GIVEN_AFTER:
                 maps.append(x)

@@ -84,12 +84,14 @@ class GroundingModel(nn.Module):
 
         image: uint8 [B, 3, H, W] RGB.
         """
-        features = self.normalised(image, valid_sizes)
-        x = features.image
+        return self.encode_normalised(self.normalised(image, valid_sizes))
+
+    def encode_normalised(self, features: ImageFeatures) -> ImageFeatures:
+        """Do the language-free work that is left: all of it, or what comes after the image encoder where `maps` are there already."""
         if self.fuses_language:
-            features.prefix = self.vision.encode_prefix(x)
+            features.prefix = self.vision.encode_prefix(features.image)
         else:
-            features.maps = self.vision(x, None)
+            features.maps = self.vision(features.image, None) if features.maps is None else features.maps
             features.pixels = self.pixel_decoder(features.maps)
             features.decoded = self.decoder.image_part(features.maps, features.pixels)
         return features
@@ -100,7 +102,7 @@ class GroundingModel(nn.Module):
         An image encoder that fuses language makes them by a pass without language; they are kept in `features.pixels`.
         """
         if features.pixels is None:
-            features.pixels = self.pixel_decoder(self.vision(features.image, None))
+            features.pixels = self.pixel_decoder(self.vision(features.image, None) if features.maps is None else features.maps)
         return [features.pixels.mask_features, *reversed(features.pixels.levels)]
 
     def proposals(self, features: ImageFeatures) -> Proposals | None:

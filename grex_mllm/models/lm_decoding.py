@@ -14,6 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from grex_mllm.models.lm_packing import Shared, can_pack, pack, position_ids, rows_alone
+
 
 @dataclass
 class Prefix:
@@ -21,23 +23,26 @@ class Prefix:
 
     summary: float [E, D], added to the embedding of the token that opens the expression.
     objects: all objects of the images that the sets belong to.
+    shared: what the prefixes begin with in common.
     """
 
     embeds: Tensor
     mask: Tensor
     summary: Tensor
     objects: Any = None
+    shared: Shared | None = None
+
+    def part(self, rows: slice) -> Prefix:
+        """Return the prefixes of some rows."""
+        known = self.shared
+        shared = None if known is None else Shared(known.frame, known.image, known.image_index[rows])
+        return Prefix(self.embeds[rows], self.mask[rows], self.summary[rows], self.objects, shared)
 
     def open(self, lm: Any, opener: int) -> tuple[Tensor, Tensor]:
         """Return (embeds [E, P + 1, D], mask [E, P + 1]) with the token that opens the expression."""
         rows = len(self.embeds)
         first = lm.get_input_embeddings()(torch.full((rows, 1), opener, device=self.embeds.device)).to(self.embeds.dtype)
         return torch.cat([self.embeds, first + self.summary[:, None]], 1), torch.cat([self.mask, self.mask.new_ones(rows, 1)], 1)
-
-
-def position_ids(mask: Tensor) -> Tensor:
-    """Return int64 positions that count real tokens only, [E, L]; padding gets 0."""
-    return (mask.long().cumsum(1) - 1).clamp(min=0) * mask.long()
 
 
 def stratified_uniforms(num_candidates: int, steps: int, seed: int) -> Tensor:
@@ -68,8 +73,7 @@ def decode(
     if uniforms is not None:
         uniforms = uniforms.to(device)
     embeds, mask = prefix.open(lm, opener)
-    out = lm(inputs_embeds=embeds, attention_mask=mask.long(), position_ids=position_ids(mask), use_cache=True, logits_to_keep=1)
-    cache, logits = out.past_key_values, out.logits[:, -1]
+    cache, logits = _read(lm, embeds, mask, prefix.shared)
     if num > 1:
         cache.batch_repeat_interleave(num)
         logits, mask = logits.repeat_interleave(num, 0), mask.repeat_interleave(num, 0)
@@ -131,6 +135,26 @@ def beam_search(
         pad_token_id=pad_id,
     )
     return tokens.view(len(embeds), num_candidates, -1)
+
+
+def _read(lm: Any, embeds: Tensor, mask: Tensor, shared: Shared | None) -> tuple[Any, Tensor]:
+    """Return the cache of E sequences of S tokens, and the logits [E, V] after the last one, which is no padding."""
+    if shared is None or getattr(lm.config, "sliding_window", None) is not None or not can_pack(lm, mask, shared):
+        out = lm(inputs_embeds=embeds, attention_mask=mask.long(), position_ids=position_ids(mask), use_cache=True, logits_to_keep=1)
+        return out.past_key_values, out.logits[:, -1]
+    packs = pack(mask, shared)
+    with rows_alone(lm.get_output_embeddings(), packs.place[:, -1]):
+        out = lm(
+            inputs_embeds=embeds.flatten(0, 1)[packs.source],
+            attention_mask=packs.mask(lm, embeds.dtype),
+            position_ids=packs.positions,
+            use_cache=True,
+        )
+    cache = type(out.past_key_values)()
+    for number, layer in enumerate(out.past_key_values.layers):  # [P, heads, L, C] to [E, heads, S, C]
+        keys, values = (x.transpose(1, 2).flatten(0, 1)[packs.place].transpose(1, 2) for x in (layer.keys, layer.values))
+        cache.update(keys, values, number)
+    return cache, out.logits[0]
 
 
 def _choose(logits: Tensor, forbidden: list[int], chance: Tensor | None, temperature: float) -> Tensor:

@@ -15,7 +15,8 @@ from typing import Any, NamedTuple
 from grex_mllm.errors import fault
 
 PLACE = "{regions}"
-INSTRUCTION = f"{PLACE}\nName exactly the marked objects of the image in one short expression."  # chat, where no prompt is configured
+# chat, where no prompt is configured; words before the regions are the same for all object sets and cost next to nothing
+INSTRUCTION = f"Name exactly the marked objects of the image in one short expression.\n{PLACE}"
 STYLES = ("auto", "chat", "plain")
 SEPARATORS = ("\n", ":", " ")  # the first one that the tokenizer has opens an expression that no prompt or template opens
 WRITTEN = datetime(2024, 7, 26)  # the date in templates that print today's (Llama's own default): else a model's inputs change overnight

@@ -17,6 +17,7 @@ from grex_mllm.entries import entry
 from grex_mllm.errors import fault
 from grex_mllm.models.grex import GrexModel
 from grex_mllm.precision import autocast
+from grex_mllm.training.kept_maps import KeptMaps
 from grex_mllm.types import Batch
 
 TASKS = ("all", "ground", "generate", "align")
@@ -33,6 +34,7 @@ class Step(nn.Module):
         super().__init__()
         self.model, self.precision, self.loss = model, precision, config.loss
         self.tasks = tasks_of(config)
+        self.kept_maps = KeptMaps(config.data.feature_cache) if config.data.feature_cache else None
         self.criterion = entry("model.decoder", config.model.decoder.name).Criterion(config.model.decoder)
         freeze_unused(model, self.tasks)
         if config.train.tasks == ALIGN:
@@ -54,16 +56,18 @@ class Step(nn.Module):
 
     def _terms(self, batch: Batch, progress: float) -> dict[str, Tensor]:
         grounding, terms = self.model.grounding, dict[str, Tensor]()
+        if self.kept_maps is not None:
+            features = self.kept_maps.features(grounding, batch)
+        else:
+            features = grounding.normalised(batch.image, batch.input_sizes)
         if GROUND in self.tasks:
-            features = grounding.encode_image(batch.image, batch.input_sizes)
+            features = grounding.encode_normalised(features)
             text = grounding.encode_text(batch.text_ids, batch.text_mask)
             output = grounding.ground_text(features, batch.image_index, text)
             found = self.criterion(output, batch)
             found["total"] = found["total"] + nothing_of(output)
             terms |= {f"{GROUND}/{name}": value for name, value in found.items()}
         if GENERATE in self.tasks:
-            if GROUND not in self.tasks:
-                features = grounding.normalised(batch.image, batch.input_sizes)
             found = self.model.generator(grounding.language_free(features), batch, early=progress < self.loss.generate_start)
             terms |= {f"{GENERATE}/{name}": value for name, value in found.items()}
         if self.model.contrast is not None:

@@ -27,6 +27,7 @@ COLOUR_WORDS = {name: name for name in NAMES} | {"gray": "grey", "ginger": "oran
 CORE_SHARE = 0.7  # of the pixels, for a name to hold
 RIM_SHARE = 0.2  # of the pixels, for a name to stay possible
 FEWEST_PIXELS = 60  # of the eroded mask
+DARK, BRIGHT = 30.0, 80.0  # median lightness of images in which everything looks black, or white
 ERODED = 2  # pixels
 
 
@@ -40,12 +41,15 @@ def possible_colours(record: ImageRecord, image: Callable[[], np.ndarray]) -> di
     if not wanted:
         return {}
     lab = rgb_to_lab(image())
+    light = float(np.median(lab[..., 0]))
+    doubtful = {"black"} if light < DARK else {"white"} if light > BRIGHT else set()
     found = {}
     for instance in wanted:
         mask = segmentation_to_mask(instance.segmentation, record.height, record.width)
         inner = ndimage.binary_erosion(mask, iterations=ERODED)
         if np.count_nonzero(inner) >= FEWEST_PIXELS:
-            found[instance.annotation_id] = name_colours(lab[inner])
+            names = name_colours(lab[inner])
+            found[instance.annotation_id] = [*names, "other"] if len(names) == 1 and names[0] in doubtful else names
     return found
 
 

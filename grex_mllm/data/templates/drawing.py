@@ -13,7 +13,7 @@ from grex_mllm.data.templates.colours import VAGUE
 from grex_mllm.data.templates.enumeration import absent
 from grex_mllm.data.templates.evaluate import evaluate
 from grex_mllm.data.templates.judge import denoted
-from grex_mllm.data.templates.meaning import PLURAL, Except, Meaning, Phrase, Union
+from grex_mllm.data.templates.meaning import PLURAL, Except, Meaning, Phrase, Relation, Union
 from grex_mllm.data.templates.naming import Names, Set
 from grex_mllm.data.templates.scene import Scene
 from grex_mllm.data.templates.wording import canonical, wordings
@@ -28,6 +28,7 @@ CANONICAL_SHARE = 0.25  # of the texts
 FALSE_KINDS = {"category": "", "count": "wrong_count", "order": "wrong_order", "side": "wrong_place", "negation": ""}
 FALSE_KINDS |= {"position": "", "size": "", "depth": "", "colour": "wrong_colour", "relation": "wrong_relation"}
 WEIGHTS = {"side": 3.0, "position": 2.0, "order": 1.5, "size": 1.5, "depth": 1.0, "colour": 2.5, "relation": 2.0, "negation": 0.7}
+WEIGHTS |= {"wrong_colour": 0.1}  # certain colours are rare, certainly wrong ones are not: a colour word shall not mean "no target"
 WEIGHTS |= {"exclusion": 2.0, "conjunction": 3.0, "category": 2.0, "count": 1.0}
 # Classes of statements: without a target, all of a category, one object, several.
 NONE, WHOLE, ONE, SEVERAL = CLASSES = ("none", "whole", "one", "several")
@@ -86,8 +87,9 @@ def statements(names: Names, cooccurrence: Counter[tuple[str, str]], rng: np.ran
 
     for kind, phrase, ids in names.known:
         if ids:
-            yield group_of(ids), kind, phrase, ids
-        elif FALSE_KINDS[kind] and phrase.colour not in VAGUE:
+            if kind != "negation" or ids not in wholes:
+                yield group_of(ids), kind, phrase, ids
+        elif FALSE_KINDS[kind] and phrase.colour not in VAGUE and not _of_their_own(phrase):
             yield NONE, FALSE_KINDS[kind], phrase, ids
     for category in absent_categories(scene, cooccurrence):
         for kind, phrase in absent(category):
@@ -95,12 +97,21 @@ def statements(names: Names, cooccurrence: Counter[tuple[str, str]], rng: np.ran
                 yield NONE, kind, phrase, frozenset()
     for meaning in _exceptions(names):
         found = evaluate(meaning, scene)
-        if found:
+        if found and len(found) > 1:  # nobody says "all but" of one
             yield group_of(found), "exclusion", meaning, found
     for union in _conjunctions(names, rng):
         found = evaluate(union, scene)
         if found:
             yield group_of(found), "conjunction", union, found
+
+
+def _of_their_own(phrase: Phrase) -> bool:
+    """Tell whether objects are set beside one of their own category: whether none is in front of it is hard to say."""
+    return any(isinstance(where, Relation) and _categories(where.anchor) == phrase.categories for where in phrase.conditions)
+
+
+def _categories(meaning: Meaning) -> tuple[str, ...]:
+    return meaning.categories if isinstance(meaning, Phrase) else ()
 
 
 def _exceptions(names: Names) -> Iterator[Except]:

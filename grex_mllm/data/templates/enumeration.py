@@ -6,13 +6,14 @@ from collections.abc import Iterable, Iterator, Sequence
 
 from grex_mllm.data.templates.colours import names_for
 from grex_mllm.data.templates.evaluate import MOST_COMPARED
-from grex_mllm.data.templates.meaning import CORNERS, DIRECTIONS, PLURAL, RELATIONS, SIDES, Phrase, Pick, Relation, Where
+from grex_mllm.data.templates.meaning import CORNERS, PLURAL, SIDES, Phrase, Pick, Relation, Where
 from grex_mllm.data.templates.scene import KINDS, Scene
 
 MOST_NAMED = 8  # nobody counts more at a glance
 MOST_RANKED = 5
 MOST_ANCHORS = 4
 FEW = 2
+SAID_RELATIONS = ("left of", "right of", "in front of", "behind")  # what is above in the picture need not be above on the ground
 SAID_OF_EACH_OTHER = ("person", "cat", "dog", "car")
 
 Candidate = tuple[str, Phrase]  # kind, meaning
@@ -26,16 +27,18 @@ def candidates(scene: Scene, category: str) -> Iterator[Candidate]:
     if num <= FEW:
         yield from _sides(names, (1,))
     if 1 < num <= MOST_COMPARED:
-        yield from _positions(names, num)
+        yield from _positions(names, num, ("left", "right"))
     yield from _sides(names, (1, PLURAL) if num > FEW else (PLURAL,))
     if 1 < num <= MOST_COMPARED:
         yield from (("size", Phrase(names, 1, pick=Pick(by))) for by in ("largest", "smallest"))
-        yield from _orders(names, num)
+        yield from _orders(names, num, ("left", "right"))
+        yield from _positions(names, num, ("top", "bottom"))
+        yield from _orders(names, num, ("top", "bottom"))
         if num > FEW:
             yield from (("size", Phrase(names, 2, pick=Pick(by))) for by in ("largest", "smallest"))
     yield from _corners(names)
     if any(thing.colours is not None for thing in group):
-        yield from _colours(names)
+        yield from _colours(names, scene)
     if 1 < num <= MOST_COMPARED:
         yield from (("depth", Phrase(names, 1, pick=Pick(by))) for by in ("front", "back"))
     yield from _relations(scene, category)
@@ -73,17 +76,16 @@ def _sides(names: tuple[str, ...], numbers: Sequence[int]) -> Iterator[Candidate
         yield from (("side", Phrase(names, number, conditions=(Where(side),))) for side in SIDES)
 
 
-def _positions(names: tuple[str, ...], num: int) -> Iterator[Candidate]:
+def _positions(names: tuple[str, ...], num: int, sides: Sequence[str]) -> Iterator[Candidate]:
     for number in (1, 2, 3):
         if number < num:
-            yield from (("position", Phrase(names, number, pick=Pick(side))) for side in DIRECTIONS)
+            yield from (("position", Phrase(names, number, pick=Pick(side))) for side in sides)
 
 
-def _orders(names: tuple[str, ...], num: int) -> Iterator[Candidate]:
+def _orders(names: tuple[str, ...], num: int, sides: Sequence[str]) -> Iterator[Candidate]:
     for rank in range(2, min(num + 2, MOST_RANKED) + 1):
-        if rank == num:  # the outermost from the other side: nobody counts so
+        if rank == num or (rank > num and "top" in sides):  # the outermost from the other side; people count from left to right
             continue
-        sides = ("left", "right") if rank > num else DIRECTIONS
         yield from (("order", Phrase(names, 1, pick=Pick(side, rank))) for side in sides)
 
 
@@ -92,13 +94,13 @@ def _corners(names: tuple[str, ...]) -> Iterator[Candidate]:
         yield from (("side", Phrase(names, number, conditions=(Where(side),))) for side in CORNERS)
 
 
-def _colours(names: tuple[str, ...]) -> Iterator[Candidate]:
+def _colours(names: tuple[str, ...], scene: Scene) -> Iterator[Candidate]:
     for name in names_for(names[0]):
         yield from (("colour", Phrase(names, number, name)) for number in (1, PLURAL, 2, 3))
         for side in ("left", "right"):
             yield from (("colour", Phrase(names, number, name, conditions=(Where(side),))) for number in (1, PLURAL))
-            yield "colour", Phrase(names, 1, name, pick=Pick(side))
-        yield "colour", Phrase(names, 1, name, pick=Pick("largest"))
+        if sum(thing.colours == {name} for thing in scene.groups[names[0]]) != 1:  # of one, nobody says that it is the largest
+            yield from (("colour", Phrase(names, 1, name, pick=Pick(by))) for by in ("left", "right", "largest"))
 
 
 def _relations(scene: Scene, category: str) -> Iterator[Candidate]:
@@ -109,7 +111,7 @@ def _relations(scene: Scene, category: str) -> Iterator[Candidate]:
         anchors.append(Phrase((category,), 1, pick=Pick("largest")))
     for anchor in anchors:
         own = anchor.categories == (category,)
-        for kind in RELATIONS:
+        for kind in SAID_RELATIONS:
             yield from (("relation", Phrase((category,), n, conditions=(Relation(kind, anchor),))) for n in ((1,) if own else (1, PLURAL)))
         if len(scene.groups.get(category, ())) > 1:
             yield "relation", Phrase((category,), 1, pick=Pick("nearest", anchor=anchor))

@@ -18,8 +18,9 @@ Set = frozenset[str]
 class Names:
     """What every object set of a scene is called.
 
-    Preferred, from first to last: the whole category; a side where there are two; first from a side; a side; size; an order from a side; a
-    corner; colour; depth; a relation; all except such a one; and such ones together, from left to right.
+    Preferred, from first to last: the whole category; a side where there are two; first from left or right; a side; size; an order from
+    left or right; first, or an order, from top or bottom; a corner; colour; depth; a relation; all except such a one; and such ones
+    together, from left to right.
     """
 
     def __init__(self, scene: Scene) -> None:

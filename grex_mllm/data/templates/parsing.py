@@ -30,7 +30,7 @@ from grex_mllm.data.templates.meaning import PLURAL, Except, Meaning, Phrase, Pi
 
 MOST_TOKENS = 48
 MOST_DEPTH = 3  # anchors of anchors
-SPELLING = ((r"\b(left|right|top|bottom|front|back|upper|rear)[- ]most\b", r"\1most"), (r"\b(left|right)-?hand( side)?\b", r"\1\2"))
+SPELLING = ((r"\b(left|right|top|bottom|front|back|upper|rear)[- ]most\b", r"\1most"), (r"\b(left|right)[- ]?hand( side)?\b", r"\1\2"))
 Value = TypeVar("Value")
 Noun = tuple[tuple[str, ...], bool | None]  # categories, plural (None = either)
 

@@ -10,6 +10,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from grex_mllm.data.coco import image_record, load_instances
+from grex_mllm.data.images import resolve_image
 from grex_mllm.errors import fault
 from grex_mllm.types import ImageRecord
 
@@ -46,7 +47,7 @@ def read_sources(
     the COCO number in that name. Files are relative to the folder that all image folders share.
 
     Raises:
-        GrexError: an instance file that is none, or without a category.
+        GrexError: an instance file that is none, or without a category; an image outside its folder.
     """
     folders = [folder.resolve() for _, _, folder in sources]
     root = Path(os.path.commonpath(folders))
@@ -63,6 +64,7 @@ def read_sources(
                 skipped["excluded photograph"] += 1
                 continue
             record = image_record(instances, image_id, skipped)
+            resolve_image(folder, record.file)
             record = replace(record, file=(folder.relative_to(root) / record.file).as_posix())
             photographs.append(Photograph(record, name, str(image_id), labelled))
     times = Counter(photograph.original_id for photograph in photographs)

@@ -96,7 +96,7 @@ RELATION_AFTER = {
     "in front of": ("in front of",),
     "behind": ("behind",),
 }
-NEAREST_AFTER = ("closest to", "nearest to", "next to", "nearest")
+NEAREST_AFTER = ("closest to", "nearest to", "nearest")
 MOST_WORDINGS = 40
 
 
@@ -159,7 +159,7 @@ def _around(phrase: Phrase) -> list[tuple[str, str]]:
     if phrase.pick:
         befores = _pick(phrase.pick)
     for condition in phrase.conditions:
-        added = _where(condition) if isinstance(condition, Where) else _relation(condition)
+        added = _where(condition, phrase.number == 1) if isinstance(condition, Where) else _relation(condition)
         befores = [
             (" ".join(filter(None, (b1, b2))), " ".join(filter(None, (a1, a2))))
             for b1, a1 in befores
@@ -188,11 +188,11 @@ def _pick(pick: Pick) -> list[tuple[str, str]]:
     return [*before[:1], *after, *before[1:]]
 
 
-def _where(where: Where) -> list[tuple[str, str]]:
+def _where(where: Where, single: bool) -> list[tuple[str, str]]:
     if where.frame:
         return [("", f"{'not ' * where.negated}{words}") for words in FRAME_AFTER[where.side]]
     if where.negated:
-        return [("", f"{lead}{SIDE_AFTER[where.side][0]}") for lead in ("not ", "that are not ")]
+        return [("", f"{lead} not {SIDE_AFTER[where.side][0]}".strip()) for lead in ("", "that is" if single else "that are")]
     after, before = [("", words) for words in SIDE_AFTER[where.side]], [(word, "") for word in SIDE_BEFORE[where.side]]
     return [*after[:1], *before, *after[1:]]
 
@@ -208,7 +208,7 @@ def _except(meaning: Except) -> list[str]:
     base = meaning.base
     many, one = nouns(base.categories, True)[0], nouns(base.categories, False)[0]
     minus = _again(meaning.minus, base)
-    whole = canonical(base).removeprefix("the ")
+    whole = canonical(base).removeprefix("all ").removeprefix("the ")
     found = [f"all the {whole} except {minus[0]}"]
     for said in minus:
         found += [f"all the {whole} but {said}", f"all {whole} except {said}", f"the {whole} other than {said}"]
@@ -225,7 +225,7 @@ def _again(meaning: Meaning, base: Phrase) -> list[str]:
     """Return wordings of a part of the base, its noun said again or replaced by "one"."""
     if not isinstance(meaning, Phrase):
         return wordings(meaning)[:3]
-    if meaning.categories != base.categories or (meaning.pick and meaning.pick.anchor):
+    if meaning.categories != base.categories or meaning.plain or (meaning.pick and meaning.pick.anchor):
         return wordings(meaning)[:4]
     return [*_phrase(meaning, "one" if meaning.number == 1 else "ones")[:3], *wordings(meaning)[:4]]
 

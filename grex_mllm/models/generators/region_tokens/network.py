@@ -34,6 +34,7 @@ from grex_mllm.models.language_model import (
 from grex_mllm.models.lm_decoding import Prefix, beam_search, decode, stratified_uniforms
 from grex_mllm.models.lm_framing import PLACE, Frame, chat_frame, plain_frame, tiny_frame
 from grex_mllm.models.lm_loss import token_losses
+from grex_mllm.models.lm_packing import Shared
 from grex_mllm.models.lm_tokenizer import LMTokenizer
 from grex_mllm.ops.losses import shared_count
 from grex_mllm.ops.selection import boxes_to_masks, mask_boxes
@@ -131,7 +132,8 @@ class RegionTokenGenerator(nn.Module):
             ones = mask.new_ones
             mask = torch.cat([ones(len(mask), before.shape[1]), mask, ones(len(mask), after.shape[1])], 1)
             embeds = torch.cat([before, embeds, after], 1)
-        return Prefix(embeds, mask, summary, objects)
+        alike = 0 if len(self.region_tokens.context) else objects.image.shape[1]  # in context, image tokens see the set's objects
+        return Prefix(embeds, mask, summary, objects, Shared(len(self.frame.before), alike, image_index))
 
     def forward(self, features: list[Tensor], batch: Batch, early: bool = False) -> dict[str, Tensor]:
         """Return the loss terms of a batch: lm (mean over the tokens), object_<attribute>, and their weighted total.
@@ -220,7 +222,7 @@ class RegionTokenGenerator(nn.Module):
         embeds, mask = torch.cat([embeds, text], 1), torch.cat([mask, lm_mask[:, 1:].bool()], 1)
         self._check_length(int(mask.sum(1).max()))
         real = lm_mask[:, 1:].bool()
-        nll = token_losses(self.lm, embeds, mask, lm_ids[:, 1:], real)
+        nll = token_losses(self.lm, embeds, mask, lm_ids[:, 1:], real, prefix.shared)
         num_tokens = real.sum(1)
         share = torch.ones_like(num_tokens, dtype=nll.dtype) if weight is None else weight.to(nll.dtype)
         loss = (nll.sum(1) * share).sum() / shared_count((num_tokens * share).sum(), nll)
@@ -289,7 +291,7 @@ class RegionTokenGenerator(nn.Module):
             copies = max(num_beams, num_candidates) if mode == "beam" else num_candidates
             chunk = max(1, self.cfg.max_rows // copies)
             for start in range(0, len(prefix.embeds), chunk):
-                part = Prefix(*(t[start : start + chunk] for t in (prefix.embeds, prefix.mask, prefix.summary)))
+                part = prefix.part(slice(start, start + chunk))
                 tokens = self._write(
                     part, mode, num_candidates=num_candidates, num_beams=copies, temperature=temperature, steps=steps, seed=seed
                 )
