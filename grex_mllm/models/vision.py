@@ -143,8 +143,9 @@ def load_weights(net: nn.Module, file: str) -> None:
     if not Path(file).is_file():
         raise fault(f"model.vision.weights {file}", "a safetensors file", "write one with `grex convert swin` or data_prep/weights.py")
     given = load_file(file)
-    if hasattr(net, "own_names"):
-        given = net.own_names(given)
+    own_names: Callable[[dict[str, Tensor]], dict[str, Tensor]] | None = getattr(net, "own_names", None)
+    if own_names is not None:
+        given = own_names(given)
     own = net.state_dict()
     missing = [k for k in own if k not in given and not is_fusion(k)]
     unknown = [k for k in given if k not in own]
