@@ -1,0 +1,90 @@
+"""Draw README's picture: answers of a model about held-out photographs whose licence allows showing them, with the attribution beside.
+
+    python docs/photographs.py --model runs/photos --data runs/photos/data --instances FILE [FILE ...] \
+        --show 8021="the person on the left" --show 96640="the two cars on the right" --out docs/photographs.jpg
+
+Only photographs of the split that no training saw, with licence 7 or 8 (no known restrictions) or 4 (CC BY 2.0) in the instance files, are
+taken. Beside the picture a Markdown file of the same name gets one line for each: expression, link, licence.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gzip
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+from grex_mllm import GrexModel
+from grex_mllm.data.dataset import FolderDataset
+from grex_mllm.data.refs_program import status_of
+from grex_mllm.draw import add_caption, contact_sheet, overlay
+from grex_mllm.errors import fault
+from grex_mllm.writing import whole_file
+
+LICENCES = {7: "no known copyright restrictions", 8: "United States Government work", 4: "CC BY 2.0"}
+FACTOR, COLUMNS, QUALITY = 2, 3, 85
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run the program; a fault of the user's files is one line and status 2."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", required=True, help="model folder")
+    parser.add_argument("--data", required=True, type=Path, help="dataset folder that it was trained on")
+    parser.add_argument("--split", default="test", help="whose photographs no training saw (default: %(default)s)")
+    parser.add_argument(
+        "--instances", required=True, nargs="+", type=Path, help="COCO-format files with licence and link of the photographs"
+    )
+    parser.add_argument("--show", required=True, action="append", metavar="IMAGE_ID=EXPRESSION", help="what to ask")
+    parser.add_argument("--out", type=Path, default=Path("docs/photographs.jpg"))
+    options = parser.parse_args(arguments)
+    return status_of("docs/photographs.py", lambda: draw(options))
+
+
+def draw(options: argparse.Namespace) -> None:
+    """Write the picture and its attributions.
+
+    Raises:
+        GrexError: a photograph of another split or licence, or a wish of another form.
+    """
+    known = licences(options.instances)
+    samples = FolderDataset(options.data, options.split, 10**9)
+    places = {samples[n].record.image_id: n for n in range(len(samples))}
+    wishes = [tuple(part.strip() for part in wish.partition("=")[::2]) for wish in options.show]
+    for image_id, expression in wishes:
+        if image_id not in places or not expression:
+            given = f"--show {image_id}={expression}"
+            raise fault(given, f"the id of a photograph of split {options.split}, =, and an expression", "fix it")
+    model = GrexModel.from_pretrained(options.model)
+    cards, lines = [], []
+    for image_id, expression in wishes:
+        sample = samples[places[image_id]]
+        entry = known.get(Path(sample.record.file).name, {})
+        if entry.get("license") not in LICENCES or not entry.get("flickr_url"):
+            given = f"photograph {image_id} with licence {entry.get('license')}"
+            raise fault(given, f"one of {sorted(LICENCES)}, and a link", "show another photograph")
+        answer = model.ground(sample.image, expression)
+        picture = overlay(
+            sample.image, answer.mask, answer.boxes_xyxy, answer.count, None, no_target=answer.no_target, factor=FACTOR, spotlight=True
+        )
+        said = "nothing" if answer.no_target else f"{answer.count}"
+        cards.append(add_caption(picture, f'"{expression}": {said}'))
+        lines.append(f'- "{expression}": photograph [{entry["flickr_url"]}]({entry["flickr_url"]}), {LICENCES[entry["license"]]}')
+    with whole_file(options.out) as work:
+        contact_sheet(cards, COLUMNS).save(work, format="JPEG", quality=QUALITY)
+    with whole_file(options.out.with_suffix(".md")) as work:
+        work.write_text("Photographs, none of which the model had seen; masks and boxes are its answers.\n\n" + "\n".join(lines) + "\n")
+
+
+def licences(files: list[Path]) -> dict[str, dict[str, Any]]:
+    """Return the image entries of COCO-format files by file name."""
+    found = {}
+    for file in files:
+        text = gzip.decompress(file.read_bytes()) if file.suffix == ".gz" else file.read_bytes()
+        found |= {Path(image["file_name"]).name: image for image in json.loads(text)["images"]}
+    return found
+
+
+if __name__ == "__main__":
+    sys.exit(main())
