@@ -31,7 +31,7 @@ STAGES, BASELINES = "stages", "baselines"
 TASKS = ["ground", "generate"]
 RULES = ("always_empty", "largest", "all", "oracle", "category_side")  # what stands beside a model
 SHEET = 48  # generated texts in the report that nobody chose
-IMAGE_STEPS = 1.5  # time of the prediction of an image, with candidates, in joint training steps; for the announcement
+IMAGE_STEPS = 1.5  # a guess, not yet measured: time of the prediction of an image in joint training steps; for the announcement
 SCORING_S = 120.0  # scores of the model and of the rules, and the report; for the announcement
 
 

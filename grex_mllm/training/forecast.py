@@ -51,8 +51,9 @@ def forecast_training(model: Any, batches: BatchSource, stages: Sequence[Stage],
         spent[stage.name] = times.step_s() * stage.steps
     trial.train()
     trial.to(training_device())  # the stages come before the model moves there
-    early_s, late_s = (_joint_step_s(trial, batches, config, progress) for progress in (0.0, 1.0))
     early = min(config.loss.generate_start, 1.0)
+    early_s = _joint_step_s(trial, batches, config, 0.0) if early else 0.0  # where there is no such part, half of the work is spared
+    late_s = _joint_step_s(trial, batches, config, 1.0)
     return Forecast(spent, config.train.steps * (early * early_s + (1 - early) * late_s), late_s)
 
 
