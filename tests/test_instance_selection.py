@@ -9,9 +9,10 @@ from tiny import tiny_config, tiny_model
 from grex_mllm.data.collate import collate
 from grex_mllm.data.synthetic import SyntheticDataset
 from grex_mllm.data.synthetic.settings import SyntheticConfig
+from grex_mllm.errors import GrexError
 from grex_mllm.models.decoders.instance_selection.config import InstanceSelectionConfig
 from grex_mllm.models.decoders.instance_selection.criterion import InstanceSelectionCriterion, heat_terms, region_terms
-from grex_mllm.models.decoders.instance_selection.network import LanguageLayer
+from grex_mllm.models.decoders.instance_selection.network import LanguageLayer, raised_to_count
 from grex_mllm.models.decoders.instance_selection.regions import OUTSIDE_LOGIT, PAIR_WIDTH, box_area, pair_geometry, region_masks
 from grex_mllm.types import Batch
 
@@ -43,6 +44,43 @@ def test_shapes_and_answer_is_union_of_selected_regions():
         chosen = masks[batch.image_index[e]][out.box_logits[e] > 0]
         union = chosen.any(0) if len(chosen) else torch.zeros(64, 64, dtype=torch.bool)
         assert torch.equal(out.mask_logits[e, 1] - out.mask_logits[e, 0] > 0, union)
+
+
+def test_the_answer_has_at_least_the_predicted_number_of_regions():
+    """By hand: two wanted and one above; two wanted and three above; none wanted but a target; no target; more than there are regions."""
+    logits = torch.tensor([[2.0, -1.0, -3.0], [2.0, 1.0, 0.5], [-2.0, -1.0, -3.0], [-2.0, -1.0, -3.0], [-2.0, -1.0, -3.0]])
+    counts = torch.nn.functional.one_hot(torch.tensor([2, 2, 0, 2, 5]), 7).float()
+    no_target = torch.tensor([[1.0, 0.0], [1.0, 0.0], [1.0, 0.0], [0.0, 1.0], [1.0, 0.0]])
+    raised = raised_to_count(logits, counts, no_target)
+    assert [(row > 0).tolist() for row in raised] == [
+        [True, True, False], [True, True, True], [False, True, False], [False, False, False], [True, True, True]
+    ]  # fmt: skip
+    assert torch.equal(raised[1], logits[1]) and torch.equal(raised[3], logits[3])
+    assert torch.allclose(raised[0] - logits[0], torch.full((3,), 1.001))
+    assert raised_to_count(logits, None, no_target)[4].gt(0).sum() == 1
+
+
+def test_answers_by_count_are_masks_where_a_target_is_predicted():
+    model = tiny_model()
+    batch = batch_of(model)
+    with torch.no_grad():
+        plain = run(model, batch)
+        model.config.model.decoder.answer = "count"
+        out = run(model, batch)
+    targeted = out.no_target_logits.argmax(-1) == 0
+    assert targeted.any() and torch.equal(out.box_logits, plain.box_logits)
+    wanted = out.count_logits.argmax(-1).clamp(min=1)
+    ranked = out.box_logits.sort(-1, descending=True).indices
+    masks = out.extra.regions.masks() > 0
+    for e in range(len(batch.expression_ids)):
+        found = out.mask_logits[e, 1] > out.mask_logits[e, 0]
+        if targeted[e]:
+            best = masks[batch.image_index[e]][ranked[e, : int(wanted[e])]].any(0)
+            assert torch.equal(found & best, best)
+        else:
+            assert torch.equal(found, plain.mask_logits[e, 1] > plain.mask_logits[e, 0])
+    with pytest.raises(GrexError, match='answer is "most"; expected threshold or count'):
+        tiny_model(model__decoder__answer="most")
 
 
 def test_region_masks_end_at_their_boxes():

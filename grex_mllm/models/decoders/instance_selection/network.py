@@ -28,6 +28,8 @@ from grex_mllm.ops.attention import attend, split_heads
 from grex_mllm.types import NUM_COUNTS, DecoderInputs, GroundingOutput, Proposals, TextFeatures
 
 LEAST_REAL = 1e-3
+THRESHOLD, COUNT = ANSWERS = ("threshold", "count")
+SMALLEST_LOGIT = 1e-3  # of a region that is part of the answer
 
 
 class LanguageLayer(nn.Module):
@@ -65,6 +67,19 @@ class LanguageLayer(nn.Module):
         return (weights.to(value.dtype) @ value).transpose(1, 2).flatten(2)
 
 
+def raised_to_count(logits: Tensor, count_logits: Tensor | None, no_target_logits: Tensor) -> Tensor:
+    """Return target logits [E, K], raised together where needed so that as many regions lie above 0 as the answer has objects.
+
+    That is the likeliest number of `count_logits` [E, 7], at least 1, where the likelier of `no_target_logits` [E, 2] is a target; other
+    expressions keep their logits, and so do those that have enough regions above 0. Without a count head the number is 1.
+    """
+    number = count_logits.argmax(dim=-1) if count_logits is not None else torch.ones_like(no_target_logits[:, 0]).long()
+    place = (number.clamp(min=1, max=logits.shape[1]) - 1)[:, None]
+    weakest = logits.sort(dim=-1, descending=True).values.gather(1, place)
+    lift = (SMALLEST_LOGIT - weakest).clamp(min=0.0)
+    return torch.where((no_target_logits[:, 1] > no_target_logits[:, 0])[:, None], logits, logits + lift)
+
+
 class InstanceExtra(NamedTuple):
     """What only the criterion reads. regions: of the B images.  target_logits: float [E, K] of each language layer."""
 
@@ -81,6 +96,8 @@ class LanguagePart(nn.Module):
 
     def __init__(self, config: InstanceSelectionConfig, text_width: int) -> None:
         super().__init__()
+        if config.answer not in ANSWERS:
+            raise fault(f'model.decoder.answer is "{config.answer}"', " or ".join(ANSWERS), "choose one of them")
         channels = config.width
         self.config = config
         self.text_in = nn.Linear(text_width, channels)
@@ -115,14 +132,16 @@ class LanguagePart(nn.Module):
             bilinear = (normed * self.target_sentence(sentence)[:, None]).sum(dim=-1) / math.sqrt(normed.shape[-1])
             logits.append(precise(self.target(normed).squeeze(-1) + bilinear))
         pooled = self._pool(normed, logits[-1], regions.objectness[-1][image_index], sentence)
-        final = logits[-1]
+        final, no_target = logits[-1], precise(self.no_target(pooled))
+        count = precise(self.count(pooled)) if self.count is not None else None
+        chosen = final if self.config.answer == THRESHOLD or self.training else raised_to_count(final, count, no_target)
         return GroundingOutput(
-            mask_logits=self._answer(regions, image_index, final),
+            mask_logits=self._answer(regions, image_index, chosen),
             minimap_logits=torch.stack([torch.zeros_like(final), final], dim=-1),
-            no_target_logits=precise(self.no_target(pooled)),
+            no_target_logits=no_target,
             boxes_norm=regions.boxes_norm[-1][image_index],
             box_logits=final,
-            count_logits=precise(self.count(pooled)) if self.count is not None else None,
+            count_logits=count,
             minimap_prob=self._minimap(regions, image_index, final),
             extra=InstanceExtra(regions, logits),
         )
