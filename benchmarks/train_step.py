@@ -24,6 +24,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -61,7 +62,7 @@ def work(args: argparse.Namespace) -> None:
             counter.__exit__(None, None, None)
 
     train_from_config(config, on_step=on_step)
-    seconds = [after - before for before, after in zip(ends[WARM_UP - 1 :], ends[WARM_UP:-1], strict=False)]
+    seconds = [after - before for before, after in pairwise(ends[WARM_UP - 1 : -1])]
     peak = torch.cuda.max_memory_allocated() if torch.cuda.is_available() else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
     found = {"seconds": seconds, "peak_gib": peak / 2**30, "flops": counter.get_total_flops()}
     print(json.dumps(found | {"machine_flops_s": product_flops_s(precision_here())}))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import warnings
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from functools import cache
 from importlib import import_module
 from importlib.metadata import version
@@ -102,6 +103,20 @@ def leave_out_shm_comm() -> None:
     DS_BUILD_SHM_COMM=0, the public switch, is read when DeepSpeed is installed, and not when it compiles at run time.
     """
     private("deepspeed", "deepspeed.ops", "__compatible_ops__")["deepspeed_shm_comm"] = False
+
+
+def processes_of_this_node() -> Any:
+    """Return the group of processes that share a copy of the weights under `zero_hpz_partition_size`; None where there is none yet.
+
+    `deepspeed.zero.Init` makes the group, fails where there is one, and takes it as an argument; nothing public returns it.
+    """
+    return private("deepspeed", "deepspeed.utils.groups", "_get_zero_param_intra_parallel_group")()
+
+
+def partitions_made_here() -> AbstractContextManager[None]:
+    """Keep transformers, within the block, from a `deepspeed.zero.Init` of its own inside ours, and from initialising what will be read."""
+    entered: AbstractContextManager[None] = private("transformers", "transformers.modeling_utils", "set_zero3_state")()
+    return entered
 
 
 def zero_partitions(optimizer: Any) -> list[tuple[list[Tensor], Tensor]]:

@@ -216,6 +216,13 @@ def test_files_that_cannot_work_are_refused(tmp_path: Path) -> None:
             check_deepspeed(str(file))
 
 
+def test_nodes_of_different_sizes_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("deepspeed")
+    monkeypatch.setenv("WORLD_SIZE", "12")
+    with pytest.raises(GrexError, match="zero_hpz_partition_size 8, and there are 12 processes"):
+        deepspeed_plugin(TrainConfig(deepspeed="deepspeed_configs/zero3_hpz.json"), batch_images=2, on_cpu=True)
+
+
 def test_fp16_means_bf16_under_deepspeed_and_the_run_says_so(tmp_path: Path) -> None:
     pytest.importorskip("deepspeed")
     status, shown = launch(tmp_path, {"deepspeed": ZERO2, "precision": "fp16", "steps": 2, "out": str(tmp_path / "run")})

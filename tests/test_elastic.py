@@ -97,23 +97,27 @@ def test_one_process_goes_on_as_two_under_zero3(tmp_path: Path) -> None:
         assert float((ours[name] - value).abs().max()) < 1e-4, name
 
 
-CHAINS = {  # (processes, ZeRO stage, None = plain data parallelism) of each part of a run; every part but the last is killed
+# (processes, ZeRO stage) of each part of a run; nodes: stage 3 with the weights in each two processes; None: plain data parallelism.
+# Every part but the last is killed.
+CHAINS: dict[str, list[tuple[int, int | str | None]]] = {
     "1-2-3-2-1": [(1, None), (2, None), (3, None), (2, None), (1, None)],
     "1-4": [(1, None), (4, None)],
     "ZeRO 2-3-2": [(2, 2), (2, 3), (2, 2)],
     "DDP-ZeRO-3-plain": [(2, None), (2, 3), (1, None)],
     "ZeRO-2 2-3-2": [(2, 2), (3, 2), (2, 2)],
     "ZeRO-3 2-3-2": [(2, 3), (3, 3), (2, 3)],
+    "nodes of two 4-2-4": [(4, "nodes"), (2, 3), (4, "nodes")],
 }
 
 
 @pytest.mark.long
 @pytest.mark.parametrize("chain", CHAINS.values(), ids=CHAINS)
 @pytest.mark.parametrize("decoder", REAL)
-def test_killed_runs_go_on_with_other_processes_and_stages(tmp_path: Path, decoder: str, chain: list[tuple[int, int | None]]) -> None:
+def test_killed_runs_go_on_with_other_processes_and_stages(tmp_path: Path, decoder: str, chain: list[tuple[int, int | str | None]]) -> None:
     """Plain SGD over a real joint model: losses and predictions within 1e-4, weights within 1e-5 of the uninterrupted run."""
     pytest.importorskip("deepspeed")
-    files = {2: write_json(tmp_path, "2.json"), 3: write_json(tmp_path, "3.json", stage=3), None: None}
+    files: dict[int | str | None, str | None] = {2: write_json(tmp_path, "2.json"), 3: write_json(tmp_path, "3.json", stage=3), None: None}
+    files["nodes"] = write_json(tmp_path, "nodes.json", stage=3, stage3_param_persistence_threshold=0, zero_hpz_partition_size=2)
     settings = {"train__optim__name": "sgd", "train__optim__lr": 0.01, "train__batch_images": 12, "train__save_every": 2}
     settings["train__steps"] = 2 * len(chain)
     train_from_config(real_config(tmp_path / "whole", decoder, **settings))

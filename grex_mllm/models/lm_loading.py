@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from grex_mllm.compat import partitions_made_here, processes_of_this_node
 from grex_mllm.errors import GrexError, fault
 from grex_mllm.models.attention_choice import choose_attention
 from grex_mllm.models.lm_tokenizer import LMTokenizer
@@ -125,7 +126,9 @@ def _partitioned(name: str, config: Any, zero3: dict[str, Any], options: dict[st
 
     files = _weight_files(name)
     kept = torch.random.fork_rng(devices=[])  # what is built after it does not depend on how it is read
-    with kept, deepspeed.zero.Init(config_dict_or_path=zero3, tensor_overrides=[]), no_init_weights():
+    node = processes_of_this_node() if zero3["zero_optimization"].get("zero_hpz_partition_size", 1) > 1 else None
+    parts = deepspeed.zero.Init(config_dict_or_path=zero3, tensor_overrides=[], zero_param_parallel_group=node)
+    with kept, parts, partitions_made_here(), no_init_weights():
         lm = AutoModelForCausalLM.from_config(config, **options)
     lm.tie_weights()
     named = lm.state_dict(keep_vars=True)

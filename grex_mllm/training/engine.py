@@ -349,7 +349,7 @@ def deepspeed_plugin(config: TrainConfig, batch_images: int, on_cpu: bool) -> An
     """Return Accelerate's plugin for `train.deepspeed`, its "auto" numbers filled from the training configuration.
 
     Raises:
-        GrexError: as `check_deepspeed`; a number that contradicts the configuration.
+        GrexError: as `check_deepspeed`; a number that contradicts the configuration; processes that do not fill their nodes.
     """
     assert config.deepspeed is not None
     values = check_deepspeed(config.deepspeed)
@@ -367,6 +367,7 @@ def deepspeed_plugin(config: TrainConfig, batch_images: int, on_cpu: bool) -> An
             raise fault(
                 f"{config.deepspeed}: {key} is {values[key]}", f'{value}, as the training configuration says, or "auto"', 'write "auto"'
             )
+    _check_nodes(config.deepspeed, values["zero_optimization"].get("zero_hpz_partition_size", 1), processes)
     for name, text in _lone_process().items():
         os.environ.setdefault(name, text)
     if on_cpu:
@@ -374,6 +375,16 @@ def deepspeed_plugin(config: TrainConfig, batch_images: int, on_cpu: bool) -> An
     from accelerate.utils import DeepSpeedPlugin
 
     return DeepSpeedPlugin(hf_ds_config=values, zero3_init_flag=False)
+
+
+def _check_nodes(path: str, size: int, processes: int) -> None:
+    """Raise GrexError where `zero_hpz_partition_size` leaves a node with fewer processes than the others."""
+    if isinstance(size, int) and processes % max(1, min(size, processes)):
+        raise fault(
+            f"{path} has zero_hpz_partition_size {size}, and there are {processes} processes",
+            "a number of processes that it divides, because each group of that many holds a copy of the weights",
+            "write the number of processes of a node there, or use deepspeed_configs/zero3.json",
+        )
 
 
 def _lone_process() -> dict[str, str]:
