@@ -4,6 +4,8 @@
 PYTHON ?= python3
 # Installed first and pinned, so that no later request of pip brings another build of it.
 TORCH ?= torch==2.13.0
+# Files of tests side by side, with one thread each.
+TEST_PROCESSES ?= 2
 BIN := .venv/bin
 STAMP := .venv/.installed
 
@@ -32,7 +34,7 @@ photos-given:
 	@test -n "$(COCO)" || { echo "make photos without COCO; expected a folder of photographs with instances*.json (or sub-folders of that form); run: make photos COCO=FOLDER" >&2; exit 2; }
 
 test: setup
-	$(BIN)/python -m pytest
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(TEST_PROCESSES) --dist loadfile
 
 test-long: setup
 	$(BIN)/python -m pytest -m long
