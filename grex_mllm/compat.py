@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 # package -> (first version checked, first one no longer checked)
 CHECKED = {"accelerate": ("1.15", "1.16"), "deepspeed": ("0.19.8", "0.20"), "numpy": ("2.0", "2.5"), "peft": ("0.21", "0.22")}
-CHECKED |= {"torch": ("2.8", "2.14"), "transformers": ("5.17", "5.24")}
+CHECKED |= {"torch": ("2.8", "2.14"), "transformers": ("5.17", "5.25")}
 
 
 @cache

@@ -208,4 +208,5 @@ def test_compiles_into_one_graph(vision: VisionConfig) -> None:
     with torch.no_grad():
         plain = model(*given)
         compiled = torch.compile(model, backend="eager", fullgraph=True)(*given)
-    assert torch.allclose(plain.mask_logits, compiled.mask_logits, atol=1e-5)
+    # a plain run takes fused expressions in chunks, which rounds otherwise (1.5e-5 of values up to 7.7, float32)
+    assert torch.allclose(plain.mask_logits, compiled.mask_logits, atol=1e-4)
