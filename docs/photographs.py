@@ -24,7 +24,7 @@ from grex_mllm.errors import fault
 from grex_mllm.writing import whole_file
 
 LICENCES = {7: "no known copyright restrictions", 8: "United States Government work", 4: "CC BY 2.0"}
-FACTOR, COLUMNS, QUALITY = 2, 3, 85
+WIDTH, COLUMNS, QUALITY = 640, 3, 80
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -66,8 +66,9 @@ def draw(options: argparse.Namespace) -> None:
             raise fault(given, f"one of {sorted(LICENCES)}, and a link", "show another photograph")
         answer = model.ground(sample.image, expression)
         picture = overlay(
-            sample.image, answer.mask, answer.boxes_xyxy, answer.count, None, no_target=answer.no_target, factor=FACTOR, spotlight=True
+            sample.image, answer.mask, answer.boxes_xyxy, answer.count, None, no_target=answer.no_target, factor=2, spotlight=True
         )
+        picture = picture.resize((WIDTH, round(picture.height * WIDTH / picture.width)))
         said = "nothing" if answer.no_target else f"{answer.count}"
         cards.append(add_caption(picture, f'"{expression}": {said}'))
         lines.append(f'- "{expression}": photograph [{entry["flickr_url"]}]({entry["flickr_url"]}), {LICENCES[entry["license"]]}')

@@ -12,7 +12,7 @@ from grex_mllm.data.synthetic.settings import SyntheticConfig
 from grex_mllm.errors import GrexError
 from grex_mllm.models.decoders.instance_selection.config import InstanceSelectionConfig
 from grex_mllm.models.decoders.instance_selection.criterion import InstanceSelectionCriterion, heat_terms, region_terms
-from grex_mllm.models.decoders.instance_selection.network import LanguageLayer, raised_to_count
+from grex_mllm.models.decoders.instance_selection.network import LanguageLayer, answer_by_count, duplicates
 from grex_mllm.models.decoders.instance_selection.regions import OUTSIDE_LOGIT, PAIR_WIDTH, box_area, pair_geometry, region_masks
 from grex_mllm.types import Batch
 
@@ -46,39 +46,45 @@ def test_shapes_and_answer_is_union_of_selected_regions():
         assert torch.equal(out.mask_logits[e, 1] - out.mask_logits[e, 0] > 0, union)
 
 
-def test_the_answer_has_at_least_the_predicted_number_of_regions():
-    """By hand: two wanted and one above; two wanted and three above; none wanted but a target; no target; more than there are regions."""
-    logits = torch.tensor([[2.0, -1.0, -3.0], [2.0, 1.0, 0.5], [-2.0, -1.0, -3.0], [-2.0, -1.0, -3.0], [-2.0, -1.0, -3.0]])
-    counts = torch.nn.functional.one_hot(torch.tensor([2, 2, 0, 2, 5]), 7).float()
-    no_target = torch.tensor([[1.0, 0.0], [1.0, 0.0], [1.0, 0.0], [0.0, 1.0], [1.0, 0.0]])
-    raised = raised_to_count(logits, counts, no_target)
-    assert [(row > 0).tolist() for row in raised] == [
-        [True, True, False], [True, True, True], [False, True, False], [False, False, False], [True, True, True]
+def test_the_answer_has_the_predicted_number_of_regions():
+    """By hand: two wanted, one above; two wanted, three above; none wanted but a target; no target; more than there are regions; many."""
+    logits = torch.tensor([[2.0, -1.0, -3.0], [2.0, 1.0, 0.5], *[[-2.0, -1.0, -3.0]] * 3, [1.0, 0.5, -3.0]])
+    counts = torch.nn.functional.one_hot(torch.tensor([2, 2, 0, 2, 5, 6]), 7).float()
+    no_target = torch.tensor([[1.0, 0.0], [1.0, 0.0], [1.0, 0.0], [0.0, 1.0], [1.0, 0.0], [1.0, 0.0]])
+    moved = answer_by_count(logits, counts, no_target)
+    assert [(row > 0).tolist() for row in moved] == [
+        [True, True, False], [True, True, False], [False, True, False], [False, False, False], [True, True, True], [True, True, True]
     ]  # fmt: skip
-    assert torch.equal(raised[1], logits[1]) and torch.equal(raised[3], logits[3])
-    assert torch.allclose(raised[0] - logits[0], torch.full((3,), 1.001))
-    assert raised_to_count(logits, None, no_target)[4].gt(0).sum() == 1
+    assert torch.equal(moved[3], logits[3]) and torch.equal(moved[0, [0, 2]], logits[0, [0, 2]])
+    alone = answer_by_count(logits, None, no_target)
+    assert [(row > 0).sum().item() for row in alone] == [1, 3, 1, 0, 1, 2]
 
 
-def test_answers_by_count_are_masks_where_a_target_is_predicted():
+def test_duplicates_are_the_less_sure_of_two_regions_on_one_object():
+    boxes = torch.tensor([[[0.5, 0.5, 0.4, 0.4], [0.51, 0.5, 0.4, 0.4], [0.2, 0.2, 0.1, 0.1], [0.52, 0.5, 0.4, 0.4]]])
+    assert duplicates(boxes, torch.tensor([[0.1, 0.9, 0.0, 0.5]])).tolist() == [[True, False, False, True]]
+    assert duplicates(boxes[:, :1], torch.tensor([[0.1]])).tolist() == [[False]]
+
+
+def test_answers_by_count_are_the_best_masks_where_a_target_is_predicted():
     model = tiny_model()
     batch = batch_of(model)
     with torch.no_grad():
         plain = run(model, batch)
         model.config.model.decoder.answer = "count"
         out = run(model, batch)
+    regions = out.extra.regions
+    repeated = duplicates(regions.boxes_norm[-1], regions.objectness[-1])[batch.image_index]
+    assert torch.equal(out.box_logits[~repeated], plain.box_logits[~repeated]) and (out.box_logits[repeated] == OUTSIDE_LOGIT).all()
     targeted = out.no_target_logits.argmax(-1) == 0
-    assert targeted.any() and torch.equal(out.box_logits, plain.box_logits)
-    wanted = out.count_logits.argmax(-1).clamp(min=1)
-    ranked = out.box_logits.sort(-1, descending=True).indices
-    masks = out.extra.regions.masks() > 0
+    assert targeted.any()
+    chosen = answer_by_count(out.box_logits, out.count_logits, out.no_target_logits) > 0
+    masks = regions.masks() > 0
     for e in range(len(batch.expression_ids)):
         found = out.mask_logits[e, 1] > out.mask_logits[e, 0]
-        if targeted[e]:
-            best = masks[batch.image_index[e]][ranked[e, : int(wanted[e])]].any(0)
-            assert torch.equal(found & best, best)
-        else:
-            assert torch.equal(found, plain.mask_logits[e, 1] > plain.mask_logits[e, 0])
+        assert torch.equal(found, masks[batch.image_index[e]][chosen[e]].any(0) if chosen[e].any() else torch.zeros_like(found))
+        count = int(out.count_logits[e].argmax())
+        assert not targeted[e] or count > 5 or int(chosen[e].sum()) == min(max(count, 1), 8)
     with pytest.raises(GrexError, match='answer is "most"; expected threshold or count'):
         tiny_model(model__decoder__answer="most")
 

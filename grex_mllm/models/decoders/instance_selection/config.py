@@ -41,8 +41,8 @@ class InstanceSelectionConfig:
     roi_channels: int = 32
     num_levels: int = 2
     mask_upsample: int = 2
-    # whose masks make the answer: threshold (regions of a target probability over 0.5) | count (where a target is predicted, at least
-    # the predicted number of best ones, as of the boxes)
+    # whose masks make the answer: threshold (regions of a target probability over 0.5) | count (where a target is predicted, the
+    # predicted number of best regions, as of the boxes; regions that repeat a surer one are left out of both)
     answer: str = "threshold"
     attribute_classes: dict[str, int] = field(default_factory=dict)  # scene metadata: name -> number of classes; {} = none used
     loss: InstanceLossConfig = field(default_factory=InstanceLossConfig)

@@ -23,13 +23,25 @@ from torch.nn import functional as F
 
 from grex_mllm.errors import fault
 from grex_mllm.models.decoders.instance_selection.config import InstanceSelectionConfig
-from grex_mllm.models.decoders.instance_selection.regions import BOX_CODE_WIDTH, PAIR_WIDTH, ImagePart, Regions, box_code, mlp, precise
+from grex_mllm.models.decoders.instance_selection.regions import (
+    BOX_CODE_WIDTH,
+    OUTSIDE_LOGIT,
+    PAIR_WIDTH,
+    ImagePart,
+    Regions,
+    box_code,
+    gather,
+    mlp,
+    precise,
+)
 from grex_mllm.ops.attention import attend, split_heads
+from grex_mllm.ops.boxes import box_iou, cxcywh_to_xyxy
 from grex_mllm.types import NUM_COUNTS, DecoderInputs, GroundingOutput, Proposals, TextFeatures
 
 LEAST_REAL = 1e-3
 THRESHOLD, COUNT = ANSWERS = ("threshold", "count")
 SMALLEST_LOGIT = 1e-3  # of a region that is part of the answer
+SAME_OBJECT = 0.6  # IoU above which two regions are one object
 
 
 class LanguageLayer(nn.Module):
@@ -67,17 +79,30 @@ class LanguageLayer(nn.Module):
         return (weights.to(value.dtype) @ value).transpose(1, 2).flatten(2)
 
 
-def raised_to_count(logits: Tensor, count_logits: Tensor | None, no_target_logits: Tensor) -> Tensor:
-    """Return target logits [E, K], raised together where needed so that as many regions lie above 0 as the answer has objects.
+def answer_by_count(logits: Tensor, count_logits: Tensor | None, no_target_logits: Tensor) -> Tensor:
+    """Return target logits [E, K], moved so that as many regions lie above 0 as the answer has objects: the best ones.
 
-    That is the likeliest number of `count_logits` [E, 7], at least 1, where the likelier of `no_target_logits` [E, 2] is a target; other
-    expressions keep their logits, and so do those that have enough regions above 0. Without a count head the number is 1.
+    That is the likeliest number of `count_logits` [E, 7], at least 1 (without a count head: at least the one), where the likelier of
+    `no_target_logits` [E, 2] is a target. "More than five" leaves what else is above 0. Expressions without a target keep their logits.
     """
-    number = count_logits.argmax(dim=-1) if count_logits is not None else torch.ones_like(no_target_logits[:, 0]).long()
-    place = (number.clamp(min=1, max=logits.shape[1]) - 1)[:, None]
-    weakest = logits.sort(dim=-1, descending=True).values.gather(1, place)
-    lift = (SMALLEST_LOGIT - weakest).clamp(min=0.0)
-    return torch.where((no_target_logits[:, 1] > no_target_logits[:, 0])[:, None], logits, logits + lift)
+    number = count_logits.argmax(dim=-1) if count_logits is not None else torch.full_like(no_target_logits[:, 0], NUM_COUNTS).long()
+    open_ended = (number >= NUM_COUNTS - 1)[:, None]
+    wanted = (number.clamp(min=1) if count_logits is not None else torch.ones_like(number)).clamp(max=logits.shape[1])
+    place = logits.argsort(dim=-1, descending=True, stable=True).argsort(dim=-1)
+    chosen = place < wanted[:, None]
+    moved = torch.where(chosen, logits.clamp(min=SMALLEST_LOGIT), torch.where(open_ended, logits, logits.clamp(max=-SMALLEST_LOGIT)))
+    return torch.where((no_target_logits[:, 1] > no_target_logits[:, 0])[:, None], logits, moved)
+
+
+def duplicates(boxes_norm: Tensor, objectness: Tensor) -> Tensor:
+    """Return bool [B, K]: regions whose box overlaps that of a surer one, itself no duplicate, by an IoU above SAME_OBJECT."""
+    order = objectness.argsort(dim=-1, descending=True, stable=True)
+    corners = cxcywh_to_xyxy(gather(boxes_norm, order))
+    overlap = torch.stack([box_iou(each, each) for each in corners]) > SAME_OBJECT
+    repeated = torch.zeros_like(objectness, dtype=torch.bool)
+    for k in range(1, order.shape[1]):
+        repeated[:, k] = (overlap[:, k, :k] & ~repeated[:, :k]).any(dim=-1)
+    return torch.zeros_like(repeated).scatter(1, order, repeated)
 
 
 class InstanceExtra(NamedTuple):
@@ -134,7 +159,11 @@ class LanguagePart(nn.Module):
         pooled = self._pool(normed, logits[-1], regions.objectness[-1][image_index], sentence)
         final, no_target = logits[-1], precise(self.no_target(pooled))
         count = precise(self.count(pooled)) if self.count is not None else None
-        chosen = final if self.config.answer == THRESHOLD or self.training else raised_to_count(final, count, no_target)
+        chosen = final
+        if self.config.answer == COUNT and not self.training:
+            repeated = duplicates(regions.boxes_norm[-1], regions.objectness[-1])[image_index]
+            final = final.masked_fill(repeated, OUTSIDE_LOGIT)
+            chosen = answer_by_count(final, count, no_target)
         return GroundingOutput(
             mask_logits=self._answer(regions, image_index, chosen),
             minimap_logits=torch.stack([torch.zeros_like(final), final], dim=-1),
