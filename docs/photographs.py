@@ -10,13 +10,12 @@ taken. Beside the picture a Markdown file of the same name gets one line for eac
 from __future__ import annotations
 
 import argparse
-import gzip
-import json
 import sys
 from pathlib import Path
 from typing import Any
 
 from grex_mllm import GrexModel
+from grex_mllm.data.coco import load_instances
 from grex_mllm.data.dataset import FolderDataset
 from grex_mllm.data.refs_program import status_of
 from grex_mllm.draw import add_caption, contact_sheet, overlay
@@ -75,15 +74,15 @@ def draw(options: argparse.Namespace) -> None:
     with whole_file(options.out) as work:
         contact_sheet(cards, COLUMNS).save(work, format="JPEG", quality=QUALITY)
     with whole_file(options.out.with_suffix(".md")) as work:
-        work.write_text("Photographs, none of which the model had seen; masks and boxes are its answers.\n\n" + "\n".join(lines) + "\n")
+        head = "Photographs, none of which the model had seen; masks and boxes are its answers.\n\n"
+        work.write_text(head + "\n".join(lines) + "\n", encoding="utf-8")
 
 
 def licences(files: list[Path]) -> dict[str, dict[str, Any]]:
     """Return the image entries of COCO-format files by file name."""
-    found = {}
+    found: dict[str, dict[str, Any]] = {}
     for file in files:
-        text = gzip.decompress(file.read_bytes()) if file.suffix == ".gz" else file.read_bytes()
-        found |= {Path(image["file_name"]).name: image for image in json.loads(text)["images"]}
+        found |= {Path(image["file_name"]).name: image for image in load_instances(file).images.values()}
     return found
 
 

@@ -125,7 +125,7 @@ def test_other_photographs_need_another_run_folder(photos: ModuleType, made: Pat
 
 def test_stages_follow_one_another(made: Path) -> None:
     files = [str(made / "configs" / f"{name}.yaml") for name in ("ground", "align", "joint")]
-    for file, train in zip(files, ("synthetic", "data/photos"), strict=False):
+    for file, train in zip(files[:2], ("synthetic", "data/photos"), strict=True):
         Path(file).write_text(Path(file).read_text().replace("data:\n", f"data:\n  train: {train}\n", 1))
     stages = job.plan_stages(Path("data"), files, Path("run"), ["--train.seed=5"])
     assert [str(stage.out) for stage in stages] == [str(Path("run", "stages", "ground")), str(Path("run", "stages", "align")), "run"]
