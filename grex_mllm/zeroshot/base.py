@@ -1,8 +1,8 @@
 """What passes between the parts of zero-shot prediction.
 
-A question becomes a conversation: a generator that yields the requests it needs (all of one round at a time), is sent the raw answers in the
-same order, and returns the protocol's `Answer`. A backend (a local model, a server, files of a batch API) holds conversations: it decides how
-many run side by side and how their requests are batched. So every way of asking (once, twice, k samples) works with every backend.
+A question becomes a conversation: a generator that yields the requests it needs (all of one round at a time), is sent the raw answers in
+the same order, and returns the protocol's `Answer`. A backend (a local model, a server, files of a batch API) holds conversations: it
+decides how many run side by side and how their requests are batched. So every way of asking (once, twice, k samples) works with every one.
 """
 
 from __future__ import annotations
@@ -129,7 +129,7 @@ class Backend(Protocol):
     def hold(self, conversations: Iterator[Conversation]) -> Iterator[Answer]:
         """Hold every conversation to its end and yield what it returns, in any order. Takes new ones only when it has room.
 
-        A request that fails for good gets a `RawAnswer` with finish "error"; only a stop for all (a budget is spent, a key is refused) raises.
+        A request that fails for good gets a `RawAnswer` with finish "error"; only a stop for all (a spent budget, a refused key) raises.
         """
 
     def remarks(self) -> list[str]:
