@@ -90,26 +90,34 @@ def predict(
     image_root: str | None = None,
     listener: int = 0,
     limit: int | None = None,
+    sample: str | None = None,
+    base_url: str | None = None,
+    dry_run: bool = False,
     device: str = "auto",
     overrides: list[str] | None = None,
 ) -> int:
     """Answer every expression and describe every object set of a split; resumable.
 
     Args:
-        model: a model folder or hub id, always_empty, oracle, largest, all, random:SEED, category_side, replay:FILE, or your own module.
+        model: a model folder or hub id, FAMILY:FOLDER, openai:NAME, always_empty, oracle, largest, replay:FILE, your own module, ...
         data: a dataset folder, or "synthetic": scenes are drawn into the folder x.data beside x.jsonl; give that to grex score --data.
         out: the predictions.jsonl to write; an interrupted run goes on from its .part file.
         split: which split.
         tasks: ground, generate or both with a comma.
         image_root: where the images lie, when not where dataset.json says.
         listener: candidates for the listener-chosen expression; 0 = greedy only.
-        limit: only the first images; of synthetic data so many scenes (default: 250).
+        limit: only the first images; of synthetic data so many scenes (default: 250); with --sample so many expressions.
+        sample: stratified or random: draw --limit expressions into the folder x.data beside x.jsonl; give that to grex score --data.
+        base_url: openai: where the server is, as http://localhost:8000/v1; the key comes from the environment (OPENAI_API_KEY).
+        dry_run: print the exact requests and what the run would need, and send nothing.
         device: auto, cpu, cuda, cuda:1, ...
+        overrides: of FAMILY: and openai:, as --ask.prompt=native (zeroshot/settings.py); of a model folder, its configuration's.
     """
     from grex_mllm.predict import predict_split
 
-    options = {"image_root": image_root, "listener": listener, "limit": limit, "device": device, "overrides": overrides or []}
-    predict_split(model, data, Path(out), split, tasks.split(","), **options)  # type: ignore[arg-type]
+    asked = {"base_url": base_url} if base_url is not None else {}
+    options = {"image_root": image_root, "listener": listener, "limit": limit, "sample": sample, "device": device, "dry_run": dry_run}
+    predict_split(model, data, Path(out), split, tasks.split(","), **options, asked=asked, overrides=overrides or [])  # type: ignore[arg-type]
     return 0
 
 
