@@ -271,19 +271,32 @@ def compare(
     no_published: bool = False,
     any_protocol: bool = False,
     metric: list[str] | None = None,
+    data: str | None = None,
 ) -> int:
     """Set results side by side, with paired bootstrap intervals where per-sample rows exist.
 
     Args:
-        results: two or more results.json.
+        results: one or more results.json.
         out: a file instead of the screen.
-        format: markdown, latex or csv.
+        format: markdown, latex, csv, or html: one page with models as rows, what asking cost, and pictures of disagreements.
         no_published: leave the published rows out.
         any_protocol: compare in spite of different protocol versions.
         metric: dotted paths of your own metrics, which are imported for their columns.
+        data: html: the dataset folder, for the pictures.
     """
+    if format == "html":
+        from grex_mllm.report.models import write_models_page
+
+        published = not no_published
+        page = write_models_page(
+            results, out or "models.html", data=data, published=published, any_protocol=any_protocol, metrics=metric or ()
+        )
+        print(page)
+        return 0
     from grex_mllm.compare import compare as run
 
+    if data is not None:
+        raise fault(f"--data {data} with --format {format}", "--format html, whose pictures need it", "leave it out")
     text = run(results, format=format, published=not no_published, any_protocol=any_protocol, metrics=metric or ())
     if out is None:
         print(text)
