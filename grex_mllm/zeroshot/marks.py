@@ -8,7 +8,7 @@ within. A number lies in the thickest part of its object, or beside an object th
 from __future__ import annotations
 
 import colorsys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 
@@ -22,20 +22,20 @@ from grex_mllm.predictors.protocol import Item, ObjectSet
 
 WAYS = ("numbers", "outlines", "coordinates", "crops")
 Colour = tuple[int, int, int]
-RED: Colour = (235, 25, 25)
 # Told apart by their names, too, as a model would name them; the first ones differ most.
-COLOURS: tuple[Colour, ...] = (
-    (235, 25, 25),  # red
-    (0, 200, 60),  # green
-    (40, 110, 255),  # blue
-    (255, 215, 0),  # yellow
-    (255, 0, 220),  # magenta
-    (0, 225, 235),  # cyan
-    (255, 130, 0),  # orange
-    (140, 60, 220),  # purple
-    (150, 90, 40),  # brown
-    (255, 170, 200),  # pink
-)
+NAMED: dict[str, Colour] = {
+    "red": (235, 25, 25),
+    "green": (0, 200, 60),
+    "blue": (40, 110, 255),
+    "yellow": (255, 215, 0),
+    "magenta": (255, 0, 220),
+    "cyan": (0, 225, 235),
+    "orange": (255, 130, 0),
+    "purple": (140, 60, 220),
+    "brown": (150, 90, 40),
+    "pink": (255, 170, 200),
+}
+NAMES, COLOURS = tuple(NAMED), tuple(NAMED.values())
 INK: Colour = (15, 15, 15)
 PAPER: Colour = (255, 255, 255)
 PIXELS_PER_WIDTH = 200  # a line is one pixel wide for every so many pixels of the longer side, but 3 at least
@@ -97,7 +97,7 @@ def mark_picture(pixels: np.ndarray, objects: Sequence[Shown], ways: Sequence[st
     if not numbers and "outlines" not in ways:
         return pixels.copy()
     width = line_width(pixels.shape[1], pixels.shape[0])
-    colours = mark_colours(len(objects)) if numbers else [RED] * len(objects)
+    colours = mark_colours(len(objects)) if numbers else [COLOURS[0]] * len(objects)
     drawn = pixels.copy()
     order = sorted(range(len(objects)), key=lambda n: -int(objects[n].mask.sum()))  # small ones last, on top
     for n in order:
@@ -123,27 +123,15 @@ def crops(pixels: np.ndarray, objects: Sequence[Shown], margin: float = CROP_MAR
     return cut
 
 
-def object_words(objects: Sequence[Shown], ways: Sequence[str], write_box: Callable[[tuple[float, float, float, float]], str]) -> str:
-    """Return the part of a question that names the objects, without a full stop.
+def mark_words(count: int, ways: Sequence[str]) -> dict[str, str]:
+    """Return what a prompt calls the marks of `count` objects: "numbers" ("1, 2 and 3") and "colours" ("red, green and blue")."""
+    names = list(dict.fromkeys(NAMES[n % len(NAMES)] for n in range(count))) if "numbers" in ways else [NAMES[0]]
+    return {"numbers": listed([str(n + 1) for n in range(count)]), "colours": listed(names)}
 
-    write_box: a box in the family's own format, as text.
-    """
-    several = len(objects) > 1
-    names = [f"object {n + 1}" if several else "the object" for n in range(len(objects))]
-    if "coordinates" in ways:
-        names = [f"{name} at {write_box(shown.box_xyxy)}" for name, shown in zip(names, objects)]
-    parts = []
-    if "numbers" in ways:
-        parts.append(f"the {len(objects)} objects marked 1 to {len(objects)}" if several else "the object marked 1")
-    elif "outlines" in ways:
-        parts.append(f"the {len(objects)} objects outlined in red" if several else "the object outlined in red")
-    if "crops" in ways:
-        parts.append(
-            "the objects shown alone in the pictures after the first, in this order" if several else "shown alone in the second picture"
-        )
-    if "coordinates" in ways:
-        parts.append("; ".join(names))
-    return ": ".join(parts[:1] + [", ".join(parts[1:])]) if len(parts) > 1 else parts[0]
+
+def listed(words: Sequence[str]) -> str:
+    """Join words as a sentence does: "1, 2 and 3"."""
+    return words[0] if len(words) == 1 else f"{', '.join(words[:-1])} and {words[-1]}"
 
 
 def line_width(width: int, height: int) -> int:

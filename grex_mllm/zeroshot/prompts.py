@@ -160,7 +160,9 @@ def load_prompt(path: str | Path, family: Family) -> Prompt:
     if "{format}" not in prompt.user + (prompt.system or ""):
         return prompt
     if answer not in family.formats:
-        raise fault(f"{path}: {answer or 'no kind of answer'} asked of {family.name}", f"one of {', '.join(family.formats)}", "change answer")
+        raise fault(
+            f"{path}: {answer or 'no kind of answer'} asked of {family.name}", f"one of {', '.join(family.formats)}", "change answer"
+        )
     told = {key: value.replace("{format}", family.formats[answer]) for key in ("user", "system") if (value := getattr(prompt, key))}
     return replace(prompt, **told)
 
