@@ -1,6 +1,7 @@
-"""Questions as conversations: where the targets of an expression are (GREC, GRES), how many there are, how a set of objects is called (GREG).
+"""Questions as conversations: where the targets of an expression are (GREC, GRES), how many there are, how a set is called (GREG).
 
-Nothing here knows the ground truth, and nothing is dropped: every raw answer stands in the line, and every status is the parser's.
+Nothing here knows the ground truth but for the objects of a set to describe, and nothing is dropped: every raw answer stands in the line,
+and every status is the parser's.
 """
 
 from __future__ import annotations
@@ -9,12 +10,13 @@ import hashlib
 import json
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 
 from grex_mllm.errors import fault
 from grex_mllm.predictors.protocol import Answer, Item, ObjectSet, set_key
-from grex_mllm.types import ExpressionRecord, Grounding
+from grex_mllm.types import MORE_THAN_FIVE, ExpressionRecord, Grounding
 from grex_mllm.zeroshot.base import Conversation, Picture, Turn, View
 from grex_mllm.zeroshot.families import Family
 from grex_mllm.zeroshot.marks import crops, mark_picture, mark_words, parse_ways, shown_objects
@@ -24,8 +26,8 @@ from grex_mllm.zeroshot.rejection import Outcome, Rejection, check_rejection, gr
 from grex_mllm.zeroshot.segmenters import Segmenter, check_segmenter
 from grex_mllm.zeroshot.talk import Talk
 
-MOST_COUNT = 6  # stands for ">5" in a prediction line
 ViewOf = Callable[[int, int], tuple[int, int] | None]
+ONCE = Rejection()
 
 
 def _unknown(width: int, height: int) -> None:
@@ -49,7 +51,7 @@ class Asking:
     describe: Prompt | None = None
     exists: Prompt | None = None
     segmenter: Segmenter | None = None
-    rejection: Rejection = Rejection()
+    rejection: Rejection = ONCE
     view: ViewOf = _unknown
     shots: dict[str, tuple[Turn, ...]] = field(default_factory=dict)
     seed: int = 0
@@ -99,12 +101,9 @@ class Asking:
     def describe_set(self, item: Item, targets: ObjectSet) -> Conversation:
         """Ask for one expression that fits all objects of a set and nothing else; the answer's key is the set's."""
         prompt = _needed(self.describe, "greg")
-        ways, objects = parse_ways(prompt.marking), shown_objects(item, targets)
-        pictures = [mark_picture(item.image, objects, ways)] + (crops(item.image, objects) if "crops" in ways else [])
-        boxes = np.asarray([shown.box_xyxy for shown in objects], np.float64)
         height, width = item.image.shape[:2]
-        words = {"objects": self.family.mention(boxes, self.view_of(width, height)), "count": len(objects)} | mark_words(len(objects), ways)
-        talk = self._talk(set_key(item.record.image_id, targets), tuple(map(Picture, pictures)), words)
+        pictures, words = show_set(item, targets, prompt, self.family, self.view_of(width, height))
+        talk = self._talk(set_key(item.record.image_id, targets), pictures, words)
         ((raw, _),) = yield from talk.ask("describe", prompt)
         read = parse_expression(raw)
         talk.note(read.flags)
@@ -115,7 +114,7 @@ class Asking:
         """Return the view of an original of this size: the backend's, where it knows it, else by the family's rule."""
         return self.family.view(width, height, self.view(width, height))
 
-    def _talk(self, key: str, pictures: tuple[Picture, ...], words: dict[str, object]) -> Talk:
+    def _talk(self, key: str, pictures: tuple[Picture, ...], words: dict[str, Any]) -> Talk:
         height, width = pictures[0].pixels.shape[:2]
         return Talk(key, pictures, self.view_of(width, height), words, self.shots, self.seed, self.structured)
 
@@ -131,10 +130,23 @@ class Asking:
         probability = float(parsed.no_target) if outcome.no_target_prob is None else outcome.no_target_prob
         return Answer(
             talk.key,
-            _answered(record, mask, boxes, min(count, MOST_COUNT), parsed, probability),
+            _answered(record, mask, boxes, min(count, MORE_THAN_FIVE), parsed, probability),
             masks=self.segmenter is not None,
             fields=talk.fields(),
         )
+
+
+def show_set(item: Item, targets: ObjectSet, prompt: Prompt, family: Family, view: View) -> tuple[tuple[Picture, ...], dict[str, Any]]:
+    """Return the pictures that show a set of objects as a prompt's marking says, and what the prompt's places are filled with.
+
+    Raises:
+        GrexError: an unknown marking, or objects that the image lacks.
+    """
+    ways, objects = parse_ways(prompt.marking), shown_objects(item, targets)
+    pictures = [mark_picture(item.image, objects, ways)] + (crops(item.image, objects) if "crops" in ways else [])
+    boxes = np.asarray([shown.box_xyxy for shown in objects], np.float64)
+    words = {"objects": family.mention(boxes, view), "count": len(objects)} | mark_words(len(objects), ways)
+    return tuple(map(Picture, pictures)), words
 
 
 def _answered(
@@ -165,7 +177,7 @@ def _counted(talk: Talk, prompt: Prompt, record: ExpressionRecord) -> Conversati
     nothing = np.zeros((view.height, view.width), bool)
     return Answer(
         talk.key,
-        _answered(record, nothing, None, min(read.count, MOST_COUNT), parsed, float(read.count == 0)),
+        _answered(record, nothing, None, min(read.count, MORE_THAN_FIVE), parsed, float(read.count == 0)),
         masks=False,
         fields=talk.fields(),
     )

@@ -113,9 +113,9 @@ def grounded(talk: Talk, prompt: Prompt, exists: Prompt | None, rejection: Rejec
 def agreed(samples: list[Parsed]) -> Parsed:
     """Return what samples with boxes agree on.
 
-    Those that are not ok have no vote; where none is, the first one's status stands. A draw between targets and none is decided by the first
-    sample. Boxes of different samples with an IoU of SAME_IOU or more stand for one object (greedily, in the order of the samples); an object
-    stays if more than half of the samples with targets have it (if none does, those that most have), as the median of its boxes.
+    Those that are not ok have no vote; where none is, the first one's status stands. A draw between targets and none is decided by the
+    first sample. Boxes of different samples with an IoU of SAME_IOU or more stand for one object (greedily, in the order of the samples);
+    an object stays if more than half of the samples with targets have it (if none does, those that most have), as the median of its boxes.
     """
     able = [sample for sample in samples if sample.status == "ok"]
     if not able:

@@ -27,7 +27,7 @@ PROMPTS_AT_ONCE = 16  # masks of 1024 x 1024 before they are brought to the orig
 
 
 class Segmented(NamedTuple):
-    """mask: bool [H, W], the union.  boxes_xyxy: float64 [N, 4]; of an answer with points, the extents of their masks.  flags: further ones."""
+    """mask: bool [H, W], the union.  boxes_xyxy: float64 [N, 4]; where points were answered, the extents of their masks.  flags: more."""
 
     mask: np.ndarray
     boxes_xyxy: np.ndarray
