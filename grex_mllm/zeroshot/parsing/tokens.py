@@ -17,6 +17,7 @@ _COORDS = re.compile(r"""\bcoords\s{0,3}=\s{0,3}["']([^"']*)["']""", re.IGNORECA
 _NAMES = (
     r"box(?:es)?(?:_?2d)?|bbox(?:es)?(?:_?2d)?|b_?box|bounding_?box(?:es)?|det|box_start|quad_start|coords?|coordinates|location|rect|region|bndbox"
 )
+_ANGLES = re.compile(r"(?:<\s?\d{1,5}\s?>\s?){4,400}")  # <100><250><500><1000>
 _BOX_TAG = re.compile(rf"<\|?\s?(?:{_NAMES})\s?\|?>", re.IGNORECASE)
 _CLOSING = re.compile(rf"<(?:\|?/|\|)\s?(?:{_NAMES}|box_end|/det)", re.IGNORECASE)
 _XML = re.compile(r"<(?:\w{1,30}\s[^<>]{0,300})?(?:x|y)_?(?:min|max|1|2)\b|<\w{1,30}\s[^<>]{0,300}\b(?:left|top|width)\s?=", re.IGNORECASE)
@@ -119,6 +120,10 @@ def _triples(coords: str) -> tuple[list[dict[str, Number]], int]:
 def _tags(text: str, answer: str) -> Found:
     """What stands between <box> and the next tag, in whatever brackets."""
     found = Found()
+    for run in _ANGLES.finditer(text):
+        numbers = numbers_in(run[0])
+        found.boxes += [Item(numbers[i : i + 4]) for i in range(0, len(numbers) - 3, 4)]
+        found.faulty += len(numbers) % 4 > 0
     for opening in _BOX_TAG.finditer(text):
         end = _ANY_TAG.search(text, opening.end())
         inner = text[opening.end() : end.start() if end else len(text)]
