@@ -34,8 +34,8 @@ class ServerSettings:
     connection is waited for before the run stops.  stop_after_errors: so many requests in a row that end with an error stop the run
     (0 = never).  progress_s: seconds between two lines of progress (0 = none).
 
-    Limits of one run: max_calls, max_tokens (prompt and answer), max_cost (in the unit of the prices); None = none. Each of several
-    processes that share a run gets an equal part.  price_in, price_cached, price_out: per million tokens; price_cached None = price_in.
+    Limits of one run: budget_calls (tries included), budget_tokens (prompt and answer), budget_cost (in the unit of the prices); None = none.
+    Each of several processes that share a run gets an equal part.  price_in, price_cached, price_out: per million tokens; price_cached None = price_in.
 
     Files: cache: SQLite file of answers; the same request is never paid twice. None = no cache.
     batch_write: folder to write the requests to instead of sending them.  batch_read: folder whose results are the answers.
@@ -61,9 +61,9 @@ class ServerSettings:
     unreachable_s: float = 300.0
     stop_after_errors: int = 50
     progress_s: float = 30.0
-    max_calls: int | None = None
-    max_tokens: int | None = None
-    max_cost: float | None = None
+    budget_calls: int | None = None
+    budget_tokens: int | None = None
+    budget_cost: float | None = None
     price_in: float = 0.0
     price_cached: float | None = None
     price_out: float = 0.0
@@ -91,7 +91,7 @@ class ServerSettings:
                 raise fault(f'{name} "{value}"', f"one of {', '.join(repr(word) for word in known)}", "fix it")
         if not 1 <= self.top_logprobs <= 20:
             raise fault(f"top_logprobs {self.top_logprobs}", "1 to 20, which is as many as servers give", "change it")
-        if self.max_cost is not None and not (self.price_in or self.price_out):
-            raise fault(f"max_cost {self.max_cost} without prices", "price_in and price_out, per million tokens", "give them")
+        if self.budget_cost is not None and not (self.price_in or self.price_out):
+            raise fault(f"budget_cost {self.budget_cost} without prices", "price_in and price_out, per million tokens", "give them")
         if self.batch_write and self.batch_read:
             raise fault("batch_write and batch_read", "one of them at a time", "write first, read what came back in a second run")
