@@ -83,10 +83,11 @@ class Tally:
             "run again with another budget: what is answered is kept, and each run counts anew",
         )
 
-    def end_call(self, answer: RawAnswer | None) -> None:
-        """Count the end of a call; answer: None where it brought none."""
+    def end_call(self, answer: RawAnswer | None, reached: bool = True) -> None:
+        """Count the end of a call. answer: None where it brought none.  reached: false where there was no connection: then it was no call."""
         with self._lock:
             self._under_way -= 1
+            self.counts.calls -= not reached
             if answer is None:
                 return
             c, usage = self.counts, answer.usage
