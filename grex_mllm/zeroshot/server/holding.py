@@ -10,6 +10,7 @@ from queue import Empty, SimpleQueue
 from grex_mllm.errors import GrexError
 from grex_mllm.predictors.protocol import Answer
 from grex_mllm.zeroshot.base import Conversation, RawAnswer, Request
+from grex_mllm.zeroshot.server.calling import Abandoned
 
 WAKE_S = 0.5  # an interrupt from the keyboard is seen at least this often, on every system
 
@@ -121,8 +122,6 @@ class Holding:
             yield from self._go_on(held.conversation, [answer for answer in held.answers if answer is not None])
 
     def _stop_for(self, error: BaseException) -> None:
-        from grex_mllm.zeroshot.server.calling import Abandoned
-
         if isinstance(error, GrexError):
             self._halt = self._halt or error
             self._threads.stop.set()  # no further tries: what is under way comes to its end, the rest is given up
