@@ -22,7 +22,7 @@ from grex_mllm.metrics.columns import Column, columns, parts, raw_columns
 from grex_mllm.shipped import PUBLISHED_FOLDER
 
 PROTOCOLS = ("strict", "official")
-FORMATS = ("markdown", "latex", "csv")
+FORMATS = ("markdown", "latex", "csv")  # of this module; `report/models.py` writes html
 NUM_DRAWS = 2000
 CHUNK_CELLS = 4_000_000
 
@@ -67,28 +67,37 @@ def compare(
     """
     if format not in FORMATS:
         raise fault(f'format "{format}"', ", ".join(FORMATS), "choose one of them")
-    known = {*METRICS, *(name for name in metrics if entry(name))}
-    runs = _named([read_run(Path(path)) for path in results])
-    if not any_protocol:
-        _same_protocol(runs)
+    runs, known = read_runs(results, metrics, any_protocol)
     tables = []
     groups: dict[tuple[str, str], list[Run]] = {}
     for run in runs:
         dataset = run.results["provenance"]["dataset"]
         groups.setdefault((str(dataset["name"]), str(dataset["split"])), []).append(run)
-    for (dataset_name, split), members in groups.items():
-        draws = Bootstrap(members, num_draws, seed, known) if all(m.rows for m in members) else None
-        for task in in_order({task for m in members for block in m.results["results"].values() for task in block}):
-            for protocol in PROTOCOLS:
-                table = _task_table(members, task, protocol, f"{dataset_name} {split}", draws, known)
-                if table is not None:
-                    tables.append(table)
-        tables += _bucket_tables(members, f"{dataset_name} {split}", known)
-        tables += _difference_tables(members, draws, f"{dataset_name} {split}", known)
+    for members in groups.values():
+        tables += compare_tables(members, known, Bootstrap(members, num_draws, seed, known) if all(m.rows for m in members) else None)
     if published:
         shown = {task for run in runs for block in run.results["results"].values() for task in block}
         tables += published_tables(shown)
     return {"markdown": _markdown, "latex": _latex, "csv": _csv}[format](tables)
+
+
+def read_runs(results: Sequence[str | Path], metrics: Sequence[str], any_protocol: bool) -> tuple[list[Run], set[str]]:
+    """Return the runs, each with a name of its own, and the metrics that may be imported; arguments and faults as for `compare`."""
+    known = {*METRICS, *(name for name in metrics if entry(name))}
+    runs = _named([read_run(Path(path)) for path in results])
+    if not any_protocol:
+        _same_protocol(runs)
+    return runs, known
+
+
+def compare_tables(runs: list[Run], known: Collection[str], draws: Bootstrap | None) -> list[Table]:
+    """Return the tables of runs on one dataset and split. known: metrics that may be imported.  draws: for intervals."""
+    dataset = runs[0].results["provenance"]["dataset"]
+    where = f"{dataset['name']} {dataset['split']}"
+    found = []
+    for task in in_order({task for run in runs for block in run.results["results"].values() for task in block}):
+        found += [_task_table(runs, task, protocol, where, draws, known) for protocol in PROTOCOLS]
+    return [t for t in found if t is not None] + _bucket_tables(runs, where, known) + _difference_tables(runs, draws, where, known)
 
 
 def read_run(path: Path) -> Run:
