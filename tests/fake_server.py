@@ -20,7 +20,11 @@ BUSY = json.dumps({"error": {"message": "busy", "type": "overloaded", "code": No
 def completion(text: str | None, finish: str = "stop", usage: tuple[int, int, int] | None = (100, 10, 0), **more: Any) -> Reply:
     """Return a chat completion. usage: tokens of the prompt, of the answer, and of the prompt's cached part."""
     message = {"role": "assistant", "content": text, "refusal": more.pop("refusal", None)}
-    body: dict[str, Any] = {"id": "x", "object": "chat.completion", "choices": [{"index": 0, "message": message, "finish_reason": finish, **more}]}
+    body: dict[str, Any] = {
+        "id": "x",
+        "object": "chat.completion",
+        "choices": [{"index": 0, "message": message, "finish_reason": finish, **more}],
+    }
     if usage is not None:
         counts = {"prompt_tokens": usage[0], "completion_tokens": usage[1], "total_tokens": usage[0] + usage[1]}
         body["usage"] = {**counts, "prompt_tokens_details": {"cached_tokens": usage[2]}}
@@ -150,12 +154,14 @@ class FakeServer(_Place):
 
     def answer(self, handler: _Handler, body: dict[str, Any], number: int) -> None:
         time.sleep(self.delay_s)
-        handler.reply(*self.script(body)) if handler.path == "/v1/chat/completions" else handler.reply(404, JSON, b'{"detail": "Not Found"}')
+        handler.reply(*self.script(body)) if handler.path == "/v1/chat/completions" else handler.reply(
+            404, JSON, b'{"detail": "Not Found"}'
+        )
 
 
 FAULTS = (
-    "429", "429 date", "500", "503", "529", "408", "cut before", "cut within", "reset", "stall", "trickle", "malformed", "truncated", "empty",
-    "wrong type", "html", "html 502", "error in 200", "no choices", "null",
+    "429", "429 date", "500", "503", "529", "408", "cut before", "cut within", "reset", "stall", "trickle", "malformed", "truncated",
+    "empty", "wrong type", "html", "html 502", "error in 200", "no choices", "null",
 )  # fmt: skip
 
 
@@ -224,7 +230,9 @@ class FaultyProxy(_Place):
 
 
 @contextmanager
-def faulty(script: Callable[[dict[str, Any]], Reply], fault: Callable[[int], str], stall_s: float = 1.0) -> Iterator[tuple[FakeServer, FaultyProxy]]:
+def faulty(
+    script: Callable[[dict[str, Any]], Reply], fault: Callable[[int], str], stall_s: float = 1.0
+) -> Iterator[tuple[FakeServer, FaultyProxy]]:
     """Yield a server, and a proxy before it."""
     with FakeServer(script) as server, FaultyProxy(server.port, fault, stall_s) as proxy:
         yield server, proxy

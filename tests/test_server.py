@@ -54,7 +54,11 @@ def test_what_is_sent_and_what_comes_back():
         server = server_at(fake.url, detail="high", body={"top_k": 1})
         schema = {"type": "object", "properties": {"boxes": {"type": "array"}}}
         raw = ask(server, [once("the left dog", temperature=0.5, top_p=0.9, seed=7, schema=schema)])["the left dog"]
-    assert (raw.text, raw.finish, raw.usage) == ("you said the left dog", "stop", {"prompt_tokens": 100, "completion_tokens": 10, "cached_tokens": 0})
+    assert (raw.text, raw.finish, raw.usage) == (
+        "you said the left dog",
+        "stop",
+        {"prompt_tokens": 100, "completion_tokens": 10, "cached_tokens": 0},
+    )
     assert raw.seconds > 0 and not raw.cached and raw.error is None
     (body,) = fake.seen
     system, user = body.pop("messages")
@@ -79,7 +83,9 @@ def test_other_ways_of_structured_output_and_fields_left_out(structured, field):
 def test_probabilities_of_words():
     listed = [(" Yes", 0.5), ("yes", 0.1), ("No", 0.2), ("maybe", 0.1)]
     top = [{"token": token, "logprob": float(np.log(prob)), "bytes": None} for token, prob in listed]
-    with FakeServer(lambda body: completion("Yes", logprobs={"content": [{"token": " Yes", "logprob": -0.7, "top_logprobs": top}]})) as fake:
+    with FakeServer(
+        lambda body: completion("Yes", logprobs={"content": [{"token": " Yes", "logprob": -0.7, "top_logprobs": top}]})
+    ) as fake:
         raw = ask(server_at(fake.url, top_logprobs=4), [once("x", choices=("yes", "no"))])["x"]
     assert raw.choice_probs == pytest.approx({"yes": 0.6, "no": 0.2})
     assert fake.seen[0]["logprobs"] is True and fake.seen[0]["top_logprobs"] == 4
@@ -125,7 +131,7 @@ def test_a_fault_that_stays_ends_with_an_error_that_names_it(fault):
     with faulty(echo, lambda n: fault, stall_s=1.5) as (_, proxy):
         raw = ask(server_at(proxy.url, tries=2, read_timeout_s=0.2, total_timeout_s=0.3), [once("x")])["x"]
     said = {"500": "busy", "503": "loading", "529": "Overloaded", "408": "408", "malformed": "no whole JSON", "truncated": "no whole JSON",
-            "empty": "empty body", "wrong type": "no whole JSON", "html": "HTML page", "html 502": "502 Bad Gateway", "null": "no object",
+            "empty": "empty body", "wrong type": "no whole JSON", "html": "HTML page", "html 502": "502 Bad", "null": "no object",
             "error in 200": "busy", "no choices": "without choices", "stall": "no answer within 0.2 s", "trickle": "not complete"}  # fmt: skip
     assert raw.finish == "error" and said.get(fault, "broke off") in raw.error and len(proxy.done) == 2
 

@@ -26,7 +26,8 @@ QUOTA_CODES = {
 QUOTA_WORDS = re.compile(r"insufficient[ _](balance|credit|fund)|credit balance is too low|spend(ing)? limit|PerDay", re.I)
 FILTER_CODES = {"content_filter", "content_policy_violation", "moderation_blocked"}
 REFUSED_FIELD = re.compile(
-    r"unsupported|not (yet )?supported|unrecogni[sz]ed|unknown|unexpected|extra (inputs|fields)|not (permitted|allowed)|does not support", re.I
+    r"unsupported|not (yet )?supported|unrecogni[sz]ed|unknown|unexpected|extra (inputs|fields)|not (permitted|allowed)|does not support",
+    re.I,
 )
 DROPPABLE = ("temperature", "top_p", "seed", "response_format", "structured_outputs", "logprobs", "top_logprobs")
 TOGETHER = ("logprobs", "top_logprobs")
@@ -123,7 +124,9 @@ def _flat(error: Mapping[str, Any]) -> ServerError:
     codes = {str(error[name]).lower() for name in ("code", "type", "status") if isinstance(error.get(name), str | int)}
     message = error.get("message")
     param = error.get("param")
-    return ServerError(_short(message if isinstance(message, str) else json.dumps(dict(error))), codes, param if isinstance(param, str) else None)
+    return ServerError(
+        _short(message if isinstance(message, str) else json.dumps(dict(error))), codes, param if isinstance(param, str) else None
+    )
 
 
 def refused_fields(error: ServerError, body: Mapping[str, Any]) -> tuple[str, ...]:

@@ -60,7 +60,7 @@ class _Threads:
             number, place, request = job
             try:
                 self._results.put((number, place, self._ask(request, self.stop)))
-            except BaseException as error:  # noqa: BLE001 - raised again in the caller's thread
+            except BaseException as error:  # it is raised again in the caller's thread
                 self._results.put((number, place, error))
 
 

@@ -20,7 +20,7 @@ from grex_mllm.zeroshot.base import FINISHES, RawAnswer
 APPLICATION = 0x67726578  # "grex": which program a SQLite file belongs to
 VERSION = 1
 BUSY_S = 60.0
-NAMES = {f.name for f in fields(RawAnswer)} - {"cached"}
+NAMES = {f.name for f in fields(RawAnswer)} - {"cached", "cost"}
 
 T = TypeVar("T")
 
@@ -45,7 +45,9 @@ class Store:
     def _open(self) -> None:
         mode = self._file.execute("PRAGMA journal_mode=WAL").fetchone()[0]
         if mode != "wal":
-            raise fault(f"cache {self.path} in a place where SQLite has journal mode {mode}", "a local disk (mode wal)", "choose another cache")
+            raise fault(
+                f"cache {self.path} in a place where SQLite has journal mode {mode}", "a local disk (mode wal)", "choose another cache"
+            )
         self._file.execute("PRAGMA synchronous=NORMAL")
         self._file.execute("BEGIN IMMEDIATE")  # of several processes that find no file, one makes the table
         (version,) = self._file.execute("PRAGMA user_version").fetchone()
@@ -90,7 +92,7 @@ class Store:
             raise ValueError("no answer")
         if known.get("sent") is not None:
             known["sent"] = tuple(known["sent"])
-        return RawAnswer(**({"text": None} | known), cached=True)
+        return RawAnswer(known.pop("text", None), **known, cached=True)
 
     def _do(self, action: Callable[[], T]) -> T:
         with self._lock, self._told():
@@ -107,7 +109,9 @@ class Store:
         except sqlite3.DatabaseError as error:
             raise self._damaged(str(error)) from None
         except OSError as error:
-            raise fault(f"cache {self.path} cannot be made ({error.strerror})", "a place that can be written to", "choose another") from None
+            raise fault(
+                f"cache {self.path} cannot be made ({error.strerror})", "a place that can be written to", "choose another"
+            ) from None
 
     def _damaged(self, why: str) -> GrexError:
         return fault(f"cache {self.path} is damaged ({why})", "a SQLite file of answers", "move it away; answers in it are asked again")

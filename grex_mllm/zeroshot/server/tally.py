@@ -22,7 +22,10 @@ def cost_of(prompt: int, cached: int, completion: int, settings: ServerSettings)
 
 @dataclass
 class Counts:
-    """calls: requests sent, tries included.  answers: whole ones, of the server.  cached: out of the store.  failed: ended with an error."""
+    """What happened so far.
+
+    calls: requests sent, tries included.  answers: whole ones, of the server.  cached: out of the store.  failed: ended with an error.
+    """
 
     calls: int = 0
     answers: int = 0
@@ -56,7 +59,7 @@ class Tally:
         """Count a call that is about to be sent.
 
         Raises:
-            GrexError: a budget is spent. Those under way are reckoned at what a call took so far, so that it is passed by about one of them.
+            GrexError: a budget is spent. Calls under way are reckoned at the mean so far: it is passed by about one of them.
         """
         with self._lock:
             c, s = self.counts, self.settings
@@ -84,7 +87,7 @@ class Tally:
         )
 
     def end_call(self, answer: RawAnswer | None, reached: bool = True) -> None:
-        """Count the end of a call. answer: None where it brought none.  reached: false where there was no connection: then it was no call."""
+        """Count the end of a call. answer: None where it brought none.  reached: false where there was no connection, thus no call."""
         with self._lock:
             self._under_way -= 1
             self.counts.calls -= not reached
@@ -99,7 +102,8 @@ class Tally:
             c.cached_tokens += cached
             c.completion_tokens += completion
             c.without_usage += "prompt_tokens" not in usage
-            c.cost += cost_of(prompt, cached, completion, self.settings)
+            answer.cost = cost_of(prompt, cached, completion, self.settings)
+            c.cost += answer.cost
             self._in_a_row = 0
 
     def retry(self) -> None:
