@@ -3,9 +3,9 @@
     folder/round_001/requests_000.jsonl   written: {"custom_id", "method", "url", "body"}; upload these
     folder/**/*.jsonl                     put here what comes back: {"custom_id", "response", "error"}, in any order, in any number of files
 
-A custom_id is the SHA-256 of all that decides the answer, so that an answer is never taken for that of another model or prompt. Conversations
-of several rounds: write again when the results of a round are there, until nothing is left to ask. What failed, or expired and is missing, is
-asked again by writing again.
+A custom_id is the SHA-256 of all that decides the answer, so that an answer is never taken for that of another model or prompt. For
+conversations of several rounds, write again when the results of a round are there, until nothing is left to ask. What failed, or expired
+and is missing, is asked again by writing again.
 """
 
 from __future__ import annotations
