@@ -13,6 +13,7 @@ PACKAGE = Path(__file__).resolve().parent
 ROOT = PACKAGE / "files" if (PACKAGE / "files").is_dir() else PACKAGE.parent
 FOLDERS = ("configs", "deepspeed_configs", "eval")
 CONFIG_FOLDER, PROTOCOL_FOLDER, PUBLISHED_FOLDER = ROOT / "configs", ROOT / "eval" / "protocols", ROOT / "eval" / "published"
+PROMPT_FOLDER = ROOT / "eval" / "prompts"
 
 
 def find_file(given: str | Path) -> Path:

@@ -1,0 +1,32 @@
+"""PaliGemma 1 and 2: location tokens of 1/1024 of the original, y first; the picture is squashed to 224, 448 or 896 pixels."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from grex_mllm.zeroshot.base import View
+from grex_mllm.zeroshot.families.base import Family
+from grex_mllm.zeroshot.families.sizes import square
+from grex_mllm.zeroshot.frames import boxes_from_pixels
+
+FRAME, ORDER = "loc1024", "yxyx"
+
+
+def locations(boxes_xyxy: np.ndarray, view: View) -> list[str]:
+    """Return four tokens for each box."""
+    numbers = boxes_from_pixels(boxes_xyxy, FRAME, view).astype(int)
+    return [f"<loc{y1:04d}><loc{x1:04d}><loc{y2:04d}><loc{x2:04d}>" for x1, y1, x2, y2 in numbers]
+
+
+FAMILY = Family(
+    name="paligemma",
+    frame=FRAME,
+    order=ORDER,
+    patterns=(r"paligemma(-?2)?",),
+    write=lambda boxes, view, label: " ; ".join(f"{tokens} {label}" for tokens in locations(boxes, view)),
+    write_nothing=lambda: "",
+    mention=lambda boxes, view: " ; ".join(locations(boxes, view)),
+    formats={"boxes": "Locate each of them."},
+    sent=square(224),
+    empty_answer="no_target",
+)
