@@ -87,7 +87,7 @@ class Caller:
             reason = self.key.hide(verdict.reason)
             if verdict.kind == "answer" and verdict.answer is not None:
                 self._reached = True
-                return self._hidden(verdict.answer)
+                return self.hidden(verdict.answer)
             if verdict.kind == "stop" or (verdict.kind == "refused" and not self._reached):
                 raise self._stopped(reason)
             if verdict.kind != "retry":
@@ -193,12 +193,12 @@ class Caller:
             f"{self.address} refuses or fails: {reason}{key}", "a server that answers", "fix that, then run again: what is answered is kept"
         )
 
-    def _hidden(self, answer: RawAnswer) -> RawAnswer:
+    def hidden(self, answer: RawAnswer) -> RawAnswer:
         """Take the key out of everything that came back: some servers echo what they were sent."""
         if answer.text is not None:
             answer.text = self.key.hide_in_answer(answer.text)
-        if answer.refusal is not None:
-            answer.refusal = self.key.hide(answer.refusal)
+        answer.refusal = None if answer.refusal is None else self.key.hide(answer.refusal)
+        answer.error = None if answer.error is None else self.key.hide(answer.error)
         return answer
 
 

@@ -35,8 +35,8 @@ class ServerSettings:
     (0 = never).  progress_s: seconds between two lines of progress (0 = none).
 
     Limits of one run: budget_calls (tries included), budget_tokens (prompt and answer), budget_cost (in the unit of the prices); None =
-    none. Each of several processes that share a run gets an equal part.  price_in, price_cached, price_out: per million tokens; price_cached
-    None = price_in.
+    none. Each of several processes that share a run gets an equal part.  price_in, price_cached, price_out: per million tokens;
+    price_cached None = price_in.
 
     Files: cache: SQLite file of answers; the same request is never paid twice. None = no cache.
     batch_write: folder to write the requests to instead of sending them.  batch_read: folder whose results are the answers.

@@ -91,20 +91,31 @@ class Tally:
         with self._lock:
             self._under_way -= 1
             self.counts.calls -= not reached
-            if answer is None:
-                return
-            c, usage = self.counts, answer.usage
-            c.answers += 1
-            c.seconds += answer.seconds
-            prompt, completion = usage.get("prompt_tokens", 0), usage.get("completion_tokens", 0)
-            cached = min(usage.get("cached_tokens", 0), prompt)
-            c.prompt_tokens += prompt
-            c.cached_tokens += cached
-            c.completion_tokens += completion
-            c.without_usage += "prompt_tokens" not in usage
-            answer.cost = cost_of(prompt, cached, completion, self.settings)
-            c.cost += answer.cost
-            self._in_a_row = 0
+            if answer is not None:
+                self._add(answer)
+
+    def collect(self, answer: RawAnswer) -> None:
+        """Count an answer, or an error, that came back in a file: its call was paid before, and no budget holds it up."""
+        with self._lock:
+            self.counts.calls += 1
+            if answer.finish == "error":
+                self.counts.failed += 1
+            else:
+                self._add(answer)
+
+    def _add(self, answer: RawAnswer) -> None:
+        c, usage = self.counts, answer.usage
+        c.answers += 1
+        c.seconds += answer.seconds
+        prompt, completion = usage.get("prompt_tokens", 0), usage.get("completion_tokens", 0)
+        cached = min(usage.get("cached_tokens", 0), prompt)
+        c.prompt_tokens += prompt
+        c.cached_tokens += cached
+        c.completion_tokens += completion
+        c.without_usage += "prompt_tokens" not in usage
+        answer.cost = cost_of(prompt, cached, completion, self.settings)
+        c.cost += answer.cost
+        self._in_a_row = 0
 
     def retry(self) -> None:
         """Count a further try of a request."""
