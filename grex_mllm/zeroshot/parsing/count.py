@@ -19,7 +19,21 @@ _WORDS = (
     "nove dez|zero uno due tre quattro cinque sei sette otto nove dieci|ноль один два три четыре пять шесть семь восемь девять десять"
 )
 _NAMED = {word: n for row in _WORDS.split("|") for n, word in reversed(list(enumerate(row.split())))}
-_NAMED |= {"none": 0, "a": 1, "eine": 1, "une": 1, "una": 1, "single": 1, "couple": 2, "pair": 2, "both": 2, "dozen": 12, "uma": 1, "dua": 2, "duas": 2}
+_NAMED |= {
+    "none": 0,
+    "a": 1,
+    "eine": 1,
+    "une": 1,
+    "una": 1,
+    "single": 1,
+    "couple": 2,
+    "pair": 2,
+    "both": 2,
+    "dozen": 12,
+    "uma": 1,
+    "dua": 2,
+    "duas": 2,
+}
 _HAN = {sign: n for n, sign in enumerate("零一二三四五六七八九十")} | {"两": 2, "兩": 2, "〇": 0}
 _DIGITS = re.compile(r"(?<![\w.])\d{1,6}(?:\.0+)?(?![\w%]|\.\d)")
 _STATED = re.compile(
@@ -104,7 +118,11 @@ def _in_words(text: str) -> int | None:
         return ends[-1] if ends else None
     if words and (first := _named(words[0])) is not None:
         return first
-    named = [n for word in words if (n := _named(word)) is not None and word not in ("a", "un", "um", "ein", "eine", "une", "una", "uno", "one", "null", "none")]
+    named = [
+        n
+        for word in words
+        if (n := _named(word)) is not None and word not in ("a", "un", "um", "ein", "eine", "une", "una", "uno", "one", "null", "none")
+    ]
     if len(set(named)) == 1:
         return named[0]
     han = re.findall(r"([零〇一二两兩三四五六七八九十])(?=[个個只隻名位条條辆輛张張匹头頭人]|$)", text)
