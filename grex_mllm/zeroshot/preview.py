@@ -1,4 +1,4 @@
-"""`grex predict --dry-run`: the exact first request of each task, and what the whole run would need. Nothing is sent, nothing is written."""
+"""`grex predict --dry-run`: the exact first request of each task, and what the run would need; nothing is sent or written."""
 
 from __future__ import annotations
 
