@@ -11,6 +11,7 @@ from score_case import PROTOCOLS, answer, generation, make_dataset, right_answer
 from test_report import HOSTILE, Page
 
 from grex_mllm.cli import main
+from grex_mllm.compare import compare
 from grex_mllm.errors import GrexError
 from grex_mllm.predictors.protocol import costs_file
 from grex_mllm.report.models import write_models_page
@@ -85,6 +86,19 @@ def test_command(runs: list[Path], tmp_path: Path, capsys: pytest.CaptureFixture
     assert "No pictures" in (tmp_path / "c.html").read_text(encoding="utf-8")
     assert main([*words, "--format", "csv", "--data", str(tmp_path / "data")]) == 2
     assert "--format html, whose pictures need it" in capsys.readouterr().err
+
+
+def test_spread_of_one_model_over_prompts(runs: list[Path], tmp_path: Path) -> None:
+    """`two` under the name of `one`'s model: 20 expressions, of which 16 and 20 are right."""
+    other = json.loads(runs[1].read_text())
+    other["provenance"]["predictions"]["by"] = ["qwen, uniform+box"]
+    (tmp_path / "two.json").write_text(json.dumps(other))
+    text = compare([runs[0], tmp_path / "two.json", runs[2]], spread=True, published=False, num_draws=20)
+    block = text.partition("**qwen: grec, strict, over 2 runs**")[2].partition("**")[0]
+    rows = {row[1]: row[2:] for row in (list(map(str.strip, line.split("|"))) for line in block.splitlines() if line.startswith("|"))}
+    place = rows[""].index("Pr@F1")
+    assert [rows[name][place] for name in ("mean", "standard deviation", "least", "most")] == ["90.00", "14.14", "80.00", "100.00"]
+    assert "runs: one, two" in block and "over 3 runs" not in text
 
 
 def test_results_of_two_splits_are_refused(runs: list[Path], tmp_path: Path) -> None:

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from grex_mllm import draw
-from grex_mllm.compare import NUM_DRAWS, Bootstrap, Run, Table, compare_tables, published_tables, read_runs
+from grex_mllm.compare import NUM_DRAWS, Bootstrap, Run, Table, compare_tables, published_tables, read_runs, spread_tables
 from grex_mllm.data.dataset import FolderDataset
 from grex_mllm.data.records import read_lines
 from grex_mllm.errors import fault
@@ -54,7 +54,8 @@ def write_models_page(
     notes: list[str] = []
     lead = f"{len(runs)} models on <b>{escape(' '.join(places[0]))}</b>. Fractions in percent; the best of each column is marked."
     draws = Bootstrap(runs, num_draws, 0, known) if all(run.rows for run in runs) else None
-    tables = compare_tables(runs, known, draws)
+    tables = spread_tables([run for run in runs if run.results["provenance"]["predictions"].get("by")], known)
+    tables += compare_tables(runs, known, draws)
     sections = [
         Section("summary", "Models", _summary(runs, known), lead),
         Section("asked", "How they answered, and what it cost", _asked(runs)),
