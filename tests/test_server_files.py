@@ -202,7 +202,7 @@ def test_what_failed_or_expired_is_asked_again_or_ends_with_an_error(tmp_path):
         "t0": "no result: expired, or not fetched", "t3": "no result: expired, or not fetched", "t4": "status 500: broke",
         "t6": "no result: expired, or not fetched",
     }  # fmt: skip
-    with pytest.raises(GrexError, match="4 requests are written to 1 file of .*round_002; 5 questions"):
+    with pytest.raises(GrexError, match=r"4 requests are written to 1 file of .*round_002; 5 questions"):
         batch(tmp_path, talks()).close()
     put(tmp_path, "more.jsonl", list(collected(tmp_path, echo)))
     assert all(answer.fields["raw"].text == f"you said {key}" for key, answer in read(tmp_path, talks()).items())

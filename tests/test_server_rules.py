@@ -24,7 +24,7 @@ SECRET = "sk-test/9+secret=key0123456789"
 
 
 def refusing(*fields: str, **renamed: str) -> Any:
-    """Return a script that refuses fields one by one as OpenAI does, and all at once as `transformers serve` does where there are several."""
+    """Return a script that refuses fields: those with another name as OpenAI does, the others as `transformers serve` does."""
 
     def script(body: dict[str, Any]) -> Any:
         bad = [name for name in (*fields, *renamed) if name in body]
@@ -109,7 +109,7 @@ def test_without_a_key_a_refusal_says_so(monkeypatch):
     monkeypatch.delenv("OPENAI_API_KEY", raising=False)
     with (
         FakeServer(lambda body: failure(401, "no key")) as fake,
-        pytest.raises(GrexError, match="OPENAI_API_KEY is not set: no key was sent"),
+        pytest.raises(GrexError, match="OPENAI_API_KEY is not set: no key"),
     ):
         ask(server_at(fake.url), [once("x")])
     assert "authorization" not in fake.headers[0]
@@ -124,7 +124,7 @@ def test_a_refusal_after_answers_is_of_one_request():
 def test_errors_in_a_row_stop_the_run_and_others_do_not():
     with (
         FakeServer(lambda body: failure(400, "no")) as fake,
-        pytest.raises(GrexError, match="the last 5 requests ended with errors, .* 400: no"),
+        pytest.raises(GrexError, match=r"the last 5 requests .* 400: no"),
     ):
         ask(server_at(fake.url, stop_after_errors=5, concurrency=1), [once(f"t{n}") for n in range(9)])
     with FakeServer(lambda body: failure(400, "no")) as fake:
@@ -153,7 +153,7 @@ def test_budgets_stop_the_run_and_keep_what_is_answered(limits, most, said, conc
 
 def test_each_of_several_processes_has_its_part_of_a_budget(monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "2")
-    with FakeServer(echo) as fake, pytest.raises(GrexError, match="of which this process has 0.5"):
+    with FakeServer(echo) as fake, pytest.raises(GrexError, match=r"of which this process has 0.5"):
         ask(server_at(fake.url, budget_calls=6), [once(f"t{n}") for n in range(9)])
     assert len(fake.seen) == 3
 
