@@ -130,9 +130,20 @@ def test_a_fault_that_passes_is_tried_again(fault):
 def test_a_fault_that_stays_ends_with_an_error_that_names_it(fault):
     with faulty(echo, lambda n: fault, stall_s=1.5) as (_, proxy):
         raw = ask(server_at(proxy.url, tries=2, read_timeout_s=0.2, total_timeout_s=0.3), [once("x")])["x"]
-    said = {"500": "busy", "503": "loading", "529": "Overloaded", "408": "408", "malformed": "no whole JSON", "truncated": "no whole JSON",
-            "empty": "empty body", "wrong type": "no whole JSON", "html": "HTML page", "html 502": "502", "null": "no object",
-            "error in 200": "busy", "no choices": "without choices", "stall": "no answer within 0.2 s", "trickle": "not complete"}  # fmt: skip
+    json_said = dict.fromkeys(("malformed", "truncated", "wrong type"), "no whole JSON") | {
+        "null": "no object",
+        "no choices": "without choices",
+    }
+    said = {
+        "500": "busy",
+        "503": "loading",
+        "529": "Overloaded",
+        "408": "408",
+        "empty": "empty body",
+        "html": "HTML page",
+        "html 502": "502",
+    }
+    said |= json_said | {"error in 200": "busy", "stall": "no answer within 0.2 s", "trickle": "not complete"}
     assert raw.finish == "error" and said.get(fault, "broke off") in raw.error and len(proxy.done) == 2
 
 

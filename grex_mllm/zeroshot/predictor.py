@@ -81,8 +81,9 @@ class ZeroShot:
         return json.dumps(["zero-shot", self.backend.fingerprint(), self.asking.fingerprint()])
 
     def ground(self, items: Iterable[Item]) -> Iterator[Answer]:
-        """Ask about every open expression."""
-        return self._signed("ground", self.backend.hold(self._grounds(items)))
+        """Ask about every open expression. Where requests are only written to files, those of the object sets go with them."""
+        asked = self._both(items) if self.settings.server.batch_write else self._grounds(items)
+        return self._signed("ground", self.backend.hold(asked))
 
     def describe(self, items: Iterable[Item]) -> Iterator[Answer]:
         """Ask for an expression for every open object set."""
@@ -99,6 +100,11 @@ class ZeroShot:
             for targets in item.open_sets:
                 _ = item.image, item.masks
                 yield self.asking.describe_set(item, targets)
+
+    def _both(self, items: Iterable[Item]) -> Iterator[Conversation]:
+        for item in items:
+            yield from self._grounds([item])
+            yield from self._describes([item])
 
     def _signed(self, task: str, answers: Iterator[Answer]) -> Iterator[Answer]:
         """Add who answered; move what differs from run to run into the file of costs."""
@@ -156,7 +162,7 @@ def open_backend(head: str, model: str, settings: Settings, options: Options) ->
     if head == SERVER:
         from dataclasses import replace
 
-        from grex_mllm.zeroshot.server import open_server
+        from grex_mllm.zeroshot.server.server import Server
 
         base_url = options.asked.get("base_url")
         if base_url is None:
@@ -164,7 +170,7 @@ def open_backend(head: str, model: str, settings: Settings, options: Options) ->
         server = settings.server
         if server.cache is None and options.out is not None:
             server = replace(server, cache=str(Path(options.out).with_name(CACHE)))
-        return open_server(model, base_url, server), find_family(settings.ask.family or model)
+        return Server(model, base_url, server), find_family(settings.ask.family or model)
     if "base_url" in options.asked:
         raise fault(f"--base-url with {head}:{model}", f"{SERVER}:MODEL, which is behind a server", "leave it out, or use openai:MODEL")
     from grex_mllm.zeroshot.local import Local

@@ -19,7 +19,21 @@ _WORDS = (
     "nove dez|zero uno due tre quattro cinque sei sette otto nove dieci|ноль один два три четыре пять шесть семь восемь девять десять"
 )
 _NAMED = {word: n for row in _WORDS.split("|") for n, word in reversed(list(enumerate(row.split())))}
-_NAMED |= {"none": 0, "a": 1, "eine": 1, "une": 1, "una": 1, "single": 1, "couple": 2, "pair": 2, "both": 2, "dozen": 12, "uma": 1, "dua": 2, "duas": 2}
+_NAMED |= {
+    "none": 0,
+    "a": 1,
+    "eine": 1,
+    "une": 1,
+    "una": 1,
+    "single": 1,
+    "couple": 2,
+    "pair": 2,
+    "both": 2,
+    "dozen": 12,
+    "uma": 1,
+    "dua": 2,
+    "duas": 2,
+}
 _HAN = {sign: n for n, sign in enumerate("零一二三四五六七八九十")} | {"两": 2, "兩": 2, "〇": 0}
 _DIGITS = re.compile(r"(?<![\w.])\d{1,6}(?:\.0+)?(?![\w%]|\.\d)")
 _STATED = re.compile(
@@ -31,31 +45,33 @@ _STATED = re.compile(
 
 @dataclass(frozen=True)
 class ParsedCount:
-    """A count. count: None unless status is ok.  status, reason: as in `Parsed`."""
+    """A count. count: 0 unless status is ok.  status, reason, flags: as in `Parsed`."""
 
-    count: int | None
+    count: int
     status: str
     reason: str = ""
+    flags: tuple[str, ...] = ()
 
 
 def parse_count(raw: RawAnswer) -> ParsedCount:
     """Return the number of objects that an answer states: as JSON, a number, or a number word of several languages; a denial is 0."""
     refused = refusal_of(raw)
     if refused is not None:
-        return ParsedCount(None, refused.status, refused.reason)
+        return ParsedCount(0, refused.status, refused.reason)
     text = clean(raw.text or "")
+    flags = ("thinking",) * text.thinking + ("truncated",) * (raw.finish == "length")
     if text.unclosed or not text.strip():
-        return ParsedCount(None, "unparsable", "the answer's reasoning never ends" if text.unclosed else "an empty answer")
+        return ParsedCount(0, "unparsable", "the answer's reasoning never ends" if text.unclosed else "an empty answer", flags)
     count = _in_values(text)
     if count is None:
         count = _in_words(plain(text))
     if count is not None:
-        return ParsedCount(count, "ok") if count <= MAX_COUNT else ParsedCount(None, "unparsable", f"more than {MAX_COUNT}")
-    if refuses(text) and not denies(text):
-        return ParsedCount(None, "refused", "refused in words")
+        return ParsedCount(count, "ok", "", flags) if count <= MAX_COUNT else ParsedCount(0, "unparsable", f"more than {MAX_COUNT}", flags)
     if says_none(text) or denies(text):
-        return ParsedCount(0, "ok")
-    return ParsedCount(None, "unparsable", "no number")
+        return ParsedCount(0, "ok", "", flags)
+    if refuses(text):
+        return ParsedCount(0, "refused", "refused in words", flags)
+    return ParsedCount(0, "unparsable", "no number", flags)
 
 
 def parse_yes_no(raw: RawAnswer) -> bool | None:
@@ -104,7 +120,11 @@ def _in_words(text: str) -> int | None:
         return ends[-1] if ends else None
     if words and (first := _named(words[0])) is not None:
         return first
-    named = [n for word in words if (n := _named(word)) is not None and word not in ("a", "un", "um", "ein", "eine", "une", "una", "uno", "one", "null", "none")]
+    named = [
+        n
+        for word in words
+        if (n := _named(word)) is not None and word not in ("a", "un", "um", "ein", "eine", "une", "una", "uno", "one", "null", "none")
+    ]
     if len(set(named)) == 1:
         return named[0]
     han = re.findall(r"([零〇一二两兩三四五六七八九十])(?=[个個只隻名位条條辆輛张張匹头頭人]|$)", text)

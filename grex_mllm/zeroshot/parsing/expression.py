@@ -14,7 +14,20 @@ from grex_mllm.zeroshot.parsing.values import Node, Word, values
 from grex_mllm.zeroshot.parsing.words import plain, refuses, says_none
 
 MAX_WORDS = 60
-_KEYS = ("expression", "referringexpression", "phrase", "description", "answer", "text", "caption", "output", "result", "response", "sentence", "label")
+_KEYS = (
+    "expression",
+    "referringexpression",
+    "phrase",
+    "description",
+    "answer",
+    "text",
+    "caption",
+    "output",
+    "result",
+    "response",
+    "sentence",
+    "label",
+)
 _QUOTES = "\"'`“”„«»‘’「」『』《》"
 _LEAD = re.compile(
     r"^\s*(?:(?:sure|certainly|of course|okay|ok|absolutely|yes|here you go|great)\b[,.!:]*\s*)?"
@@ -25,7 +38,9 @@ _LEAD = re.compile(
     re.IGNORECASE,
 )
 _LIST = re.compile(r"^\s*(?:[-*•–>#]+|\(?\d{1,2}[.)]|[a-z][.)])\s+", re.IGNORECASE)
-_PREAMBLE = re.compile(r"^(?:sure|certainly|of course|okay|ok|absolutely|here|based on|looking at|the following|to describe)\b.*:?\s*$", re.IGNORECASE)
+_PREAMBLE = re.compile(
+    r"^(?:sure|certainly|of course|okay|ok|absolutely|here|based on|looking at|the following|to describe)\b.*:?\s*$", re.IGNORECASE
+)
 _TAGS = re.compile(r"</?[A-Za-z|][^<>]{0,40}>")
 _COORDINATES = re.compile(r"[\[(<]\s*\d+(?:\.\d+)?(?:\s*[,;]\s*\d+(?:\.\d+)?){1,3}\s*[\])>]")
 _COLOURS = r"(?:red|green|blue|yellow|orange|purple|magenta|cyan|pink|white|black|lime|violet|coloured|colored|bright|numbered)"

@@ -14,7 +14,7 @@ _LOOSE_TEXT = re.compile(rf"(?:[\s,;:()\[\]{{}}<>=%-]|px|pixels?|{NUMBER}|[xywh]
 _NAMED = re.compile(
     rf"(?<![\w.])([A-Za-z]\w{{0,30}}+(?:-[a-z]\w{{0,10}}+)?+)[\"']?\s{{0,3}}(?:[:=>]|is)\s{{0,3}}[\"']?({NUMBER})\s?(%)?(?![\w.]\d)"
 )
-MAX_ITEMS = 20_000
+MAX_ITEMS = 5_000
 
 
 @dataclass

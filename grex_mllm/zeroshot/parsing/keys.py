@@ -19,8 +19,12 @@ ROLES = {
     **dict.fromkeys("yxyx bboxyxyx boxyxyx".split(), "yxyx"),
     **dict.fromkeys("xywh bboxxywh boxxywh ltwh tlwh".split(), "xywh"),
     **dict.fromkeys("cxcywh bboxcxcywh boxcxcywh xywhcenter".split(), "cxcywh"),
-    **dict.fromkeys("point point2d points points2d keypoint keypoints center centre centers centres centerpoint click clicks".split(), "point"),
-    **dict.fromkeys("polygon polygons segmentation contour contours outline outlines vertices polygonpoints maskpolygon".split(), "polygon"),
+    **dict.fromkeys(
+        "point point2d points points2d keypoint keypoints center centre centers centres centerpoint click clicks".split(), "point"
+    ),
+    **dict.fromkeys(
+        "polygon polygons segmentation contour contours outline outlines vertices polygonpoints maskpolygon".split(), "polygon"
+    ),
     **dict.fromkeys(
         "objects detections detection answer answers result results target targets instances instance annotations predictions prediction "
         "matches items output outputs data response object detectedobjects matchingobjects final finalanswer list arguments parameters".split(),
@@ -57,8 +61,12 @@ AXES: dict[str, list[tuple[str, ...]]] = {
 }
 AXIS_NAMES = {name for ways in (AXES["xyxy"], AXES["xywh"], AXES["cxcywh"]) for way in ways for name in way} - set("ltrb")
 
-_LOW = re.compile(r"(?:top|upper)left(?:corner|point)?|left(?:top|upper)(?:corner)?|tl|lt|min|start|from|p1|pt1|point1|corner1|startpoint|左上角?|xy1")
-_HIGH = re.compile(r"(?:bottom|lower)right(?:corner|point)?|right(?:bottom|lower)(?:corner)?|br|rb|max|end|to|p2|pt2|point2|corner2|endpoint|右下角?|xy2")
+_LOW = re.compile(
+    r"(?:top|upper)left(?:corner|point)?|left(?:top|upper)(?:corner)?|tl|lt|min|start|from|p1|pt1|point1|corner1|startpoint|左上角?|xy1"
+)
+_HIGH = re.compile(
+    r"(?:bottom|lower)right(?:corner|point)?|right(?:bottom|lower)(?:corner)?|br|rb|max|end|to|p2|pt2|point2|corner2|endpoint|右下角?|xy2"
+)
 _SIGNS = re.compile(r"[\W_]+")
 
 

@@ -50,10 +50,13 @@ def _locations(text: str, answer: str) -> Found:
         numbers = [Number(float(match[2])) for match in run]
         florence = run[0][1] == "_"
         frame, order = ("loc1000", "xyxy") if florence else ("loc1024", "yxyx")
-        if len(numbers) % 2 == 0 and len(numbers) >= 6 and (answer == "polygons" or len(numbers) % 4):
+        # an outline's points are never upright boxes all through
+        fours = [numbers[i : i + 4] for i in range(0, len(numbers) - 3, 4)]
+        outline = len(numbers) % 4 or (florence and any(four[2] <= four[0] or four[3] <= four[1] for four in fours))
+        if len(numbers) % 2 == 0 and len(numbers) >= 6 and (answer == "polygons" or outline):
             found.polygons.append(Item(numbers, order, frame))
         elif len(numbers) % 4 == 0:
-            found.boxes += [Item(numbers[i : i + 4], order, frame) for i in range(0, len(numbers), 4)]
+            found.boxes += [Item(four, order, frame) for four in fours]
         else:
             found.faulty += 1
     return found

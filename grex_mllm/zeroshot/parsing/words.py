@@ -13,7 +13,8 @@ _REFUSAL = re.compile("|".join(f"(?:{p})" for p in REFUSALS), re.IGNORECASE)
 _STRONG = re.compile("|".join(f"(?:{p})" for p in STRONG_DENIALS), re.IGNORECASE | re.MULTILINE)
 _DENIAL = re.compile("|".join(f"(?:{p})" for p in (*STRONG_DENIALS, *DENIALS)), re.IGNORECASE | re.MULTILINE)
 _NONE = re.compile(
-    rf"(?:[^\n:]{{0,60}}[:=]\s*)?[\W_]*(?:{'|'.join(re.escape(word) for word in sorted(NOTHING, key=len, reverse=True))})(?:[\W_])*", re.IGNORECASE
+    rf"(?:[^\n:]{{0,60}}[:=]\s*)?[\W_]*(?:{'|'.join(re.escape(word) for word in sorted(NOTHING, key=len, reverse=True))})(?:[\W_])*",
+    re.IGNORECASE,
 )
 _CLAUSE = re.compile(r"[.!?;,\n。！？；，、]")
 _YES, _NO = frozenset(YES), frozenset(NO)

@@ -11,13 +11,14 @@ and is missing, is asked again by writing again.
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, BinaryIO, NoReturn
+from typing import Any, BinaryIO
 
 from grex_mllm.errors import fault
 from grex_mllm.predictors.protocol import Answer
-from grex_mllm.writing import whole_folder
+from grex_mllm.writing import flush, take_place
 from grex_mllm.zeroshot.base import Conversation, RawAnswer, Request
 from grex_mllm.zeroshot.server.faults import judge
 
@@ -87,45 +88,100 @@ def _answer_of(entry: dict[str, Any], request: Request) -> RawAnswer:
     return RawAnswer(None, "error", error="a result without response and error")
 
 
-class Writer:
-    """Writes requests in files of limited size into a folder of their own, which appears whole or not at all.
+class BatchWriter:
+    """Writes the open requests of conversations into a new round's folder, which appears whole or not at all.
 
-    most_bytes, most_lines: of a file.
+    known: the answer of a custom_id that lies elsewhere.  name_of: a request's custom_id.  most_bytes, most_lines: of one file.
     """
 
-    def __init__(self, folder: Path, most_bytes: int, most_lines: int) -> None:
-        self.folder, self.most_bytes, self.most_lines = folder, most_bytes, most_lines
-        self.num = 0
-        self.files: list[str] = []
+    def __init__(
+        self,
+        folder: str | Path,
+        known: Callable[[str], RawAnswer | None],
+        name_of: Callable[[Request], str],
+        body_of: Callable[[Request], dict[str, Any]],
+        *,
+        most_bytes: int,
+        most_lines: int,
+    ) -> None:
+        self.folder, self.most_bytes, self.most_lines = Path(folder), most_bytes, most_lines
+        self._known, self._name_of, self._body_of = known, name_of, body_of
+        self.folder.mkdir(parents=True, exist_ok=True)
+        self._results = Results(self.folder)
+        self._waiting = self._results.waiting()
+        self._place = self.folder / f"{ROUND}{1 + max(_rounds(self.folder), default=0):03d}"
+        self._work = self._place.with_name(f".{self._place.name}.partial")
+        shutil.rmtree(self._work, ignore_errors=True)
+        self._asked: set[str] = set()
+        self._files = self._complete = self._under_way = 0
         self._file: BinaryIO | None = None
         self._bytes = self._lines = 0
 
-    def write(self, name: str, body: dict[str, Any]) -> None:
-        """Write a request.
+    def take(self, conversations: Iterator[Conversation]) -> None:
+        """Write the requests of each conversation's first round that lacks answers.
 
         Raises:
-            GrexError: one that is larger than a file may be.
+            GrexError: a request that was written before and of which nothing has come back, or that is larger than a file may be.
         """
-        line = json.dumps({"custom_id": name, "method": "POST", "url": URL, "body": body}).encode() + b"\n"
+        self._under_way += 1  # stays up where this fails
+        self._work.mkdir(exist_ok=True)
+        for conversation in conversations:
+            open_ones = _open_requests(conversation, self._at_hand)
+            self._complete += not open_ones
+            for request in open_ones:
+                name = self._name_of(request)
+                if name in self._waiting:
+                    given = f"{self.folder / self._results.written[name]}, of which nothing has come back"
+                    raise fault(given, "its results in that folder", "fetch them; or remove that folder, to write its requests anew")
+                if name not in self._asked:
+                    self._asked.add(name)
+                    line = {"custom_id": name, "method": "POST", "url": URL, "body": self._body_of(request)}
+                    self._write(json.dumps(line).encode() + b"\n")
+        self._under_way -= 1
+
+    def _at_hand(self, request: Request) -> RawAnswer:
+        name = self._name_of(request)
+        return self._known(name) or self._results.answer(name, request)
+
+    def _write(self, line: bytes) -> None:
         if len(line) > self.most_bytes:
-            given = f"a request of {len(line):,} bytes"
-            raise fault(
-                given, f"at most batch_max_bytes, {self.most_bytes:,}", "raise it as far as the server allows, or give smaller pictures"
-            )
+            given, most = f"a request of {len(line):,} bytes", f"at most batch_max_bytes, {self.most_bytes:,}"
+            raise fault(given, most, "raise it as far as the server allows, or give smaller pictures")
         if self._file is None or self._bytes + len(line) > self.most_bytes or self._lines == self.most_lines:
-            self.close()
-            self.files.append(f"requests_{len(self.files):03d}.jsonl")
-            self._file = (self.folder / self.files[-1]).open("wb")
+            self._end_file()
+            self._file = (self._work / f"requests_{self._files:03d}.jsonl").open("wb")
+            self._files += 1
         self._file.write(line)
         self._bytes += len(line)
         self._lines += 1
-        self.num += 1
 
-    def close(self) -> None:
-        """End the file that is being written."""
+    def _end_file(self) -> None:
         if self._file is not None:
             self._file.close()
         self._file, self._bytes, self._lines = None, 0, 0
+
+    def close(self) -> None:
+        """End the run: put the folder in its place and stop with a message that says how to go on. A run that was cut off leaves nothing.
+
+        Raises:
+            GrexError: always, where everything was taken.
+        """
+        self._end_file()
+        if self._under_way or not self._work.exists():
+            shutil.rmtree(self._work, ignore_errors=True)
+            return
+        if not self._asked:
+            self._work.rmdir()
+            given = f"nothing left to write: all {self._complete} questions have their answers in {self.folder}"
+            raise fault(given, "batch_read, which takes them from there", f"run again with batch_read {self.folder}")
+        flush(self._work)
+        take_place(self._work, self._place)
+        files = f"{self._files} file{'s' if self._files > 1 else ''} of {self._place}"
+        given = f"{len(self._asked)} requests are written to {files}; {self._complete} questions need none"
+        remedy = (
+            f"put them anywhere into {self.folder}, then run again: batch_write asks for what is open by then, batch_read takes answers"
+        )
+        raise fault(given, "their results (send the files to the batch API)", remedy)
 
 
 def read_batch(conversations: Iterator[Conversation], ask: Callable[[Request], RawAnswer]) -> Iterator[Answer]:
@@ -139,56 +195,6 @@ def read_batch(conversations: Iterator[Conversation], ask: Callable[[Request], R
                 yield end.value
                 break
             answers = [ask(request) for request in requests]
-
-
-def write_batch(
-    conversations: Iterator[Conversation],
-    folder: str | Path,
-    known: Callable[[str], RawAnswer | None],
-    name_of: Callable[[Request], str],
-    body_of: Callable[[Request], dict[str, Any]],
-    *,
-    most_bytes: int,
-    most_lines: int,
-) -> NoReturn:
-    """Write the requests of every conversation's first round that is not answered yet, and stop with a message that says how to go on.
-
-    known: the answer of a custom_id that lies elsewhere.
-
-    Raises:
-        GrexError: always: everything is written, or nothing is left to write, or what was written before has not come back.
-    """
-    folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
-    results = Results(folder)
-    waiting, asked, complete = results.waiting(), set[str](), 0
-
-    def at_hand(request: Request) -> RawAnswer:
-        name = name_of(request)
-        return known(name) or results.answer(name, request)
-
-    place = folder / f"{ROUND}{1 + max(_rounds(folder), default=0):03d}"
-    with whole_folder(place) as work:
-        writer = Writer(work, most_bytes, most_lines)
-        for conversation in conversations:
-            open_ones = _open_requests(conversation, at_hand)
-            complete += not open_ones
-            for request in open_ones:
-                name = name_of(request)
-                if name in waiting:
-                    given = f"{folder / results.written[name]}, of which nothing has come back"
-                    raise fault(given, "its results in that folder", "fetch them; or remove that folder, to write its requests anew")
-                if name not in asked:
-                    asked.add(name)
-                    writer.write(name, body_of(request))
-        writer.close()
-        if not writer.num:
-            given = f"nothing left to write: all {complete} questions have their answers in {folder}"
-            raise fault(given, "batch_read, which takes them from there", f"run again with batch_read {folder}")
-    files = f"{len(writer.files)} file{'s' if len(writer.files) > 1 else ''} of {place}"
-    given = f"{writer.num} requests are written to {files}; {complete} questions need none"
-    remedy = f"put them anywhere into {folder}, then run again: batch_write asks for what is open by then, batch_read takes the answers"
-    raise fault(given, "their results (send the files to the batch API)", remedy)
 
 
 def _rounds(folder: Path) -> list[int]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import random
 import ssl
 import sys
@@ -49,9 +50,15 @@ class Caller:
         self._reached = False
         timeout = httpx2.Timeout(settings.read_timeout_s, connect=settings.connect_timeout_s, pool=None)
         limits = httpx2.Limits(max_connections=None, max_keepalive_connections=settings.concurrency)
+        for name in ("httpx2", "httpcore2"):  # at level DEBUG they write down headers, in which a server may echo the key
+            logging.getLogger(name).setLevel(logging.WARNING)
         # No proxy stands between this machine and itself; a redirect would carry the key to where nobody meant it to go.
         local = is_loopback(httpx2.URL(address).host)
         self._client = httpx2.Client(timeout=timeout, limits=limits, follow_redirects=False, trust_env=not local)
+
+    def close(self) -> None:
+        """Close the connections."""
+        self._client.close()
 
     @property
     def url(self) -> str:

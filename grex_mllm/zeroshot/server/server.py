@@ -14,7 +14,7 @@ from grex_mllm.errors import fault
 from grex_mllm.predictors.protocol import Answer
 from grex_mllm.zeroshot.base import Conversation, RawAnswer, Request
 from grex_mllm.zeroshot.server.address import Key, check_address
-from grex_mllm.zeroshot.server.batch_files import Results, read_batch, write_batch
+from grex_mllm.zeroshot.server.batch_files import BatchWriter, Results, read_batch
 from grex_mllm.zeroshot.server.calling import Abandoned, Caller
 from grex_mllm.zeroshot.server.holding import Holding
 from grex_mllm.zeroshot.server.settings import ServerSettings
@@ -40,9 +40,26 @@ class Server:
         self.caller = Caller(model, self.base_url, settings, self.key, self.tally)
         self.store = None if settings.cache is None else Store(settings.cache)
         self._results = None if settings.batch_read is None else Results(settings.batch_read)
-        if settings.batch_write is not None and int(os.environ.get("WORLD_SIZE", 1)) > 1:
-            raise fault("batch_write in several processes", "one process: nothing is waited for", "start it without torchrun")
+        self._writer = None if settings.batch_write is None else self._batch_writer(settings.batch_write)
         self._told = time.monotonic()
+
+    def _batch_writer(self, folder: str) -> BatchWriter:
+        if int(os.environ.get("WORLD_SIZE", 1)) > 1:
+            raise fault("batch_write in several processes", "one process: nothing is waited for", "start it without torchrun")
+        sizes = {"most_bytes": self.settings.batch_max_bytes, "most_lines": self.settings.batch_max_lines}
+        return BatchWriter(folder, self._known, self.request_key, self.caller.body, **sizes)
+
+    def close(self) -> None:
+        """End the run; the server is not asked after that.
+
+        Raises:
+            GrexError: with `batch_write`, how to go on when everything is written.
+        """
+        self.caller.close()
+        if self.store is not None:
+            self.store.close()
+        if self._writer is not None:
+            self._writer.close()
 
     def fingerprint(self) -> str:
         """Name server, model, revision and every setting that decides what is sent."""
@@ -76,11 +93,11 @@ class Server:
 
         Raises:
             GrexError: what stops all: a refused key, a spent budget or quota, a server that is not there, a damaged cache. Answers that
-                are complete are yielded before. With `batch_write`: how to go on, when everything is written.
+                are complete are yielded before. With `batch_write` nothing is answered, and `close` raises.
         """
-        if self.settings.batch_write is not None:
-            sizes = {"most_bytes": self.settings.batch_max_bytes, "most_lines": self.settings.batch_max_lines}
-            write_batch(conversations, self.settings.batch_write, self._known, self.request_key, self.caller.body, **sizes)
+        if self._writer is not None:
+            self._writer.take(conversations)
+            return
         if self._results is not None:
             yield from read_batch(conversations, self._batch_answer)
             return

@@ -82,6 +82,11 @@ class Store:
         count: int = self._do(lambda: self._file.execute("SELECT count(*) FROM answers").fetchone()[0])
         return count
 
+    def close(self) -> None:
+        """Close the file."""
+        with self._lock:
+            self._file.close()
+
     def settle(self) -> None:
         """Move what was written into the file itself, as far as no other process is reading."""
         self._do(lambda: self._file.execute("PRAGMA wal_checkpoint(PASSIVE)").fetchall())
@@ -104,14 +109,14 @@ class Store:
         try:
             yield
         except sqlite3.OperationalError as error:
-            where = fault(f"cache {self.path} cannot be used ({error})", "a place that can be written to", "choose another, or free it")
-            raise where from None
+            raise self._no_place(str(error)) from None
         except sqlite3.DatabaseError as error:
             raise self._damaged(str(error)) from None
         except OSError as error:
-            raise fault(
-                f"cache {self.path} cannot be made ({error.strerror})", "a place that can be written to", "choose another"
-            ) from None
+            raise self._no_place(str(error.strerror)) from None
+
+    def _no_place(self, why: str) -> GrexError:
+        return fault(f"cache {self.path} cannot be used ({why})", "a place that can be written to", "choose another, or free it")
 
     def _damaged(self, why: str) -> GrexError:
         return fault(f"cache {self.path} is damaged ({why})", "a SQLite file of answers", "move it away; answers in it are asked again")
