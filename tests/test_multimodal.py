@@ -1,4 +1,4 @@
-"""Multimodal models of the real families: chats become their inputs, positions and image tokens are theirs, batches answer as singles do."""
+"""Multimodal models of the real families: chats become their inputs, image tokens and positions are theirs, batches answer as singles."""
 
 from __future__ import annotations
 
@@ -172,7 +172,7 @@ def test_sizes_are_those_of_the_pixels(name: str, tiny: Tiny) -> None:
             assert max(sent) == 42 and abs(sent[0] / sent[1] - width / height) < 0.35
             pixels = inputs["pixel_values"][0, 0]
             bars = [(pixels - pixels[0, 0]).abs().amax(axis) > 1e-3 for axis in (0, 1)]
-            assert abs(int(bars[0].sum()) - sent[0]) <= 3 and abs(int(bars[1].sum()) - sent[1]) <= 3
+            assert abs(int(bars[0].sum()) - sent[0]) <= 5 and abs(int(bars[1].sum()) - sent[1]) <= 5
         elif name == "gemma3":
             assert sent == (56, 56)
         else:
@@ -206,7 +206,7 @@ def test_limits_and_faults(tiny: Tiny, tmp_path: Path) -> None:
         Chat.load(folder, tiles=3)
     with pytest.raises(GrexError, match="limits of pixels for internvl; expected"):
         Chat.load(intern, pixels=(1, 2))
-    with pytest.raises(GrexError, match="expected a folder with config.json and a tokenizer"):
+    with pytest.raises(GrexError, match=r"expected a folder with config\.json and a tokenizer"):
         Chat.load(tmp_path / "nowhere")
-    with pytest.raises(GrexError, match="language model .*nowhere"):
+    with pytest.raises(GrexError, match=r"language model .*nowhere"):
         load_multimodal(ModelChoice(str(tmp_path / "nowhere")))

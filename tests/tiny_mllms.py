@@ -156,7 +156,8 @@ def _sizes(name: str, tokenizer: Any, changes: dict[str, Any]) -> dict[str, Any]
     }
     small |= {"initializer_range": 0.1}
     if name.startswith("qwen"):
-        text |= {"rope_parameters": {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [2, 3, 3], "mrope_interleaved": True}}
+        rope = {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [2, 3, 3]}
+        text["rope_parameters"] = rope | ({"mrope_interleaved": True} if name == "qwen3-vl" else {})
         vision: dict[str, Any] = {"depth": 2, "num_heads": 2, "in_channels": 3, "spatial_merge_size": 2, "temporal_patch_size": 2}
         if name == "qwen2-vl":
             vision |= {"embed_dim": 32, "hidden_size": width, "patch_size": 14, "mlp_ratio": 2}
@@ -164,8 +165,8 @@ def _sizes(name: str, tokenizer: Any, changes: dict[str, Any]) -> dict[str, Any]
             vision |= {"hidden_size": 32, "out_hidden_size": width, "patch_size": 14, "intermediate_size": 64, "window_size": 56,
                        "fullatt_block_indexes": [1]}  # fmt: skip
         else:
-            vision |= {"hidden_size": 32, "out_hidden_size": width, "patch_size": 16, "intermediate_size": 64, "num_position_embeddings": 64,
-                       "deepstack_visual_indexes": [0, 1], "initializer_range": 0.1}  # fmt: skip
+            vision |= {"hidden_size": 32, "out_hidden_size": width, "patch_size": 16, "intermediate_size": 64,
+                       "num_position_embeddings": 64, "deepstack_visual_indexes": [0, 1]}  # fmt: skip
         tokens = {"image_token_id": "<|image_pad|>", "video_token_id": "<|video_pad|>", "vision_start_token_id": "<|vision_start|>",
                   "vision_end_token_id": "<|vision_end|>"}  # fmt: skip
         return {"text_config": text, "vision_config": vision} | {key: ids[token] for key, token in tokens.items()}

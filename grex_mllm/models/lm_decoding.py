@@ -69,20 +69,41 @@ def decode(
 
     At least one token comes before EOS; `banned` tokens never come. Rows that have ended leave the batch.
     """
-    num_sets = len(prefix.embeds)
-    num = 1 if uniforms is None else len(uniforms)
-    uniforms = None if uniforms is None else uniforms.to(prefix.embeds.device)
     embeds, mask = prefix.open(lm, opener)
     cache, logits = _read(lm, embeds, mask, prefix.shared)
+    return draw(lm, cache, logits, mask, eos_id, banned, max_new_tokens, uniforms, temperature)
+
+
+@torch.no_grad()
+def draw(
+    lm: Any,
+    cache: Any,
+    logits: Tensor,
+    mask: Tensor,
+    eos_id: int,
+    banned: list[int],
+    max_new_tokens: int,
+    uniforms: Tensor | None = None,
+    temperature: float = 1.0,
+    deltas: Tensor | None = None,
+) -> Tensor:
+    """Return what `decode` does, of sequences that are read already: their cache, logits [E, V] after the last token, and mask [E, S].
+
+    deltas: as in `write_on`.
+    """
+    num_sets, num = len(logits), 1 if uniforms is None else len(uniforms)
+    chances = None if uniforms is None else uniforms.to(logits.device)
     if num > 1:
         cache.batch_repeat_interleave(num)
         logits, mask = logits.repeat_interleave(num, 0), mask.repeat_interleave(num, 0)
+        deltas = None if deltas is None else deltas.repeat_interleave(num, 0)
 
     def choose(values: Tensor, step: int, rows: Tensor) -> Tensor:
-        chance = None if uniforms is None else uniforms[:, step][rows % num]
+        chance = None if chances is None else chances[:, step][rows % num]
         return _choose(values, [*banned, eos_id] if step == 0 else banned, chance, temperature)
 
-    return write_on(lm, cache, logits, mask, ends=[eos_id], steps=max_new_tokens, choose=choose).view(num_sets, num, max_new_tokens)
+    tokens = write_on(lm, cache, logits, mask, ends=[eos_id], steps=max_new_tokens, choose=choose, deltas=deltas)
+    return tokens.view(num_sets, num, max_new_tokens)
 
 
 @torch.no_grad()

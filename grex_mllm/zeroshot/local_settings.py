@@ -1,4 +1,4 @@
-"""What a user can set about a model that this process loads; apart from `local.py`, so that reading settings imports no torch."""
+"""How a multimodal model runs on this machine; light to import, for the command line."""
 
 from __future__ import annotations
 

@@ -9,8 +9,10 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import groupby
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 import torch
@@ -25,14 +27,30 @@ PREPROCESSOR, PROCESSOR, LEGACY_TEMPLATE = "preprocessor_config.json", "processo
 OF_PLACES = re.compile(
     r"</?\|?/?(object_ref|box|quad|ref|det|grounding|phrase|object|point|delimiter_of_multi_objects|patch_index_|loc|seg)[\w]*/?\|?>"
 )
-ANSWER = "⟪answer⟫"
+ANSWER, SPACE = "⟪answer⟫", "⟪space⟫"
 
 
 class Turn(Protocol):
-    """One message: role (system, user or assistant), and parts: texts, and pictures as uint8 [H, W, 3] or objects with such `pixels`."""
+    """One message. role: system, user or assistant.  parts: texts, `Space`, pictures as uint8 [H, W, 3] or objects with such `pixels`."""
+
+    @property
+    def role(self) -> str: ...
+    @property
+    def parts(self) -> Sequence[Any]: ...
+
+
+@dataclass(frozen=True)
+class Space:
+    """Room in a text for this many embeddings of the caller's own."""
+
+    number: int
+
+
+class Message(NamedTuple):
+    """A `Turn`."""
 
     role: str
-    parts: Sequence[Any]
+    parts: tuple[Any, ...]
 
 
 class Chat:
@@ -50,7 +68,7 @@ class Chat:
         self.ends = list(dict.fromkeys([own, int(tokenizer.eos_token_id), *extra_ends]))
         special = {token.content for token in tokenizer.added_tokens_decoder.values() if token.special}
         special |= {*tokenizer.all_special_tokens, self.family.place, self.family.image_token}
-        control = sorted((t for t in special if not OF_PLACES.fullmatch(t)), key=len, reverse=True)
+        control = sorted((t for t in {*special, SPACE} if not OF_PLACES.fullmatch(t)), key=len, reverse=True)
         self._control = re.compile("|".join(map(re.escape, control)))
 
     @classmethod
@@ -82,13 +100,8 @@ class Chat:
         settings = _json(name, PROCESSOR)
         given = settings.pop("image_processor", None) or _json(name, PREPROCESSOR)
         ends = _json(name, "generation_config.json").get("eos_token_id") or []
-        return cls(
-            config,
-            tokenizer,
-            _image_processor(config.model_type, given, pixels, tiles),
-            settings,
-            ends if isinstance(ends, list) else [ends],
-        )
+        processor = _image_processor(config.model_type, given, pixels, tiles)
+        return cls(config, tokenizer, processor, settings, ends if isinstance(ends, list) else [ends])
 
     def save(self, folder: str | Path) -> None:
         """Write what `load` reads: tokenizer, template, picture settings and the model's configuration, without weights."""
@@ -106,7 +119,7 @@ class Chat:
 
     def render(self, turns: Sequence[Turn], generation: bool = True) -> str:
         """Return the text of a chat as the template writes it, one token a picture; with the opening of the answer, if `generation`."""
-        messages = [{"role": turn.role, "content": [self._part(part) for part in turn.parts]} for turn in turns]
+        messages = [{"role": turn.role, "content": self._content(turn.parts)} for turn in turns]
         return str(self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=generation, **TEMPLATE_OPTIONS))
 
     def inputs(self, chats: Sequence[Sequence[Turn]]) -> dict[str, Tensor]:
@@ -115,17 +128,33 @@ class Chat:
         Raises:
             GrexError: a chat whose template drops a picture.
         """
-        pictures = [[pixels_of(part) for turn in chat for part in turn.parts if not isinstance(part, str)] for chat in chats]
+        tensors, tokens = self.pictures([[pixels_of(part) for turn in chat for part in turn.parts if is_picture(part)] for chat in chats])
+        return tensors | self.padded([self.row(chat, own)[0] for chat, own in zip(chats, tokens, strict=True)])
+
+    def pictures(self, pictures: list[list[np.ndarray]]) -> tuple[dict[str, Tensor], list[list[str]]]:
+        """Return what the model gets for the pictures of some chats, uint8 [H, W, 3], and the text that stands for each of them."""
         tensors, tokens = self.family.encode(pictures) if any(pictures) else ({}, [])
-        rows, following = [], iter(tokens)
-        for chat, own in zip(chats, pictures, strict=True):
-            pieces = self.render(chat).split(self.family.place)
-            if len(pieces) != len(own) + 1:
-                given = f"a chat with {len(own)} pictures of which the chat template writes {len(pieces) - 1}"
-                raise fault(given, "a template that writes each picture once", "put pictures into the user's turns")
-            text = pieces[0] + "".join(next(following) + piece for piece in pieces[1:])
-            rows.append(self.text_ids(text))
-        return tensors | self.padded(rows)
+        following = iter(tokens)
+        return tensors, [[next(following) for _ in some] for some in pictures]
+
+    def row(self, turns: Sequence[Turn], tokens: Sequence[str]) -> tuple[list[int], list[int]]:
+        """Return the ids of a chat, up to where its answer begins, and the positions of its spaces. tokens: of its pictures.
+
+        Raises:
+            GrexError: a chat whose template drops a picture.
+        """
+        pieces = self.render(turns).split(self.family.place)
+        if len(pieces) != len(tokens) + 1:
+            given = f"a chat with {len(tokens)} pictures of which the chat template writes {len(pieces) - 1}"
+            raise fault(given, "a template that writes each picture once", "put pictures into the user's turns")
+        text = pieces[0] + "".join(token + piece for token, piece in zip(tokens, pieces[1:], strict=True))
+        first, *others = text.split(SPACE)
+        ids, spaces = self.text_ids(first), list[int]()
+        rooms = [part.number for turn in turns for part in turn.parts if isinstance(part, Space)]
+        for number, piece in zip(rooms, others, strict=True):
+            spaces += range(len(ids), len(ids) + number)
+            ids += [self.pad_id] * number + list(self.tokenizer(piece, add_special_tokens=False)["input_ids"])
+        return ids, spaces
 
     def padded(self, rows: Sequence[Sequence[int]]) -> dict[str, Tensor]:
         """Return input_ids, attention_mask and token types int64 [B, L] of rows of ids, padded on the left."""
@@ -150,6 +179,12 @@ class Chat:
         """Return the ids of an answer, without what ends it; special tokens in it are plain characters."""
         return list(self.tokenizer(" ".join(text.split()), add_special_tokens=False, split_special_tokens=True)["input_ids"])
 
+    @property
+    def unwritable(self) -> list[int]:
+        """Ids that no expression contains: special tokens but the answer's end, and the picture's, sorted."""
+        special = {i for i, token in self.tokenizer.added_tokens_decoder.items() if token.special}
+        return sorted({self.pad_id, *self.tokenizer.all_special_ids, *special, *self.ends, self.family.image_id} - {self.ends[0]})
+
     def decode(self, ids: Sequence[int], special: bool = False) -> str:
         """Return the text of an answer up to what ends it. special: keep special tokens, with which some families write boxes."""
         kept = [int(i) for i in ids]
@@ -164,20 +199,32 @@ class Chat:
         """Return where the image tokens of a picture of this size look."""
         return self.family.layout(width, height)
 
-    def _part(self, part: Any) -> dict[str, str]:
-        if not isinstance(part, str):
-            return {"type": "image"}
-        return {"type": "text", "text": self._control.sub(lambda found: f"{found[0][:1]} {found[0][1:]}", part)}
+    def _content(self, parts: Sequence[Any]) -> list[dict[str, str]]:
+        content: list[dict[str, str]] = []
+        for picture, some in groupby(parts, is_picture):
+            if picture:
+                content += [{"type": "image"} for _ in some]
+            else:
+                content.append({"type": "text", "text": "".join(SPACE if isinstance(part, Space) else self._plain(part) for part in some)})
+        return content
+
+    def _plain(self, text: str) -> str:
+        """Break the control tokens in a text."""
+        return self._control.sub(lambda found: f"{found[0][:1]} {found[0][1:]}", text)
 
     def _answer_end(self) -> int:
         """Return the id with which the template ends an answer: the first special token behind it, else the tokenizer's EOS."""
-        asked, answered = (
-            {"role": role, "content": [{"type": "text", "text": text}]} for role, text in (("user", "?"), ("assistant", ANSWER))
-        )
-        text = self.tokenizer.apply_chat_template([asked, answered], tokenize=False, **TEMPLATE_OPTIONS)
+        said = [("user", "?"), ("assistant", ANSWER)]
+        chat = [{"role": role, "content": [{"type": "text", "text": text}]} for role, text in said]
+        text = self.tokenizer.apply_chat_template(chat, tokenize=False, **TEMPLATE_OPTIONS)
         behind = self.tokenizer(text.partition(ANSWER)[2], add_special_tokens=False)["input_ids"]
         special = {*self.tokenizer.all_special_ids, *self.tokenizer.added_tokens_decoder}
         return next((int(token) for token in behind if token in special), int(self.tokenizer.eos_token_id))
+
+
+def is_picture(part: Any) -> bool:
+    """Tell whether a turn's part is a picture."""
+    return not isinstance(part, str | Space)
 
 
 def pixels_of(part: Any) -> np.ndarray:

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from grex_mllm.models.lm_decoding import write_on
+from grex_mllm.models.lm_packing import position_ids
 
 
 class Answers(NamedTuple):
@@ -25,15 +26,19 @@ class Answers(NamedTuple):
 
 def read(model: Any, inputs: dict[str, Any]) -> tuple[Any, Tensor, Tensor | None]:
     """Return the cache of a batch of chats, logits [B, V] after the last token, and how far their positions are ahead (M-RoPE), if so."""
-    forget_positions(model)
-    out = model(**inputs, use_cache=True, logits_to_keep=1)
+    out = model(**inputs, **positions(model, inputs["attention_mask"]), use_cache=True, logits_to_keep=1)
     return out.past_key_values, out.logits[:, -1], getattr(model.model, "rope_deltas", None)
 
 
-def forget_positions(model: Any) -> None:
-    """Let no call use the positions that the model keeps from the one before."""
-    if hasattr(model.model, "rope_deltas"):
-        model.model.rope_deltas = None
+def positions(model: Any, mask: Tensor) -> dict[str, Tensor]:
+    """Return position_ids int64 [B, L] that do not count padding; nothing where the model itself counts in three dimensions (M-RoPE).
+
+    Such a model keeps how far it is ahead for the next call; what it keeps from a call before is forgotten here.
+    """
+    if not hasattr(model.model, "rope_deltas"):
+        return {"position_ids": position_ids(mask)}
+    model.model.rope_deltas = None
+    return {}
 
 
 @torch.no_grad()
@@ -65,6 +70,76 @@ def write(
     ended = stops.any(1)
     length = torch.where(ended, stops.long().argmax(1), tokens.shape[1])
     return Answers(tokens, first, length.tolist(), ended.tolist())
+
+
+@torch.no_grad()
+def beam_search(
+    model: Any,
+    cache: Any,
+    logits: Tensor,
+    mask: Tensor,
+    *,
+    end: int,
+    banned: list[int],
+    steps: int,
+    num_beams: int,
+    num_candidates: int,
+    deltas: Tensor | None = None,
+) -> Tensor:
+    """Return int64 [E, K, steps]: the K best of `num_beams` beams by mean log-likelihood, best first, filled with the end.
+
+    The chats are read already: cache, logits [E, V] after the last token, mask [E, S], deltas as in `lm_decoding.write_on`.  At least one
+    token comes before the end; `banned` tokens never come.
+    """
+    num_sets, device = len(logits), logits.device
+    cache.batch_repeat_interleave(num_beams)
+    logits, mask = logits.repeat_interleave(num_beams, 0), mask.repeat_interleave(num_beams, 0)
+    deltas = None if deltas is None else deltas.repeat_interleave(num_beams, 0)
+    score = torch.full((num_sets, num_beams), -torch.inf, device=device)
+    score[:, 0] = 0.0  # all beams are alike at first
+    tokens = torch.full((num_sets, num_beams, steps), end, dtype=torch.int64, device=device)
+    done: list[list[tuple[float, list[int]]]] = [[] for _ in range(num_sets)]
+    for step in range(steps):
+        values = logits.float().log_softmax(-1)
+        values[:, [*banned, end] if step == 0 else banned] = -torch.inf
+        total = (score.flatten()[:, None] + values).view(num_sets, -1)
+        best, at = total.topk(2 * num_beams)
+        beam, token = at // values.shape[1], at % values.shape[1]
+        for e, rank in ((token == end) & best.isfinite()).nonzero().tolist():
+            if rank < num_beams:
+                done[e].append((float(best[e, rank]) / (step + 1), tokens[e, beam[e, rank], :step].tolist()))
+        order = (token == end).long().argsort(dim=1, stable=True)[:, :num_beams]  # those that go on, best first
+        score, beam, token = (x.gather(1, order) for x in (best, beam, token))
+        score = score.masked_fill(token == end, -torch.inf)
+        tokens = tokens.gather(1, beam[..., None].expand(-1, -1, steps)).clone()
+        tokens[:, :, step] = token
+        source = (beam + torch.arange(num_sets, device=device)[:, None] * num_beams).flatten()
+        if step + 1 == steps or all(_settled(found, num_beams, float(row.max()), step + 1) for found, row in zip(done, score, strict=True)):
+            break
+        cache.reorder_cache(source)
+        mask = torch.cat([mask[source], mask.new_ones(len(mask), 1)], 1)
+        logits = _step(model, cache, token.flatten(), mask, deltas)
+    length = step + 1
+    result = torch.full((num_sets, num_candidates, steps), end, dtype=torch.int64, device=device)
+    for e, found in enumerate(done):
+        going = [(float(score[e, k]) / length, tokens[e, k, :length].tolist()) for k in range(num_beams)]
+        for k, (_, row) in enumerate(sorted([*found, *going], key=lambda pair: -pair[0])[:num_candidates]):
+            result[e, k, : len(row)] = torch.tensor(row, device=device)
+    return result
+
+
+def _settled(found: list[tuple[float, list[int]]], num_beams: int, best: float, length: int) -> bool:
+    """Tell whether enough answers have ended and none that goes on can be better now than the worst of the best of these."""
+    return len(found) >= num_beams and best / length <= sorted(mean for mean, _ in found)[-num_beams]
+
+
+def _step(model: Any, cache: Any, token: Tensor, mask: Tensor, deltas: Tensor | None) -> Tensor:
+    """Return logits [R, V] after one more token of each row."""
+    at = (mask.long().sum(1) - 1)[:, None]
+    at = at if deltas is None else (at + deltas).expand(3, -1, -1)
+    out = model(input_ids=token[:, None], attention_mask=mask.long(), position_ids=at, past_key_values=cache, use_cache=True)
+    logits: Tensor = out.logits[:, -1]
+    return logits
 
 
 def _sampled(logits: Tensor, top_p: float, chance: Tensor) -> Tensor:

@@ -213,7 +213,6 @@ class LlavaOneVision(Family):
     def number(self, height: int, width: int) -> int:
         """Return the tokens of a picture that stands alone in its chat."""
         canvas_height, canvas_width = self._canvas(height, width)
-        sent_width, sent_height = self.sent_size(width, height)
         rows, columns = canvas_height // self.side * self.aside, canvas_width // self.side * self.aside
         if width / height > canvas_width / canvas_height:  # padded above and below
             rows -= (rows - int(round(height * (columns / width), 7))) // 2 * 2

@@ -6,7 +6,7 @@ import re
 import unicodedata
 from functools import cache
 
-LIMIT = 200_000  # characters that are read: a hundred boxes take a twentieth of it
+LIMIT = 100_000  # characters that are read: a hundred boxes with labels take a tenth of it
 _REASONING = r"think(?:ing)?|thoughts?|reasoning|reflection|analysis|scratchpad|seed:think"
 # opening and closing of a model's thoughts: tags, and what gpt-oss, Gemma, Kimi and others write in their place
 _OPEN = rf"<\s*(?:{_REASONING})\s*>|<\|\s*(?:begin_of_thought|think)\s*\|>|<\|channel\|?>\s*(?:analysis|thought|commentary)\s*(?:<\|message\|>)?"
@@ -21,6 +21,7 @@ _END = re.compile(
     r"|<[|｜](?:end|begin)▁of▁sentence[|｜]>|\[/?INST\]",
     re.IGNORECASE,
 )
+_PICTURES = re.compile(r"(data:image/[a-z]{1,10};base64,)[A-Za-z0-9+/=]++")  # masks of Gemini: nothing here reads them
 _DECIMALS = re.compile(r"[\[(]\s?[01],\d++(?:\s?;\s?[01],\d++){3}\s?[\])]")  # [0,10; 0,25; 0,50; 1,00]
 _EMPHASIS = re.compile(r"\*\*+|(?<![\w\"'])__(?=\S)|(?<=\S)__(?![\w\"'])|(?<!`)`(?!`)")
 
@@ -35,7 +36,7 @@ class Cleaned(str):
 
 def clean(text: str) -> Cleaned:
     """Return the answer itself, in plain digits, brackets and punctuation; labels and prose stay in their script."""
-    text, thinking, unclosed = _without_reasoning(text)
+    text, thinking, unclosed = _without_reasoning(_PICTURES.sub(r"\1", text))
     plain = _EMPHASIS.sub("", _END.sub("", _answer(text)[:LIMIT].translate(_plain())))
     cleaned = Cleaned(_DECIMALS.sub(lambda match: match[0].replace(",", ".").replace(";", ","), plain))
     cleaned.thinking, cleaned.unclosed, cleaned.cut = thinking, unclosed, len(text) > LIMIT

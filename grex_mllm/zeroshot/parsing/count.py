@@ -45,31 +45,33 @@ _STATED = re.compile(
 
 @dataclass(frozen=True)
 class ParsedCount:
-    """A count. count: None unless status is ok.  status, reason: as in `Parsed`."""
+    """A count. count: 0 unless status is ok.  status, reason, flags: as in `Parsed`."""
 
-    count: int | None
+    count: int
     status: str
     reason: str = ""
+    flags: tuple[str, ...] = ()
 
 
 def parse_count(raw: RawAnswer) -> ParsedCount:
     """Return the number of objects that an answer states: as JSON, a number, or a number word of several languages; a denial is 0."""
     refused = refusal_of(raw)
     if refused is not None:
-        return ParsedCount(None, refused.status, refused.reason)
+        return ParsedCount(0, refused.status, refused.reason)
     text = clean(raw.text or "")
+    flags = ("thinking",) * text.thinking + ("truncated",) * (raw.finish == "length")
     if text.unclosed or not text.strip():
-        return ParsedCount(None, "unparsable", "the answer's reasoning never ends" if text.unclosed else "an empty answer")
+        return ParsedCount(0, "unparsable", "the answer's reasoning never ends" if text.unclosed else "an empty answer", flags)
     count = _in_values(text)
     if count is None:
         count = _in_words(plain(text))
     if count is not None:
-        return ParsedCount(count, "ok") if count <= MAX_COUNT else ParsedCount(None, "unparsable", f"more than {MAX_COUNT}")
-    if refuses(text) and not denies(text):
-        return ParsedCount(None, "refused", "refused in words")
+        return ParsedCount(count, "ok", "", flags) if count <= MAX_COUNT else ParsedCount(0, "unparsable", f"more than {MAX_COUNT}", flags)
     if says_none(text) or denies(text):
-        return ParsedCount(0, "ok")
-    return ParsedCount(None, "unparsable", "no number")
+        return ParsedCount(0, "ok", "", flags)
+    if refuses(text):
+        return ParsedCount(0, "refused", "refused in words", flags)
+    return ParsedCount(0, "unparsable", "no number", flags)
 
 
 def parse_yes_no(raw: RawAnswer) -> bool | None:

@@ -14,7 +14,7 @@ _LOOSE_TEXT = re.compile(rf"(?:[\s,;:()\[\]{{}}<>=%-]|px|pixels?|{NUMBER}|[xywh]
 _NAMED = re.compile(
     rf"(?<![\w.])([A-Za-z]\w{{0,30}}+(?:-[a-z]\w{{0,10}}+)?+)[\"']?\s{{0,3}}(?:[:=>]|is)\s{{0,3}}[\"']?({NUMBER})\s?(%)?(?![\w.]\d)"
 )
-MAX_ITEMS = 20_000
+MAX_ITEMS = 5_000
 
 
 @dataclass
@@ -217,7 +217,10 @@ class _Walk:
         """Read what stands in brackets without a key."""
         items = node.items
         children = [item for item in items if isinstance(item, Node)]
-        if not children:
+        named = [_point(child) for child in children] if role == "polygon" and len(children) == len(items) else []
+        if named and all(named):
+            self.flat([n for point in named if point for n in point[0]], "polygon", node.closed)
+        elif not children:
             self.scalars(node, role)
         elif len(children) == len(items) and all(child.numbers and len(child.items) == 2 and child.closed for child in children):
             self.flat([n for child in children for n in child.items if isinstance(n, Number)], role, node.closed, pairs=True)

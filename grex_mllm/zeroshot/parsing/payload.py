@@ -9,11 +9,9 @@ from grex_mllm.zeroshot.parsing.items import Found, Item, items_of, named_in, nu
 from grex_mllm.zeroshot.parsing.keys import AXES, normal
 from grex_mllm.zeroshot.parsing.tokens import joined, tokens_of
 from grex_mllm.zeroshot.parsing.values import NUMBER, Node, values
-from grex_mllm.zeroshot.parsing.words import MASK
+from grex_mllm.zeroshot.parsing.words import MASK, says_none
 
-_LANGUAGE = re.compile(
-    r"\s*(?:json5?|jsonl|python|py|javascript|js|text|txt|xml|html|yaml|plaintext|csv|markdown|bash)?[ \t]*\n?", re.IGNORECASE
-)
+_LANGUAGE = re.compile(r"\s*(?:json5?|jsonl|python|py|javascript|js|text|txt|xml|html|yaml|plaintext|csv|markdown|bash)?[ \t]*\n?", re.IGNORECASE)
 # words that set a value apart from the answer: an example, or what a later one corrects
 _ASIDE = re.compile(
     r"\b(?:for example|example|e\.g\.|for instance|format (?:is|would be|like)|formatted like|looks? like this|placeholder|template)\b"
@@ -28,10 +26,7 @@ _CORRECTS = re.compile(
     r"|更正|修正|纠正|应该是|訂正|수정|korrektur|correcci|correzione|исправл",
     re.IGNORECASE,
 )
-_EXAMPLE = re.compile(
-    r"\b(?:for example|example|e\.g\.|for instance)\b|例如|示例|par exemple|beispiel|ejemplo|esempio|например|たとえば|예를 들어",
-    re.IGNORECASE,
-)
+_EXAMPLE = re.compile(r"\b(?:for example|example|e\.g\.|for instance)\b|例如|示例|par exemple|beispiel|ejemplo|esempio|например|たとえば|예를 들어", re.IGNORECASE)
 _BARE = re.compile(
     rf"^[ \t]*(?:[-*•]|\d{{1,2}}[.)])?[ \t]*(?:[^\d\n]{{0,60}}[:=])?[ \t<(]*({NUMBER}\s?%?(?:[,;]\s?|[ \t]+){NUMBER}\s?%?(?:[,;]\s?|[ \t]+){NUMBER}\s?%?"
     rf"(?:[,;]\s?|[ \t]+){NUMBER}\s?%?)[ \t>)]*[.。]?[ \t]*$",
@@ -80,7 +75,7 @@ def _fenced(parts: list[str], answer: str, frame: str) -> Found:
         if not found.objects and (tokens := tokens_of(inner, answer, frame)).speaks:
             found = tokens
         if not found.speaks:
-            found = _bare(inner, answer)
+            found = Found(nothing=1) if inner.strip() and says_none(inner) else _bare(inner, answer)
         if found.speaks:
             read.append(found)
     good = [found for found in read if found.objects or found.nothing]
@@ -122,15 +117,13 @@ def _last_values(nodes: list[Node], text: str, answer: str) -> Found:
 
 def _is_json(node: Node) -> bool:
     """Whether a value is more than a group of numbers or words in brackets."""
-    if node.pairs and node.opener != "(":
+    if node.opener == "(":
+        return False
+    if node.pairs or (node.empty and node.closed):
         return True
-    if node.opener == "[" and node.empty and node.closed:
-        return True
-    return (
-        node.opener != "("
-        and any(isinstance(item, Node) and not item.empty or item is None for item in node.items)
-        or (node.opener == "[" and bool(node.items) and all(isinstance(i, Node) and i.empty for i in node.items))
-    )
+    nodes = [item for item in node.items if isinstance(item, Node)]
+    lists = any(not inner.empty or (inner.opener == "[" and inner.closed) for inner in nodes)
+    return lists or any(item is None for item in node.items) or (bool(nodes) and len(nodes) == len(node.items))
 
 
 def _names(nodes: list[Node]) -> bool:

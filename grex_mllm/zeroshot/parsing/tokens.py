@@ -14,7 +14,10 @@ _PATCH = re.compile(r"<patch_index_(\d{1,9})>")
 _POINT_TAG = re.compile(r"<(?:points?|point_2d)\b([^<>]{0,20000})/?>([^<]{0,2000})(?:</points?>)?", re.IGNORECASE)
 _ATTRIBUTE = re.compile(rf"""\b([xy])_?(\d{{0,6}})\s{{0,3}}=\s{{0,3}}["']?\s{{0,3}}({NUMBER})\s?(%)?""", re.IGNORECASE)
 _COORDS = re.compile(r"""\bcoords\s{0,3}=\s{0,3}["']([^"']*)["']""", re.IGNORECASE)
-_NAMES = r"box(?:es)?(?:_?2d)?|bbox(?:es)?(?:_?2d)?|b_?box|bounding_?box(?:es)?|det|box_start|quad_start|coords?|coordinates|location|rect|region|bndbox"
+_NAMES = (
+    r"box(?:es)?(?:_?2d)?|bbox(?:es)?(?:_?2d)?|b_?box|bounding_?box(?:es)?|det|box_start|quad_start|coords?|coordinates|location|rect|region|bndbox"
+)
+_ANGLES = re.compile(r"(?:<\s?\d{1,5}\s?>\s?){4,400}")  # <100><250><500><1000>
 _BOX_TAG = re.compile(rf"<\|?\s?(?:{_NAMES})\s?\|?>", re.IGNORECASE)
 _CLOSING = re.compile(rf"<(?:\|?/|\|)\s?(?:{_NAMES}|box_end|/det)", re.IGNORECASE)
 _XML = re.compile(r"<(?:\w{1,30}\s[^<>]{0,300})?(?:x|y)_?(?:min|max|1|2)\b|<\w{1,30}\s[^<>]{0,300}\b(?:left|top|width)\s?=", re.IGNORECASE)
@@ -47,10 +50,13 @@ def _locations(text: str, answer: str) -> Found:
         numbers = [Number(float(match[2])) for match in run]
         florence = run[0][1] == "_"
         frame, order = ("loc1000", "xyxy") if florence else ("loc1024", "yxyx")
-        if len(numbers) % 2 == 0 and len(numbers) >= 6 and (answer == "polygons" or len(numbers) % 4):
+        # an outline's points are never upright boxes all through
+        fours = [numbers[i : i + 4] for i in range(0, len(numbers) - 3, 4)]
+        outline = len(numbers) % 4 or (florence and any(four[2] <= four[0] or four[3] <= four[1] for four in fours))
+        if len(numbers) % 2 == 0 and len(numbers) >= 6 and (answer == "polygons" or outline):
             found.polygons.append(Item(numbers, order, frame))
         elif len(numbers) % 4 == 0:
-            found.boxes += [Item(numbers[i : i + 4], order, frame) for i in range(0, len(numbers), 4)]
+            found.boxes += [Item(four, order, frame) for four in fours]
         else:
             found.faulty += 1
     return found
@@ -117,6 +123,10 @@ def _triples(coords: str) -> tuple[list[dict[str, Number]], int]:
 def _tags(text: str, answer: str) -> Found:
     """What stands between <box> and the next tag, in whatever brackets."""
     found = Found()
+    for run in _ANGLES.finditer(text):
+        numbers = numbers_in(run[0])
+        found.boxes += [Item(numbers[i : i + 4]) for i in range(0, len(numbers) - 3, 4)]
+        found.faulty += len(numbers) % 4 > 0
     for opening in _BOX_TAG.finditer(text):
         end = _ANY_TAG.search(text, opening.end())
         inner = text[opening.end() : end.start() if end else len(text)]

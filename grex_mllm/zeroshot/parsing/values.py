@@ -83,8 +83,17 @@ def values(text: str) -> list[Node]:
     opener = re.compile(r"[\[{(]")
     while match := opener.search(text, place):
         node, place = _read(text, match.start(), dead)
-        found.append(node)
+        found += _hoisted(node)
     return found
+
+
+def _hoisted(node: Node) -> list[Node]:
+    """Return the node; of a bracket of prose that nothing closes (":(", "[see ...") the values in it instead."""
+    prose = node.opener == "(" or (node.opener == "[" and bool(node.items) and type(node.items[0]) is Word)
+    if node.closed or not prose:
+        return [node]
+    inner = [value for value in (*node.items, *(value for _, value in node.pairs)) if isinstance(value, Node)]
+    return [hoisted for value in sorted(inner, key=lambda value: value.start) for hoisted in _hoisted(value)]
 
 
 def _read(text: str, place: int, dead: set[str]) -> tuple[Node, int]:
