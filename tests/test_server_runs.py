@@ -5,6 +5,8 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
+import shlex
 import signal
 import subprocess
 import sys
@@ -18,6 +20,8 @@ import pytest
 from conftest import ROOT
 from fake_server import FAULTS, FakeServer, FaultyProxy, completion, faulty, last_text
 from PIL import Image
+
+from grex_mllm.zeroshot.settings import read_settings
 
 KEY = "sk-secret/9+key=0123456789"
 SLOW = {"429 date", "trickle", "stall"}
@@ -154,7 +158,7 @@ def test_ten_thousand_requests_with_faults_give_the_file_of_none(tmp_path):
     for n in range(50, 10_000, 1000):  # the slow ones, less often
         faults[n : n + 3] = sorted(SLOW)
     with faulty(script, lambda n: faults[n], stall_s=1.0) as (fake, proxy):
-        flags = ("--tasks=ground", "--server.concurrency=16", "--server.read_timeout_s=5", "--server.progress_s=5")
+        flags = ("--tasks=ground", "--server.concurrency=16", "--server.read_timeout_s=5", "--server.total_timeout_s=5")
         plain = done(predict(data, tmp_path / "plain" / "p.jsonl", fake.url, *flags), tmp_path / "plain" / "p.jsonl")
         assert len(fake.seen) == 10_000
         broken = done(predict(data, tmp_path / "broken" / "p.jsonl", proxy.url, *flags), tmp_path / "broken" / "p.jsonl")
@@ -180,3 +184,11 @@ def test_a_server_that_stalls_for_half_a_minute_dies_and_comes_back(small, tmp_p
         start = time.monotonic()
         raw = predict(root / "data", tmp_path / "patient" / "p.jsonl", proxy.url, "--tasks=ground,generate")
         assert done(raw, tmp_path / "patient" / "p.jsonl") == expected and time.monotonic() - start >= 30.0
+
+
+def test_every_setting_of_the_document_exists():
+    flags = re.findall(r"--(?:server|ask)\.\w+=(?:'[^']+'|[\w./]+)", (ROOT / "docs" / "servers.md").read_text(encoding="utf-8"))
+    assert len(flags) > 15
+    for flag in flags:
+        (word,) = shlex.split(flag)
+        read_settings([word.replace("=FILE", "=x.sqlite")])
