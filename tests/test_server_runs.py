@@ -10,6 +10,7 @@ import shlex
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -117,6 +118,22 @@ def test_a_killed_client_goes_on_and_pays_nothing_twice(small, tmp_path):
         assert not out.exists()
         assert done(predict(root / "data", out, fake.url, *flags, "--server.concurrency=8"), out) == expected
         assert num <= len(fake.seen) <= num + 4
+
+
+def test_an_interrupt_from_the_keyboard_ends_the_run_at_once(small, tmp_path):
+    root, expected, _ = small
+    out = tmp_path / "p.jsonl"
+    slow = threading.Event()
+    with FakeServer(lambda body: (len(fake.seen) > 9 and slow.wait(30), script(body))[1]) as fake:
+        run = predict(root / "data", out, fake.url, "--tasks=ground,generate", "--server.concurrency=3")
+        while len(fake.seen) <= 9:
+            time.sleep(0.01)
+        start = time.monotonic()
+        run.send_signal(signal.SIGINT)
+        assert run.wait(timeout=60) != 0 and time.monotonic() - start < 5.0
+        slow.set()
+        assert len((tmp_path / "p.jsonl.part").read_text().splitlines()) >= 8
+        assert done(predict(root / "data", out, fake.url, "--tasks=ground,generate"), out) == expected
 
 
 @pytest.mark.long
