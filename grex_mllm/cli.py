@@ -271,6 +271,7 @@ def compare(
     no_published: bool = False,
     any_protocol: bool = False,
     metric: list[str] | None = None,
+    spread: bool = False,
     data: str | None = None,
 ) -> int:
     """Set results side by side, with paired bootstrap intervals where per-sample rows exist.
@@ -282,6 +283,7 @@ def compare(
         no_published: leave the published rows out.
         any_protocol: compare in spite of different protocol versions.
         metric: dotted paths of your own metrics, which are imported for their columns.
+        spread: add mean and spread over the runs of one model: the same model over several prompts, or seeds.
         data: html: the dataset folder, for the pictures.
     """
     if format == "html":
@@ -297,7 +299,7 @@ def compare(
 
     if data is not None:
         raise fault(f"--data {data} with --format {format}", "--format html, whose pictures need it", "leave it out")
-    text = run(results, format=format, published=not no_published, any_protocol=any_protocol, metrics=metric or ())
+    text = run(results, format=format, published=not no_published, any_protocol=any_protocol, metrics=metric or (), spread=spread)
     if out is None:
         print(text)
     else:

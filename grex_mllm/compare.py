@@ -53,6 +53,7 @@ def compare(
     published: bool = True,
     any_protocol: bool = False,
     metrics: Sequence[str] = (),
+    spread: bool = False,
     num_draws: int = NUM_DRAWS,
     seed: int = 0,
 ) -> str:
@@ -60,7 +61,8 @@ def compare(
 
     published: add the rows of `eval/published/` (other data unless the dataset is the papers'). any_protocol: compare in spite of
     different protocol versions. metrics: dotted paths of metrics that are imported beside METRICS; of others, which a file from elsewhere
-    may name, the raw numbers are shown. Intervals appear where all results of a dataset and split have per-sample rows.
+    may name, the raw numbers are shown. spread: add mean and spread over runs of one model, see `spread_tables`.
+    Intervals appear where all results of a dataset and split have per-sample rows.
 
     Raises:
         GrexError: a file is missing or no results.json, the format is unknown, or protocols differ.
@@ -75,6 +77,7 @@ def compare(
         groups.setdefault((str(dataset["name"]), str(dataset["split"])), []).append(run)
     for members in groups.values():
         tables += compare_tables(members, known, Bootstrap(members, num_draws, seed, known) if all(m.rows for m in members) else None)
+        tables += spread_tables(members, known) if spread else []
     if published:
         shown = {task for run in runs for block in run.results["results"].values() for task in block}
         tables += published_tables(shown)
@@ -98,6 +101,29 @@ def compare_tables(runs: list[Run], known: Collection[str], draws: Bootstrap | N
     for task in in_order({task for run in runs for block in run.results["results"].values() for task in block}):
         found += [_task_table(runs, task, protocol, where, draws, known) for protocol in PROTOCOLS]
     return [t for t in found if t is not None] + _bucket_tables(runs, where, known) + _difference_tables(runs, draws, where, known)
+
+
+def spread_tables(runs: list[Run], known: Collection[str]) -> list[Table]:
+    """Return mean, standard deviation (of the sample), least and most of every number over the runs of one model: prompts, seeds, repeats.
+
+    Runs that say who answered (`by`) belong together where the model is the same; all others belong together.
+    """
+    groups: dict[str, list[Run]] = {}
+    for run in runs:
+        by = run.results["provenance"]["predictions"].get("by") or [""]
+        groups.setdefault(by[0].partition(",")[0], []).append(run)
+    tables = []
+    for name, members in groups.items():
+        blocks = [run.results["results"]["strict"] for run in members]
+        for task in in_order({task for block in blocks for task in block if task in known}) if len(members) > 1 else ():
+            values = {c: [v for b in blocks if (v := c.find(b.get(task))) is not None] for c in columns(entry(task), "report")}
+            shown = {column: found for column, found in values.items() if len(found) == len(members)}
+            ways = {"mean": np.mean, "standard deviation": lambda found: np.std(found, ddof=1), "least": np.min, "most": np.max}
+            rows = [[way, *(column.text(float(measure(found))) for column, found in shown.items())] for way, measure in ways.items()]
+            title = f"{name or 'all'}: {task}, strict, over {len(members)} runs"
+            notes = [f"runs: {', '.join(run.name for run in members)}"]
+            tables += [Table(title, ["", *(column.name for column in shown)], rows, notes)] if shown else []
+    return tables
 
 
 def read_run(path: Path) -> Run:

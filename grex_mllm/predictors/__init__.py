@@ -28,6 +28,7 @@ PREDICTORS: dict[str, str] = {
     "random": "grex_mllm.predictors.fixed:random",
     "category_side": "grex_mllm.predictors.category_side",
     "replay": "grex_mllm.predictors.replay",
+    "reparse": "grex_mllm.zeroshot.recorded",
 }
 ZEROSHOT, SERVER = "grex_mllm.zeroshot.predictor", "openai"  # of FAMILY:FOLDER and openai:MODEL
 MODULE = re.compile(r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)*")

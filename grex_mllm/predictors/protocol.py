@@ -175,6 +175,11 @@ def set_key(image_id: str, targets: Collection[str]) -> str:
     return f"set:{image_id}:{','.join(targets)}"
 
 
+def costs_file(predictions: Path) -> Path:
+    """Return where a model that is asked in words leaves what its answers took: runs/x.jsonl -> runs/x.costs.jsonl."""
+    return predictions.with_name(f"{predictions.stem}.costs.jsonl")
+
+
 def object_sets(expressions: Iterable[ExpressionRecord]) -> list[ObjectSet]:
     """Return the distinct object sets that the expressions of an image refer to, in order; annotation ids sorted."""
     return list(dict.fromkeys(tuple(sorted(e.targets)) for e in expressions if e.targets))

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from grex_mllm import draw
-from grex_mllm.compare import NUM_DRAWS, Bootstrap, Run, Table, compare_tables, published_tables, read_runs
+from grex_mllm.compare import NUM_DRAWS, Bootstrap, Run, Table, compare_tables, published_tables, read_runs, spread_tables
 from grex_mllm.data.dataset import FolderDataset
 from grex_mllm.data.records import read_lines
 from grex_mllm.errors import fault
@@ -54,7 +54,8 @@ def write_models_page(
     notes: list[str] = []
     lead = f"{len(runs)} models on <b>{escape(' '.join(places[0]))}</b>. Fractions in percent; the best of each column is marked."
     draws = Bootstrap(runs, num_draws, 0, known) if all(run.rows for run in runs) else None
-    tables = compare_tables(runs, known, draws)
+    tables = spread_tables([run for run in runs if run.results["provenance"]["predictions"].get("by")], known)
+    tables += compare_tables(runs, known, draws)
     sections = [
         Section("summary", "Models", _summary(runs, known), lead),
         Section("asked", "How they answered, and what it cost", _asked(runs)),
@@ -117,14 +118,16 @@ def _asked(runs: list[Run]) -> str:
         for task, block in (run.results["provenance"]["predictions"].get("asked") or {}).items():
             number = max(int(block["num_samples"]), 1)
             shares = [f"{100 * block['shares'].get(kind, 0.0):.1f}" for kind in KINDS]
-            cost = block.get("cost", 0.0)
+            spent = block.get("spent", {})
             each = [block["num_calls"], block.get("num_prompt_tokens", 0), block.get("num_completion_tokens", 0)]
             cells = [f"{value / number:.1f}" for value in each]
             flags = ", ".join(f"{name.replace('_', ' ')} {count}" for name, count in block["flags"].items()) or "–"
-            money = f"{cost / number:.6f}" if cost else "–"
-            rows.setdefault(task, []).append(
-                [label(run), str(number), *shares, *cells, f"{block['call_seconds'] / number:.2f}", money, flags]
+            calls = max(spent.get("calls", 0.0), 1.0)  # asked again: the mean of a call, times the calls of a sample
+            seconds, money = (
+                f"{spent[name] / calls * block['num_calls'] / number:.{places}f}" if spent.get(name) else "–"
+                for name, places in (("seconds", 2), ("cost", 6))
             )
+            rows.setdefault(task, []).append([label(run), str(number), *shares, *cells, seconds, money, flags])
     header = [
         "model",
         "N",
@@ -189,8 +192,8 @@ def _lines_of(run: Run, results: Path, notes: list[str]) -> dict[str, dict[str, 
     """Return expression id, or "set:...", -> prediction line of a run; files that do not lie beside its results.json are noted."""
     found: dict[str, dict[str, Any]] = {}
     for name in run.results["provenance"]["predictions"]["files"]:
-        path = results.parent / Path(name).name
-        if not path.is_file():
+        path = next((p for p in (results.parent / Path(name).name, results.parent.parent / Path(name).name) if p.is_file()), None)
+        if path is None:
             notes.append(f"{run.name}: no pictures, {name} does not lie beside {results.name}.")
             continue
         for _, _, line in read_lines(path):

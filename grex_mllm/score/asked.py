@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import json
 import math
 from collections import Counter
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 KEYS = {"by", "raw", "flags"}  # of a prediction line (eval/README.md)
+SPENT = ("calls", "cached", "seconds", "cost", "cached_tokens")  # in a file of costs (`predictors.protocol.costs_file`)
 KINDS = ("boxes", "no_target", "text", "refused", "unparsable", "error")
 
 
@@ -15,17 +18,16 @@ class Asked:
     """Counts over the lines with `raw`, by task ("ground", "generate").
 
     kinds: how the questions ended, see KINDS.  flags: how often a rule of the parser was needed.  by: names of the models.
-    calls, cached: requests, and those of them that came out of the store.  tokens: prompt, completion, cached.
-    seconds: of each call, added up.  cost: in the currency of the prices that were given.
+    calls: requests.  tokens: prompt_tokens, completion_tokens.  spent: of the files of costs beside the predictions, added up; they hold
+    more than the lines where questions were asked again.
     """
 
     def __init__(self) -> None:
         self.kinds: dict[str, Counter[str]] = {}
         self.flags: dict[str, Counter[str]] = {}
         self.by = set[str]()
-        self.calls, self.cached, self.tokens = Counter[str](), Counter[str](), dict[str, Counter[str]]()
-        self.seconds: dict[str, list[float]] = {}
-        self.costs: dict[str, list[float]] = {}
+        self.calls, self.tokens = Counter[str](), dict[str, Counter[str]]()
+        self.spent: dict[str, dict[str, list[float]]] = {}
 
     def add(self, line: Mapping[str, Any]) -> None:
         """Take a prediction line; one without `raw` adds nothing."""
@@ -39,11 +41,22 @@ class Asked:
         for answer in line["raw"]:
             answer = answer if isinstance(answer, dict) else {}
             self.calls[task] += 1
-            self.cached[task] += bool(answer.get("cached"))
-            usage = answer.get("usage") if isinstance(answer.get("usage"), dict) else {}
+            found = answer.get("usage")
+            usage = found if isinstance(found, dict) else {}
             self.tokens.setdefault(task, Counter()).update({name: number for name, number in usage.items() if type(number) is int})
-            self.seconds.setdefault(task, []).append(_number(answer.get("seconds")))
-            self.costs.setdefault(task, []).append(_number(answer.get("cost")))
+
+    def add_costs(self, path: Path) -> None:
+        """Take a file of costs, if it is there; a cut last line of a killed run is left out."""
+        if not path.is_file():
+            return
+        for line in path.read_bytes().splitlines():
+            try:
+                value = json.loads(line)
+            except ValueError:
+                continue
+            if isinstance(value, dict) and value.get("task") in self.kinds:
+                for name in SPENT:
+                    self.spent.setdefault(value["task"], {}).setdefault(name, []).append(_number(value.get(name)))
 
     def provenance(self) -> dict[str, Any]:
         """Return the block of results.json; {} where nobody was asked."""
@@ -55,10 +68,8 @@ class Asked:
                 "shares": {kind: kinds[kind] / number for kind in KINDS if kinds[kind]},
                 "flags": dict(sorted(self.flags[task].items())),
                 "num_calls": self.calls[task],
-                "num_cached": self.cached[task],
                 **{f"num_{name}": found for name, found in sorted(self.tokens.get(task, Counter()).items())},
-                "call_seconds": round(math.fsum(self.seconds.get(task, ())), 3),
-                "cost": round(math.fsum(self.costs.get(task, ())), 6),
+                **({"spent": {n: round(math.fsum(v), 6) for n, v in self.spent[task].items()}} if task in self.spent else {}),
             }
         return ({"by": sorted(self.by)} if self.by else {}) | ({"asked": blocks} if blocks else {})
 

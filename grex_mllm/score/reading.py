@@ -17,6 +17,7 @@ import numpy as np
 from grex_mllm.data.records import decode_line
 from grex_mllm.errors import GrexError, fault
 from grex_mllm.metrics.language import OTHER_WAYS
+from grex_mllm.predictors.protocol import costs_file
 from grex_mllm.score.asked import KEYS as ASKED
 from grex_mllm.score.asked import Asked
 from grex_mllm.score.identity import duplicates, id_number, sha256_of
@@ -131,6 +132,8 @@ def index_predictions(paths: list[Path]) -> PredictionFiles:
         else:
             given = f"{where} with fields {', '.join(sorted(value)) or '(none)'}"
             raise fault(given, "expression_id, or image_id and targets", "fix the line")
+    for path in paths:
+        asked.add_costs(costs_file(path))
     if not answered["mask"] and answered["boxes_xyxy"]:
         del answered["mask_rle"]  # nothing but nulls, beside boxes: masks were not asked for
     places = np.array(numbers, np.uint64), np.array(files, np.uint16), np.array(offsets, np.int64)

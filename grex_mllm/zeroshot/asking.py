@@ -170,8 +170,7 @@ def _counted(talk: Talk, prompt: Prompt, record: ExpressionRecord) -> Conversati
     """Ask how many objects there are; the answer has neither boxes nor masks."""
     ((raw, view),) = yield from talk.ask("count", prompt)
     read = parse_count(raw)
-    talk.note(read.flags)
-    if read.status != "ok":
+    if read.count is None:
         return Answer(talk.key, status=read.status, reason=read.reason, masks=False, fields=talk.fields())
     parsed = Parsed("ok", no_target=read.count == 0)
     nothing = np.zeros((view.height, view.width), bool)

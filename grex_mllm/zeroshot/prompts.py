@@ -108,8 +108,9 @@ class Prompt:
 def prompt_names(task: str, family: Family | str, track: str = "") -> list[str]:
     """Return the names of the shipped prompts of a task that fit a family: its native ones first; track: of one track only."""
     family = find_family(family) if isinstance(family, str) else family
-    found = [(raw["track"], path.stem) for path, raw in _shipped(task) if _serves(raw, family) and track in ("", raw["track"])]
-    return [name for _, name in sorted(found)]
+    fits = [(path, raw) for path, raw in _shipped(task) if _serves(raw, family) and track in ("", raw["track"])]
+    fits = [(path, raw) for path, raw in fits if raw["track"] == "native" or raw.get("answer", OF_FAMILY) in (OF_FAMILY, *family.formats)]
+    return [name for _, name in sorted((raw["track"], path.stem) for path, raw in fits)]
 
 
 def find_prompt(task: str, family: Family | str, name: str = "") -> Prompt:
@@ -126,7 +127,7 @@ def find_prompt(task: str, family: Family | str, name: str = "") -> Prompt:
     if not name:
         names = prompt_names(task, family)
         path = PROMPT_FOLDER / task / f"{names[0] if names and not names[0].startswith('uniform') else 'uniform'}.yaml"
-    elif "/" not in name and not path.is_file():
+    elif not name.endswith((".yaml", ".yml")) and (not re.fullmatch(r"[\w.-]+", name) or not path.is_file()):
         names = prompt_names(task, family)
         near = difflib.get_close_matches(name, names, n=1)
         expected = f"one of {', '.join(names)}, or a path of a .yaml file"
