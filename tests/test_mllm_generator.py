@@ -22,6 +22,7 @@ from grex_mllm.entries import entry
 from grex_mllm.errors import GrexError
 from grex_mllm.models.describe import describe_encoded
 from grex_mllm.models.generators.mllm.config import MllmConfig
+from grex_mllm.models.generators.mllm.network import rival_sets
 from grex_mllm.models.grex import GrexModel
 from grex_mllm.models.text import train_text_tokenizer
 from grex_mllm.types import Batch, ExpressionRecord, Sample
@@ -181,6 +182,23 @@ def test_a_batch_is_its_sets_one_by_one(name: str, way: dict[str, Any], folder: 
         together = model.generator.generate(maps, encoded, masks, sets, mode=mode, num_candidates=number)
         assert together == [model.generator.generate(maps, encoded, masks, [one], mode=mode, num_candidates=number)[0] for one in sets]
     assert model.generator.generate(maps, encoded, masks, [[2, 1]]) == model.generator.generate(maps, encoded, masks, [[1, 2]])
+
+
+def test_candidates_are_ranked_by_the_model_itself(folder: Folder, tmp_path: Path) -> None:
+    """The model that has learned eight sets finds each text likelier for its own set than for those that differ in one object."""
+    model = build(folder(QUICK), tmp_path / "lm", lora_rank=16, projector_width=64)
+    learn(model, 150)
+    sample = scenes()[0]
+    masks = np.stack([instance.mask for instance in selectable_instances(sample.record)])
+    encoded, sets = model.encode(sample.image), [[0], [1, 2], [0, 1, 2]]
+    maps, own = model.grounding.language_free(encoded.features), TEXTS[:3]
+    found = model.generator.agreements(maps, encoded, masks, sets, [own] * 3)
+    assert all(max(range(3), key=row.__getitem__) == n and 0.5 < row[n] <= 1 for n, row in enumerate(found))
+    value = model.generator.log_likelihoods(maps, encoded, masks, sets, own)
+    nll, _ = model.generator.losses(maps_of(model, batch_of(model)), batch_of(model), batch_of(model).generation)
+    torch.testing.assert_close(value, -nll.sum(1)[:3], atol=2e-2, rtol=2e-2)  # masks at the network input differ a little
+    assert rival_sets([0, 2], 4) == [[0, 2, 1], [0, 2, 3], [2], [0], [1], [3]] and rival_sets([0], 1) == []
+    assert described(model, rerank="own", candidates=3) == TEXTS
 
 
 def test_beams_are_those_of_transformers(folder: Folder, tmp_path: Path) -> None:

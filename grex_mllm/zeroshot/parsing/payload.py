@@ -11,7 +11,9 @@ from grex_mllm.zeroshot.parsing.tokens import joined, tokens_of
 from grex_mllm.zeroshot.parsing.values import NUMBER, Node, values
 from grex_mllm.zeroshot.parsing.words import MASK, says_none
 
-_LANGUAGE = re.compile(r"\s*(?:json5?|jsonl|python|py|javascript|js|text|txt|xml|html|yaml|plaintext|csv|markdown|bash)?[ \t]*\n?", re.IGNORECASE)
+_LANGUAGE = re.compile(
+    r"\s*(?:json5?|jsonl|python|py|javascript|js|text|txt|xml|html|yaml|plaintext|csv|markdown|bash)?[ \t]*\n?", re.IGNORECASE
+)
 # words that set a value apart from the answer: an example, or what a later one corrects
 _ASIDE = re.compile(
     r"\b(?:for example|example|e\.g\.|for instance|format (?:is|would be|like)|formatted like|looks? like this|placeholder|template)\b"
@@ -26,7 +28,10 @@ _CORRECTS = re.compile(
     r"|更正|修正|纠正|应该是|訂正|수정|korrektur|correcci|correzione|исправл",
     re.IGNORECASE,
 )
-_EXAMPLE = re.compile(r"\b(?:for example|example|e\.g\.|for instance)\b|例如|示例|par exemple|beispiel|ejemplo|esempio|например|たとえば|예를 들어", re.IGNORECASE)
+_EXAMPLE = re.compile(
+    r"\b(?:for example|example|e\.g\.|for instance)\b|例如|示例|par exemple|beispiel|ejemplo|esempio|например|たとえば|예를 들어",
+    re.IGNORECASE,
+)
 _BARE = re.compile(
     rf"^[ \t]*(?:[-*•]|\d{{1,2}}[.)])?[ \t]*(?:[^\d\n]{{0,60}}[:=])?[ \t<(]*({NUMBER}\s?%?(?:[,;]\s?|[ \t]+){NUMBER}\s?%?(?:[,;]\s?|[ \t]+){NUMBER}\s?%?"
     rf"(?:[,;]\s?|[ \t]+){NUMBER}\s?%?)[ \t>)]*[.。]?[ \t]*$",
