@@ -81,7 +81,8 @@ def describe(
     objects. A box stands for the object that the grounding model finds in it, see `masks_in_boxes`.
     object_sets: lists of positions in masks or boxes; the objects that a set leaves out are its distractors.
     mode: greedy | beam | sample.  candidates, rerank: draw that many (`greedy` then samples, and adds the greedy answer) and let the model
-    itself choose: by its grounding ("listener"), or by its generator's own likelihoods, where that can tell sets apart ("own").  temperature: of the samples; None = 1, and 0.7 for candidates of the listener.
+    itself choose: by its grounding ("listener"), or by the likelihoods of a generator that can tell sets apart ("own").
+    temperature: of the samples; None = 1, and 0.7 for candidates that are re-ranked.
     details: return `Description` objects instead of strings.
 
     Raises:

@@ -201,8 +201,8 @@ class MllmGenerator(nn.Module):
     ) -> list[list[float]]:
         """Return, for each text of each set, how well it tells that set from others: a probability in (0, 1).
 
-        The model's own likelihood of the text given the set, against that given every set that differs in one object, and every other single
-        object, all equally likely before. Arguments as in `generate`.
+        The model's own likelihood of the text given the set, against that given every set that differs in one object, and every other
+        single object, all equally likely before. Arguments as in `generate`.
         """
         found = []
         for chosen, options in zip(sets, texts, strict=True):
@@ -335,8 +335,8 @@ def rival_sets(chosen: list[int], number: int) -> list[list[int]]:
 
 def on_device(questions: Questions, device: torch.device) -> Questions:
     """Return the questions with all tensors on a device."""
-    moved = {name: value.to(device) for name, value in questions._asdict().items() if isinstance(value, Tensor)}
-    return questions._replace(**moved, tensors={name: value.to(device) for name, value in questions.tensors.items()})
+    moved: list[Any] = [{k: v.to(device) for k, v in part.items()} if isinstance(part, dict) else part.to(device) for part in questions]
+    return Questions(*moved)
 
 
 def _chunks(number: int, size: int) -> Iterator[slice]:
