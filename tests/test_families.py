@@ -215,7 +215,9 @@ def unnormalised(values: np.ndarray, processor: Any) -> np.ndarray:
 def qwen_pixels(processor: Any, image: Image.Image) -> np.ndarray:
     out = processor(images=[image], return_tensors="np")
     (_, rows, columns), patch, merge = out["image_grid_thw"][0], processor.patch_size, processor.merge_size
-    cut = out["pixel_values"].reshape(rows // merge, columns // merge, merge, merge, 3, processor.temporal_patch_size, patch, patch)[:, :, :, :, :, 0]
+    cut = out["pixel_values"].reshape(rows // merge, columns // merge, merge, merge, 3, processor.temporal_patch_size, patch, patch)[
+        :, :, :, :, :, 0
+    ]
     return unnormalised(cut.transpose(4, 0, 2, 5, 1, 3, 6).reshape(3, rows * patch, columns * patch), processor)
 
 
