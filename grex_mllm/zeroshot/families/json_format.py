@@ -83,7 +83,9 @@ def json_formats(frame: str, order: str, key: str = "bbox_2d", point_key: str = 
     }
 
 
-def json_family(name: str, frame: str, order: str, patterns: tuple[str, ...], *, key: str = "bbox_2d", point_key: str = "point_2d", **own) -> Family:  # type: ignore[no-untyped-def]
+def json_family(
+    name: str, frame: str, order: str, patterns: tuple[str, ...], *, key: str = "bbox_2d", point_key: str = "point_2d", **own
+) -> Family:  # type: ignore[no-untyped-def]
     """Return a family that answers boxes, points and polygons as JSON. own: fields of `Family` that differ."""
     mention = plain_boxes(frame, order)
     made = {
