@@ -5,7 +5,7 @@ copies of all configurations and DeepSpeed files, tiny data, weights, checkpoint
 the document. These things alone are replaced, by `shrunken` and `launched`:
 
 1. PLACEHOLDERS in capitals (FOLDER, SPLIT, ...) become the name of a stand-in; `$k` becomes 0.
-2. A number of training steps over 2 becomes 2 (STEPS), and so does that of GPUs of `grex estimate`.
+2. A number of training steps over 2 becomes 2 (STEPS), and so do those of GPUs of `grex estimate` and of a sample (`--limit`).
 3. What the command is to write (--out, --train.out) is removed first if the stage has it; `grex ground --out` is a folder of many.
 4. `grex demo` without --config takes the stage's configs/demo.yaml and the few scenes of DEMO_SIZES.
 5. Launchers: their own parsers read their flags. Then two processes on CPU are started; commands for several machines run on one.
@@ -92,6 +92,8 @@ def shrunken(command: str) -> list[str]:
         words.append(STEPS.sub(lambda hit: f"{hit[1]}{min(int(hit[2]), 2)}", word))
     if words[:2] == ["grex", "estimate"] and "--gpus" in words:
         words[words.index("--gpus") + 1] = "2"
+    if "--limit" in words:
+        words[words.index("--limit") + 1] = "2"
     if words[:2] == ["grex", "demo"] and "--config" not in words:
         words += ["--config", "configs/demo.yaml"]
     return words
