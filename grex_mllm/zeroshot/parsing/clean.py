@@ -91,12 +91,6 @@ def _plain() -> dict[int, str | None]:
     }.items():  # fmt: skip
         table |= {ord(other): plain for other in others}
     table |= {ord("٫"): ".", ord("…"): "...", ord("×"): "x"}
-<<<<<<< HEAD
-    table |= {
-        ord(unseen): None for unseen in "\u200b\u200c\u200d\u200e\u200f\u2060\ufeff\u00ad\u202a\u202b\u202c\u2066\u2067\u2068\u2069\x00"
-    }
-=======
     unseen = "\u200b\u200c\u200d\u200e\u200f\u2060\ufeff\u00ad\u202a\u202b\u202c\u2066\u2067\u2068\u2069\x00"
     table |= dict.fromkeys(map(ord, unseen))
->>>>>>> w-A
     return table

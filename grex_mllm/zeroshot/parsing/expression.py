@@ -15,23 +15,8 @@ from grex_mllm.zeroshot.parsing.words import plain, refuses, says_none
 
 MAX_WORDS = 60
 _KEYS = (
-<<<<<<< HEAD
-    "expression",
-    "referringexpression",
-    "phrase",
-    "description",
-    "answer",
-    "text",
-    "caption",
-    "output",
-    "result",
-    "response",
-    "sentence",
-    "label",
-=======
     *("expression", "referringexpression", "phrase", "description", "answer", "text", "caption", "output", "result", "response"),
     *("sentence", "label"),
->>>>>>> w-A
 )
 _QUOTES = "\"'`“”„«»‘’「」『』《》"
 _LEAD = re.compile(

@@ -23,25 +23,11 @@ ROLES = {
         "box",
     ),
     # their value may be words as well
-<<<<<<< HEAD
-    **dict.fromkeys("location locations region regions position positions area".split(), "any"),
-    **dict.fromkeys("xyxy bboxxyxy boxxyxy boxesxyxy bboxesxyxy".split(), "xyxy"),
-    **dict.fromkeys("yxyx bboxyxyx boxyxyx".split(), "yxyx"),
-    **dict.fromkeys("xywh bboxxywh boxxywh ltwh tlwh".split(), "xywh"),
-    **dict.fromkeys("cxcywh bboxcxcywh boxcxcywh xywhcenter".split(), "cxcywh"),
-    **dict.fromkeys(
-        "point point2d points points2d keypoint keypoints center centre centers centres centerpoint click clicks".split(), "point"
-    ),
-    **dict.fromkeys(
-        "polygon polygons segmentation contour contours outline outlines vertices polygonpoints maskpolygon".split(), "polygon"
-    ),
-=======
     **dict.fromkeys(_words("location locations region regions position positions area"), "any"),
     **dict.fromkeys(_words("xyxy bboxxyxy boxxyxy boxesxyxy bboxesxyxy"), "xyxy"),
     **dict.fromkeys(_words("yxyx bboxyxyx boxyxyx"), "yxyx"),
     **dict.fromkeys(_words("xywh bboxxywh boxxywh ltwh tlwh"), "xywh"),
     **dict.fromkeys(_words("cxcywh bboxcxcywh boxcxcywh xywhcenter"), "cxcywh"),
->>>>>>> w-A
     **dict.fromkeys(
         _words("point point2d points points2d keypoint keypoints center centre centers centres centerpoint click clicks"), "point"
     ),
@@ -93,17 +79,10 @@ AXES: dict[str, list[tuple[str, ...]]] = {
 AXIS_NAMES = {name for ways in (AXES["xyxy"], AXES["xywh"], AXES["cxcywh"]) for way in ways for name in way} - set("ltrb")
 
 _LOW = re.compile(
-<<<<<<< HEAD
-    r"(?:top|upper)left(?:corner|point)?|left(?:top|upper)(?:corner)?|tl|lt|min|start|from|p1|pt1|point1|corner1|startpoint|左上角?|xy1"
-)
-_HIGH = re.compile(
-    r"(?:bottom|lower)right(?:corner|point)?|right(?:bottom|lower)(?:corner)?|br|rb|max|end|to|p2|pt2|point2|corner2|endpoint|右下角?|xy2"
-=======
     r"(?:top|upper)left(?:corner|point)?|left(?:top|upper)(?:corner)?|tl|lt|min|start|from|p1|pt1|point1|corner1|startpoint|xy1|左上角?"
 )
 _HIGH = re.compile(
     r"(?:bottom|lower)right(?:corner|point)?|right(?:bottom|lower)(?:corner)?|br|rb|max|end|to|p2|pt2|point2|corner2|endpoint|xy2|右下角?"
->>>>>>> w-A
 )
 _SIGNS = re.compile(r"[\W_]+")
 
