@@ -17,7 +17,7 @@ from pathlib import Path
 
 import torch
 
-from grex_mllm.errors import fault
+from grex_mllm.errors import GrexError, fault
 from grex_mllm.models.multimodal import Chat, ModelChoice, load_multimodal
 from grex_mllm.models.multimodal.decoding import Answers, Read, read_batch, write_after
 from grex_mllm.models.multimodal.sharing import SharedReader
@@ -166,7 +166,10 @@ class Local:
         try:
             with torch.no_grad(), autocast(self.precision.precision, self.model.device.type):
                 found = self._batch(batch)
-        except (torch.OutOfMemoryError, ValueError) as error:
+        except (RuntimeError, ValueError) as error:
+            refused = isinstance(error, ValueError) and not isinstance(error, GrexError)
+            if not refused and not _out_of_memory(error):
+                raise
             if len(batch) == 1:
                 return [RawAnswer(None, "error", error=str(error).splitlines()[0][:300], seconds=time.perf_counter() - start)]
             half = len(batch) // 2
@@ -179,26 +182,25 @@ class Local:
         return found
 
     def _batch(self, batch: Sequence[_Waiting]) -> list[RawAnswer]:
-        chats = [one.request.turns for one in batch]
         if not self.settings.share_prefix or len({one.pictures for one in batch}) > 1:
-            inputs = {name: value.to(self.model.device) for name, value in self.chat.inputs(chats).items()}
-            return self._written(batch, read_batch(self.model, inputs))
-        rows = self._shared.rows(chats, batch[0].pictures)
+            return self._written(batch, self._read_apart(batch))
+        rows = self._shared.rows([one.request.turns for one in batch], batch[0].pictures)
         if not self._shared.pads and len({len(row) for row in rows}) > 1:
             lengths = [len(row) for row in rows]
             parts = [[n for n, length in enumerate(lengths) if length == wanted] for wanted in sorted(set(lengths))]
             answers = {n: raw for part in parts for n, raw in zip(part, self._batch([batch[n] for n in part]))}
             return [answers[n] for n in range(len(batch))]
-        found = self._shared.read(rows)
-        if found is None:
-            inputs = {name: value.to(self.model.device) for name, value in self.chat.inputs(chats).items()}
-            found = read_batch(self.model, inputs)
-        return self._written(batch, found)
+        self._check_length(max(map(len, rows)) + batch[0].request.max_tokens)
+        return self._written(batch, self._shared.read(rows) or self._read_apart(batch))
+
+    def _read_apart(self, batch: Sequence[_Waiting]) -> Read:
+        inputs = self.chat.inputs([one.request.turns for one in batch])
+        self._check_length(inputs["input_ids"].shape[1] + batch[0].request.max_tokens)
+        return read_batch(self.model, {name: value.to(self.model.device) for name, value in inputs.items()})
 
     def _written(self, batch: Sequence[_Waiting], found: Read) -> list[RawAnswer]:
         """Write the answers of chats that are read."""
         temperature, top_p, most = batch[0].sampling
-        self._check_length(max(found.lengths) + most)
         seeds = [int(one.request.digest[:15], 16) for one in batch] if temperature > 0 else []
         made = write_after(self.model, found, self.chat.ends, most, temperature=temperature, top_p=top_p, seeds=seeds)
         return [self._raw(one.request, made, found, n) for n, one in enumerate(batch)]
@@ -218,19 +220,19 @@ class Local:
     def _choice_probs(self, choices: tuple[str, ...], logits: torch.Tensor) -> dict[str, float]:
         """Return the probability that an answer begins with a word, in whatever case and with or without a space before it.
 
+        Tokens that begin several of the words do not count.
+
         Raises:
             GrexError: words that begin alike.
         """
         firsts = {word: self._first_tokens(word) for word in choices}
-        for word in choices:
-            others = set[int]().union(*(firsts[other] for other in choices if other != word))
-            if not firsts[word] - others:
-                raise fault(
-                    f'choices {", ".join(choices)} of which "{word}" begins like another', "words that begin differently", "use others"
-                )
-            firsts[word] -= others
-        share = logits.float().softmax(-1)
-        return {word: float(share[sorted(ids)].sum()) for word, ids in firsts.items()}
+        own = {word: firsts[word] - set[int]().union(*(firsts[other] for other in choices if other != word)) for word in choices}
+        share, alike = logits.float().softmax(-1), [word for word in choices if not own[word]]
+        if alike:
+            raise fault(
+                f"choices {', '.join(choices)}, of which {alike[0]} begins like another", "words that begin differently", "change them"
+            )
+        return {word: float(share[sorted(ids)].sum()) for word, ids in own.items()}
 
     def _first_tokens(self, word: str) -> set[int]:
         ways = {f"{space}{case}" for case in (word, word.capitalize(), word.upper()) for space in ("", " ")}
@@ -241,3 +243,7 @@ class Local:
         most = getattr(self.model.config.get_text_config(), "max_position_embeddings", None)
         if most is not None and length > most:
             raise ValueError(f"{length} tokens of question and answer; the model has places for {most}")
+
+
+def _out_of_memory(error: Exception) -> bool:
+    return isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error)

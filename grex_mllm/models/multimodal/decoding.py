@@ -24,6 +24,21 @@ class Answers(NamedTuple):
     ended: list[bool]
 
 
+class Read(NamedTuple):
+    """B chats that are read. cache: keys and values.  first: float [B, V], logits after the last token.  mask: int64 [B, S] of the cache.
+
+    deltas: int64 [B, 1], how far positions are ahead of tokens (M-RoPE); None in other models.
+    lengths: tokens of each chat.  cached: how many of them cost nothing, because they had been read for another one.
+    """
+
+    cache: Any
+    first: Tensor
+    mask: Tensor
+    deltas: Tensor | None
+    lengths: list[int]
+    cached: list[int]
+
+
 def read(model: Any, inputs: dict[str, Any]) -> tuple[Any, Tensor, Tensor | None]:
     """Return the cache of a batch of chats, logits [B, V] after the last token, and how far their positions are ahead (M-RoPE), if so."""
     out = model(**inputs, **positions(model, inputs["attention_mask"]), use_cache=True, logits_to_keep=1)
@@ -56,7 +71,29 @@ def write(
 
     temperature: 0 = greedy.  top_p: least share of the probability that samples are drawn from.  seeds: one a row, for sampling.
     """
+    return write_after(model, read_batch(model, inputs), ends, max_new_tokens, temperature=temperature, top_p=top_p, seeds=seeds)
+
+
+@torch.no_grad()
+def read_batch(model: Any, inputs: dict[str, Any]) -> Read:
+    """Read B chats, each on its own. inputs: of `Chat.inputs`, on the model's device."""
     cache, first, deltas = read(model, inputs)
+    lengths = inputs["attention_mask"].sum(1).tolist()
+    return Read(cache, first, inputs["attention_mask"], deltas, lengths, [0] * len(lengths))
+
+
+@torch.no_grad()
+def write_after(
+    model: Any,
+    begun: Read,
+    ends: Sequence[int],
+    max_new_tokens: int,
+    *,
+    temperature: float = 0.0,
+    top_p: float = 1.0,
+    seeds: Sequence[int] = (),
+) -> Answers:
+    """Answer chats that are read; other arguments as in `write`."""
     generators = [torch.Generator().manual_seed(seed) for seed in seeds]
 
     def choose(logits: Tensor, step: int, rows: Tensor) -> Tensor:
@@ -65,11 +102,13 @@ def write(
         chance = [float(torch.rand((), generator=generators[int(row)], dtype=torch.float64)) for row in rows]
         return _sampled(logits.float() / temperature, top_p, torch.tensor(chance, dtype=torch.float64, device=logits.device))
 
-    tokens = write_on(model, cache, first, inputs["attention_mask"], ends=list(ends), steps=max_new_tokens, choose=choose, deltas=deltas)
+    tokens = write_on(
+        model, begun.cache, begun.first, begun.mask, ends=list(ends), steps=max_new_tokens, choose=choose, deltas=begun.deltas
+    )
     stops = torch.isin(tokens, torch.tensor(list(ends), device=tokens.device))
     ended = stops.any(1)
     length = torch.where(ended, stops.long().argmax(1), tokens.shape[1])
-    return Answers(tokens, first, length.tolist(), ended.tolist())
+    return Answers(tokens, begun.first, length.tolist(), ended.tolist())
 
 
 @torch.no_grad()
