@@ -6,6 +6,8 @@ import json
 import logging
 import os
 import pickle
+import socket
+import sys
 import threading
 import time
 from typing import Any
@@ -153,7 +155,7 @@ def test_budgets_stop_the_run_and_keep_what_is_answered(limits, most, said, conc
 
 def test_each_of_several_processes_has_its_part_of_a_budget(monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "2")
-    with FakeServer(echo) as fake, pytest.raises(GrexError, match=r"of which this process has 0.5"):
+    with FakeServer(echo) as fake, pytest.raises(GrexError, match=r"budget_calls 3 \(this process's part\) is spent"):
         ask(server_at(fake.url, budget_calls=6), [once(f"t{n}") for n in range(9)])
     assert len(fake.seen) == 3
 
@@ -163,14 +165,17 @@ def test_a_budget_of_tokens_needs_a_server_that_counts_them():
         ask(server_at(fake.url, budget_tokens=100, concurrency=1), [once("a"), once("b")])
 
 
-def test_remarks_tell_calls_tokens_cost_rate_and_time_left(capsys):
+def test_remarks_tell_calls_tokens_cost_rate_and_budgets(capsys):
     with FakeServer(lambda body: completion("a", usage=(1000, 10, 400)), delay_s=0.01) as fake:
-        server = server_at(fake.url, price_in=1.0, price_out=2.0, progress_s=0.001)
-        server.tally.expect(6)
+        server = server_at(fake.url, price_in=1.0, price_out=2.0, progress_s=0.001, budget_calls=8)
         ask(server, [once("a"), once("b")])
     first, left = server.remarks()
     assert "2 calls, 2,000 tokens in (800 cached), 20 out, cost 0.0020; 0 from the cache, 0 tries again, 0 failed" in first
-    assert "answers a second" in first and "2 of 6 questions, about" in left and "2 calls" in capsys.readouterr().err
+    assert (
+        "answers a second" in first
+        and "budget_calls: 25% of 8 spent, the rest lasts about" in left
+        and "2 calls" in capsys.readouterr().err
+    )
 
 
 def test_a_limit_of_the_rate_makes_every_thread_wait():
@@ -189,6 +194,30 @@ def test_a_limit_of_the_rate_makes_every_thread_wait():
         ask(server_at(fake.url, concurrency=4), [once(f"t{n}") for n in range(20)])
     late = [when - times[0] for when in times if when - times[0] > 0.05]  # but for those that were under way already
     assert len(late) >= 10 and min(late) >= 0.39
+
+
+def test_the_longest_pause_is_a_setting():
+    with FakeServer(lambda body: failure(429, "slow", {"retry-after": "2"})) as fake, pytest.raises(GrexError, match=r"max_wait_s \(1\)"):
+        ask(server_at(fake.url, max_wait_s=1.0), [once("x")])
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="how a full queue of connections behaves is told for Linux alone")
+def test_a_place_that_takes_no_connection_in_time_is_unreachable():
+    with socket.socket() as full, socket.socket() as first, socket.socket() as second:
+        full.bind(("127.0.0.1", 0))
+        full.listen(0)
+        for one in (first, second):
+            one.setblocking(False)
+            one.connect_ex(full.getsockname())
+        start = time.monotonic()
+        with pytest.raises(GrexError, match=r"took no connection"):
+            ask(server_at(f"http://127.0.0.1:{full.getsockname()[1]}/v1", connect_timeout_s=0.2, unreachable_s=0.3), [once("x")])
+        assert 0.3 <= time.monotonic() - start < 3.0
+
+
+def test_messages_of_servers_are_one_plain_line():
+    with FakeServer(lambda body: failure(400, "a\x1b[31mb\nc\u2028d")) as fake:
+        assert ask(server_at(fake.url), [once("x")])["x"].error == "status 400: a [31mb c d"
 
 
 def test_pauses_that_servers_ask_for():
@@ -247,6 +276,9 @@ def test_addresses_that_are_taken():
     for address in ("http://localhost:8000/v1", "http://127.0.0.1/v1", "http://[::1]:80/v1", "https://host.example"):
         assert check_address(address + "/", False) == address
     assert check_address("http://10.0.0.7:8000/v1", True) == "http://10.0.0.7:8000/v1"
+    with pytest.raises(GrexError, match="set allow_http"):
+        server_at("http://10.0.0.7:8000/v1")
+    assert server_at("http://10.0.0.7:8000/v1", allow_http=True).base_url == "http://10.0.0.7:8000/v1"
     with FakeServer(echo) as fake:
         assert open_server("m", fake.url, ServerSettings()).fingerprint() != open_server("n", fake.url, ServerSettings()).fingerprint()
 

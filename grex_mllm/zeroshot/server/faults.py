@@ -203,4 +203,6 @@ def _excerpt(content: bytes) -> str:
 
 
 def _short(text: str) -> str:
+    """Return a text of one line, without what steers a terminal."""
+    text = "".join(letter if letter.isprintable() else " " for letter in text)
     return text if len(text) <= SHOWN else text[:SHOWN] + "..."

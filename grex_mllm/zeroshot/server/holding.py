@@ -67,13 +67,13 @@ class _Threads:
 class Holding:
     """The conversations of one `Backend.hold`.
 
-    ask: answers one request; called in `concurrency` threads.  finished: called once for each conversation that came to its end.
+    ask: answers one request; called in `concurrency` threads.
     A `GrexError` of `ask` or of the feed stops the run: no new request goes out, those under way are waited for, conversations that they
     complete are answered, and then it is raised.
     """
 
-    def __init__(self, ask: Ask, concurrency: int, finished: Callable[[], None]) -> None:
-        self._threads, self._concurrency, self._finished = _Threads(ask, concurrency), concurrency, finished
+    def __init__(self, ask: Ask, concurrency: int) -> None:
+        self._threads, self._concurrency = _Threads(ask, concurrency), concurrency
         self._open: dict[int, _Open] = {}
         self._under_way = 0
         self._number = 0
@@ -135,7 +135,6 @@ class Holding:
             while not requests:
                 requests = conversation.send([])
         except StopIteration as end:
-            self._finished()
             yield end.value
             return
         except GrexError as error:

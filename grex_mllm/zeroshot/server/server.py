@@ -101,7 +101,7 @@ class Server:
         if self._results is not None:
             yield from read_batch(conversations, self._batch_answer)
             return
-        holding = Holding(self._answer, self.settings.concurrency, self.tally.finish)
+        holding = Holding(self._answer, self.settings.concurrency)
         try:
             for answer in holding.run(conversations):
                 self._progress()

@@ -52,7 +52,6 @@ class Tally:
         self._lock = threading.Lock()
         self._under_way = 0
         self._start = time.monotonic()
-        self._finished, self._expected = 0, 0
         self._in_a_row = 0
 
     def begin_call(self) -> None:
@@ -63,14 +62,9 @@ class Tally:
         """
         with self._lock:
             c, s = self.counts, self.settings
-            mean = self._under_way / max(c.answers, 1)
-            tokens = c.prompt_tokens + c.completion_tokens
-            for name, spent, ahead, budget in (
-                ("budget_calls", c.calls, 0.0, s.budget_calls),
-                ("budget_tokens", tokens, tokens * mean, s.budget_tokens),
-                ("budget_cost", c.cost, c.cost * mean, s.budget_cost),
-            ):
-                if budget is not None and spent + ahead >= budget * self._share:
+            ahead = 1.0 + self._under_way / max(c.answers, 1)
+            for name, spent, budget in self._budgets():
+                if spent * (1.0 if name == "budget_calls" else ahead) >= budget:
                     raise self._spent(name, budget)
             if (s.budget_tokens is not None or s.budget_cost is not None) and c.without_usage:
                 given = "a budget of tokens or money at a server that counts no tokens (no usage in its answers)"
@@ -79,7 +73,7 @@ class Tally:
             self._under_way += 1
 
     def _spent(self, name: str, budget: float) -> GrexError:
-        part = "" if self._share == 1.0 else f", of which this process has {self._share:.3g}"
+        part = "" if self._share == 1.0 else " (this process's part)"
         return fault(
             f"{name} {budget:g}{part} is spent ({self._spending()})",
             "more of it for the questions that are left",
@@ -134,14 +128,6 @@ class Tally:
             self._in_a_row += 1
             return self._in_a_row
 
-    def finish(self) -> None:
-        """Count a conversation that came to its end."""
-        self._finished += 1
-
-    def expect(self, num: int) -> None:
-        """Tell how many conversations more there will be, so that the time left can be told."""
-        self._expected += num
-
     def _spending(self) -> str:
         c, s = self.counts, self.settings
         money = f", cost {c.cost:.4f}" if s.price_in or s.price_out else ""
@@ -149,7 +135,7 @@ class Tally:
         return f"{c.calls:,} calls, {c.prompt_tokens:,} tokens in{known}, {c.completion_tokens:,} out{money}"
 
     def lines(self) -> list[str]:
-        """Return lines about the run so far: calls, answers out of the store, retries, tokens, cost, rate, time left where it is known."""
+        """Return lines about the run so far: calls, tokens, cost, answers out of the store, tries again, errors, rate, and each budget."""
         with self._lock:
             c, passed = self.counts, max(time.monotonic() - self._start, 1e-9)
             mean = f", {c.seconds / c.answers:.2f} s a call" if c.answers else ""
@@ -157,7 +143,17 @@ class Tally:
             lines = [f"{first}{c.answers / passed:.2f} answers a second{mean}"]
             if c.without_usage:
                 lines.append(f"{c.without_usage:,} answers came without a count of tokens: tokens and cost are too low")
-            if self._expected > self._finished > 0:
-                left = passed / self._finished * (self._expected - self._finished)
-                lines.append(f"{self._finished:,} of {self._expected:,} questions, about {left:.0f} s left")
+            for name, spent, budget in self._budgets():
+                left = f", the rest lasts about {passed / spent * (budget - spent):.0f} s" if 0 < spent < budget else ""
+                lines.append(f"{name}: {spent / budget if budget else 1.0:.0%} of {budget:g} spent{left}")
             return lines
+
+    def _budgets(self) -> list[tuple[str, float, float]]:
+        """Return name, what is spent and this process's part of each budget that is set."""
+        c, s = self.counts, self.settings
+        known = (
+            ("budget_calls", c.calls, s.budget_calls),
+            ("budget_tokens", c.prompt_tokens + c.completion_tokens, s.budget_tokens),
+            ("budget_cost", c.cost, s.budget_cost),
+        )
+        return [(name, float(spent), budget * self._share) for name, spent, budget in known if budget is not None]
