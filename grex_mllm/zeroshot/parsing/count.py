@@ -26,7 +26,7 @@ _NAMED |= _ARTICLES | {"none": 0, "single": 1, "couple": 2, "pair": 2, "both": 2
 _UNSURE = {*_ARTICLES, "un", "um", "ein", "uno", "one", "null", "none"}  # numbers that are mostly no number within a sentence
 _HAN = {sign: n for n, sign in enumerate("零一二三四五六七八九十")} | {"两": 2, "兩": 2, "〇": 0}
 _DIGITS = re.compile(r"(?<![\w.])\d{1,6}(?:\.0+)?(?![\w%]|\.\d)")
-_VAGUE = (["few"], ["lot"], ["number"], ["group"], ["bunch"], ["crowd"], [])
+_VAGUE = ("few", "lot", "number", "group", "bunch", "crowd")
 _NONE_FIRST = re.compile(
     r"\W{0,20}(?:i'm sorry|sorry|unfortunately)?\W{0,5}there (?:is|are) no(?:ne)?\b(?! (?:more|fewer|less|doubt))", re.IGNORECASE
 )
@@ -118,7 +118,8 @@ def _in_words(text: str) -> int | None:
         ends = [n for n in (_named(words[0]), _named(words[-1])) if n is not None]
         return ends[-1] if ends else None
     if words and words[0] in _ARTICLES:
-        return _named(words[1]) if len(words) > 1 and words[1] in _NAMED else None if words[1:2] in _VAGUE else 1
+        after = words[1] if len(words) > 1 else _VAGUE[0]
+        return _NAMED.get(after, None if after in _VAGUE else 1)
     if words and (first := _named(words[0])) is not None:
         return first
     named = [n for word in words if (n := _named(word)) is not None and word not in _UNSURE]
