@@ -90,26 +90,34 @@ def predict(
     image_root: str | None = None,
     listener: int = 0,
     limit: int | None = None,
+    sample: str | None = None,
+    base_url: str | None = None,
+    dry_run: bool = False,
     device: str = "auto",
     overrides: list[str] | None = None,
 ) -> int:
     """Answer every expression and describe every object set of a split; resumable.
 
     Args:
-        model: a model folder or hub id, always_empty, oracle, largest, all, random:SEED, category_side, replay:FILE, or your own module.
+        model: a model folder or hub id, FAMILY:FOLDER, openai:NAME, always_empty, oracle, largest, replay:FILE, your own module, ...
         data: a dataset folder, or "synthetic": scenes are drawn into the folder x.data beside x.jsonl; give that to grex score --data.
         out: the predictions.jsonl to write; an interrupted run goes on from its .part file.
         split: which split.
         tasks: ground, generate or both with a comma.
         image_root: where the images lie, when not where dataset.json says.
         listener: candidates for the listener-chosen expression; 0 = greedy only.
-        limit: only the first images; of synthetic data so many scenes (default: 250).
+        limit: only the first images; of synthetic data so many scenes (default: 250); with --sample so many expressions.
+        sample: stratified or random: draw --limit expressions into the folder x.data beside x.jsonl; give that to grex score --data.
+        base_url: openai: where the server is, as http://localhost:8000/v1; the key comes from the environment (OPENAI_API_KEY).
+        dry_run: print the exact requests and what the run would need, and send nothing.
         device: auto, cpu, cuda, cuda:1, ...
+        overrides: of FAMILY: and openai:, as --ask.prompt=native (zeroshot/settings.py); of a model folder, its configuration's.
     """
     from grex_mllm.predict import predict_split
 
-    options = {"image_root": image_root, "listener": listener, "limit": limit, "device": device, "overrides": overrides or []}
-    predict_split(model, data, Path(out), split, tasks.split(","), **options)  # type: ignore[arg-type]
+    asked = {"base_url": base_url} if base_url is not None else {}
+    options = {"image_root": image_root, "listener": listener, "limit": limit, "sample": sample, "device": device, "dry_run": dry_run}
+    predict_split(model, data, Path(out), split, tasks.split(","), **options, asked=asked, overrides=overrides or [])  # type: ignore[arg-type]
     return 0
 
 
@@ -263,20 +271,35 @@ def compare(
     no_published: bool = False,
     any_protocol: bool = False,
     metric: list[str] | None = None,
+    spread: bool = False,
+    data: str | None = None,
 ) -> int:
     """Set results side by side, with paired bootstrap intervals where per-sample rows exist.
 
     Args:
-        results: two or more results.json.
+        results: one or more results.json.
         out: a file instead of the screen.
-        format: markdown, latex or csv.
+        format: markdown, latex, csv, or html: one page with models as rows, what asking cost, and pictures of disagreements.
         no_published: leave the published rows out.
         any_protocol: compare in spite of different protocol versions.
         metric: dotted paths of your own metrics, which are imported for their columns.
+        spread: add mean and spread over the runs of one model: the same model over several prompts, or seeds.
+        data: html: the dataset folder, for the pictures.
     """
+    if format == "html":
+        from grex_mllm.report.models import write_models_page
+
+        published = not no_published
+        page = write_models_page(
+            results, out or "models.html", data=data, published=published, any_protocol=any_protocol, metrics=metric or ()
+        )
+        print(page)
+        return 0
     from grex_mllm.compare import compare as run
 
-    text = run(results, format=format, published=not no_published, any_protocol=any_protocol, metrics=metric or ())
+    if data is not None:
+        raise fault(f"--data {data} with --format {format}", "--format html, whose pictures need it", "leave it out")
+    text = run(results, format=format, published=not no_published, any_protocol=any_protocol, metrics=metric or (), spread=spread)
     if out is None:
         print(text)
     else:

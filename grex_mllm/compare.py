@@ -22,7 +22,7 @@ from grex_mllm.metrics.columns import Column, columns, parts, raw_columns
 from grex_mllm.shipped import PUBLISHED_FOLDER
 
 PROTOCOLS = ("strict", "official")
-FORMATS = ("markdown", "latex", "csv")
+FORMATS = ("markdown", "latex", "csv")  # of this module; `report/models.py` writes html
 NUM_DRAWS = 2000
 CHUNK_CELLS = 4_000_000
 
@@ -53,6 +53,7 @@ def compare(
     published: bool = True,
     any_protocol: bool = False,
     metrics: Sequence[str] = (),
+    spread: bool = False,
     num_draws: int = NUM_DRAWS,
     seed: int = 0,
 ) -> str:
@@ -60,35 +61,69 @@ def compare(
 
     published: add the rows of `eval/published/` (other data unless the dataset is the papers'). any_protocol: compare in spite of
     different protocol versions. metrics: dotted paths of metrics that are imported beside METRICS; of others, which a file from elsewhere
-    may name, the raw numbers are shown. Intervals appear where all results of a dataset and split have per-sample rows.
+    may name, the raw numbers are shown. spread: add mean and spread over runs of one model, see `spread_tables`.
+    Intervals appear where all results of a dataset and split have per-sample rows.
 
     Raises:
         GrexError: a file is missing or no results.json, the format is unknown, or protocols differ.
     """
     if format not in FORMATS:
         raise fault(f'format "{format}"', ", ".join(FORMATS), "choose one of them")
-    known = {*METRICS, *(name for name in metrics if entry(name))}
-    runs = _named([read_run(Path(path)) for path in results])
-    if not any_protocol:
-        _same_protocol(runs)
+    runs, known = read_runs(results, metrics, any_protocol)
     tables = []
     groups: dict[tuple[str, str], list[Run]] = {}
     for run in runs:
         dataset = run.results["provenance"]["dataset"]
         groups.setdefault((str(dataset["name"]), str(dataset["split"])), []).append(run)
-    for (dataset_name, split), members in groups.items():
-        draws = Bootstrap(members, num_draws, seed, known) if all(m.rows for m in members) else None
-        for task in in_order({task for m in members for block in m.results["results"].values() for task in block}):
-            for protocol in PROTOCOLS:
-                table = _task_table(members, task, protocol, f"{dataset_name} {split}", draws, known)
-                if table is not None:
-                    tables.append(table)
-        tables += _bucket_tables(members, f"{dataset_name} {split}", known)
-        tables += _difference_tables(members, draws, f"{dataset_name} {split}", known)
+    for members in groups.values():
+        tables += compare_tables(members, known, Bootstrap(members, num_draws, seed, known) if all(m.rows for m in members) else None)
+        tables += spread_tables(members, known) if spread else []
     if published:
         shown = {task for run in runs for block in run.results["results"].values() for task in block}
         tables += published_tables(shown)
     return {"markdown": _markdown, "latex": _latex, "csv": _csv}[format](tables)
+
+
+def read_runs(results: Sequence[str | Path], metrics: Sequence[str], any_protocol: bool) -> tuple[list[Run], set[str]]:
+    """Return the runs, each with a name of its own, and the metrics that may be imported; arguments and faults as for `compare`."""
+    known = {*METRICS, *(name for name in metrics if entry(name))}
+    runs = _named([read_run(Path(path)) for path in results])
+    if not any_protocol:
+        _same_protocol(runs)
+    return runs, known
+
+
+def compare_tables(runs: list[Run], known: Collection[str], draws: Bootstrap | None) -> list[Table]:
+    """Return the tables of runs on one dataset and split. known: metrics that may be imported.  draws: for intervals."""
+    dataset = runs[0].results["provenance"]["dataset"]
+    where = f"{dataset['name']} {dataset['split']}"
+    found = []
+    for task in in_order({task for run in runs for block in run.results["results"].values() for task in block}):
+        found += [_task_table(runs, task, protocol, where, draws, known) for protocol in PROTOCOLS]
+    return [t for t in found if t is not None] + _bucket_tables(runs, where, known) + _difference_tables(runs, draws, where, known)
+
+
+def spread_tables(runs: list[Run], known: Collection[str]) -> list[Table]:
+    """Return mean, standard deviation (of the sample), least and most of every number over the runs of one model: prompts, seeds, repeats.
+
+    Runs that say who answered (`by`) belong together where the model is the same; all others belong together.
+    """
+    groups: dict[str, list[Run]] = {}
+    for run in runs:
+        by = run.results["provenance"]["predictions"].get("by") or [""]
+        groups.setdefault(by[0].partition(",")[0], []).append(run)
+    tables = []
+    for name, members in groups.items():
+        blocks = [run.results["results"]["strict"] for run in members]
+        for task in in_order({task for block in blocks for task in block if task in known}) if len(members) > 1 else ():
+            values = {c: [v for b in blocks if (v := c.find(b.get(task))) is not None] for c in columns(entry(task), "report")}
+            shown = {column: found for column, found in values.items() if len(found) == len(members)}
+            ways = {"mean": np.mean, "standard deviation": lambda found: np.std(found, ddof=1), "least": np.min, "most": np.max}
+            rows = [[way, *(column.text(float(measure(found))) for column, found in shown.items())] for way, measure in ways.items()]
+            title = f"{name or 'all'}: {task}, strict, over {len(members)} runs"
+            notes = [f"runs: {', '.join(run.name for run in members)}"]
+            tables += [Table(title, ["", *(column.name for column in shown)], rows, notes)] if shown else []
+    return tables
 
 
 def read_run(path: Path) -> Run:

@@ -20,6 +20,7 @@ DECODERS = {
 }
 GENERATORS = {
     "region_tokens": "grex_mllm.models.generators.region_tokens",
+    "mllm": "grex_mllm.models.generators.mllm",
 }
 PRETRAINING = {
     "tiny_lm": "grex_mllm.training.pretraining",

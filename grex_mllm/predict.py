@@ -11,7 +11,7 @@ import json
 import os
 import sys
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from itertools import tee
@@ -23,6 +23,7 @@ from grex_mllm.config import Config, load_config
 from grex_mllm.data.dataset import FolderDataset
 from grex_mllm.data.images import resolve_image
 from grex_mllm.data.judges import Judge, find_judge
+from grex_mllm.data.sampling import write_sample
 from grex_mllm.data.sources import options_of, source_of
 from grex_mllm.errors import GrexError, fault
 from grex_mllm.metrics.language import OTHER_WAYS
@@ -46,7 +47,10 @@ def predict_split(
     image_root: str | None = None,
     listener: int = 0,
     limit: int | None = None,
+    sample: str | None = None,
     device: str = "auto",
+    asked: Mapping[str, str] | None = None,
+    dry_run: bool = False,
     overrides: Sequence[str] = (),
 ) -> Path:
     """Predict a split of a dataset folder with any predictor and write `out`.
@@ -54,6 +58,9 @@ def predict_split(
     model: what `open_predictor` takes.  data: the folder, or an entry of SOURCES ("synthetic": scenes as the model's configuration says),
     which is written to `synthetic_folder(out)`.
     listener: candidates for the listener-chosen expressions, 0 = greedy only.  limit: only the first images; how many synthetic scenes.
+    sample: draw `limit` expressions instead (`data/sampling.py`); they become the dataset folder `synthetic_folder(out)`.
+    asked: further options of one kind of predictor, by their names on the command line.  dry_run: print what the predictor would send,
+    and write nothing.
 
     Raises:
         GrexError: unknown task, predictor or split; a predictor that can do none of the tasks, or that answers otherwise than it is asked;
@@ -66,23 +73,61 @@ def predict_split(
     if rank == 0 and Path(out).exists() and not any(part_file(Path(out), r, world).exists() for r in range(world)):
         raise fault(f"{out} exists", "a new file", "remove it, or choose another --out")
     if limit is not None and limit < 1:
-        raise fault(f"--limit {limit}", "at least 1 image", "give another number, or leave it out")
-    predictor = open_predictor(model, Options(device, list(overrides), listener))
-    tasks = _tasks_of(predictor, model, tasks)
+        raise fault(f"--limit {limit}", "at least 1", "give another number, or leave it out")
     drawn = source_of(data)
-    if drawn is not None:
-        config = predictor.can.config or load_config(None, list(overrides))
-        data = _drawn_scenes(drawn, data, config, out, split, image_root=image_root, limit=limit, rank=rank)
-    source = FolderDataset(data, split, 10**9, num_images=limit, image_root=image_root)
+    if sample is not None and (limit is None or drawn is not None):
+        raise fault(f"--sample {sample}{'' if limit is None else f' with --data {data}'}", "a dataset folder and --limit", "give both")
+    options = Options(device, list(overrides), listener, asked=dict(asked or {}), data=data, image_root=image_root, out=Path(out))
+    predictor = open_predictor(model, options)
+    try:
+        tasks = _tasks_of(predictor, model, tasks)
+        if drawn is not None:
+            config = predictor.can.config or load_config(None, [item for item in overrides if item.startswith("--data.")])
+            data = _drawn_scenes(drawn, data, config, out, split, image_root=image_root, limit=limit, rank=rank)
+        elif sample is not None:
+            data, image_root, limit = _sampled(data, split, limit, sample, out, image_root=image_root, rank=rank), None, None
+        source = FolderDataset(data, split, 10**9, num_images=limit, image_root=image_root)
+        if dry_run:
+            return _preview(predictor, model, source, tasks, Path(out))
+        return _predict_all(predictor, model, source, tasks, _Part(out, rank, world, _fingerprint(predictor, data, split, tasks, limit)))
+    finally:
+        predictor.can.finish()
+
+
+def _fingerprint(predictor: Predictor, data: str, split: str, tasks: list[str], limit: int | None) -> str:
     text = json.dumps([predictor.fingerprint(), str(data), split, tasks, limit], sort_keys=True)
-    writer = _Part(out, rank, world, hashlib.sha256(text.encode()).hexdigest())
-    asked = _questions(source, tasks)
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def _predict_all(predictor: Predictor, model: str, source: FolderDataset, tasks: list[str], writer: _Part) -> Path:
+    """Answer what is open, say how it went, and put the finished file together."""
+    asked, split = _questions(source, tasks), source.split
+    writer.asks_again = predictor.can.asks_again
     with writer, progress_bar(f"predict {split}") as advance:
         _predict(predictor, model, source, tasks, asked, writer=writer, advance=advance)
-    if rank == 0:
+    if writer.rank == 0:
         remarks = predictor.can.remarks([record for group in source.groups for record in group])
         print(f"predicted {split} {predictor.can.how}", *remarks, sep="\n", file=sys.stderr, flush=True)
     return writer.finish(asked)
+
+
+def _preview(predictor: Predictor, model: str, source: FolderDataset, tasks: list[str], out: Path) -> Path:
+    """Print what the predictor would send for the split."""
+    if predictor.can.preview is None:
+        raise fault(f"--dry-run with {model}", "a model that is asked (FAMILY:FOLDER, openai:MODEL)", "leave it out")
+    items = _items(source, list(range(len(source))), tasks, frozenset(), None)
+    print(json.dumps(predictor.can.preview(items, tasks), indent=2, ensure_ascii=False))
+    return out
+
+
+def _sampled(data: str, split: str, number: int | None, way: str, out: Path, *, image_root: str | None, rank: int) -> str:
+    """Write the drawn part of the split (process 0; the others wait for it) and return its folder."""
+    assert number is not None
+    folder = synthetic_folder(Path(out))
+    _wait_for([folder] if rank != 0 else [], f"no {folder} within a day", "the sample that process 0 writes there")
+    if rank == 0:
+        write_sample(data, split, number, way, folder, image_root=image_root)
+    return str(folder)
 
 
 def _tasks_of(predictor: Predictor, model: str, tasks: list[str]) -> list[str]:
@@ -96,7 +141,7 @@ def _tasks_of(predictor: Predictor, model: str, tasks: list[str]) -> list[str]:
 
 
 def synthetic_folder(out: Path) -> Path:
-    """Return where the scenes of predictions on drawn data are written: runs/x.jsonl -> runs/x.data."""
+    """Return where the scenes, or the sample, of predictions on drawn data are written: runs/x.jsonl -> runs/x.data."""
     return out.with_name(f"{out.stem}.data")
 
 
@@ -264,6 +309,7 @@ class _Part:
         self.out, self.rank, self.world, self.fingerprint = Path(out), rank, world, fingerprint
         self.path = self._name(rank)
         self.done: set[str] = set()
+        self.asks_again = False  # a question whose answer is an error is open again; its later line counts
 
     def _name(self, rank: int) -> Path:
         return part_file(self.out, rank, self.world)
@@ -286,7 +332,8 @@ class _Part:
             raise GrexError(
                 f"{self.path} was begun with another model, split or setting; expected the same, to go on from it; remove it to start anew"
             )
-        self.done = {json.loads(line)["key"] for line in lines[1:]}
+        answered = {found["key"]: found["line"].get("status") for found in map(json.loads, lines[1:])}
+        self.done = {key for key, status in answered.items() if not (self.asks_again and status == "error")}
         if len(whole) != len(content):
             os.truncate(self.path, len(whole))
 

@@ -34,6 +34,7 @@ LAYERS = {
     "types": 0,
     "ops": 0,
     "draw": 0,
+    "marks": 0,
     "progress": 0,
     "precision": 0,
     "writing": 0,

@@ -17,6 +17,14 @@ JUDGES: dict[str, str] = {  # tool -> "module:function"; function(folder, datase
 }
 
 
+FILES: dict[str, tuple[str, ...]] = {"data_prep/coco_templates.py": ("template_scenes.json",)}  # that a judge reads beside the records
+
+
+def judge_files(info: Mapping[str, Any]) -> tuple[str, ...]:
+    """Return the names of the files that the judge of a dataset folder reads beside the records. info: dataset.json."""
+    return FILES.get(str(info.get("tool")), ())
+
+
 def find_judge(folder: str | Path, info: Mapping[str, Any]) -> Judge | None:
     """Return the judge of a dataset folder, or None where what its expressions mean cannot be computed.
 

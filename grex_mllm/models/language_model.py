@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import logging
 import warnings
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 from torch import nn
@@ -24,6 +24,18 @@ if TYPE_CHECKING:
 SAMPLED = 4096  # token embeddings that are measured
 
 
+class Adapted(Protocol):
+    """Fields of a generator's configuration: its base model and adapters."""
+
+    lm: str
+    gradient_checkpointing: bool
+    lora_rank: int
+    lora_alpha: float
+    lora_dropout: float
+    lora_rslora: bool
+    lora_dora: bool
+
+
 def build_language_model(cfg: RegionTokensConfig, tokenizer: LMTokenizer) -> Any:
     """Return the frozen base LM with LoRA adapters (a PeftModel), or the bare frozen LM for `lora_rank: 0`.
 
@@ -35,11 +47,21 @@ def build_language_model(cfg: RegionTokensConfig, tokenizer: LMTokenizer) -> Any
         lm = _tiny(cfg, tokenizer)
     else:
         lm = shape_of(cfg) if weights_are_left_out() else load_base(cfg, tokenizer)
+    freeze_base(lm, cfg, len(tokenizer))
+    return with_lora(lm, cfg, _targets(lm, cfg)) if cfg.lora_rank else lm
+
+
+def freeze_base(lm: Any, cfg: Adapted, num_tokens: int) -> None:
+    """Make a model the frozen base of adapters, with gradient checkpointing where it is configured. num_tokens: of its tokenizer.
+
+    Raises:
+        GrexError: fewer token embeddings than tokens.
+    """
     num_embeddings, _ = embedding_shape(lm)
-    if num_embeddings < len(tokenizer):
+    if num_embeddings < num_tokens:
         raise fault(
             f"language model {cfg.lm} with {num_embeddings} token embeddings",
-            f"at least the tokenizer's {len(tokenizer)}",
+            f"at least the tokenizer's {num_tokens}",
             "use the tokenizer that belongs to the model",
         )
     lm.requires_grad_(False)
@@ -48,7 +70,6 @@ def build_language_model(cfg: RegionTokensConfig, tokenizer: LMTokenizer) -> Any
             layer.support_avx512bf16_for_cpu = False  # gradients, after which training goes on without them, unannounced
     if cfg.gradient_checkpointing:
         recompute_blocks(lm)
-    return _with_lora(lm, cfg) if cfg.lora_rank else lm
 
 
 def describe_base(lm: nn.Module) -> str:
@@ -97,6 +118,31 @@ def embedding_shape(lm: Any) -> tuple[int, int]:
     return int(number), int(width)
 
 
+def leave_out_named_base(generator: nn.Module) -> None:
+    """Let a generator's state hold no weights of a base that its `cfg.lm` names by folder or hub id, and loading not miss them.
+
+    Strict loading still finds every other gap. The base is below `lm`; that of `lm: tiny` is held.
+    """
+    generator.register_state_dict_post_hook(_drop_named_base)
+    generator.register_load_state_dict_post_hook(_excuse_named_base)
+
+
+def _named_base_keys(generator: Any, prefix: str) -> set[str]:
+    if generator.cfg.lm == "tiny":
+        return set()
+    return {f"{prefix}lm.{name}" for name in generator.lm.state_dict() if is_base_key(name)}
+
+
+def _drop_named_base(module: nn.Module, state: dict[str, Any], prefix: str, _metadata: Any) -> None:
+    for key in _named_base_keys(module, prefix):
+        state.pop(key, None)
+
+
+def _excuse_named_base(module: nn.Module, incompatible: Any) -> None:
+    own = _named_base_keys(module, "")
+    incompatible.missing_keys[:] = [key for key in incompatible.missing_keys if not any(key.endswith(name) for name in own)]
+
+
 def _tiny(cfg: RegionTokensConfig, tokenizer: LMTokenizer) -> Any:
     from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -129,7 +175,8 @@ def _tiny(cfg: RegionTokensConfig, tokenizer: LMTokenizer) -> Any:
     return LlamaForCausalLM(sizes)
 
 
-def _with_lora(lm: Any, cfg: RegionTokensConfig) -> Any:
+def with_lora(lm: Any, cfg: Adapted, targets: list[str]) -> Any:
+    """Return the model with adapters, a PeftModel. targets: names, or ends of names, of the linear layers that get them."""
     # bitsandbytes, which peft imports, reports at each start that a kernel package for 4-bit models is not there
     logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
     from peft import LoraConfig, get_peft_model
@@ -140,7 +187,7 @@ def _with_lora(lm: Any, cfg: RegionTokensConfig) -> Any:
         lora_dropout=cfg.lora_dropout,
         use_rslora=cfg.lora_rslora,
         use_dora=cfg.lora_dora,
-        target_modules=_targets(lm, cfg),
+        target_modules=targets,
         task_type="CAUSAL_LM",
     )
     with warnings.catch_warnings():

@@ -8,6 +8,7 @@ together they differ more.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -68,41 +69,83 @@ def decode(
 
     At least one token comes before EOS; `banned` tokens never come. Rows that have ended leave the batch.
     """
-    num_sets, device = len(prefix.embeds), prefix.embeds.device
-    num = 1 if uniforms is None else len(uniforms)
-    if uniforms is not None:
-        uniforms = uniforms.to(device)
     embeds, mask = prefix.open(lm, opener)
     cache, logits = _read(lm, embeds, mask, prefix.shared)
+    return draw(lm, cache, logits, mask, eos_id, banned, max_new_tokens, uniforms, temperature)
+
+
+@torch.no_grad()
+def draw(
+    lm: Any,
+    cache: Any,
+    logits: Tensor,
+    mask: Tensor,
+    eos_id: int,
+    banned: list[int],
+    max_new_tokens: int,
+    uniforms: Tensor | None = None,
+    temperature: float = 1.0,
+    deltas: Tensor | None = None,
+) -> Tensor:
+    """Return what `decode` does, of sequences that are read already: their cache, logits [E, V] after the last token, and mask [E, S].
+
+    deltas: as in `write_on`.
+    """
+    num_sets, num = len(logits), 1 if uniforms is None else len(uniforms)
+    chances = None if uniforms is None else uniforms.to(logits.device)
     if num > 1:
         cache.batch_repeat_interleave(num)
         logits, mask = logits.repeat_interleave(num, 0), mask.repeat_interleave(num, 0)
-    result = torch.full((num_sets * num, max_new_tokens), eos_id, dtype=torch.int64, device=device)
-    rows = torch.arange(num_sets * num, device=device)
-    for step in range(max_new_tokens):
-        forbidden = [*banned, eos_id] if step == 0 else banned
-        chance = None if uniforms is None else uniforms[:, step][rows % num]
-        token = _choose(logits, forbidden, chance, temperature)
+        deltas = None if deltas is None else deltas.repeat_interleave(num, 0)
+
+    def choose(values: Tensor, step: int, rows: Tensor) -> Tensor:
+        chance = None if chances is None else chances[:, step][rows % num]
+        return _choose(values, [*banned, eos_id] if step == 0 else banned, chance, temperature)
+
+    tokens = write_on(lm, cache, logits, mask, ends=[eos_id], steps=max_new_tokens, choose=choose, deltas=deltas)
+    return tokens.view(num_sets, num, max_new_tokens)
+
+
+@torch.no_grad()
+def write_on(
+    lm: Any,
+    cache: Any,
+    logits: Tensor,
+    mask: Tensor,
+    *,
+    ends: list[int],
+    steps: int,
+    choose: Callable[[Tensor, int, Tensor], Tensor],
+    deltas: Tensor | None = None,
+) -> Tensor:
+    """Return int64 [R, steps] tokens of R rows that are read already, filled with `ends[0]` after an end. Rows that ended leave the batch.
+
+    logits: float [R, V] after the last token.  mask: [R, S] of what the cache holds.  ends: tokens that end a row.
+    choose(logits [r, V], step, rows [r]): the next tokens of the rows that are left.  deltas: int64 [R, 1], what positions are ahead of
+    the number of tokens, where a model counts in three dimensions (M-RoPE).
+    """
+    device, last = logits.device, ends[0]
+    result = torch.full((len(logits), steps), last, dtype=torch.int64, device=device)
+    rows, stops = torch.arange(len(logits), device=device), torch.tensor(ends, device=device)
+    for step in range(steps):
+        token = choose(logits, step, rows)
         result[rows, step] = token
-        going = token != eos_id
-        if step + 1 == max_new_tokens or not bool(going.any()):
+        going = ~torch.isin(token, stops)
+        if step + 1 == steps or not bool(going.any()):
             break
         if int(going.sum()) < 0.75 * len(rows):
             kept = going.nonzero()[:, 0]
             cache.batch_select_indices(kept)
             rows, token, mask, going = rows[kept], token[kept], mask[kept], going[kept]
+            deltas = None if deltas is None else deltas[kept]
         mask = torch.cat([mask, mask.new_ones(len(mask), 1)], 1)
-        out = lm(
-            input_ids=token[:, None],
-            attention_mask=mask.long(),
-            position_ids=(mask.long().sum(1) - 1)[:, None],
-            past_key_values=cache,
-            use_cache=True,
-        )
+        positions = (mask.long().sum(1) - 1)[:, None]
+        positions = positions if deltas is None else (positions + deltas).expand(3, -1, -1)
+        out = lm(input_ids=token[:, None], attention_mask=mask.long(), position_ids=positions, past_key_values=cache, use_cache=True)
         cache, logits = out.past_key_values, out.logits[:, -1]
-        ended = torch.full_like(logits[:1], -torch.inf).index_fill_(1, rows.new_tensor([eos_id]), 0.0)
-        logits = torch.where(going[:, None], logits, ended)  # a row that has ended but not yet left may only go on with EOS
-    return result.view(num_sets, num, max_new_tokens)
+        ended = torch.full_like(logits[:1], -torch.inf).index_fill_(1, rows.new_tensor([last]), 0.0)
+        logits = torch.where(going[:, None], logits, ended)  # a row that has ended but not yet left may only go on with the end
+    return result
 
 
 @torch.no_grad()

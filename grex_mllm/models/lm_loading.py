@@ -10,9 +10,10 @@ import ctypes
 import importlib.util
 import json
 import sys
+from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -21,7 +22,7 @@ from grex_mllm.compat import partitions_made_here, processes_of_this_node
 from grex_mllm.errors import GrexError, fault
 from grex_mllm.models.attention_choice import choose_attention
 from grex_mllm.models.lm_tokenizer import LMTokenizer
-from grex_mllm.models.placement import Placement, placement
+from grex_mllm.models.placement import placement
 from grex_mllm.precision import DTYPES as COMPUTED
 
 if TYPE_CHECKING:
@@ -34,6 +35,19 @@ MMAP_THRESHOLD = -3  # of glibc's mallopt
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 
 
+class Choice(Protocol):
+    """Which model is read, and how: fields of a generator's configuration."""
+
+    @property
+    def lm(self) -> str: ...
+    @property
+    def dtype(self) -> str: ...
+    @property
+    def quantisation(self) -> str: ...
+    @property
+    def attn_implementation(self) -> str: ...
+
+
 def load_base(cfg: RegionTokensConfig, tokenizer: LMTokenizer) -> Any:
     """Return the causal LM of a folder or hub id, in evaluation mode, as the current placement wants it.
 
@@ -41,39 +55,55 @@ def load_base(cfg: RegionTokensConfig, tokenizer: LMTokenizer) -> Any:
         GrexError: no LM asked for, one that cannot be had, is multimodal or no causal LM, an unknown dtype or quantisation, bitsandbytes
             missing.
     """
-    from transformers import AutoConfig, GenerationConfig
+    from transformers import AutoModelForCausalLM, GenerationConfig
 
     if cfg.lm == "none":
         raise fault("model.generator.lm: none", "tiny, a folder or a hub id", "configure a language model to describe objects")
-    here = placement()
-    options: dict[str, Any] = {"dtype": base_dtype(cfg, here.precision)}
-    attention = choose_attention(cfg.attn_implementation, here.device, options["dtype"])
-    options["attn_implementation"] = attention.name
-    quantisation = _quantisation(cfg, options["dtype"])
-    try:
-        config = AutoConfig.from_pretrained(cfg.lm)
-        _check_text_only(cfg.lm, config)
-        if here.zero3 is not None and quantisation is None:
-            return_freed_memory(here.device)
-            lm = _partitioned(cfg.lm, config, here.zero3, options)
-        else:
-            lm = _whole(cfg.lm, here, options | {"quantization_config": quantisation})
-    except GrexError:
-        raise
-    except (OSError, ImportError, KeyError, ValueError) as error:
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise fault(
-            f"language model {cfg.lm}: {reason}",
-            "a folder with config.json and safetensors weights of a causal language model, or a hub id, and the packages its options need",
-            "fix model.generator.lm, attn_implementation or quantisation",
-        ) from None
-    lm.attention_reason = attention.reason  # for the first lines of a training
+    lm = read_model(cfg, AutoModelForCausalLM, _check_text_only)
     # an LLM's own generation_config.json (penalties, temperatures, banned n-grams) would have a say in beam search
     lm.generation_config = GenerationConfig(eos_token_id=tokenizer.eos_id, pad_token_id=tokenizer.pad_id)
     return lm
 
 
-def base_dtype(cfg: RegionTokensConfig, precision: str) -> torch.dtype:
+def read_model(choice: Choice, kind: Any, check: Callable[[str, Any], None], safetensors: bool | None = None) -> Any:
+    """Return the model of a folder or hub id, in evaluation mode, as the current placement wants it.
+
+    kind: its auto class in transformers.  check(name, configuration): raise where it is not of the right sort.
+    safetensors: True = no other files; None = others where there are none.
+
+    Raises:
+        GrexError: a model that cannot be had, an unknown dtype or quantisation, bitsandbytes missing.
+    """
+    from transformers import AutoConfig
+
+    here = placement()
+    options: dict[str, Any] = {"dtype": base_dtype(choice, here.precision)}
+    attention = choose_attention(choice.attn_implementation, here.device, options["dtype"])
+    options["attn_implementation"] = attention.name
+    quantisation = _quantisation(choice, options["dtype"])
+    try:
+        config = AutoConfig.from_pretrained(choice.lm)
+        check(choice.lm, config)
+        if here.zero3 is not None and quantisation is None:
+            return_freed_memory(here.device)
+            lm = _partitioned(choice.lm, config, here.zero3, kind, options)
+        else:
+            options |= {"device_map": {"": here.device}, "quantization_config": quantisation, "use_safetensors": safetensors}
+            lm = kind.from_pretrained(choice.lm, **options)
+    except GrexError:
+        raise
+    except (OSError, ImportError, KeyError, ValueError) as error:
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise fault(
+            f"language model {choice.lm}: {reason}",
+            "a folder with config.json and safetensors weights of a model of this kind, or a hub id, and the packages its options need",
+            "fix the path, attn_implementation or quantisation",
+        ) from None
+    lm.attention_reason = attention.reason  # for the first lines of a training
+    return lm
+
+
+def base_dtype(cfg: Choice, precision: str) -> torch.dtype:
     """Return the type of the frozen base: the configured one, or for `auto` the one that is computed in.
 
     Raises:
@@ -112,16 +142,9 @@ def return_freed_memory(device: torch.device) -> None:
         ctypes.CDLL(None).mallopt(MMAP_THRESHOLD, 1 << 20)
 
 
-def _whole(name: str, here: Placement, options: dict[str, Any]) -> Any:
-    from transformers import AutoModelForCausalLM
-
-    return AutoModelForCausalLM.from_pretrained(name, device_map={"": here.device}, **options)
-
-
-def _partitioned(name: str, config: Any, zero3: dict[str, Any], options: dict[str, Any]) -> Any:
+def _partitioned(name: str, config: Any, zero3: dict[str, Any], kind: Any, options: dict[str, Any]) -> Any:
     """Make the model in partitions, in its own types, and fill it; transformers' own way has the first process hold all of it."""
     import deepspeed
-    from transformers import AutoModelForCausalLM
     from transformers.initialization import no_init_weights
 
     files = _weight_files(name)
@@ -129,7 +152,7 @@ def _partitioned(name: str, config: Any, zero3: dict[str, Any], options: dict[st
     node = processes_of_this_node() if zero3["zero_optimization"].get("zero_hpz_partition_size", 1) > 1 else None
     parts = deepspeed.zero.Init(config_dict_or_path=zero3, tensor_overrides=[], zero_param_parallel_group=node)
     with kept, parts, partitions_made_here(), no_init_weights():
-        lm = AutoModelForCausalLM.from_config(config, **options)
+        lm = kind.from_config(config, **options)
     lm.tie_weights()
     named = lm.state_dict(keep_vars=True)
     missing = [key for key, tensor in lm.named_parameters() if files.get(key, ("", None))[1] != list(tensor.ds_shape)]
@@ -184,7 +207,7 @@ def _check_text_only(name: str, config: Any) -> None:
         )
 
 
-def _quantisation(cfg: RegionTokensConfig, compute: torch.dtype) -> Any:
+def _quantisation(cfg: Choice, compute: torch.dtype) -> Any:
     if cfg.quantisation not in QUANTISATIONS:
         raise fault(f"model.generator.quantisation {cfg.quantisation!r}", f"one of {', '.join(QUANTISATIONS)}", "fix the value")
     if cfg.quantisation == "none":

@@ -1,8 +1,9 @@
 """Who answers: PREDICTORS is the table, name -> "module:argument"; `protocol.py` says what an entry must do.
 
 `--model` takes a name of the table (`oracle`), one with an argument (`replay:runs/x.jsonl`, `random:7`), any other module in the same way
-(`my_module` or `my_module:argument`, found from the current folder as well), or a model folder or hub id. The module's
-`build(argument, options)` gives the predictor.
+(`my_module` or `my_module:argument`, found from the current folder as well), a multimodal language model (`qwen2.5-vl:FOLDER` by its family
+in `zeroshot/families`, or `openai:MODEL` behind a server), or a model folder or hub id. The module's `build(argument, options)` gives the
+predictor.
 """
 
 from __future__ import annotations
@@ -27,7 +28,9 @@ PREDICTORS: dict[str, str] = {
     "random": "grex_mllm.predictors.fixed:random",
     "category_side": "grex_mllm.predictors.category_side",
     "replay": "grex_mllm.predictors.replay",
+    "reparse": "grex_mllm.zeroshot.recorded",
 }
+ZEROSHOT, SERVER = "grex_mllm.zeroshot.predictor", "openai"  # of FAMILY:FOLDER and openai:MODEL
 MODULE = re.compile(r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)*")
 
 
@@ -43,13 +46,20 @@ def open_predictor(name: str, options: Options) -> Predictor:
     except (ImportError, AttributeError) as error:
         raise fault(f"predictor {name} cannot be loaded ({error})", f"a module {module} with build(argument, options)", "fix it") from None
     predictor: Predictor = build(argument, options)
+    _check_options(predictor, name, options)
+    return predictor
+
+
+def _check_options(predictor: Predictor, name: str, options: Options) -> None:
+    """Raise on options that the predictor would silently ignore."""
+    own = tuple(f"--{first}." for first in ("data", *predictor.can.takes))
+    given = [] if predictor.can.takes else [f"--{key}" for key in options.asked]
     if predictor.can.config is None:
-        given = [item.split("=")[0] for item in options.overrides if not item.startswith("--data.")]
+        given += [item.split("=")[0] for item in options.overrides if not item.startswith(own)]
         given += [f"--{key}" for key, value in (("listener", options.listener), ("threshold", options.threshold)) if value]
         given += [f"--{key}" for key in options.speech]
-        if given:
-            raise fault(f"{', '.join(given)} with {name}", "a predictor that has this option (a trained model)", "leave it out")
-    return predictor
+    if given:
+        raise fault(f"{', '.join(given)} with {name}", "a predictor that has this option", "leave it out")
 
 
 def open_blind(name: str, options: Options, task: str) -> Predictor:
@@ -75,6 +85,8 @@ def _place(name: str) -> str:
         return f"{module}:{own}{colon if own else ''}{argument}"
     if Path(name).is_dir():
         return f"{PREDICTORS['grex']}:{name}"
+    if argument and (head == SERVER or head in importlib.import_module("grex_mllm.zeroshot.families").FAMILIES):
+        return f"{ZEROSHOT}:{name}"
     if MODULE.fullmatch(head):
         near = difflib.get_close_matches(head, PREDICTORS, n=1)
         if os.getcwd() not in sys.path:

@@ -116,6 +116,9 @@ class Abilities:
     how: ends the message "predicted SPLIT ...".  remarks: from all records of the split, lines to print after it.
     ahead: None = images are read when asked for; a number = all of them are read ahead, by so many processes (0 = by this one).
     config: of a predictor that has one; it takes the command line's overrides, and synthetic data is drawn by it.
+    takes: first names of the overrides that are the predictor's own (--ask.prompt=..., --server.concurrency=...).
+    asks_again: questions that ended in an error are open again when an interrupted run goes on.
+    finish: called once, after the last answer or when the run stops.  preview: what it would send, instead of answers (`--dry-run`).
     """
 
     tasks: tuple[str, ...] = ("ground",)
@@ -124,6 +127,10 @@ class Abilities:
     ahead: int | None = None
     config: Config | None = None
     remarks: Callable[[list[ExpressionRecord]], list[str]] = lambda _: []
+    takes: tuple[str, ...] = ()
+    asks_again: bool = False
+    finish: Callable[[], None] = lambda: None
+    preview: Callable[[Iterable[Item], list[str]], dict[str, Any]] | None = None
 
 
 @dataclass
@@ -132,6 +139,8 @@ class Options:
 
     overrides: of its configuration, as --a.b=c.  listener: number of the listener's candidates, 0 = none.
     precision, threshold (of "no target"): None = as configured.  speech: further options of `GrexModel.describe`, where they are given.
+    asked: options of one kind of predictor alone, by their names on the command line (base_url), where they are given.
+    data, image_root, out: of `grex predict`: the dataset folder, for examples of its train split, and the file to write.
     """
 
     device: str = "auto"
@@ -140,6 +149,10 @@ class Options:
     precision: str | None = None
     threshold: float | None = None
     speech: dict[str, Any] = field(default_factory=dict)
+    asked: dict[str, str] = field(default_factory=dict)
+    data: str | None = None
+    image_root: str | None = None
+    out: Path | None = None
 
 
 class Predictor(Protocol):
@@ -160,6 +173,11 @@ class Predictor(Protocol):
 def set_key(image_id: str, targets: Collection[str]) -> str:
     """Return the key of an object set."""
     return f"set:{image_id}:{','.join(targets)}"
+
+
+def costs_file(predictions: Path) -> Path:
+    """Return where a model that is asked in words leaves what its answers took: runs/x.jsonl -> runs/x.costs.jsonl."""
+    return predictions.with_name(f"{predictions.stem}.costs.jsonl")
 
 
 def object_sets(expressions: Iterable[ExpressionRecord]) -> list[ObjectSet]:

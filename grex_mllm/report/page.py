@@ -65,8 +65,30 @@ def write_report(
         Section("notes", "Notes", f"<ul>{notes}</ul>" if notes else ""),
     ]
     with whole_file(run_dir / REPORT) as work:  # a lone surrogate in an expression must not stop the report
-        work.write_text(_page(run.name, [part for part in sections if part.body]), encoding="utf-8", errors="replace")
+        work.write_text(compose(run.name, sections), encoding="utf-8", errors="replace")
     return run_dir / REPORT
+
+
+def compose(name: str, sections: Iterable[Section]) -> str:
+    """Return the whole page of the sections that have something to say."""
+    sections = [part for part in sections if part.body]
+    style, script = ((HERE / file).read_text(encoding="utf-8") for file in ("style.css", "page.js"))
+    # Nothing is fetched, and no script runs but ours: what an expression smuggles in stays text.
+    digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode("ascii")
+    policy = (
+        f"default-src 'none'; img-src data:; style-src 'unsafe-inline'; script-src 'sha256-{digest}'; base-uri 'none'; form-action 'none'"
+    )
+    links = "".join(part.link() for part in sections)
+    body = "".join(part.html() for part in sections)
+    head = (
+        f'<meta charset="utf-8"><meta http-equiv="Content-Security-Policy" content="{policy}">'
+        '<meta name="viewport" content="width=device-width, initial-scale=1"><meta name="color-scheme" content="light dark">'
+        f"<title>{escape(name)} – grex-mllm report</title><style>{style}</style>"
+    )
+    return (
+        f'<!doctype html>\n<html lang="en"><head>{head}</head><body><header><h1>{escape(name)}</h1><p>grex-mllm report</p></header>'
+        f'<nav aria-label="Sections">{links}</nav><main>{body}</main><script>{script}</script></body></html>\n'
+    )
 
 
 def _sheets(run: RunFiles, get_sample: Any, image_ids: Iterable[str] | None, numbers: tuple[int, int], seed: int) -> list[Section]:
@@ -173,23 +195,3 @@ def _config_blocks(config: dict[str, Any], prefix: str = "") -> list[tuple[str, 
 def _short(value: Any) -> str:
     text = "none" if value is None else str(value)
     return text if len(text) <= MAX_VALUE_CHARACTERS else text[: MAX_VALUE_CHARACTERS - 1] + "…"
-
-
-def _page(name: str, sections: list[Section]) -> str:
-    style, script = ((HERE / file).read_text(encoding="utf-8") for file in ("style.css", "page.js"))
-    # Nothing is fetched, and no script runs but ours: what an expression smuggles in stays text.
-    digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode("ascii")
-    policy = (
-        f"default-src 'none'; img-src data:; style-src 'unsafe-inline'; script-src 'sha256-{digest}'; base-uri 'none'; form-action 'none'"
-    )
-    links = "".join(part.link() for part in sections)
-    body = "".join(part.html() for part in sections)
-    head = (
-        f'<meta charset="utf-8"><meta http-equiv="Content-Security-Policy" content="{policy}">'
-        '<meta name="viewport" content="width=device-width, initial-scale=1"><meta name="color-scheme" content="light dark">'
-        f"<title>{escape(name)} – grex-mllm report</title><style>{style}</style>"
-    )
-    return (
-        f'<!doctype html>\n<html lang="en"><head>{head}</head><body><header><h1>{escape(name)}</h1><p>grex-mllm report</p></header>'
-        f'<nav aria-label="Sections">{links}</nav><main>{body}</main><script>{script}</script></body></html>\n'
-    )

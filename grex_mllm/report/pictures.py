@@ -56,7 +56,7 @@ def grounding_card(sample: Sample, record: ExpressionRecord, line: dict[str, Any
     if line.get("status", "ok") != "ok":
         badges.append(badge(f"status {line['status']}", False))
     text = f'<p class="expression" dir="auto">{quote(record.raw or record.expression)}</p>'
-    return _card(panels, text, badges, record.tags, record.expression_id)
+    return card(panels, text, badges, record.tags, record.expression_id)
 
 
 def generation_card(sample: Sample, ways: dict[str, dict[str, Any]], case: cases.GenerationCase) -> str:
@@ -80,7 +80,7 @@ def generation_card(sample: Sample, ways: dict[str, dict[str, Any]], case: cases
     references = [record.raw or record.expression for record in sample.expressions if sorted(record.targets) == sorted(targets)]
     shown = "".join(f'<li dir="auto">{quote(text)}</li>' for text in references[:MAX_REFERENCES])
     texts += f'<p class="way">references</p><ul class="references">{shown}</ul>' if shown else ""
-    return _card(panels, texts, [], case.tags, f"{case.image_id}: {', '.join(targets)}")
+    return card(panels, texts, [], case.tags, f"{case.image_id}: {', '.join(targets)}")
 
 
 def _written(sample: Sample, way: str, line: dict[str, Any], targets: list[str]) -> str:
@@ -145,7 +145,8 @@ def quote(text: str) -> str:
     return f"<q>{escape(text)}</q>"
 
 
-def _card(panels: list[str], text: str, badges: list[str], tags: list[str], identifier: str) -> str:
+def card(panels: list[str], text: str, badges: list[str], tags: list[str], identifier: str) -> str:
+    """Return a card: panels, text (HTML), badges, tags, and what it is about."""
     labels = "".join(f'<span class="tag">{escape(tag.replace("_", " "))}</span>' for tag in tags)
     facts = f'<p class="facts">{"".join(badges)}</p>' if badges else ""
     return (

@@ -6,6 +6,7 @@
   bbox and segmentation says "nothing there"; an expression without a row is missing.
 - a folder: PNG masks `<expression id>.png`, also percent-quoted or nested (`video/expression/frame.png`: submissions to MeViS and
   Ref-YouTube-VOS). Not 0 = target, all 0 = "no target".
+- a folder that LISA, GLaMM, Sa2VA or Grounded SAM 2 wrote: see `other_systems.py`.
 - `*.pth`: ReLA's `ref_seg_predictions.pth`, {img_id, sent, pred_mask, pred_nt} each, loaded weights-only. Masks at the input size become
   `mask_rle_input`, and `mask_rle` by nearest neighbour.
 """
@@ -23,10 +24,11 @@ import numpy as np
 from grex_mllm.errors import GrexError, fault
 from grex_mllm.ops.masks import encode_rle, resize_mask_nearest
 from grex_mllm.ops.rle import check_rle, union
+from grex_mllm.score.other_systems import lines_of_folder
 from grex_mllm.score.truth import TruthFolder
 
 COCO_KEYS = {"expression_id", "image_id", "category_id", "bbox", "score", "segmentation", "id", "area", "iscrowd"}
-FORMATS = "our .jsonl, COCO results .json, a folder of PNG masks, or ReLA's .pth"
+FORMATS = "our .jsonl, COCO results .json, a folder of PNG masks (or of LISA, GLaMM, Sa2VA, Grounded SAM 2), or ReLA's .pth"
 
 
 def as_jsonl(path: Path, truth: TruthFolder, folder: Path, notes: list[str]) -> Path:
@@ -38,7 +40,7 @@ def as_jsonl(path: Path, truth: TruthFolder, folder: Path, notes: list[str]) -> 
     if path.suffix == ".jsonl" and path.is_file():
         return path
     if path.is_dir():
-        lines, words = _from_pngs(path), "a folder of PNG masks"
+        lines, words = lines_of_folder(path) or (_from_pngs(path), "a folder of PNG masks")
     elif path.suffix == ".json" and path.is_file():
         lines, words = _from_coco(path), "COCO results"
     elif path.suffix in (".pth", ".pt") and path.is_file():

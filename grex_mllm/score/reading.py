@@ -17,15 +17,18 @@ import numpy as np
 from grex_mllm.data.records import decode_line
 from grex_mllm.errors import GrexError, fault
 from grex_mllm.metrics.language import OTHER_WAYS
+from grex_mllm.predictors.protocol import costs_file
+from grex_mllm.score.asked import KEYS as ASKED
+from grex_mllm.score.asked import Asked
 from grex_mllm.score.identity import duplicates, id_number, sha256_of
 from grex_mllm.score.truth import TruthFolder
 
 EXAMPLES = 5
 STATUSES = ("ok", "unparsable", "refused", "error")
 ANSWERS = ("mask_rle", "mask_rle_input", "boxes_xyxy", "count", "no_target", "no_target_prob")
-GROUNDING_KEYS = {"expression_id", "image_id", "expression", "box_scores", "minimap", "status", "reason", "reads_truth", *ANSWERS}
+GROUNDING_KEYS = {"expression_id", "image_id", "expression", "box_scores", "minimap", "status", "reason", "reads_truth", *ANSWERS, *ASKED}
 GENERATION_KEYS = {"image_id", "targets", "ref_id", "expression", "candidates", "round_trip", "judgement", "status", "reason", *OTHER_WAYS}
-GENERATION_KEYS |= {"reads_truth"}
+GENERATION_KEYS |= {"reads_truth", *ASKED}
 
 
 @dataclass
@@ -46,6 +49,7 @@ class PredictionFiles:
     unknown_keys: Counter[str]
     sha256: list[str]
     reads_truth: str  # what the predictor read of the ground truth, as its lines say: "", "objects" or "targets"
+    asked: Asked  # of a model that was asked in words
 
     def __post_init__(self) -> None:
         self._order = np.argsort(self.numbers, kind="stable")
@@ -101,7 +105,7 @@ def index_predictions(paths: list[Path]) -> PredictionFiles:
     """
     numbers, files, offsets = array("Q"), array("H"), array("q")
     answered, statuses, unknown = Counter[str](), Counter[str](), Counter[str]()
-    num_generation, reads_truth = 0, set[str]()
+    num_generation, reads_truth, asked = 0, set[str](), Asked()
     for file_number, line, offset, value in _lines(paths):
         where = f"{paths[file_number]} line {line}"
         status = value.get("status", "ok")
@@ -109,6 +113,7 @@ def index_predictions(paths: list[Path]) -> PredictionFiles:
             raise fault(f"{where}: status {status!r}", f"one of {', '.join(STATUSES)}", "fix the line")
         if value.get("reads_truth"):
             reads_truth.add(str(value["reads_truth"]))
+        asked.add(value)
         if "expression_id" in value:
             if not isinstance(value["expression_id"], str):
                 raise fault(f"{where}: expression_id {value['expression_id']!r}", "a string", "write the id of expressions.jsonl")
@@ -127,11 +132,13 @@ def index_predictions(paths: list[Path]) -> PredictionFiles:
         else:
             given = f"{where} with fields {', '.join(sorted(value)) or '(none)'}"
             raise fault(given, "expression_id, or image_id and targets", "fix the line")
+    for path in paths:
+        asked.add_costs(costs_file(path))
     if not answered["mask"] and answered["boxes_xyxy"]:
         del answered["mask_rle"]  # nothing but nulls, beside boxes: masks were not asked for
     places = np.array(numbers, np.uint64), np.array(files, np.uint16), np.array(offsets, np.int64)
     sha256 = [sha256_of(path) for path in paths]
-    index = PredictionFiles(paths, *places, num_generation, answered, statuses, unknown, sha256, ", ".join(sorted(reads_truth)))
+    index = PredictionFiles(paths, *places, num_generation, answered, statuses, unknown, sha256, ", ".join(sorted(reads_truth)), asked)
     again = duplicates(index.numbers)
     if len(again):
         given = f"{len(again)} repeated expression ids{_some(map(index.id_at, again[:EXAMPLES]))}"

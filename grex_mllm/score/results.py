@@ -107,6 +107,7 @@ def describe_run(
             **({"reads_truth": index.reads_truth} if index.reads_truth else {}),
             "statuses": dict(sorted(index.statuses.items())),
             "unanswered_share": (counted - index.statuses["ok"]) / counted if counted else 0.0,
+            **index.asked.provenance(),
         },
         "notes": notes,
     }

@@ -37,9 +37,20 @@ def print_results(results: dict[str, Any], console: Console | None = None) -> No
             console.print(_parts_table(task, strict[task]))
             if (groups := _groups_table(task, results)).row_count:
                 console.print(groups)
+    for line in asked_lines(provenance["predictions"]):
+        console.print(line, highlight=False)
     for note in provenance["notes"]:
         console.print(f"note: {note}", highlight=False)
     console.print(f"thresholds: {provenance['thresholds']['chosen']}", highlight=False)
+
+
+def asked_lines(predictions: dict[str, Any]) -> list[str]:
+    """Return how the questions to a model that was asked in words ended; an answer that cannot be parsed counts as wrong."""
+    lines = []
+    for task, block in (predictions.get("asked") or {}).items():
+        shares = ", ".join(f"{kind.replace('_', ' ')} {100 * share:.1f} %" for kind, share in block["shares"].items())
+        lines.append(f"asked ({task}, {', '.join(predictions.get('by') or ['no name'])}): {shares}; {block['num_calls']} calls")
+    return lines
 
 
 def wide_console() -> Console:

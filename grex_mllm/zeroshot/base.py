@@ -91,7 +91,7 @@ class RawAnswer:
     text: of the answer; None where there is none.  finish: one of FINISHES.  refusal: what the protocol's refusal field says.
     usage: "prompt_tokens", "completion_tokens", "cached_tokens" as far as known.  sent: width and height of the picture that the model saw,
     None = unknown (then the family's own rule).  choice_probs: word -> probability, where asked.  error: why there is no answer.
-    seconds: of the call.  cached: it came out of the store.
+    seconds: of the call.  cost: of the call, by prices that the user gave.  cached: it came out of the store, and cost nothing now.
     """
 
     text: str | None
@@ -102,11 +102,12 @@ class RawAnswer:
     choice_probs: dict[str, float] | None = None
     error: str | None = None
     seconds: float = 0.0
+    cost: float = 0.0
     cached: bool = False
 
     def fields(self) -> dict[str, Any]:
         """Return what a prediction line keeps of it: every field that is set."""
-        return {name: value for name, value in vars(self).items() if value not in (None, {}, False)}
+        return {name: value for name, value in vars(self).items() if value not in (None, {}, False, 0.0)}
 
 
 Conversation = Generator[list[Request], list[RawAnswer], Answer]

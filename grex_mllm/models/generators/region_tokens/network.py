@@ -29,7 +29,7 @@ from grex_mllm.models.language_model import (
     embedding_scale,
     embedding_shape,
     embedding_weight,
-    is_base_key,
+    leave_out_named_base,
 )
 from grex_mllm.models.lm_decoding import Prefix, beam_search, decode, stratified_uniforms
 from grex_mllm.models.lm_framing import PLACE, Frame, chat_frame, plain_frame, tiny_frame
@@ -84,8 +84,7 @@ class RegionTokenGenerator(nn.Module):
         )
         nameless = range(self.tokenizer.num_ids, num_embeddings)  # embeddings that stand for no text
         self.banned = [*self.tokenizer.unwritable, *nameless]
-        self.register_state_dict_post_hook(_drop_named_base)
-        self.register_load_state_dict_post_hook(_excuse_named_base)
+        leave_out_named_base(self)
 
     @property
     def projector(self) -> RegionTokens:
@@ -279,7 +278,7 @@ class RegionTokenGenerator(nn.Module):
         Raises:
             GrexError: as `forward`; an unknown mode, fewer than one candidate, temperature not above 0.
         """
-        _check_mode(mode, num_candidates, temperature)
+        check_mode(mode, num_candidates, temperature)
         steps = self.cfg.max_new_tokens if max_new_tokens is None else max_new_tokens
         was_training = self.training
         self.eval()
@@ -367,31 +366,15 @@ def _frame(cfg: RegionTokensConfig, tokenizer: LMTokenizer) -> Frame:
     return (chat_frame if tokenizer.style == "chat" else plain_frame)(tokenizer.hf, cfg.prompt)
 
 
-def _check_mode(mode: str, num_candidates: int, temperature: float) -> None:
+def check_mode(mode: str, num_candidates: int, temperature: float) -> None:
+    """Raise on settings with which nothing can be written.
+
+    Raises:
+        GrexError: an unknown mode, fewer than one candidate, temperature not above 0.
+    """
     if mode not in MODES:
         raise fault(f"generation mode {mode!r}", f"one of {', '.join(MODES)}", "fix the mode")
     if num_candidates < 1 or (mode == "greedy" and num_candidates != 1):
         raise fault(f"{num_candidates} candidates with mode {mode}", "1 for greedy, 1 or more for beam and sample", "change one of them")
     if temperature <= 0:
         raise fault(f"temperature {temperature}", "a number above 0", "use mode greedy for the likeliest answer")
-
-
-def _named_base_keys(generator: RegionTokenGenerator, prefix: str) -> set[str]:
-    """Checkpoint keys of a base LM that is named by folder or hub id and so is not stored."""
-    if generator.cfg.lm == "tiny":
-        return set()
-    return {f"{prefix}lm.{name}" for name in generator.lm.state_dict() if is_base_key(name)}
-
-
-def _drop_named_base(module: nn.Module, state: dict[str, Any], prefix: str, _metadata: Any) -> None:
-    assert isinstance(module, RegionTokenGenerator)
-    for key in _named_base_keys(module, prefix):
-        state.pop(key, None)
-
-
-def _excuse_named_base(module: nn.Module, incompatible: Any) -> None:
-    """Take the base LM's keys off the list of missing ones, so that strict loading still finds every other gap."""
-    assert isinstance(module, RegionTokenGenerator)
-    if module.cfg.lm != "tiny":
-        own = _named_base_keys(module, "")
-        incompatible.missing_keys[:] = [key for key in incompatible.missing_keys if not any(key.endswith(name) for name in own)]

@@ -1,0 +1,67 @@
+"""The knobs of the generator on a multimodal language model."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from grex_mllm.errors import fault
+
+OBJECTS = ("tokens", "marks", "coordinates")
+MARKS = ("numbers", "outlines")
+MAPS = ("grounding", "own")
+
+
+@dataclass
+class MllmConfig:
+    """The model, its adapters, and how the selected objects are shown. lm: a folder or hub id of a multimodal language model."""
+
+    name: str = "mllm"
+    lm: str = ""
+    dtype: str = "auto"  # of the frozen base: auto | float32 | bfloat16 | float16; auto: what is computed in
+    quantisation: str = "none"  # none | nf4 | int8 (bitsandbytes)
+    attn_implementation: str = "auto"  # auto | sdpa | eager | flash_attention_2
+    gradient_checkpointing: bool = False
+    # adapters; rank 0 = none (then `objects: tokens` alone learns)
+    lora_rank: int = 16
+    lora_alpha: float = 32.0
+    lora_dropout: float = 0.0
+    lora_parts: list[str] = field(
+        default_factory=lambda: ["language"]
+    )  # language, or names of other parts ("visual"), as the model calls them
+    lora_targets: str | list[str] = "auto"  # names of linear layers in these parts; auto: all of them
+    lora_rslora: bool = False  # scale by alpha / sqrt(rank) instead of alpha / rank
+    lora_dora: bool = False  # learn the length of each weight column apart from its direction
+    # pictures
+    min_pixels: int = 0  # of the picture that the model sees (Qwen-VL families); 0: as its folder says
+    max_pixels: int = 0
+    max_tiles: int = 0  # of families that cut the picture (InternVL); 0: as its folder says
+    crops: int = 0  # pictures of single selected objects after the whole one, at most
+    # the selected objects
+    objects: str = "tokens"  # tokens (embeddings in the sequence) | marks (drawn on the picture) | coordinates (in the text)
+    mark_style: str = "numbers"  # of marks: numbers | outlines
+    frame: str = "auto"  # of coordinates, see ops/frames.py; auto: the family's own
+    maps: str = "grounding"  # of tokens, pooled from: grounding (the image encoder of the grounding model) | own (the model's own tokens)
+    projector_width: int = 256
+    distractors: bool = True  # tokens for the objects that are not selected
+    max_distractors: int = 16  # the largest ones
+    distractor_dropout: float = 0.0  # share of training sets that hide them
+    shape_side: int = 8  # the mask inside its box as a shape_side x shape_side picture; 0 = none
+    context_layers: int = 0  # self-attention among the tokens of an object set
+    # text
+    system: str = ""  # system turn; empty: none of our own
+    prompt: str = ""  # instruction with {objects} once, for example "{objects} Name exactly these."; empty: one of our own (showing.py)
+    max_expression_tokens: int = 64
+    max_new_tokens: int = 40
+    max_rows: int = 32  # sequences decoded at once
+
+    def __post_init__(self) -> None:
+        for name, known in (("objects", OBJECTS), ("mark_style", MARKS), ("maps", MAPS)):
+            if getattr(self, name) not in known:
+                raise fault(f'model.generator.{name} "{getattr(self, name)}"', f"one of {', '.join(known)}", "fix the value")
+        if self.prompt and self.prompt.count("{objects}") != 1:
+            raise fault(f"model.generator.prompt {self.prompt!r}", "{objects} once, where the objects are named", "fix the prompt")
+
+    @property
+    def pixels(self) -> tuple[int, int] | None:
+        """Least and most pixels of the picture that the model sees, where both are set."""
+        return (self.min_pixels, self.max_pixels) if self.max_pixels else None

@@ -1,0 +1,6 @@
+"""Multimodal language models of transformers: reading them, asking them with pictures, and letting them answer."""
+
+from grex_mllm.models.multimodal.chat import Chat
+from grex_mllm.models.multimodal.loading import ModelChoice, load_multimodal
+
+__all__ = ["Chat", "ModelChoice", "load_multimodal"]
