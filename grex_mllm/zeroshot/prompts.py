@@ -153,7 +153,7 @@ def load_prompt(path: str | Path, family: Family) -> Prompt:
         raise fault(f"prompt {path} of the family {raw['family']}", family.name, "choose a prompt of this family or of the uniform track")
     sampling = Sampling(**{key: float(value) for key, value in raw.get("sampling", {}).items()})
     words = {key: str(raw[key]).strip() for key in ("user", "system", "description") if raw.get(key) is not None}
-    plain = {key: raw[key] for key in ("task", "track", "version", "max_tokens", "marking") if key in raw}
+    plain: dict[str, Any] = {key: raw[key] for key in ("task", "track", "version", "max_tokens", "marking") if key in raw}
     own = {key: raw.get(key, OF_FAMILY) for key in ("frame", "order", "empty_answer")}
     own = {key: getattr(family, key) if value == OF_FAMILY else value for key, value in own.items()}
     answer = family.answer if raw.get("answer") == OF_FAMILY else raw.get("answer", "")

@@ -6,7 +6,7 @@ import re
 import unicodedata
 from functools import cache
 
-LIMIT = 100_000  # characters that are read: a hundred boxes with labels take a tenth of it
+LIMIT = 60_000  # characters that are read: a hundred boxes with labels take a fifth of it
 _REASONING = r"think(?:ing)?|thoughts?|reasoning|reflection|analysis|scratchpad|seed:think"
 # opening and closing of a model's thoughts: tags, and what gpt-oss, Gemma, Kimi and others write in their place
 _OPEN = rf"<\s*(?:{_REASONING})\s*>|<\|\s*(?:begin_of_thought|think)\s*\|>"

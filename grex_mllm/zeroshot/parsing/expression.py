@@ -11,7 +11,7 @@ from grex_mllm.zeroshot.parsing.grounding import refusal_of
 from grex_mllm.zeroshot.parsing.keys import normal
 from grex_mllm.zeroshot.parsing.parsed import ParsedExpression
 from grex_mllm.zeroshot.parsing.values import Node, Word, values
-from grex_mllm.zeroshot.parsing.words import plain, refuses, says_none
+from grex_mllm.zeroshot.parsing.words import none_word, plain, refuses
 
 MAX_WORDS = 60
 _KEYS = (
@@ -34,6 +34,13 @@ _LIST = re.compile(r"^\s*(?:[-*•–>#]+|\(?\d{1,2}[.)]|[a-z][.)])\s+", re.IGNO
 _PREAMBLE = re.compile(
     r"^(?:sure|certainly|of course|okay|ok|absolutely|here|based on|looking at|the following|to describe)\b.*:?\s*$", re.IGNORECASE
 )
+# who refuses speaks of himself; "people who cannot see the picture" is a phrase
+_SPEAKER = re.compile(
+    r"\b(?:i|i'm|we|sorry|apolog\w+|unfortunately|as an?|please|no image|lo siento|je|ich|no puedo|non posso|como|come)\b",
+    re.IGNORECASE,
+)
+_NOTHING = re.compile(r"(?:\W|sorry|i'm|unfortunately|but){0,20}\bthere (?:is|are|'s) ?(?:no|not|nothing|n't)\b", re.IGNORECASE)
+_FILLER = re.compile(r"^(?:sure|certainly|of course|okay|ok|absolutely|yes|well)[,!.]\s+(?=\S)", re.IGNORECASE)
 _TAGS = re.compile(r"</?[A-Za-z|][^<>]{0,40}>")
 _COORDINATES = re.compile(r"[\[(<]\s*\d+(?:\.\d+)?(?:\s*[,;]\s*\d+(?:\.\d+)?){1,3}\s*[\])>]")
 _COLOURS = r"(?:red|green|blue|yellow|orange|purple|magenta|cyan|pink|white|black|lime|violet|coloured|colored|bright|numbered)"
@@ -67,9 +74,9 @@ def parse_expression(raw: RawAnswer) -> ParsedExpression:
     flags += more
     if raw.finish == "length":
         flags.append("truncated")
-    if refuses(phrase or text) and (not phrase or len(phrase.split()) > 4):
+    if refuses(phrase or text) and (not phrase or not phrase.isascii() or _SPEAKER.search(phrase)):
         return ParsedExpression("", "refused", "refused in words", tuple(flags))
-    if not re.search(r"\w", phrase) or says_none(phrase):
+    if not re.search(r"\w", phrase) or none_word(phrase) or _NOTHING.match(phrase):
         return ParsedExpression("", "unparsable", "an empty answer" if not phrase else "no phrase", tuple(flags))
     if len(phrase.split()) > MAX_WORDS or len(phrase) > 10 * MAX_WORDS:
         return ParsedExpression("", "unparsable", f"more than {MAX_WORDS} words", tuple(flags))
@@ -96,8 +103,8 @@ def _phrase(text: Cleaned) -> tuple[str, list[str]]:
     flags += ["coordinates"] if found else []
     for _ in range(3):
         before = bare
-        bare = _LIST.sub("", bare.strip().strip("*_#").strip())
-        quoted = re.match(rf"^[^{_QUOTES}]{{0,80}}[:：]?\s*[\"“「『«]([^\"”」』»\n]+)[\"”」』»]\W*$", bare)
+        bare = _FILLER.sub("", _LIST.sub("", bare.strip().strip("*_#").strip()))
+        quoted = re.match(rf"^[^{_QUOTES}]{{0,80}}[:：]?\s*[\"“「『«]([^\"”」』»\n]+)[\"”」』»](?:\W*$|\s*[-–—(])", bare)
         led = _LEAD.match(bare)
         if led and bare[led.end() :].strip():
             bare = bare[led.end() :]

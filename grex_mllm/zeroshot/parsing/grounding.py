@@ -20,6 +20,7 @@ from grex_mllm.zeroshot.parsing.geometry import all_zero, bounds, boxes_in, fram
 from grex_mllm.zeroshot.parsing.items import Found, Item
 from grex_mllm.zeroshot.parsing.parsed import Parsed
 from grex_mllm.zeroshot.parsing.payload import Payload, read_payload
+from grex_mllm.zeroshot.parsing.values import Number
 from grex_mllm.zeroshot.parsing.words import denies, refuses, says_none
 
 FLAGS = {
@@ -106,7 +107,7 @@ def _objects(found: Found, answer: str, frame: str, order: str, view: View) -> P
             return Parsed("unparsable", f"{'boxes' if found.boxes else 'polygons'} where points were asked for")
         points, wrong, more = points_in(found.points, frame, order, view)
     elif answer == "polygons" or (found.polygons and not found.boxes):
-        items = found.polygons or [_outline(item, order) for item in found.boxes]
+        items = found.polygons or [_outline(item) for item in found.boxes]
         if not items:
             return Parsed("unparsable", "points where polygons were asked for")
         polygons, wrong, more = polygons_in(items, frame, order, view)
@@ -122,12 +123,12 @@ def _objects(found: Found, answer: str, frame: str, order: str, view: View) -> P
     return Parsed("ok", boxes_xyxy=boxes, points=points, polygons=polygons, flags=flags)
 
 
-def _outline(item: Item, order: str) -> Item:
+def _outline(item: Item) -> Item:
     """Return the four corners of a box as a polygon, in the order and frame of the box."""
     a, b, c, d = item.numbers
-    if (item.order or order) in ("xywh", "cxcywh"):
+    if item.order in ("xywh", "cxcywh"):
         x, y, w, h = (n.value for n in item.numbers)
-        x, y = (x - w / 2, y - h / 2) if item.order == "cxcywh" else (x, y)
-        a, b, c, d = a._replace(value=x), b._replace(value=y), c._replace(value=x + w), d._replace(value=y + h)
+        left, top = (x - w / 2, y - h / 2) if item.order == "cxcywh" else (x, y)
+        a, b, c, d = (Number(value, n.fraction, n.percent) for n, value in zip(item.numbers, (left, top, left + w, top + h)))
         return Item([a, b, c, b, c, d, a, d], "xyxy", item.frame)
     return Item([a, b, c, b, c, d, a, d], item.order, item.frame)

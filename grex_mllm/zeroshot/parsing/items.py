@@ -126,6 +126,8 @@ class _Walk:
         if role in ("", "any"):
             for node in nodes if text.lstrip()[:1] in "[{" else ():
                 inner.node(node, role)
+            if not nodes and _LOOSE_TEXT.fullmatch(text) and len(numbers := numbers_in(text)) == 4:
+                self.flat(numbers, role, True)
         elif not text.strip() or says_none(text):
             self.found.nothing += 1
         elif nodes and all(isinstance(node, Node) and not node.empty for node in nodes):
@@ -217,9 +219,9 @@ class _Walk:
         """Read what stands in brackets without a key."""
         items = node.items
         children = [item for item in items if isinstance(item, Node)]
-        named = [_point(child) for child in children] if role == "polygon" and len(children) == len(items) else []
-        if named and all(named):
-            self.flat([n for point in named if point for n in point[0]], "polygon", node.closed)
+        corners = [_point(child) for child in children] if role in ("polygon", "box") and len(children) == len(items) else []
+        if len(corners) > 1 and all(corner is not None and corner[1] for corner in corners):
+            self.flat([n for corner in corners if corner for n in corner[0]], role, node.closed, pairs=True)
         elif not children:
             self.scalars(node, role)
         elif len(children) == len(items) and all(child.numbers and len(child.items) == 2 and child.closed for child in children):
@@ -237,8 +239,10 @@ class _Walk:
         texts = [item for item in items if isinstance(item, str)]
         if len(texts) == len(items) and all(_number(text) is None for text in texts):
             for text in texts:
-                if role not in ("", "any") or says_none(text) or text.lstrip()[:1] in "[{(":
-                    self.text(text, role if role else "any")
+                if role in ("", "any") and says_none(text):
+                    self.found.nothing += 1
+                else:
+                    self.text(text, role or "any")
             return
         while items and isinstance(items[-1], str) and _number(items[-1]) is None:
             items.pop()  # a label behind its box

@@ -38,7 +38,7 @@ _EXAMPLE = re.compile(
     re.IGNORECASE,
 )
 _BARE = re.compile(
-    rf"^[ \t]*(?:[-*•]|\d{{1,2}}[.)])?[ \t]*(?:[^\d\n]{{0,60}}[:=])?[ \t<(]*({NUMBER}\s?%?(?:[,;]\s?|[ \t]+){NUMBER}\s?%?(?:[,;]\s?"
+    rf"^[ \t]*(?:[-*•]|\d{{1,2}}[.)])?[ \t]*(?:[^\n:=]{{0,60}}[:=])?[ \t<(]*({NUMBER}\s?%?(?:[,;]\s?|[ \t]+){NUMBER}\s?%?(?:[,;]\s?"
     rf"|[ \t]+){NUMBER}\s?%?"
     rf"(?:[,;]\s?|[ \t]+){NUMBER}\s?%?)[ \t>)]*[.。]?[ \t]*$",
     re.MULTILINE,
@@ -117,8 +117,7 @@ def _last_values(nodes: list[Node], text: str, answer: str) -> Found:
             whole, after = found, node  # the last one cannot be read
             continue
         between = text[node.end : after.start]
-        apart = between.strip(" \t\r\n,;") and (_ASIDE.search(between) or _EXAMPLE.search(text[max(0, node.start - 200) : node.start]))
-        if not (found.objects and whole.objects) or apart:
+        if not (found.objects and whole.objects) or _ASIDE.search(between) or _EXAMPLE.search(text[max(0, node.start - 200) : node.start]):
             break
         found.add(whole)
         whole, after = found, node
@@ -131,6 +130,8 @@ def _is_json(node: Node) -> bool:
     if node.opener == "(":
         return False
     if node.pairs or (node.empty and node.closed):
+        return True
+    if node.opener == "[" and node.items and all(type(item) is str and any(map(str.isdigit, item)) for item in node.items):
         return True
     nodes = [item for item in node.items if isinstance(item, Node)]
     lists = any(not inner.empty or (inner.opener == "[" and inner.closed) for inner in nodes)
