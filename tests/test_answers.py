@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import yaml
 
-from grex_mllm.zeroshot.base import RawAnswer, View
+from grex_mllm.zeroshot.base import RawAnswer
 from grex_mllm.zeroshot.families import find_family
 from grex_mllm.zeroshot.parsing import Parsed, parse_count, parse_expression, parse_grounding, parse_yes_no
 from grex_mllm.zeroshot.parsing.grounding import FLAGS
@@ -55,7 +55,24 @@ def test_the_table_is_large_and_varied() -> None:
     assert min(expected.count(kind) for kind in ("objects", "no_target", "unparsable", "refused")) >= 25
 
 
-PIECES = [*"[]{}()<>\"'`,;:=%.-+\\/\n\t ", "```json\n", "</think>", "<think>", "null", "NaN", "1e400", "9" * 400, "٣", "【", "”", "</box>", "\x00", "\ud800", "😀", '\\"']
+PIECES = [
+    *"[]{}()<>\"'`,;:=%.-+\\/\n\t ",
+    "```json\n",
+    "</think>",
+    "<think>",
+    "null",
+    "NaN",
+    "1e400",
+    "9" * 400,
+    "٣",
+    "【",
+    "”",
+    "</box>",
+    "\x00",
+    "\ud800",
+    "😀",
+    '\\"',
+]
 
 
 def mutated(rng: random.Random, text: str, other: str) -> str:
@@ -120,9 +137,60 @@ def test_a_hundred_thousand_mutated_answers_never_crash() -> None:
 LENGTH = 1_000_000
 HUGE = ["[", "[{", '"', "\\", "<box>", "[1,2,3,4] ", '{"bbox": [1,2,30,40]},', "I cannot ", "there is ", "1, 2, 3, 4\n"]
 MORE = [
-    *("(", "{", "]", "'", "`", "<", " ", "9", "-", "[[", '{"a":', "(1,", '\\"', "“", "*", "_", "a", "。", "<loc_1>", "<patch_index_0001>", "<think>"),
-    *("<point ", "[1,2] ", "x1: 1, ", "| 1 ", "``` ", "no ", "not ", "a: ", "'a", "the image ", "[1,", "1 ", "there is no dog, ", "Person: "),
-    *("i can't provide the ", "<answer>", "</think>", "0,1; ", "x_", "//", "/*", "e.g. ", "<xmin>1", "1.5e", "图中", "kein ", "data:image/png;base64,A"),
+    *(
+        "(",
+        "{",
+        "]",
+        "'",
+        "`",
+        "<",
+        " ",
+        "9",
+        "-",
+        "[[",
+        '{"a":',
+        "(1,",
+        '\\"',
+        "“",
+        "*",
+        "_",
+        "a",
+        "。",
+        "<loc_1>",
+        "<patch_index_0001>",
+        "<think>",
+    ),
+    *(
+        "<point ",
+        "[1,2] ",
+        "x1: 1, ",
+        "| 1 ",
+        "``` ",
+        "no ",
+        "not ",
+        "a: ",
+        "'a",
+        "the image ",
+        "[1,",
+        "1 ",
+        "there is no dog, ",
+        "Person: ",
+    ),
+    *(
+        "i can't provide the ",
+        "<answer>",
+        "</think>",
+        "0,1; ",
+        "x_",
+        "//",
+        "/*",
+        "e.g. ",
+        "<xmin>1",
+        "1.5e",
+        "图中",
+        "kein ",
+        "data:image/png;base64,A",
+    ),
 ]
 
 

@@ -29,7 +29,7 @@ def random_sizes(seed: int, count: int = SIZES, longest: int = 1600) -> list[tup
     while len(sizes) < count:
         area, aspect = np.exp(rng.uniform(np.log(120**2), np.log(1000**2))), np.exp(rng.uniform(-np.log(6), np.log(6)))
         width, height = round(np.sqrt(area * aspect)), round(np.sqrt(area / aspect))
-        if 60 <= min(width, height) and max(width, height) <= longest:
+        if min(width, height) >= 60 and max(width, height) <= longest:
             sizes.append((width, height))
     return sizes
 
@@ -184,7 +184,7 @@ def test_a_model_is_recognised(model: str, name: str) -> None:
 
 
 def test_an_unknown_model_is_never_guessed() -> None:
-    with pytest.raises(GrexError, match='model or family "meta/llama-3.2-11b-vision"; expected one of .*name the family'):
+    with pytest.raises(GrexError, match=r'model or family "meta/llama-3.2-11b-vision"; expected one of .*name the family'):
         find_family("meta/llama-3.2-11b-vision")
     with pytest.raises(GrexError, match='did you mean "internvl"'):
         find_family("interovl")
@@ -215,7 +215,9 @@ def unnormalised(values: np.ndarray, processor: Any) -> np.ndarray:
 def qwen_pixels(processor: Any, image: Image.Image) -> np.ndarray:
     out = processor(images=[image], return_tensors="np")
     (_, rows, columns), patch, merge = out["image_grid_thw"][0], processor.patch_size, processor.merge_size
-    cut = out["pixel_values"].reshape(rows // merge, columns // merge, merge, merge, 3, processor.temporal_patch_size, patch, patch)[:, :, :, :, :, 0]
+    cut = out["pixel_values"].reshape(rows // merge, columns // merge, merge, merge, 3, processor.temporal_patch_size, patch, patch)[
+        :, :, :, :, :, 0
+    ]
     return unnormalised(cut.transpose(4, 0, 2, 5, 1, 3, 6).reshape(3, rows * patch, columns * patch), processor)
 
 

@@ -59,7 +59,8 @@ def standing_alone(config: Config) -> tuple[Config, list[str]]:
     lm = getattr(model.generator, "lm", "tiny")
     if lm != "tiny" and not (Path(lm) / "config.json").is_file():
         notes.append(f"language model: shape from grex_mllm/models/shapes/{shape_file(lm).name}, because {lm} is not there")
-        model.generator.prompt = model.generator.prompt or INSTRUCTION + " word" * CHAT_WORDS
+        if not hasattr(entry("model.generator", model.generator.name), "stand_in_tokenizer"):
+            model.generator.prompt = model.generator.prompt or INSTRUCTION + " word" * CHAT_WORDS
     return config, notes
 
 
@@ -123,6 +124,9 @@ def _lm_tokenizer(config: Config) -> Any:
     generator = config.model.generator
     if generator is None:
         return None
+    own = getattr(entry("model.generator", generator.name), "stand_in_tokenizer", None)
+    if own is not None:
+        return own(generator)
     lm = getattr(generator, "lm", "tiny")
     if lm != "tiny" and Path(lm).is_dir():
         return LMTokenizer.load(lm, generator.prompt_style)

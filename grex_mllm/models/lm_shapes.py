@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from grex_mllm.errors import fault
 
 if TYPE_CHECKING:
-    from grex_mllm.models.generators.region_tokens.config import RegionTokensConfig
+    from grex_mllm.models.lm_loading import Choice
 
 FOLDER = Path(__file__).resolve().parent / "shapes"  # facts of the models' config.json, as their authors publish them
 _STATE = {"left_out": False}
@@ -52,17 +52,29 @@ def shape_file(lm: str) -> Path:
     return known[name]
 
 
-def shape_of(cfg: RegionTokensConfig) -> Any:
+def config_of(lm: str) -> Any:
+    """Return the configuration of transformers with the sizes of `shape_file`.
+
+    Raises:
+        GrexError: as `shape_file`.
+    """
+    from transformers import AutoConfig
+
+    values = json.loads(shape_file(lm).read_text(encoding="utf-8"))
+    return AutoConfig.for_model(values.pop("model_type"), **values)
+
+
+def shape_of(cfg: Choice) -> Any:
     """Return the language model that a configuration names, with the sizes of `shape_file` and no weights worth the name.
 
     Raises:
         GrexError: as `shape_file`.
     """
     import torch
-    from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
 
-    values = json.loads(shape_file(cfg.lm).read_text(encoding="utf-8"))
-    config = AutoConfig.for_model(values.pop("model_type"), **values)
+    config = config_of(cfg.lm)
+    kind = AutoModelForCausalLM if getattr(config, "vision_config", None) is None else AutoModelForImageTextToText
     dtype = torch.bfloat16 if cfg.dtype == "auto" else getattr(torch, cfg.dtype)
     options = {} if cfg.attn_implementation == "auto" else {"attn_implementation": cfg.attn_implementation}
-    return AutoModelForCausalLM.from_config(config, dtype=dtype, **options)
+    return kind.from_config(config, dtype=dtype, **options)

@@ -81,9 +81,8 @@ class ZeroShot:
         return json.dumps(["zero-shot", self.backend.fingerprint(), self.asking.fingerprint()])
 
     def ground(self, items: Iterable[Item]) -> Iterator[Answer]:
-        """Ask about every open expression. Where requests are only written to files, those of the object sets go with them."""
-        asked = self._both(items) if self.settings.server.batch_write else self._grounds(items)
-        return self._signed("ground", self.backend.hold(asked))
+        """Ask about every open expression."""
+        return self._signed("ground", self.backend.hold(self._grounds(items)))
 
     def describe(self, items: Iterable[Item]) -> Iterator[Answer]:
         """Ask for an expression for every open object set."""
@@ -100,11 +99,6 @@ class ZeroShot:
             for targets in item.open_sets:
                 _ = item.image, item.masks
                 yield self.asking.describe_set(item, targets)
-
-    def _both(self, items: Iterable[Item]) -> Iterator[Conversation]:
-        for item in items:
-            yield from self._grounds([item])
-            yield from self._describes([item])
 
     def _signed(self, task: str, answers: Iterator[Answer]) -> Iterator[Answer]:
         """Add who answered; move what differs from run to run into the file of costs."""

@@ -100,7 +100,7 @@ class Chat:
         settings = _json(name, PROCESSOR)
         given = settings.pop("image_processor", None) or _json(name, PREPROCESSOR)
         ends = _json(name, "generation_config.json").get("eos_token_id") or []
-        processor = _image_processor(config.model_type, given, pixels, tiles)
+        processor = picture_settings(config.model_type, given, pixels, tiles)
         return cls(config, tokenizer, processor, settings, ends if isinstance(ends, list) else [ends])
 
     def save(self, folder: str | Path) -> None:
@@ -233,7 +233,12 @@ def pixels_of(part: Any) -> np.ndarray:
     return pixels
 
 
-def _image_processor(model_type: str, given: dict[str, Any], pixels: tuple[int, int] | None, tiles: int | None) -> Any:
+def picture_settings(model_type: str, given: dict[str, Any], pixels: tuple[int, int] | None, tiles: int | None) -> Any:
+    """Return the image processor of a family. given: of a folder's file.  pixels, tiles: as in `Chat.load`.
+
+    Raises:
+        GrexError: a limit that the family lacks.
+    """
     import transformers
 
     family = FAMILIES[model_type]

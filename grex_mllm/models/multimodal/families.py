@@ -9,6 +9,7 @@ al. 2024; Gemma 3: 2025; Idefics3: Laurençon et al. 2024; SmolVLM: Marafioti et
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -25,7 +26,8 @@ class Encoded(NamedTuple):
     tokens: list[str]
 
 
-class Layout(NamedTuple):
+@dataclass(frozen=True)
+class Layout:
     """Where the image tokens of one picture look. index: int64 [h, w], number of the token at each place among the picture's tokens.
 
     box: left, top, right, bottom of the grid as fractions of the original; beyond 0 to 1 where the picture was padded.

@@ -14,30 +14,21 @@ from grex_mllm.zeroshot.parsing.words import denies, plain, refuses, says_none, 
 
 MAX_COUNT = 10_000
 _WORDS = (
-    "zero one two three four five six seven eight nine ten eleven twelve|zéro un deux trois quatre cinq six sept huit neuf dix|null ein zwei drei "
-    "vier fünf sechs sieben acht neun zehn|cero uno dos tres cuatro cinco seis siete ocho nueve diez|zero um dois três quatro cinco seis sete oito "
+    "zero one two three four five six seven eight nine ten eleven twelve|zéro un deux trois quatre cinq six sept huit neuf "
+    "dix|null ein zwei drei "
+    "vier fünf sechs sieben acht neun zehn|cero uno dos tres cuatro cinco seis siete ocho nueve diez|zero um dois três quatro "
+    "cinco seis sete oito "
     "nove dez|zero uno due tre quattro cinque sei sette otto nove dieci|ноль один два три четыре пять шесть семь восемь девять десять"
 )
 _NAMED = {word: n for row in _WORDS.split("|") for n, word in reversed(list(enumerate(row.split())))}
-_NAMED |= {
-    "none": 0,
-    "a": 1,
-    "eine": 1,
-    "une": 1,
-    "una": 1,
-    "single": 1,
-    "couple": 2,
-    "pair": 2,
-    "both": 2,
-    "dozen": 12,
-    "uma": 1,
-    "dua": 2,
-    "duas": 2,
-}
+_ARTICLES = {"a": 1, "an": 1, "eine": 1, "une": 1, "una": 1, "uma": 1}
+_NAMED |= _ARTICLES | {"none": 0, "single": 1, "couple": 2, "pair": 2, "both": 2, "dozen": 12, "dua": 2, "duas": 2}
+_UNSURE = {*_ARTICLES, "un", "um", "ein", "uno", "one", "null", "none"}  # numbers that are mostly no number within a sentence
 _HAN = {sign: n for n, sign in enumerate("零一二三四五六七八九十")} | {"两": 2, "兩": 2, "〇": 0}
 _DIGITS = re.compile(r"(?<![\w.])\d{1,6}(?:\.0+)?(?![\w%]|\.\d)")
 _STATED = re.compile(
-    r"(?:\b(?:answer|count|total|number(?: of [\w ]{1,60})?)\b[^\w\n]{0,5}(?:is|are|=|:)?|\bthere (?:is|are)|\bi (?:can )?(?:see|count|find)|\btotal of|\bexactly|\bfound)"
+    r"(?:\b(?:answer|count|total|number(?: of [\w ]{1,60})?)\b[^\w\n]{0,5}(?:is|are|=|:)?|\bthere (?:is|are)"
+    r"|\bi (?:can )?(?:see|count|find)|\btotal of|\bexactly|\bfound)"
     r"[^\w\n]{0,5}(?:a total of |exactly |only |about |approximately )?(\w+)",
     re.IGNORECASE,
 )
@@ -120,11 +111,7 @@ def _in_words(text: str) -> int | None:
         return ends[-1] if ends else None
     if words and (first := _named(words[0])) is not None:
         return first
-    named = [
-        n
-        for word in words
-        if (n := _named(word)) is not None and word not in ("a", "un", "um", "ein", "eine", "une", "una", "uno", "one", "null", "none")
-    ]
+    named = [n for word in words if (n := _named(word)) is not None and word not in _UNSURE]
     if len(set(named)) == 1:
         return named[0]
     han = re.findall(r"([零〇一二两兩三四五六七八九十])(?=[个個只隻名位条條辆輛张張匹头頭人]|$)", text)

@@ -15,26 +15,19 @@ from grex_mllm.zeroshot.parsing.words import plain, refuses, says_none
 
 MAX_WORDS = 60
 _KEYS = (
-    "expression",
-    "referringexpression",
-    "phrase",
-    "description",
-    "answer",
-    "text",
-    "caption",
-    "output",
-    "result",
-    "response",
-    "sentence",
-    "label",
+    *("expression", "referringexpression", "phrase", "description", "answer", "text", "caption", "output", "result", "response"),
+    *("sentence", "label"),
 )
 _QUOTES = "\"'`“”„«»‘’「」『』《》"
 _LEAD = re.compile(
     r"^\s*(?:(?:sure|certainly|of course|okay|ok|absolutely|yes|here you go|great)\b[,.!:]*\s*)?"
-    r"(?:(?:here(?:'s| is| are)|this is|that would be)\s+(?:the |a |an |one |my )?(?:[\w-]+ ){0,4}?(?:expression|phrase|description|answer|sentence|caption|response)\b[^:\n]{0,60}:\s*"
-    r"|(?:(?:the|a|my|one) )?(?:(?:short|single|referring|final|common|shared|best|possible|suitable|unique|distinctive|english) )*(?:expression|phrase|description|answer|caption|output|response"
+    r"(?:(?:here(?:'s| is| are)|this is|that would be)\s+(?:the |a |an |one |my )?(?:[\w-]+ ){0,4}?(?:expression|phrase"
+    r"|description|answer|sentence|caption|response)\b[^:\n]{0,60}:\s*"
+    r"|(?:(?:the|a|my|one) )?(?:(?:short|single|referring|final|common|shared|best|possible|suitable|unique|distinctive"
+    r"|english) )*(?:expression|phrase|description|answer|caption|output|response"
     r"|sentence|result)s?\b[^:\n]{0,60}?(?::|\b(?:is|would be|could be)\b:?)\s*"
-    r"|(?:expression|phrase|answer|output|respuesta|réponse|antwort|risposta|resposta|答案|描述|表达式|短语|回答|ответ|答え|표현|답변)\s*[:：]\s*)",
+    r"|(?:expression|phrase|answer|output|respuesta|réponse|antwort|risposta|resposta|答案|描述|表达式|短语|回答|ответ|答え|표현"
+    r"|답변)\s*[:：]\s*)",
     re.IGNORECASE,
 )
 _LIST = re.compile(r"^\s*(?:[-*•–>#]+|\(?\d{1,2}[.)]|[a-z][.)])\s+", re.IGNORECASE)
@@ -45,9 +38,12 @@ _TAGS = re.compile(r"</?[A-Za-z|][^<>]{0,40}>")
 _COORDINATES = re.compile(r"[\[(<]\s*\d+(?:\.\d+)?(?:\s*[,;]\s*\d+(?:\.\d+)?){1,3}\s*[\])>]")
 _COLOURS = r"(?:red|green|blue|yellow|orange|purple|magenta|cyan|pink|white|black|lime|violet|coloured|colored|bright|numbered)"
 LEAKS = re.compile(
-    rf"\b(?:{_COLOURS} (?:and {_COLOURS} )?(?:bounding )?(?:box(?:es)?|outlines?|contours?|borders?|frames?|circles?|marks?|markers?|numbers?|labels?|rectangles?|highlights?|masks?|overlay)"
-    r"|bounding box(?:es)?|(?:marked|numbered|labell?ed|outlined|highlighted|circled|boxed|tagged|enclosed|annotated) (?:as|with|by|in|from)? ?(?:#?\d+|box|(?:a |the )?(?:red|green|blue|yellow|colou?r)\w*)"
-    r"|(?:objects?|marks?|numbers?|box(?:es)?|regions?|labels?|items?|markers?|ids?|instances?) #?\d+(?:(?:,| and|, and) #?\d+)*|the (?:marked|outlined|highlighted|circled|boxed|numbered|annotated|selected|indicated) )"
+    rf"\b(?:{_COLOURS} (?:and {_COLOURS} )?(?:bounding )?(?:box(?:es)?|outlines?|contours?|borders?|frames?|circles?|marks?"
+    rf"|markers?|numbers?|labels?|rectangles?|highlights?|masks?|overlay)"
+    r"|bounding box(?:es)?|(?:marked|numbered|labell?ed|outlined|highlighted|circled|boxed|tagged|enclosed|annotated) (?:as|with"
+    r"|by|in|from)? ?(?:#?\d+|box|(?:a |the )?(?:red|green|blue|yellow|colou?r)\w*)"
+    r"|(?:objects?|marks?|numbers?|box(?:es)?|regions?|labels?|items?|markers?|ids?|instances?) #?\d+(?:(?:,| and|, and) #?\d+)*"
+    r"|the (?:marked|outlined|highlighted|circled|boxed|numbered|annotated|selected|indicated) )"
     rf"|\bin (?:a |the )?{_COLOURS} (?:box|outline)|红框|红色框|标记为|编号",
     re.IGNORECASE,
 )

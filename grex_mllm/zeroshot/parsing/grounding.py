@@ -1,11 +1,11 @@
 """From a raw answer to boxes, points or polygons, with a status for every answer; no rule looks at the ground truth.
 
-The rules, in order, with their letters. A: a refusal by the protocol. B: reasoning and end tokens are taken out. C: an empty answer. D: where
-the objects stand (`payload`). E: repairs (`values`). F: of a truncated answer the complete objects count. G: keys and lists (`items`). H to
-L: frame, corners, edges, the same box twice, at most 100 (`geometry`). M: good objects count beside faulty ones; faulty ones alone make an
-answer unparsable. N: ways to say that there is nothing. O: JSON, tags and tokens beat prose; a denial in prose beats loose numbers. P: a
-refusal in words. Q: points where boxes were asked are unparsable, of a polygon the bounds count. R: scores are not read. S: numbers in prose
-are boxes in groups of exactly four only.
+The rules, in order, with their letters. A: a refusal by the protocol. B: reasoning and end tokens are taken out. C: an empty answer. D:
+where the objects stand (`payload`). E: repairs (`values`). F: of a truncated answer the complete objects count. G: keys and lists
+(`items`). H to L: frame, corners, edges, the same box twice, at most 100 (`geometry`). M: good objects count beside faulty ones; faulty
+ones alone make an answer unparsable. N: ways to say that there is nothing. O: JSON, tags and tokens beat prose; a denial in prose beats
+loose numbers. P: a refusal in words. Q: points where boxes were asked are unparsable, of a polygon the bounds count. R: scores are not
+read. S: numbers in prose are boxes in groups of exactly four only.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import numpy as np
 
 from grex_mllm.zeroshot.base import RawAnswer, View
 from grex_mllm.zeroshot.parsing.clean import Cleaned, clean
-from grex_mllm.zeroshot.parsing.geometry import all_zero, boxes_in, bounds, frame_of, points_in, polygons_in
+from grex_mllm.zeroshot.parsing.geometry import all_zero, bounds, boxes_in, frame_of, points_in, polygons_in
 from grex_mllm.zeroshot.parsing.items import Found, Item
 from grex_mllm.zeroshot.parsing.parsed import Parsed
 from grex_mllm.zeroshot.parsing.payload import Payload, read_payload
@@ -99,7 +99,8 @@ def _objects(found: Found, answer: str, frame: str, order: str, view: View) -> P
     if all_zero(found.boxes) and not found.polygons:
         return Parsed("ok", no_target=True)
     faulty = found.faulty
-    boxes, points, polygons = np.zeros((0, 4)), np.zeros((0, 2)), []
+    boxes, points = np.zeros((0, 4)), np.zeros((0, 2))
+    polygons: list[np.ndarray] = []
     if answer == "points":
         if not found.points:
             return Parsed("unparsable", f"{'boxes' if found.boxes else 'polygons'} where points were asked for")

@@ -15,7 +15,8 @@ _POINT_TAG = re.compile(r"<(?:points?|point_2d)\b([^<>]{0,20000})/?>([^<]{0,2000
 _ATTRIBUTE = re.compile(rf"""\b([xy])_?(\d{{0,6}})\s{{0,3}}=\s{{0,3}}["']?\s{{0,3}}({NUMBER})\s?(%)?""", re.IGNORECASE)
 _COORDS = re.compile(r"""\bcoords\s{0,3}=\s{0,3}["']([^"']*)["']""", re.IGNORECASE)
 _NAMES = (
-    r"box(?:es)?(?:_?2d)?|bbox(?:es)?(?:_?2d)?|b_?box|bounding_?box(?:es)?|det|box_start|quad_start|coords?|coordinates|location|rect|region|bndbox"
+    r"box(?:es)?(?:_?2d)?|bbox(?:es)?(?:_?2d)?|b_?box|bounding_?box(?:es)?|det|box_start|quad_start|coords?|coordinates|location"
+    r"|rect|region|bndbox"
 )
 _ANGLES = re.compile(r"(?:<\s?\d{1,5}\s?>\s?){4,400}")  # <100><250><500><1000>
 _BOX_TAG = re.compile(rf"<\|?\s?(?:{_NAMES})\s?\|?>", re.IGNORECASE)

@@ -1,6 +1,6 @@
 """Reads values that look like JSON and often are not: a tree out of brackets, keys, numbers and words, whatever is missing (rule E).
 
-One pass, linear in the length of the text, and nothing is ever run. Nothing is completed: a number or text that the end cuts off is dropped.
+One pass, linear in the length of the text, and nothing is ever run. Nothing is completed: a number or text that is cut off is dropped.
 """
 
 from __future__ import annotations

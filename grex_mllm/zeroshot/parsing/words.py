@@ -76,8 +76,10 @@ def yes_or_no(text: str) -> bool | None:
 
 
 _AFFIRMS = re.compile(
-    r"\bthere (?:is|are|appears? to be|seems? to be)\b|\b(?:is|are) (?:\w+ )?(?:present|visible|shown|depicted|in the (?:image|picture|photo|scene))\b"
-    r"|\bi (?:can |do )?see\b|\b(?:image|picture|photo|scene) (?:shows?|contains?|depicts?|includes?|has)\b|\bil y a\b|\bes gibt\b|\bhay\b|\bhá\b"
+    r"\bthere (?:is|are|appears? to be|seems? to be)\b|\b(?:is|are) (?:\w+ )?(?:present|visible|shown|depicted|in the (?:image"
+    r"|picture|photo|scene))\b"
+    r"|\bi (?:can |do )?see\b|\b(?:image|picture|photo|scene) (?:shows?|contains?|depicts?|includes?|has)\b|\bil y a\b|\bes gibt\b"
+    r"|\bhay\b|\bhá\b"
     r"|\bc'è\b|\bci sono\b|有|存在|います|あります|있습니다|есть|jest\b|\bvar\b|يوجد|है",
     re.IGNORECASE,
 )

@@ -29,6 +29,7 @@ from grex_mllm.models.generators.region_tokens.tokens import ObjectTokens, Regio
 from grex_mllm.models.language_model import embedding_scale, embedding_shape, freeze_base, leave_out_named_base, with_lora
 from grex_mllm.models.lm_decoding import draw, stratified_uniforms
 from grex_mllm.models.lm_packing import rows_alone
+from grex_mllm.models.lm_shapes import shape_of, weights_are_left_out
 from grex_mllm.models.multimodal.chat import Chat
 from grex_mllm.models.multimodal.decoding import beam_search, positions
 from grex_mllm.models.multimodal.features import PictureFeatures, check_features, embedded, encode, features_input
@@ -47,7 +48,7 @@ class MllmGenerator(nn.Module):
     def __init__(self, cfg: MllmConfig, feature_channels: list[int], tokenizer: Chat) -> None:
         super().__init__()
         self.cfg, self.tokenizer = cfg, tokenizer
-        model = load_multimodal(cfg)
+        model = shape_of(cfg) if weights_are_left_out() else load_multimodal(cfg)
         check_features(model)
         freeze_base(model, cfg, len(tokenizer.tokenizer))
         self.lm = with_lora(model, cfg, adapted_layers(model, cfg)) if cfg.lora_rank else model
