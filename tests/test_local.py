@@ -261,6 +261,24 @@ def test_settings_and_fingerprint(opened: Open) -> None:
     assert opened("internvl", batch=2).name == Path(opened("internvl", batch=2).model.name_or_path).name
 
 
+def test_how_weights_are_read_and_computed_with(opened: Open) -> None:
+    one, seen = [request("a", "Locate it.", picture())], opened("qwen2.5-vl", batch=1)
+    half = opened("qwen2.5-vl", batch=1, dtype="bfloat16")
+    assert {p.dtype for p in half.model.parameters()} == {torch.bfloat16} and half.fingerprint() != seen.fingerprint()
+    assert replies(half, one)["a"].finish in ("stop", "length")
+    eager = opened("qwen2.5-vl", batch=1, attn_implementation="eager")
+    assert replies(eager, one)["a"].text == replies(seen, one)["a"].text and eager.fingerprint() != seen.fingerprint()
+    for wrong in ({"quantisation": "int3"}, {"dtype": "int9"}, {"attn_implementation": "loud"}):
+        with pytest.raises(GrexError):
+            opened("qwen2.5-vl", batch=1, **wrong)
+    folder = seen.model.name_or_path
+    mixed = Local(folder, LocalSettings(precision="bf16", batch=1), "cpu")
+    assert replies(mixed, one)["a"].finish in ("stop", "length") and "bf16" in mixed.remarks()[1]
+    for name, device in (("no/such/folder", "cpu"), (folder, "warp")):
+        with pytest.raises(GrexError):
+            Local(name, LocalSettings(), device)
+
+
 @pytest.mark.long
 def test_sharing_saves_most_of_the_time_of_eleven_expressions(tmp_path: Path) -> None:
     """Random Qwen2.5-VL, width 256, 4 layers, one picture of 221 tokens in questions of 330, answers of 8, float32, one AVX2 core.
