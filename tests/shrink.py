@@ -6,7 +6,8 @@ the document. These things alone are replaced, by `shrunken` and `launched`:
 
 1. PLACEHOLDERS in capitals (FOLDER, SPLIT, ...) become the name of a stand-in; `$k` becomes 0.
 2. A number of training steps over 2 becomes 2 (STEPS), and so do those of GPUs of `grex estimate` and of a sample (`--limit`).
-3. What the command is to write (--out, --train.out) is removed first if the stage has it; `grex ground --out` is a folder of many.
+3. What the command is to write (--out, --train.out; with --sample its data) is removed first if the stage has it; `grex ground --out` is a
+   folder of many.
 4. `grex demo` without --config takes the stage's configs/demo.yaml and the few scenes of DEMO_SIZES.
 5. Launchers: their own parsers read their flags. Then two processes on CPU are started; commands for several machines run on one.
 6. What asks a server (`--base-url`) asks one on loopback that finds nothing and calls everything a thing.
@@ -106,6 +107,8 @@ def clear_outputs(words: list[str], stage: Path) -> None:
         target = stage / value
         if flag in ("--out", "--train.out") and "ground" not in words and target.exists():
             shutil.rmtree(target) if target.is_dir() else target.unlink()
+        if flag == "--out" and "--sample" in words:
+            shutil.rmtree(target.with_suffix(".data"), ignore_errors=True)
 
 
 def launched(words: list[str]) -> tuple[str, list[str], int]:
