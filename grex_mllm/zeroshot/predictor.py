@@ -72,8 +72,9 @@ class ZeroShot:
         for prompt, targeted in ((asking.locate, False), (asking.exists, False), (asking.describe, True)):
             if prompt is None:
                 continue
-            where = {"split": ask.shots_split, "image_root": self.options.image_root}
-            chosen = choose_shots(self.options.data, ask.shots, ask.seed, targeted=targeted, **where)
+            root = self.options.image_root
+            chosen = choose_shots(self.options.data, ask.shots, ask.seed, split=ask.shots_split, image_root=root, targeted=targeted)
+            asking.shown.update(shot.record.image_id for shot in chosen)
             asking.shots[prompt.name] = shot_turns(chosen, prompt, self.family, asking.view_of)
 
     def fingerprint(self) -> str:
