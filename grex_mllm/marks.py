@@ -161,12 +161,14 @@ def _place_number(
         free[top:bottom, left:right] = False
     free = free if free.any() else mask
     if free.any():
-        depth = distance_transform_edt(np.pad(free, 1))[1:-1, 1:-1]
-        y, x = np.unravel_index(int(depth.argmax()), depth.shape)
+        first_row, first_column = int(free.any(axis=1).argmax()), int(free.any(axis=0).argmax())
+        last_row, last_column = int(np.flatnonzero(free.any(axis=1))[-1]), int(np.flatnonzero(free.any(axis=0))[-1])
+        depth = distance_transform_edt(np.pad(free[first_row : last_row + 1, first_column : last_column + 1], 1))[1:-1, 1:-1]
+        y, x = (int(place) for place in np.unravel_index(int(depth.argmax()), depth.shape))
         for height in dict.fromkeys((largest, smallest)):
             width = _plate_width(text, height)
             if width * height <= MAX_COVERED * area and height / 2 <= depth[y, x] + 1:
-                return _inside((int(x) - width // 2, int(y) - height // 2), width, height, size)
+                return _inside((first_column + x - width // 2, first_row + y - height // 2), width, height, size)
     return _beside(objects, n, plates, (_plate_width(text, smallest), smallest), size)
 
 

@@ -5,11 +5,13 @@ copies of all configurations and DeepSpeed files, tiny data, weights, checkpoint
 the document. These things alone are replaced, by `shrunken` and `launched`:
 
 1. PLACEHOLDERS in capitals (FOLDER, SPLIT, ...) become the name of a stand-in; `$k` becomes 0.
-2. A number of training steps over 2 becomes 2 (STEPS), and so does that of GPUs of `grex estimate`.
-3. What the command is to write (--out, --train.out) is removed first if the stage has it; `grex ground --out` is a folder of many.
+2. A number of training steps over 2 becomes 2 (STEPS), and so do those of GPUs of `grex estimate` and of a sample (`--limit`).
+3. What the command is to write (--out, --train.out; with --sample its data) is removed first if the stage has it; `grex ground --out` is a
+   folder of many.
 4. `grex demo` without --config takes the stage's configs/demo.yaml and the few scenes of DEMO_SIZES.
 5. Launchers: their own parsers read their flags. Then two processes on CPU are started; commands for several machines run on one.
-6. `make TARGET` is `make -n TARGET`, without doing it; long programs get BENCHMARK_SIZES; what `pip` does is done in tests/test_wheel.py.
+6. What asks a server (`--base-url`) asks one on loopback that finds nothing and calls everything a thing.
+7. `make TARGET` is `make -n TARGET`, without doing it; long programs get BENCHMARK_SIZES; what `pip` does is done in tests/test_wheel.py.
 
 What a shrunken copy hides is checked on the original: precision and number of processes (`check_original`).
 """
@@ -29,6 +31,7 @@ from typing import Any
 import numpy as np
 import torch
 from conftest import ROOT
+from fake_server import completion, last_text
 from made_photos import made_coco, made_human
 from PIL import Image
 from safetensors.torch import save_file
@@ -92,6 +95,8 @@ def shrunken(command: str) -> list[str]:
         words.append(STEPS.sub(lambda hit: f"{hit[1]}{min(int(hit[2]), 2)}", word))
     if words[:2] == ["grex", "estimate"] and "--gpus" in words:
         words[words.index("--gpus") + 1] = "2"
+    if "--limit" in words:
+        words[words.index("--limit") + 1] = "2"
     if words[:2] == ["grex", "demo"] and "--config" not in words:
         words += ["--config", "configs/demo.yaml"]
     return words
@@ -104,6 +109,8 @@ def clear_outputs(words: list[str], stage: Path) -> None:
         target = stage / value
         if flag in ("--out", "--train.out") and "ground" not in words and target.exists():
             shutil.rmtree(target) if target.is_dir() else target.unlink()
+        if flag == "--out" and "--sample" in words:
+            shutil.rmtree(target.with_suffix(".data"), ignore_errors=True)
 
 
 def launched(words: list[str]) -> tuple[str, list[str], int]:
@@ -209,6 +216,7 @@ def make_stage(stage: Path) -> Path:
     _weights(stage)
     _models(stage)
     write_language_models({lm: stage / "models" / lm for lm in (*LANGUAGE_MODELS, *MULTIMODAL_MODELS)})
+    _asked(stage)
     pixels = np.random.default_rng(0).integers(0, 255, (96, 96, 3), dtype=np.uint8)
     Image.fromarray(pixels).save(stage / "scene.png")
     for number, name in enumerate(("first.png", "second.png")):
@@ -225,7 +233,7 @@ def write_language_models(folders: dict[str, Path]) -> None:
         if lm in LANGUAGE_MODELS:
             write_llm(LANGUAGE_MODELS[lm], folder, WORDS * 5)
         else:
-            write_mllm(MULTIMODAL_MODELS[lm], folder, WORDS * 5)
+            write_mllm(MULTIMODAL_MODELS[lm], folder, [*WORDS * 5, "[10, 20]"], max_position_embeddings=700)
 
 
 def _raw_files(stage: Path) -> None:
@@ -270,6 +278,21 @@ def _weights(stage: Path) -> None:
     shutil.copytree(stage / "models" / "bert-base-uncased", stage / "models" / "all-minilm-l6-v2")
     lite = build_vision(VisionConfig(name="efficientnet_lite0"), 16)
     save_file(lite.state_dict(), str(stage / "models" / "efficientnet_lite0.safetensors"))
+
+
+def _asked(stage: Path) -> None:
+    """Write a sample of a split, predictions of it, and their results."""
+    from grex_mllm.score import score
+
+    look = stage / "runs" / "zeroshot"
+    tiny_folder(look / "look.data")
+    shutil.copy(stage / "runs" / "mine" / "predictions.jsonl", look / "look.jsonl")
+    score(look / "look.jsonl", look / "look.data", "val", ROOT / "eval" / "protocols" / "all.yaml", look / "look.json", per_sample=True)
+
+
+def answer_nothing(body: dict[str, Any]) -> Any:
+    """Answer a request of chat completions: no box, and "the thing" for objects to describe."""
+    return completion("[]" if "JSON" in last_text(body) or "json" in last_text(body) else "the thing")
 
 
 def torchvision_names(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import yaml
 
-from grex_mllm.zeroshot.base import RawAnswer, View
+from grex_mllm.zeroshot.base import RawAnswer
 from grex_mllm.zeroshot.families import find_family
 from grex_mllm.zeroshot.parsing import Parsed, parse_count, parse_expression, parse_grounding, parse_yes_no
 from grex_mllm.zeroshot.parsing.grounding import FLAGS

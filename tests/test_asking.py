@@ -298,6 +298,10 @@ def test_examples_are_earlier_turns_in_the_familys_own_format(data: Path, items:
     item, record = first(items)
     _, rounds = hold(asking.ground(item, record), lambda _: "[]")
     assert [turn.role for turn in rounds[0][0].turns] == ["system", *["user", "assistant"] * 3, "user"]
+    asking.shown.add(item.record.image_id)
+    for talk in (asking.ground(item, record), Asking(QWEN3, describe=GREG, shown=asking.shown).describe_set(item, item.object_sets[0])):
+        with pytest.raises(GrexError, match="one of the examples"):
+            next(talk)
     said = [turn.parts[0] for turn in shot_turns(shots, EXISTS, QWEN3, view_of)[1::2]]
     assert sorted(said) == ["No", "Yes", "Yes"]
     assert sorted(t.parts[0] for t in shot_turns(shots, COUNT, QWEN3, view_of)[1::2]) == sorted(str(len(s.record.targets)) for s in shots)

@@ -14,7 +14,19 @@ from pathlib import Path
 
 import pytest
 from conftest import ROOT
-from shrink import DEMO_SIZES, check_original, clear_outputs, commands, interpreter, launched, make_stage, python_words, shrunken
+from fake_server import FakeServer
+from shrink import (
+    DEMO_SIZES,
+    answer_nothing,
+    check_original,
+    clear_outputs,
+    commands,
+    interpreter,
+    launched,
+    make_stage,
+    python_words,
+    shrunken,
+)
 
 from grex_mllm.cli import main
 from grex_mllm.training.engine import check_deepspeed
@@ -102,7 +114,11 @@ def try_command(command: str, stage: Path) -> None:
         run_apart(["make", "-n", "-C", str(ROOT), *words[1:]])
     elif words[0] == "pip":
         assert words[1] in ("install", "wheel") and words[-1] == ".", command
-    elif (own := python_words(words)) is not None:
+    elif (own := python_words(words)) is not None and "--base-url" in own:
+        with FakeServer(answer_nothing) as server:
+            run_in_process([server.url if before == "--base-url" else word for before, word in zip(["", *own], own)], stage)
+        assert bool(server.seen) != ("--dry-run" in own)
+    elif own is not None:
         run_in_process(own, stage)
     else:
         clear_outputs(words, stage)

@@ -29,7 +29,7 @@ def random_sizes(seed: int, count: int = SIZES, longest: int = 1600) -> list[tup
     while len(sizes) < count:
         area, aspect = np.exp(rng.uniform(np.log(120**2), np.log(1000**2))), np.exp(rng.uniform(-np.log(6), np.log(6)))
         width, height = round(np.sqrt(area * aspect)), round(np.sqrt(area / aspect))
-        if 60 <= min(width, height) and max(width, height) <= longest:
+        if min(width, height) >= 60 and max(width, height) <= longest:
             sizes.append((width, height))
     return sizes
 
@@ -184,7 +184,7 @@ def test_a_model_is_recognised(model: str, name: str) -> None:
 
 
 def test_an_unknown_model_is_never_guessed() -> None:
-    with pytest.raises(GrexError, match='model or family "meta/llama-3.2-11b-vision"; expected one of .*name the family'):
+    with pytest.raises(GrexError, match=r'model or family "meta/llama-3.2-11b-vision"; expected one of .*name the family'):
         find_family("meta/llama-3.2-11b-vision")
     with pytest.raises(GrexError, match='did you mean "internvl"'):
         find_family("interovl")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import time
 from collections.abc import Callable, Iterator
 from functools import cache
@@ -11,12 +12,13 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from score_case import make_dataset
+import yaml
+from score_case import ROOT, make_dataset
 from tiny_mllms import KINDS, write_mllm
 
 from grex_mllm.data.dataset import FolderDataset
 from grex_mllm.errors import GrexError
-from grex_mllm.predict import _items  # type: ignore[attr-defined]
+from grex_mllm.predict import _items, predict_split
 from grex_mllm.predictors.protocol import STATUSES, Answer, Item
 from grex_mllm.zeroshot.asking import Asking
 from grex_mllm.zeroshot.base import Conversation, Picture, RawAnswer, Request, Turn
@@ -57,8 +59,13 @@ def opened(tmp_path_factory: pytest.TempPathFactory) -> Open:
 
 
 @pytest.fixture(scope="module")
-def items(tmp_path_factory: pytest.TempPathFactory) -> list[Item]:
-    source = FolderDataset(make_dataset(tmp_path_factory.mktemp("local")), "val", 10**9)
+def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_dataset(tmp_path_factory.mktemp("local"))
+
+
+@pytest.fixture(scope="module")
+def items(place: Path) -> list[Item]:
+    source = FolderDataset(place, "val", 10**9)
     return list(_items(source, list(range(len(source))), ["ground", "generate"], frozenset(), None))
 
 
@@ -82,11 +89,12 @@ def replies(backend: Local, requests: list[Request]) -> dict[str, RawAnswer]:
 @pytest.mark.parametrize("name", SIX)
 def test_every_task_ends_with_every_answer(name: str, opened: Open, items: list[Item]) -> None:
     backend = opened(name, batch=5)
-    for rejection in ("none", "twice", "consistency:2@1", "probability:0.5"):
+    items = items[: len(items) // 2]
+    for rejection in ("none", "twice", "consistency:2@1", "probability:0.5") if name == "internvl" else ("twice", "probability:0.5"):
         asking = Asking(find_family(name), GREC, GREG, EXISTS, Boxes(), parse_rejection(rejection), view=backend.view)
         talks = [asking.ground(item, record) for item in items for record in item.expressions]
         answers = list(backend.hold(iter(talks)))
-        assert len(answers) == len({answer.key for answer in answers}) == 20
+        assert len(answers) == len({answer.key for answer in answers}) == sum(len(item.expressions) for item in items) >= 8
         assert {answer.status for answer in answers} <= set(STATUSES)
         for answer in answers:
             least, most = asking.rejection.calls
@@ -103,8 +111,25 @@ def test_every_task_ends_with_every_answer(name: str, opened: Open, items: list[
     if name == "smolvlm":
         asking = Asking(find_family(name), describe=prompt("greg", "Name them.", marking="outlines"), view=backend.view)
     named = list(backend.hold(asking.describe_set(item, targets) for item in items for targets in item.object_sets))
-    assert len(named) == 15 and {answer.status for answer in named} <= set(STATUSES)
-    assert all("calls in" in backend.remarks()[0] for _ in range(1))
+    assert len(named) == sum(len(item.object_sets) for item in items) >= 6 and {answer.status for answer in named} <= set(STATUSES)
+    assert "calls in" in backend.remarks()[0]
+
+
+@pytest.mark.parametrize("name", SIX)
+def test_a_family_is_predicted_by_name(name: str, opened: Open, place: Path, tmp_path: Path) -> None:
+    """`grex predict --model FAMILY:FOLDER`: both tasks, prompts from files, examples."""
+    folder = opened(name, batch=5).model.name_or_path
+    asked = ["--local.precision=fp32", "--local.batch=7", "--ask.shots=2", "--ask.shots_split=val"]
+    for task, option in (("grec", "prompt"), ("greg", "describe")):
+        given = yaml.safe_load((ROOT / "eval" / "prompts" / task / "uniform.yaml").read_text(encoding="utf-8"))
+        (tmp_path / f"{task}.yaml").write_text(yaml.safe_dump(given | {"max_tokens": 6}), encoding="utf-8")
+        asked.append(f"--ask.{option}={tmp_path / f'{task}.yaml'}")
+    path = predict_split(
+        f"{name}:{folder}", str(place), tmp_path / "a.jsonl", "train", ["ground", "generate"], device="cpu", overrides=asked
+    )
+    found = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+    assert len(found) == 4 + 3 and {line["status"] for line in found} <= {"ok", "unparsable", "refused"}
+    assert all(line["raw"] and f"{Path(folder).name}, grec/grec+greg/greg+box+2-shot" == line["by"] for line in found)
 
 
 @pytest.mark.parametrize("name", KINDS)
@@ -236,16 +261,43 @@ def test_settings_and_fingerprint(opened: Open) -> None:
     assert opened("internvl", batch=2).name == Path(opened("internvl", batch=2).model.name_or_path).name
 
 
+def test_how_weights_are_read_and_computed_with(opened: Open) -> None:
+    one, seen = [request("a", "Locate it.", picture())], opened("qwen2.5-vl", batch=1)
+    half = opened("qwen2.5-vl", batch=1, dtype="bfloat16")
+    assert {p.dtype for p in half.model.parameters()} == {torch.bfloat16} and half.fingerprint() != seen.fingerprint()
+    assert replies(half, one)["a"].finish in ("stop", "length")
+    eager = opened("qwen2.5-vl", batch=1, attn_implementation="eager")
+    assert replies(eager, one)["a"].text == replies(seen, one)["a"].text and eager.fingerprint() != seen.fingerprint()
+    for wrong in ({"quantisation": "int3"}, {"dtype": "int9"}, {"attn_implementation": "loud"}):
+        with pytest.raises(GrexError):
+            opened("qwen2.5-vl", batch=1, **wrong)
+    folder = seen.model.name_or_path
+    mixed = Local(folder, LocalSettings(precision="bf16", batch=1), "cpu")
+    assert replies(mixed, one)["a"].finish in ("stop", "length") and "bf16" in mixed.remarks()[1]
+    for name, device in (("no/such/folder", "cpu"), (folder, "warp")):
+        with pytest.raises(GrexError):
+            Local(name, LocalSettings(), device)
+
+
 @pytest.mark.long
-def test_sharing_saves_most_of_the_time_of_eleven_expressions(opened: Open) -> None:
-    """Measured: see benchmarks/README.md."""
-    seen = picture(0, 480, 360)
-    requests = [request(f"{n}", f"Locate object number {n} in this picture.", seen, max_tokens=2) for n in range(11)]
-    spent = {}
+def test_sharing_saves_most_of_the_time_of_eleven_expressions(tmp_path: Path) -> None:
+    """Random Qwen2.5-VL, width 256, 4 layers, one picture of 221 tokens in questions of 330, answers of 8, float32, one AVX2 core.
+
+    Measured: 0.50 s with sharing, 2.4 s without: 4.9 times. SmolVLM with 107 tokens 1.8 times, InternVL with 97 tokens 2.4 times.
+    """
+    sizes = {"hidden_size": 256, "num_hidden_layers": 4, "intermediate_size": 1024, "num_attention_heads": 16, "num_key_value_heads": 8}
+    folder = write_mllm("qwen2.5-vl", tmp_path, LINES, **sizes)
+    text = "Locate every object that matches the description {} in the picture."
+    requests = [request(f"{n}", text.format(WORDS[n % 4]), picture(7, 480, 360), max_tokens=8) for n in range(11)]
+    spent, said = {}, {}
     for share in (False, True):
-        backend = opened("smolvlm", batch=11, share_prefix=share)
-        replies(backend, requests[:1])
-        start = time.perf_counter()
-        replies(backend, [request(r.key, "Where is " + str(r.key), picture(7, 480, 360), max_tokens=2) for r in requests])
-        spent[share] = time.perf_counter() - start
-    assert spent[True] < 0.5 * spent[False]
+        pixels = {"min_pixels": 100_000, "max_pixels": 200_000}
+        backend = Local(str(folder), LocalSettings(precision="fp32", batch=11, share_prefix=share, **pixels), "cpu")
+        times = []
+        for seed in range(3):
+            replies(backend, [request("another", "Locate it.", picture(seed, 480, 360))])
+            start = time.perf_counter()
+            said[share] = {key: raw.text for key, raw in replies(backend, requests).items()}
+            times.append(time.perf_counter() - start)
+        spent[share] = min(times)
+    assert said[True] == said[False] and spent[True] < 0.5 * spent[False]

@@ -123,20 +123,17 @@ def test_objects_of_an_item_come_with_masks_or_boxes_alone() -> None:
 
 
 def test_every_object_of_a_photograph_gets_a_number_that_shows(shared: Path) -> None:
-    """Twelve photographs, all their objects: each colour is there, twice the same picture, and numbers hide little of large objects."""
+    """Four photographs, all their objects: each colour is there, twice the same picture, and no number hides more than two fifths."""
     instances = load_instances(shared / "data" / "photos" / "instances.json")
-    crowded = [i for i, found in sorted(instances.by_image.items()) if 3 <= sum(not a["iscrowd"] for a in found) <= 10][:12]
-    assert len(crowded) == 12
+    crowded = [i for i, found in sorted(instances.by_image.items()) if 3 <= sum(not a["iscrowd"] for a in found) <= 10][:4]
+    assert len(crowded) == 4
     for image_id in crowded:
         image = load_image(shared / "data" / "photos" / "images" / instances.images[image_id]["file_name"])
         masks = [segmentation_to_mask(a["segmentation"], *image.shape[:2]) for a in instances.by_image[image_id] if not a["iscrowd"]]
         objects = [Shown(mask, tuple(mask_to_box_xyxy(mask))) for mask in masks if mask.any()]  # type: ignore[arg-type]
         drawn = mark_picture(image, objects, ["numbers"])
         assert (drawn == mark_picture(image, objects, ["numbers"])).all()
-        outlined = mark_picture(image, objects, ["outlines"])
         for n, one in enumerate(objects):
             assert painted(drawn, mark_colours(len(objects))[n]).sum() >= 60, (image_id, n)
-            alone = ~np.any([other.mask for m, other in enumerate(objects) if m != n], axis=0)
-            if (one.mask & alone).sum() > 5000:
-                hidden = (mark_picture(image, [one], ["numbers"]) != outlined).any(-1) & one.mask & alone
-                assert hidden.sum() <= 0.4 * one.mask.sum()
+            alone = (mark_picture(image, [one], ["numbers"]) != mark_picture(image, [one], ["outlines"])).any(-1) & one.mask
+            assert alone.sum() <= 0.4 * one.mask.sum(), (image_id, n)

@@ -75,7 +75,7 @@ def test_what_is_filled_in_is_not_read_as_a_place() -> None:
 
 
 def test_a_place_without_a_value_is_an_error() -> None:
-    with pytest.raises(GrexError, match="without a value for {objects}"):
+    with pytest.raises(GrexError, match=r"without a value for \{objects\}"):
         find_prompt("greg", "generic", "uniform_coordinates").render(find_family("generic").view(640, 480), count=2)
 
 
@@ -131,7 +131,7 @@ def test_a_wrong_file_is_refused(tmp_path: Path, old: str, new: str, told: str) 
 
 
 def test_a_wrong_name_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(GrexError, match='prompt "unifrom" for grec.*did you mean "uniform"'):
+    with pytest.raises(GrexError, match=r'prompt "unifrom" for grec.*did you mean "uniform"'):
         find_prompt("grec", "generic", "unifrom")
     with pytest.raises(GrexError, match="does not exist"):
         find_prompt("grec", "generic", str(tmp_path / "none.yaml"))
@@ -139,7 +139,7 @@ def test_a_wrong_name_is_refused(tmp_path: Path) -> None:
         find_prompt("rec", "generic")
     with pytest.raises(GrexError, match="of the task count; expected one for grec"):
         find_prompt("grec", "generic", "eval/prompts/count/uniform.yaml")
-    with pytest.raises(GrexError, match="native_gpt.yaml of the family gpt; expected gemini"):
+    with pytest.raises(GrexError, match=r"native_gpt\.yaml of the family gpt; expected gemini"):
         find_prompt("grec", "gemini", "eval/prompts/grec/native_gpt.yaml")
     for name in ("../grec/uniform", "../../protocols/grec.yaml"):
         with pytest.raises(GrexError):

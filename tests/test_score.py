@@ -338,3 +338,20 @@ def test_protocol_faults(tmp_path: Path) -> None:
         path.write_text(text)
         with pytest.raises(GrexError, match=words):
             load_protocol(path)
+
+
+def test_a_run_without_any_answer_is_wrong_in_every_task(tmp_path: Path) -> None:
+    """Nothing but unparsable and refused lines: no "no target" comes of them, and no task is left out."""
+    data = make_dataset(tmp_path / "data")
+    lines = [
+        {"expression_id": line["expression_id"], "status": ("unparsable", "refused", "error")[n % 3]}
+        for n, line in enumerate(right_answers())
+    ]
+    results = score(write_lines(tmp_path / "p.jsonl", lines), data, "val", PROTOCOLS / "all.yaml")
+    strict = results["results"]["strict"]
+    assert strict["gres"]["gIoU"] == strict["gres"]["N_acc"] == strict["gres"]["T_acc"] == 0
+    assert strict["grec"]["Pr@F1"] == strict["count"]["accuracy"] == 0 and strict["grec"]["num_samples"] == 20
+    assert (
+        results["results"]["official"] == {}
+        and "no expression is answered (status): every task counts as wrong" in results["provenance"]["notes"]
+    )

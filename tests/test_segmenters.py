@@ -43,8 +43,9 @@ def write_sam(folder: Path) -> Path:
 def write_sam2(folder: Path) -> Path:
     torch.manual_seed(0)
     backbone = {"hidden_size": 8, "num_attention_heads": 1, "image_size": [SIDE, SIDE], "blocks_per_stage": [1, 1, 2, 1],
-                "embed_dim_per_stage": [8, 16, 32, 64], "num_attention_heads_per_stage": [1, 1, 2, 2], "window_size_per_stage": [4, 4, 4, 2],
-                "global_attention_blocks": [3], "window_positional_embedding_background_size": [4, 4]}  # fmt: skip
+                "global_attention_blocks": [3], "window_positional_embedding_background_size": [4, 4],
+                "embed_dim_per_stage": [8, 16, 32, 64], "num_attention_heads_per_stage": [1, 1, 2, 2],
+                "window_size_per_stage": [4, 4, 4, 2]}  # fmt: skip
     vision = {"backbone_config": {"model_type": "sam2_hiera_det_model"} | backbone, "backbone_channel_list": [64, 32, 16, 8],
               "backbone_feature_sizes": [[16, 16], [8, 8], [4, 4]], "fpn_hidden_size": 16, "num_pos_feats": 8}  # fmt: skip
     prompt = {"hidden_size": 16, "image_size": SIDE, "patch_size": 16, "mask_input_channels": 4}

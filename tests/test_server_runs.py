@@ -21,7 +21,10 @@ import pytest
 from conftest import ROOT
 from fake_server import FAULTS, FakeServer, FaultyProxy, completion, faulty, last_text
 from PIL import Image
+from test_server_files import collected, put
 
+from grex_mllm.errors import GrexError
+from grex_mllm.predict import predict_split
 from grex_mllm.zeroshot.settings import read_settings
 
 KEY = "sk-secret/9+key=0123456789"
@@ -134,6 +137,24 @@ def test_an_interrupt_from_the_keyboard_ends_the_run_at_once(small, tmp_path):
         slow.set()
         assert len((tmp_path / "p.jsonl.part").read_text().splitlines()) >= 8
         assert done(predict(root / "data", out, fake.url, "--tasks=ground,generate"), out) == expected
+
+
+def test_batch_files_give_the_file_of_a_live_run(small, tmp_path, monkeypatch):
+    root, expected, num = small
+    monkeypatch.setenv("OPENAI_API_KEY", KEY)
+
+    def run(**settings: Path) -> Path:
+        flags = [f"--server.{name}={value}" for name, value in settings.items()]
+        where = ("openai:gpt-4o-mini", str(root / "data"), tmp_path / "p.jsonl", "test", ["ground", "generate"])
+        return predict_split(*where, asked={"base_url": "https://host.example/v1"}, overrides=flags)
+
+    with pytest.raises(GrexError, match=f"{num} requests are written to 1 file"):
+        run(batch_write=tmp_path / "b")
+    assert not list(tmp_path.glob("p.jsonl*.part"))
+    put(tmp_path / "b", "out.jsonl", list(collected(tmp_path / "b", script)))
+    with pytest.raises(GrexError, match=f"nothing left to write: all {num} questions"):
+        run(batch_write=tmp_path / "b")
+    assert run(batch_read=tmp_path / "b").read_bytes() == expected
 
 
 @pytest.mark.long

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import importlib.util
+import json
 import os
+import re
 import socket
 import subprocess
 import sys
@@ -15,9 +17,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from conftest import ROOT
+from score_case import read_lines
 from test_server import QUICK, ask, once
 from tiny_mllms import write_mllm
 
+from grex_mllm.cli import main
+from grex_mllm.data.records import load_dataset
+from grex_mllm.shipped import PROMPT_FOLDER
 from grex_mllm.zeroshot.base import Turn
 from grex_mllm.zeroshot.server.server import Server
 from grex_mllm.zeroshot.server.settings import ServerSettings
@@ -85,3 +92,41 @@ def test_a_real_server_refuses_fields_and_the_client_adapts(served, capsys):
     assert raw.finish in ("stop", "length") and "refuses the field structured_outputs: it is left out" in capsys.readouterr().err
     refused = ask(server_of(served, body={"top_k": 1}), [once("where?", max_tokens=4)])["where?"]
     assert refused.error == "status 422: Unexpected fields in the request: {'top_k'}"
+
+
+@pytest.mark.long
+def test_forty_photographs_through_a_real_server(served, shared, tmp_path, capsys):
+    """GREC, GRES (box masks) and GREG of a model that babbles: every question ends once, raw answers and shares are kept."""
+    spec = importlib.util.spec_from_file_location("coco_templates", ROOT / "data_prep" / "coco_templates.py")
+    assert spec is not None and spec.loader is not None
+    coco_templates = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(coco_templates)
+    photos, data = shared / "data" / "photos", tmp_path / "data"
+    words = ["--source", f"photos={photos / 'instances.json'}:{photos / 'images'}", "--out", str(data), "--splits", "test=1.0"]
+    assert coco_templates.main([*words, "--expressions-per-image", "3"]) == 0
+    prompts = []
+    for task, name in (("grec", "native_llava"), ("greg", "uniform")):
+        text = (PROMPT_FOLDER / task / f"{name}.yaml").read_text(encoding="utf-8")
+        prompts.append(tmp_path / f"{task}.yaml")
+        prompts[-1].write_text(re.sub(r"(?m)^max_tokens: \d+", "max_tokens: 24", text), encoding="utf-8")
+    url, model = served
+    given = ["--model", f"openai:{model}", "--base-url", url, "--data", str(data), "--split", "test", "--limit", "40"]
+    given += ["--ask.family=llava", f"--ask.prompt={prompts[0]}", f"--ask.describe={prompts[1]}", "--server.concurrency=4"]
+    assert main(["predict", *given, "--out", str(tmp_path / "first.jsonl")]) == 0
+    lines = read_lines(tmp_path / "first.jsonl")
+    ground, sets = ([line for line in lines if ("expression_id" in line) == wanted] for wanted in (True, False))
+    split = load_dataset(data).expressions_of("test")
+    images = list(dict.fromkeys(record.image_id for record in split))[:40]
+    wanted = [record for record in split if record.image_id in images]
+    assert len(images) == 40 and sorted(line["expression_id"] for line in ground) == sorted(record.expression_id for record in wanted)
+    assert len(sets) == len({(r.image_id, *sorted(r.targets)) for r in wanted if r.targets}) >= 30
+    assert all(line["raw"] and "text" in line["raw"][0] and line["status"] in ("ok", "unparsable", "refused") for line in lines)
+    score = ["score", str(tmp_path / "first.jsonl"), "--data", str(data), "--split", "test", "--allow_missing"]
+    assert main([*score, "--out", str(tmp_path / "first.json")]) == 0
+    asked = json.loads((tmp_path / "first.json").read_text())["provenance"]["predictions"]["asked"]
+    assert asked["ground"]["num_samples"] == len(wanted) and sum(asked["ground"]["shares"].values()) == pytest.approx(1)
+    assert asked["ground"]["shares"]["unparsable"] > 0.5 and "asked (ground," in capsys.readouterr().out
+    assert main(["predict", *given, "--out", str(tmp_path / "again.jsonl")]) == 0  # out of the store: no call, the same file
+    assert (tmp_path / "again.jsonl").read_bytes() == (tmp_path / "first.jsonl").read_bytes()
+    spent = [json.loads(line) for line in (tmp_path / "again.costs.jsonl").read_text().splitlines()]
+    assert sum(line["cached"] for line in spent) == sum(line["calls"] for line in spent) == len(lines)

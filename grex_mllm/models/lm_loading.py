@@ -38,10 +38,14 @@ WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 class Choice(Protocol):
     """Which model is read, and how: fields of a generator's configuration."""
 
-    lm: str
-    dtype: str
-    quantisation: str
-    attn_implementation: str
+    @property
+    def lm(self) -> str: ...
+    @property
+    def dtype(self) -> str: ...
+    @property
+    def quantisation(self) -> str: ...
+    @property
+    def attn_implementation(self) -> str: ...
 
 
 def load_base(cfg: RegionTokensConfig, tokenizer: LMTokenizer) -> Any:

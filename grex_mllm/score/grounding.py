@@ -30,8 +30,13 @@ def plan_tasks(protocol: Protocol, index: PredictionFiles, notes: list[str]) -> 
         GrexError: some lines answer a metric and others do not; nothing of the protocol is answered.
     """
     plan = Plan(protocol, [])
+    if len(index) and not index.statuses["ok"]:
+        notes.append("no expression is answered (status): every task counts as wrong")
     for task, rules in protocol.tasks.items():
         if not len(index) or hasattr(entry(task), "UNIT"):
+            continue
+        if not index.statuses["ok"]:
+            plan.tasks.append(("strict", task))
             continue
         needs = needs_of(entry(task), rules)
         for name, fields in needs.items():

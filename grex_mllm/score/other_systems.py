@@ -90,8 +90,8 @@ def _detections(file: Path, value: dict[str, Any]) -> dict[str, Any]:
         raise fault(f"{file}: box_format {value['box_format']!r}", "xyxy", "write the boxes so")
     boxes, scores, masks = [], [], []
     for row in value["annotations"]:
-        box = row.get("bbox") if isinstance(row, dict) else None
-        score = row.get("score", 1.0) if isinstance(row, dict) else None
+        box: Any = row.get("bbox") if isinstance(row, dict) else None
+        score: Any = row.get("score", 1.0) if isinstance(row, dict) else None
         score = score[0] if isinstance(score, list) and len(score) == 1 else score  # as SAM's own scores come
         if not isinstance(box, list) or len(box) != 4 or not all(type(v) in (int, float) for v in [*box, score]):
             raise fault(f"{file}: annotation {str(row)[:100]!r}", "bbox [x1, y1, x2, y2] and a score", "fix it")

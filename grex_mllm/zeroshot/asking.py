@@ -40,7 +40,8 @@ class Asking:
 
     family: of the model.  locate: prompt of the task grec, gres or count.  describe: of greg.  exists: for the rejections that need it.
     segmenter: None = boxes alone.  rejection: see `rejection`.  view: of the backend: size of the picture that the model sees.
-    shots: turns of examples for each prompt, by its name (`shots.shot_turns`).  seed: of all sampling.  structured: ask for JSON by schema.
+    shots: turns of examples for each prompt, by its name (`shots.shot_turns`).  shown: ids of their images; no question about one is asked.
+    seed: of all sampling.  structured: ask for JSON by schema.
 
     Raises:
         GrexError: prompts, segmenter and rejection that do not go together.
@@ -54,6 +55,7 @@ class Asking:
     rejection: Rejection = ONCE
     view: ViewOf = _unknown
     shots: dict[str, tuple[Turn, ...]] = field(default_factory=dict)
+    shown: set[str] = field(default_factory=set)
     seed: int = 0
     structured: bool = False
 
@@ -90,6 +92,7 @@ class Asking:
     def ground(self, item: Item, record: ExpressionRecord) -> Conversation:
         """Ask for the targets of an expression, or for their count; the answer's key is the expression's id."""
         prompt = _needed(self.locate, "grec, gres or count")
+        self._refuse_examples(item)
         picture = Picture(item.image)
         talk = self._talk(record.expression_id, (picture,), {"expression": record.raw})
         if prompt.task == "count":
@@ -101,6 +104,7 @@ class Asking:
     def describe_set(self, item: Item, targets: ObjectSet) -> Conversation:
         """Ask for one expression that fits all objects of a set and nothing else; the answer's key is the set's."""
         prompt = _needed(self.describe, "greg")
+        self._refuse_examples(item)
         height, width = item.image.shape[:2]
         pictures, words = show_set(item, targets, prompt, self.family, self.view_of(width, height))
         talk = self._talk(set_key(item.record.image_id, targets), pictures, words)
@@ -113,6 +117,11 @@ class Asking:
     def view_of(self, width: int, height: int) -> View:
         """Return the view of an original of this size: the backend's, where it knows it, else by the family's rule."""
         return self.family.view(width, height, self.view(width, height))
+
+    def _refuse_examples(self, item: Item) -> None:
+        if item.record.image_id in self.shown:
+            given = f"image {item.record.image_id}, which is one of the examples, with their true answers"
+            raise fault(given, "examples from another split than the questions", "choose another split for the examples")
 
     def _talk(self, key: str, pictures: tuple[Picture, ...], words: dict[str, Any]) -> Talk:
         height, width = pictures[0].pixels.shape[:2]
@@ -170,7 +179,8 @@ def _counted(talk: Talk, prompt: Prompt, record: ExpressionRecord) -> Conversati
     """Ask how many objects there are; the answer has neither boxes nor masks."""
     ((raw, view),) = yield from talk.ask("count", prompt)
     read = parse_count(raw)
-    if read.count is None:
+    talk.note(read.flags)
+    if read.status != "ok":
         return Answer(talk.key, status=read.status, reason=read.reason, masks=False, fields=talk.fields())
     parsed = Parsed("ok", no_target=read.count == 0)
     nothing = np.zeros((view.height, view.width), bool)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import sys
 import time
 from collections import Counter
 from collections.abc import Iterator, Sequence
@@ -190,17 +191,18 @@ class Local:
             parts = [[n for n, length in enumerate(lengths) if length == wanted] for wanted in sorted(set(lengths))]
             answers = {n: raw for part in parts for n, raw in zip(part, self._batch([batch[n] for n in part]))}
             return [answers[n] for n in range(len(batch))]
-        self._check_length(max(map(len, rows)) + batch[0].request.max_tokens)
+        self._check_length(max(map(len, rows)))
         return self._written(batch, self._shared.read(rows) or self._read_apart(batch))
 
     def _read_apart(self, batch: Sequence[_Waiting]) -> Read:
         inputs = self.chat.inputs([one.request.turns for one in batch])
-        self._check_length(inputs["input_ids"].shape[1] + batch[0].request.max_tokens)
+        self._check_length(inputs["input_ids"].shape[1])
         return read_batch(self.model, {name: value.to(self.model.device) for name, value in inputs.items()})
 
     def _written(self, batch: Sequence[_Waiting], found: Read) -> list[RawAnswer]:
         """Write the answers of chats that are read."""
         temperature, top_p, most = batch[0].sampling
+        most = min(most, self._places - max(found.lengths))
         seeds = [int(one.request.digest[:15], 16) for one in batch] if temperature > 0 else []
         made = write_after(self.model, found, self.chat.ends, most, temperature=temperature, top_p=top_p, seeds=seeds)
         return [self._raw(one.request, made, found, n) for n, one in enumerate(batch)]
@@ -238,11 +240,15 @@ class Local:
         ways = {f"{space}{case}" for case in (word, word.capitalize(), word.upper()) for space in ("", " ")}
         return {ids[0] for way in ways if (ids := self.chat.tokenizer(way, add_special_tokens=False)["input_ids"])}
 
+    @property
+    def _places(self) -> int:
+        """How many tokens of question and answer the model has positions for."""
+        return int(getattr(self.model.config.get_text_config(), "max_position_embeddings", None) or sys.maxsize)
+
     def _check_length(self, length: int) -> None:
-        """Refuse what is longer than the model has positions for; `_answers` makes it an error of single requests."""
-        most = getattr(self.model.config.get_text_config(), "max_position_embeddings", None)
-        if most is not None and length > most:
-            raise ValueError(f"{length} tokens of question and answer; the model has places for {most}")
+        """Refuse a question that leaves no place for an answer; `_answers` makes it an error of single requests."""
+        if length >= self._places:
+            raise ValueError(f"a question of {length} tokens; the model has places for {self._places}, with the answer")
 
 
 def _out_of_memory(error: Exception) -> bool:

@@ -72,8 +72,9 @@ class ZeroShot:
         for prompt, targeted in ((asking.locate, False), (asking.exists, False), (asking.describe, True)):
             if prompt is None:
                 continue
-            where = {"split": ask.shots_split, "image_root": self.options.image_root}
-            chosen = choose_shots(self.options.data, ask.shots, ask.seed, targeted=targeted, **where)
+            root = self.options.image_root
+            chosen = choose_shots(self.options.data, ask.shots, ask.seed, split=ask.shots_split, image_root=root, targeted=targeted)
+            asking.shown.update(shot.record.image_id for shot in chosen)
             asking.shots[prompt.name] = shot_turns(chosen, prompt, self.family, asking.view_of)
 
     def fingerprint(self) -> str:
@@ -81,9 +82,8 @@ class ZeroShot:
         return json.dumps(["zero-shot", self.backend.fingerprint(), self.asking.fingerprint()])
 
     def ground(self, items: Iterable[Item]) -> Iterator[Answer]:
-        """Ask about every open expression. Where requests are only written to files, those of the object sets go with them."""
-        asked = self._both(items) if self.settings.server.batch_write else self._grounds(items)
-        return self._signed("ground", self.backend.hold(asked))
+        """Ask about every open expression."""
+        return self._signed("ground", self.backend.hold(self._grounds(items)))
 
     def describe(self, items: Iterable[Item]) -> Iterator[Answer]:
         """Ask for an expression for every open object set."""
@@ -100,11 +100,6 @@ class ZeroShot:
             for targets in item.open_sets:
                 _ = item.image, item.masks
                 yield self.asking.describe_set(item, targets)
-
-    def _both(self, items: Iterable[Item]) -> Iterator[Conversation]:
-        for item in items:
-            yield from self._grounds([item])
-            yield from self._describes([item])
 
     def _signed(self, task: str, answers: Iterator[Answer]) -> Iterator[Answer]:
         """Add who answered; move what differs from run to run into the file of costs."""

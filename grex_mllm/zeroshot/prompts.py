@@ -77,7 +77,7 @@ class Prompt:
     ) -> tuple[str | None, str]:
         """Return the system and the user text, places filled in; what is filled in is never read as a place itself.
 
-        expression: asked about.  objects: coordinates of the objects to describe, as text.  numbers, colours: of their marks.  count: of them.
+        expression: asked about.  objects: coordinates of the objects to describe.  numbers, colours: of their marks.  count: theirs.
 
         Raises:
             GrexError: the prompt has a place for which no value is given.
@@ -153,11 +153,12 @@ def load_prompt(path: str | Path, family: Family) -> Prompt:
         raise fault(f"prompt {path} of the family {raw['family']}", family.name, "choose a prompt of this family or of the uniform track")
     sampling = Sampling(**{key: float(value) for key, value in raw.get("sampling", {}).items()})
     words = {key: str(raw[key]).strip() for key in ("user", "system", "description") if raw.get(key) is not None}
-    plain = {key: raw[key] for key in ("task", "track", "version", "max_tokens", "marking") if key in raw}
+    plain: dict[str, Any] = {key: raw[key] for key in ("task", "track", "version", "max_tokens", "marking") if key in raw}
     own = {key: raw.get(key, OF_FAMILY) for key in ("frame", "order", "empty_answer")}
     own = {key: getattr(family, key) if value == OF_FAMILY else value for key, value in own.items()}
     answer = family.answer if raw.get("answer") == OF_FAMILY else raw.get("answer", "")
-    prompt = Prompt(path.stem, family=family.name, answer=answer, sampling=sampling, sha256=_sha(text), **plain, **words, **own)
+    told: dict[str, Any] = {**plain, **words, **own}
+    prompt = Prompt(path.stem, family=family.name, answer=answer, sampling=sampling, sha256=_sha(text), **told)
     if "{format}" not in prompt.user + (prompt.system or ""):
         return prompt
     if answer not in family.formats:

@@ -148,7 +148,7 @@ class Prompted:
         pointed = len(parsed.points) > 0
         with self._lock:
             masks = self._masks(picture, parsed.points if pointed else parsed.boxes_xyxy, pointed)
-        union = masks.any(axis=0) if len(masks) else np.zeros((height, width), bool)
+        union = np.logical_or.reduce(masks, axis=0) if len(masks) else np.zeros((height, width), bool)
         if not pointed:
             return Segmented(union, parsed.boxes_xyxy)
         tight = np.asarray([mask_to_box_xyxy(mask) for mask in masks if mask.any()], np.float64).reshape(-1, 4)

@@ -41,7 +41,7 @@ class Talk:
         temperature: None = as the prompt file says.
         """
         system, user = prompt.render(self.view, **self.words)
-        turns = (Turn("system", (system,)),) if system is not None else ()
+        turns: tuple[Turn, ...] = (Turn("system", (system,)),) if system is not None else ()
         turns += (*self.shots.get(prompt.name, ()), Turn("user", (*self.pictures, user)))
         made = [
             Request(

@@ -6,10 +6,11 @@ import re
 import unicodedata
 from functools import cache
 
-LIMIT = 100_000  # characters that are read: a hundred boxes with labels take a tenth of it
+LIMIT = 60_000  # characters that are read: a hundred boxes with labels take a fifth of it
 _REASONING = r"think(?:ing)?|thoughts?|reasoning|reflection|analysis|scratchpad|seed:think"
 # opening and closing of a model's thoughts: tags, and what gpt-oss, Gemma, Kimi and others write in their place
-_OPEN = rf"<\s*(?:{_REASONING})\s*>|<\|\s*(?:begin_of_thought|think)\s*\|>|<\|channel\|?>\s*(?:analysis|thought|commentary)\s*(?:<\|message\|>)?"
+_OPEN = rf"<\s*(?:{_REASONING})\s*>|<\|\s*(?:begin_of_thought|think)\s*\|>"
+_OPEN += r"|<\|channel\|?>\s*(?:analysis|thought|commentary)\s*(?:<\|message\|>)?"
 _OPEN += r"|◁think▷|<unused94>(?:thought)?|\[THINK\]"
 _CLOSE = rf"<\s*/\s*(?:{_REASONING})\s*>|<\|\s*(?:end_of_thought|/think)\s*\|>|<channel\|>|<unused95>|◁/think▷|\[/THINK\]"
 _CLOSE += r"|(?:<\|end\|>\s*(?:<\|start\|>\s*assistant\s*)?)?<\|channel\|>\s*final\s*(?:<\|message\|>)?"
@@ -27,7 +28,7 @@ _EMPHASIS = re.compile(r"\*\*+|(?<![\w\"'])__(?=\S)|(?<=\S)__(?![\w\"'])|(?<!`)`
 
 
 class Cleaned(str):
-    """The text that is left. thinking: reasoning was dropped.  unclosed: reasoning was opened and never closed.  cut: text was cut at LIMIT."""
+    """The text that is left. thinking: reasoning was dropped.  unclosed: it never ends.  cut: the text went beyond LIMIT."""
 
     thinking: bool = False
     unclosed: bool = False
@@ -84,12 +85,12 @@ def _plain() -> dict[int, str | None]:
         if unicodedata.category(chr(code)) == "Nd":
             table[code] = str(unicodedata.digit(chr(code)))
     for plain, others in {
-        "[": "【〔［⟦〖", "]": "】〕］⟧〗", "{": "｛❴", "}": "｝❵", "<": "〈⟨", ">": "〉⟩", "-": "−‑﹣－", ",": "、،٫﹐", ";": "；؛", ":": "：﹕",
+        "[": "【〔［⟦〖", "]": "】〕］⟧〗", "{": "｛❴", "}": "｝❵", "<": "〈⟨", ">": "〉⟩", "-": "−‑﹣－", ",": "、،﹐",
+        ";": "；؛", ":": "：﹕",
         " ": "\u00a0\u3000\u2002\u2003\u2007\u2009\u202f", "'": "’‘ʼ", "%": "٪﹪",
     }.items():  # fmt: skip
         table |= {ord(other): plain for other in others}
     table |= {ord("٫"): ".", ord("…"): "...", ord("×"): "x"}
-    table |= {
-        ord(unseen): None for unseen in "\u200b\u200c\u200d\u200e\u200f\u2060\ufeff\u00ad\u202a\u202b\u202c\u2066\u2067\u2068\u2069\x00"
-    }
+    unseen = "\u200b\u200c\u200d\u200e\u200f\u2060\ufeff\u00ad\u202a\u202b\u202c\u2066\u2067\u2068\u2069\x00"
+    table |= dict.fromkeys(map(ord, unseen))
     return table

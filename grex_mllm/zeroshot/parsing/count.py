@@ -14,30 +14,26 @@ from grex_mllm.zeroshot.parsing.words import denies, plain, refuses, says_none, 
 
 MAX_COUNT = 10_000
 _WORDS = (
-    "zero one two three four five six seven eight nine ten eleven twelve|zéro un deux trois quatre cinq six sept huit neuf dix|null ein zwei drei "
-    "vier fünf sechs sieben acht neun zehn|cero uno dos tres cuatro cinco seis siete ocho nueve diez|zero um dois três quatro cinco seis sete oito "
+    "zero one two three four five six seven eight nine ten eleven twelve|zéro un deux trois quatre cinq six sept huit neuf "
+    "dix|null ein zwei drei "
+    "vier fünf sechs sieben acht neun zehn|cero uno dos tres cuatro cinco seis siete ocho nueve diez|zero um dois três quatro "
+    "cinco seis sete oito "
     "nove dez|zero uno due tre quattro cinque sei sette otto nove dieci|ноль один два три четыре пять шесть семь восемь девять десять"
 )
 _NAMED = {word: n for row in _WORDS.split("|") for n, word in reversed(list(enumerate(row.split())))}
-_NAMED |= {
-    "none": 0,
-    "a": 1,
-    "eine": 1,
-    "une": 1,
-    "una": 1,
-    "single": 1,
-    "couple": 2,
-    "pair": 2,
-    "both": 2,
-    "dozen": 12,
-    "uma": 1,
-    "dua": 2,
-    "duas": 2,
-}
+_ARTICLES = {"a": 1, "an": 1, "eine": 1, "une": 1, "una": 1, "uma": 1}
+_NAMED |= _ARTICLES | {"none": 0, "single": 1, "couple": 2, "pair": 2, "both": 2, "dozen": 12, "dua": 2, "duas": 2}
+_UNSURE = {*_ARTICLES, "un", "um", "ein", "uno", "one", "null", "none"}  # numbers that are mostly no number within a sentence
 _HAN = {sign: n for n, sign in enumerate("零一二三四五六七八九十")} | {"两": 2, "兩": 2, "〇": 0}
 _DIGITS = re.compile(r"(?<![\w.])\d{1,6}(?:\.0+)?(?![\w%]|\.\d)")
+_VAGUE = ("few", "lot", "number", "group", "bunch", "crowd")
+_NONE_FIRST = re.compile(
+    r"\W{0,20}(?:i'm sorry|sorry|unfortunately)?\W{0,5}there (?:is|are) no(?:ne)?\b(?! (?:more|fewer|less|doubt))", re.IGNORECASE
+)
+_PARTS = re.compile(r"(?<!\d)\d{1,12}\.(?!0{1,12}(?!\d))\d{1,12}")
 _STATED = re.compile(
-    r"(?:\b(?:answer|count|total|number(?: of [\w ]{1,60})?)\b[^\w\n]{0,5}(?:is|are|=|:)?|\bthere (?:is|are)|\bi (?:can )?(?:see|count|find)|\btotal of|\bexactly|\bfound)"
+    r"(?:\btotal of|\b(?:answer|count|total(?! of)|number(?: of [\w ]{1,60})?)\b[^\w\n]{0,5}(?:is|are|=|:)?|\bthere (?:is|are)"
+    r"|\bi (?:can )?(?:see|count|find)|\bexactly|\bfound)"
     r"[^\w\n]{0,5}(?:a total of |exactly |only |about |approximately )?(\w+)",
     re.IGNORECASE,
 )
@@ -101,13 +97,16 @@ def _in_values(text: str) -> int | None:
                 return int(value.value)
             if isinstance(value, str) and (number := _in_words(value)) is not None:
                 return number
-        if node.opener == "[" and node.closed and node.items and all(isinstance(i, Node) and (i.pairs or i.numbers) for i in node.items):
+        if node.opener == "[" and node.closed and all(isinstance(i, Node) and (i.pairs or i.numbers) for i in node.items):
             return len(node.items)
     return None
 
 
 def _in_words(text: str) -> int | None:
     """Return the only number, else the one that is stated as the answer, else the last one that opens or ends the answer."""
+    if _NONE_FIRST.match(text):
+        return 0
+    text = _PARTS.sub(" ", text)
     stated = [n for match in _STATED.finditer(text) if (n := _named(match[1])) is not None]
     if stated:
         return stated[-1]
@@ -118,13 +117,12 @@ def _in_words(text: str) -> int | None:
     if digits:
         ends = [n for n in (_named(words[0]), _named(words[-1])) if n is not None]
         return ends[-1] if ends else None
+    if words and words[0] in _ARTICLES:
+        after = words[1] if len(words) > 1 else _VAGUE[0]
+        return _NAMED.get(after, None if after in _VAGUE else 1)
     if words and (first := _named(words[0])) is not None:
         return first
-    named = [
-        n
-        for word in words
-        if (n := _named(word)) is not None and word not in ("a", "un", "um", "ein", "eine", "une", "una", "uno", "one", "null", "none")
-    ]
+    named = [n for word in words if (n := _named(word)) is not None and word not in _UNSURE]
     if len(set(named)) == 1:
         return named[0]
     han = re.findall(r"([零〇一二两兩三四五六七八九十])(?=[个個只隻名位条條辆輛张張匹头頭人]|$)", text)

@@ -11,43 +11,46 @@ from grex_mllm.zeroshot.parsing.grounding import refusal_of
 from grex_mllm.zeroshot.parsing.keys import normal
 from grex_mllm.zeroshot.parsing.parsed import ParsedExpression
 from grex_mllm.zeroshot.parsing.values import Node, Word, values
-from grex_mllm.zeroshot.parsing.words import plain, refuses, says_none
+from grex_mllm.zeroshot.parsing.words import none_word, plain, refuses
 
 MAX_WORDS = 60
 _KEYS = (
-    "expression",
-    "referringexpression",
-    "phrase",
-    "description",
-    "answer",
-    "text",
-    "caption",
-    "output",
-    "result",
-    "response",
-    "sentence",
-    "label",
+    *("expression", "referringexpression", "phrase", "description", "answer", "text", "caption", "output", "result", "response"),
+    *("sentence", "label"),
 )
 _QUOTES = "\"'`“”„«»‘’「」『』《》"
 _LEAD = re.compile(
     r"^\s*(?:(?:sure|certainly|of course|okay|ok|absolutely|yes|here you go|great)\b[,.!:]*\s*)?"
-    r"(?:(?:here(?:'s| is| are)|this is|that would be)\s+(?:the |a |an |one |my )?(?:[\w-]+ ){0,4}?(?:expression|phrase|description|answer|sentence|caption|response)\b[^:\n]{0,60}:\s*"
-    r"|(?:(?:the|a|my|one) )?(?:(?:short|single|referring|final|common|shared|best|possible|suitable|unique|distinctive|english) )*(?:expression|phrase|description|answer|caption|output|response"
+    r"(?:(?:here(?:'s| is| are)|this is|that would be)\s+(?:the |a |an |one |my )?(?:[\w-]+ ){0,4}?(?:expression|phrase"
+    r"|description|answer|sentence|caption|response)\b[^:\n]{0,60}:\s*"
+    r"|(?:(?:the|a|my|one) )?(?:(?:short|single|referring|final|common|shared|best|possible|suitable|unique|distinctive"
+    r"|english) )*(?:expression|phrase|description|answer|caption|output|response"
     r"|sentence|result)s?\b[^:\n]{0,60}?(?::|\b(?:is|would be|could be)\b:?)\s*"
-    r"|(?:expression|phrase|answer|output|respuesta|réponse|antwort|risposta|resposta|答案|描述|表达式|短语|回答|ответ|答え|표현|답변)\s*[:：]\s*)",
+    r"|(?:expression|phrase|answer|output|respuesta|réponse|antwort|risposta|resposta|答案|描述|表达式|短语|回答|ответ|答え|표현"
+    r"|답변)\s*[:：]\s*)",
     re.IGNORECASE,
 )
 _LIST = re.compile(r"^\s*(?:[-*•–>#]+|\(?\d{1,2}[.)]|[a-z][.)])\s+", re.IGNORECASE)
 _PREAMBLE = re.compile(
     r"^(?:sure|certainly|of course|okay|ok|absolutely|here|based on|looking at|the following|to describe)\b.*:?\s*$", re.IGNORECASE
 )
+# who refuses speaks of himself; "people who cannot see the picture" is a phrase
+_SPEAKER = re.compile(
+    r"\b(?:i|i'm|we|sorry|apolog\w+|unfortunately|as an?|please|no image|lo siento|je|ich|no puedo|non posso|como|come)\b",
+    re.IGNORECASE,
+)
+_NOTHING = re.compile(r"(?:\W|sorry|i'm|unfortunately|but){0,20}\bthere (?:is|are|'s) ?(?:no|not|nothing|n't)\b", re.IGNORECASE)
+_FILLER = re.compile(r"^(?:sure|certainly|of course|okay|ok|absolutely|yes|well)[,!.]\s+(?=\S)", re.IGNORECASE)
 _TAGS = re.compile(r"</?[A-Za-z|][^<>]{0,40}>")
 _COORDINATES = re.compile(r"[\[(<]\s*\d+(?:\.\d+)?(?:\s*[,;]\s*\d+(?:\.\d+)?){1,3}\s*[\])>]")
 _COLOURS = r"(?:red|green|blue|yellow|orange|purple|magenta|cyan|pink|white|black|lime|violet|coloured|colored|bright|numbered)"
 LEAKS = re.compile(
-    rf"\b(?:{_COLOURS} (?:and {_COLOURS} )?(?:bounding )?(?:box(?:es)?|outlines?|contours?|borders?|frames?|circles?|marks?|markers?|numbers?|labels?|rectangles?|highlights?|masks?|overlay)"
-    r"|bounding box(?:es)?|(?:marked|numbered|labell?ed|outlined|highlighted|circled|boxed|tagged|enclosed|annotated) (?:as|with|by|in|from)? ?(?:#?\d+|box|(?:a |the )?(?:red|green|blue|yellow|colou?r)\w*)"
-    r"|(?:objects?|marks?|numbers?|box(?:es)?|regions?|labels?|items?|markers?|ids?|instances?) #?\d+(?:(?:,| and|, and) #?\d+)*|the (?:marked|outlined|highlighted|circled|boxed|numbered|annotated|selected|indicated) )"
+    rf"\b(?:{_COLOURS} (?:and {_COLOURS} )?(?:bounding )?(?:box(?:es)?|outlines?|contours?|borders?|frames?|circles?|marks?"
+    rf"|markers?|numbers?|labels?|rectangles?|highlights?|masks?|overlay)"
+    r"|bounding box(?:es)?|(?:marked|numbered|labell?ed|outlined|highlighted|circled|boxed|tagged|enclosed|annotated) (?:as|with"
+    r"|by|in|from)? ?(?:#?\d+|box|(?:a |the )?(?:red|green|blue|yellow|colou?r)\w*)"
+    r"|(?:objects?|marks?|numbers?|box(?:es)?|regions?|labels?|items?|markers?|ids?|instances?) #?\d+(?:(?:,| and|, and) #?\d+)*"
+    r"|the (?:marked|outlined|highlighted|circled|boxed|numbered|annotated|selected|indicated) )"
     rf"|\bin (?:a |the )?{_COLOURS} (?:box|outline)|红框|红色框|标记为|编号",
     re.IGNORECASE,
 )
@@ -71,9 +74,9 @@ def parse_expression(raw: RawAnswer) -> ParsedExpression:
     flags += more
     if raw.finish == "length":
         flags.append("truncated")
-    if refuses(phrase or text) and (not phrase or len(phrase.split()) > 4):
+    if refuses(phrase or text) and (not phrase or not phrase.isascii() or _SPEAKER.search(phrase)):
         return ParsedExpression("", "refused", "refused in words", tuple(flags))
-    if not re.search(r"\w", phrase) or says_none(phrase):
+    if not re.search(r"\w", phrase) or none_word(phrase) or _NOTHING.match(phrase):
         return ParsedExpression("", "unparsable", "an empty answer" if not phrase else "no phrase", tuple(flags))
     if len(phrase.split()) > MAX_WORDS or len(phrase) > 10 * MAX_WORDS:
         return ParsedExpression("", "unparsable", f"more than {MAX_WORDS} words", tuple(flags))
@@ -100,8 +103,8 @@ def _phrase(text: Cleaned) -> tuple[str, list[str]]:
     flags += ["coordinates"] if found else []
     for _ in range(3):
         before = bare
-        bare = _LIST.sub("", bare.strip().strip("*_#").strip())
-        quoted = re.match(rf"^[^{_QUOTES}]{{0,80}}[:：]?\s*[\"“「『«]([^\"”」』»\n]+)[\"”」』»]\W*$", bare)
+        bare = _FILLER.sub("", _LIST.sub("", bare.strip().strip("*_#").strip()))
+        quoted = re.match(rf"^[^{_QUOTES}]{{0,80}}[:：]?\s*[\"“「『«]([^\"”」』»\n]+)[\"”」』»](?:\W*$|\s*[-–—(])", bare)
         led = _LEAD.match(bare)
         if led and bare[led.end() :].strip():
             bare = bare[led.end() :]

@@ -1,11 +1,11 @@
 """From a raw answer to boxes, points or polygons, with a status for every answer; no rule looks at the ground truth.
 
-The rules, in order, with their letters. A: a refusal by the protocol. B: reasoning and end tokens are taken out. C: an empty answer. D: where
-the objects stand (`payload`). E: repairs (`values`). F: of a truncated answer the complete objects count. G: keys and lists (`items`). H to
-L: frame, corners, edges, the same box twice, at most 100 (`geometry`). M: good objects count beside faulty ones; faulty ones alone make an
-answer unparsable. N: ways to say that there is nothing. O: JSON, tags and tokens beat prose; a denial in prose beats loose numbers. P: a
-refusal in words. Q: points where boxes were asked are unparsable, of a polygon the bounds count. R: scores are not read. S: numbers in prose
-are boxes in groups of exactly four only.
+The rules, in order, with their letters. A: a refusal by the protocol. B: reasoning and end tokens are taken out. C: an empty answer. D:
+where the objects stand (`payload`). E: repairs (`values`). F: of a truncated answer the complete objects count. G: keys and lists
+(`items`). H to L: frame, corners, edges, the same box twice, at most 100 (`geometry`). M: good objects count beside faulty ones; faulty
+ones alone make an answer unparsable. N: ways to say that there is nothing. O: JSON, tags and tokens beat prose; a denial in prose beats
+loose numbers. P: a refusal in words. Q: points where boxes were asked are unparsable, of a polygon the bounds count. R: scores are not
+read. S: numbers in prose are boxes in groups of exactly four only.
 """
 
 from __future__ import annotations
@@ -16,10 +16,11 @@ import numpy as np
 
 from grex_mllm.zeroshot.base import RawAnswer, View
 from grex_mllm.zeroshot.parsing.clean import Cleaned, clean
-from grex_mllm.zeroshot.parsing.geometry import all_zero, boxes_in, bounds, frame_of, points_in, polygons_in
+from grex_mllm.zeroshot.parsing.geometry import all_zero, bounds, boxes_in, frame_of, points_in, polygons_in
 from grex_mllm.zeroshot.parsing.items import Found, Item
 from grex_mllm.zeroshot.parsing.parsed import Parsed
 from grex_mllm.zeroshot.parsing.payload import Payload, read_payload
+from grex_mllm.zeroshot.parsing.values import Number
 from grex_mllm.zeroshot.parsing.words import denies, refuses, says_none
 
 FLAGS = {
@@ -99,13 +100,14 @@ def _objects(found: Found, answer: str, frame: str, order: str, view: View) -> P
     if all_zero(found.boxes) and not found.polygons:
         return Parsed("ok", no_target=True)
     faulty = found.faulty
-    boxes, points, polygons = np.zeros((0, 4)), np.zeros((0, 2)), []
+    boxes, points = np.zeros((0, 4)), np.zeros((0, 2))
+    polygons: list[np.ndarray] = []
     if answer == "points":
         if not found.points:
             return Parsed("unparsable", f"{'boxes' if found.boxes else 'polygons'} where points were asked for")
         points, wrong, more = points_in(found.points, frame, order, view)
     elif answer == "polygons" or (found.polygons and not found.boxes):
-        items = found.polygons or [_outline(item, order) for item in found.boxes]
+        items = found.polygons or [_outline(item) for item in found.boxes]
         if not items:
             return Parsed("unparsable", "points where polygons were asked for")
         polygons, wrong, more = polygons_in(items, frame, order, view)
@@ -121,12 +123,12 @@ def _objects(found: Found, answer: str, frame: str, order: str, view: View) -> P
     return Parsed("ok", boxes_xyxy=boxes, points=points, polygons=polygons, flags=flags)
 
 
-def _outline(item: Item, order: str) -> Item:
+def _outline(item: Item) -> Item:
     """Return the four corners of a box as a polygon, in the order and frame of the box."""
     a, b, c, d = item.numbers
-    if (item.order or order) in ("xywh", "cxcywh"):
+    if item.order in ("xywh", "cxcywh"):
         x, y, w, h = (n.value for n in item.numbers)
-        x, y = (x - w / 2, y - h / 2) if item.order == "cxcywh" else (x, y)
-        a, b, c, d = a._replace(value=x), b._replace(value=y), c._replace(value=x + w), d._replace(value=y + h)
+        left, top = (x - w / 2, y - h / 2) if item.order == "cxcywh" else (x, y)
+        a, b, c, d = (Number(value, n.fraction, n.percent) for n, value in zip(item.numbers, (left, top, left + w, top + h)))
         return Item([a, b, c, b, c, d, a, d], "xyxy", item.frame)
     return Item([a, b, c, b, c, d, a, d], item.order, item.frame)

@@ -117,7 +117,7 @@ class _Walk:
         if node.pairs and self.pairs(node, role):
             return
         if node.items:
-            self.list(node, role)
+            self.listed(node, role)
 
     def text(self, text: str, role: str) -> None:
         """Read numbers or a value that stand in a text."""
@@ -126,6 +126,8 @@ class _Walk:
         if role in ("", "any"):
             for node in nodes if text.lstrip()[:1] in "[{" else ():
                 inner.node(node, role)
+            if not nodes and _LOOSE_TEXT.fullmatch(text) and len(numbers := numbers_in(text)) == 4:
+                self.flat(numbers, role, True)
         elif not text.strip() or says_none(text):
             self.found.nothing += 1
         elif nodes and all(isinstance(node, Node) and not node.empty for node in nodes):
@@ -158,8 +160,9 @@ class _Walk:
                 self.value(value, ROLES[name] or role)
             elif isinstance(value, Node | str) or value is None:
                 self.value(value, "any")
+        none = [value for name in COUNTS if isinstance(value := named.get(name), Number) and value.value == 0]
         same = before == (self.found.faulty, self.found.cut, self.found.nothing, len(self.found.boxes) + len(self.found.points))
-        if same and not node.items and any(isinstance(named.get(name), Number) and named[name].value == 0 for name in COUNTS):  # type: ignore[attr-defined]
+        if same and none and not node.items:
             self.found.nothing += 1
         return False
 
@@ -174,10 +177,9 @@ class _Walk:
     def axes(self, named: dict[str, object], node: Node) -> set[str]:
         """Read x1, y1, x2, y2 or x, y, width, height and their other names; return the keys that were used."""
         numbers = {name: n for name, value in named.items() if (n := _number(value)) is not None}
-        lists = [named.get("x"), named.get("y")]
-        if all(isinstance(value, Node) and value.numbers and len(value.items) == 2 for value in lists):
-            x, y = (value.items for value in lists)  # type: ignore[union-attr]
-            self.found.boxes.append(Item([x[0], y[0], x[1], y[1]], "xyxy"))  # type: ignore[list-item]
+        x, y = _pair(named.get("x")), _pair(named.get("y"))
+        if x and y:
+            self.found.boxes.append(Item([x[0], y[0], x[1], y[1]], "xyxy"))
             return {"x", "y"}
         for order, ways in AXES.items():
             for way in ways:
@@ -213,13 +215,13 @@ class _Walk:
         self.found.boxes.append(Item([*first, *second], "xyxy" if first_named and second_named else ""))
         return {low, high}
 
-    def list(self, node: Node, role: str) -> None:
+    def listed(self, node: Node, role: str) -> None:
         """Read what stands in brackets without a key."""
         items = node.items
         children = [item for item in items if isinstance(item, Node)]
-        named = [_point(child) for child in children] if role == "polygon" and len(children) == len(items) else []
-        if named and all(named):
-            self.flat([n for point in named if point for n in point[0]], "polygon", node.closed)
+        corners = [_point(child) for child in children] if role in ("polygon", "box") and len(children) == len(items) else []
+        if len(corners) > 1 and all(corner is not None and corner[1] for corner in corners):
+            self.flat([n for corner in corners if corner for n in corner[0]], role, node.closed, pairs=True)
         elif not children:
             self.scalars(node, role)
         elif len(children) == len(items) and all(child.numbers and len(child.items) == 2 and child.closed for child in children):
@@ -235,12 +237,13 @@ class _Walk:
         """Read a list without lists in it."""
         items = list(node.items)
         texts = [item for item in items if isinstance(item, str)]
-        if len(texts) == len(items):
-            if all(_number(text) is None for text in texts):
-                for text in texts:
-                    if role not in ("", "any") or says_none(text) or text.lstrip()[:1] in "[{(":
-                        self.text(text, role if role else "any")
-                return
+        if len(texts) == len(items) and all(_number(text) is None for text in texts):
+            for text in texts:
+                if role in ("", "any") and says_none(text):
+                    self.found.nothing += 1
+                else:
+                    self.text(text, role or "any")
+            return
         while items and isinstance(items[-1], str) and _number(items[-1]) is None:
             items.pop()  # a label behind its box
         while items and isinstance(items[0], str) and _number(items[0]) is None:
@@ -274,7 +277,7 @@ class _Walk:
         elif _is_rectangle(points) and closed:
             xs, ys = sorted(p[0] for p in points), sorted(p[1] for p in points)
             found.boxes.append(Item([xs[0], ys[0], xs[-1], ys[-1]], "" if loose else role))
-        elif count and count % 4 == 0 or (not closed and count > 4):
+        elif (count and count % 4 == 0) or (not closed and count > 4):
             whole = [numbers[i : i + 4] for i in range(0, count - 3, 4)]
             found.boxes += [Item(four, "" if loose else role) for four in whole]
             found.cut += not closed
@@ -301,6 +304,12 @@ def _number(value: object) -> Number | None:
     if isinstance(value, str) and len(value) < 400 and (match := _NUMBERS.fullmatch(value.strip())):
         return number(match[1], match[2] is not None)
     return None
+
+
+def _pair(value: object) -> list[Number]:
+    """Return the two numbers of a list of two; nothing for all else."""
+    items = [item for item in value.items if isinstance(item, Number)] if isinstance(value, Node) and not value.pairs else []
+    return items if isinstance(value, Node) and len(items) == len(value.items) == 2 else []
 
 
 def _point(value: object) -> tuple[list[Number], bool] | None:

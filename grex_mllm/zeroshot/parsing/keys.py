@@ -5,49 +5,66 @@ from __future__ import annotations
 import re
 from itertools import product
 
+
+def _words(text: str) -> list[str]:
+    return text.split()
+
+
 # key, lower case without signs -> what its value is; "" = a container, whose content says it
 ROLES = {
     **dict.fromkeys(
-        "bbox bbox2d box box2d boxes bboxes boundingbox boundingboxes boundingbox2d boundingbox2ds bboxes2d boxes2d rect rects rectangle "
-        "rectangles coordinates coords coordinate coord bounds bnd bndbox bb bbs "
-        "boundaries area2d boxcoordinates bboxcoordinates boundingboxcoordinates pixelcoordinates 边界框 坐标 位置 框".split(),
+        _words(
+            "bbox bbox2d box box2d boxes bboxes boundingbox boundingboxes boundingbox2d boundingbox2ds bboxes2d boxes2d rect rects "
+            "rectangle "
+            "rectangles coordinates coords coordinate coord bounds bnd bndbox bb bbs "
+            "boundaries area2d boxcoordinates bboxcoordinates boundingboxcoordinates pixelcoordinates "
+            "边界框 坐标 位置 框"
+        ),
         "box",
     ),
     # their value may be words as well
-    **dict.fromkeys("location locations region regions position positions area".split(), "any"),
-    **dict.fromkeys("xyxy bboxxyxy boxxyxy boxesxyxy bboxesxyxy".split(), "xyxy"),
-    **dict.fromkeys("yxyx bboxyxyx boxyxyx".split(), "yxyx"),
-    **dict.fromkeys("xywh bboxxywh boxxywh ltwh tlwh".split(), "xywh"),
-    **dict.fromkeys("cxcywh bboxcxcywh boxcxcywh xywhcenter".split(), "cxcywh"),
+    **dict.fromkeys(_words("location locations region regions position positions area"), "any"),
+    **dict.fromkeys(_words("xyxy bboxxyxy boxxyxy boxesxyxy bboxesxyxy"), "xyxy"),
+    **dict.fromkeys(_words("yxyx bboxyxyx boxyxyx"), "yxyx"),
+    **dict.fromkeys(_words("xywh bboxxywh boxxywh ltwh tlwh"), "xywh"),
+    **dict.fromkeys(_words("cxcywh bboxcxcywh boxcxcywh xywhcenter"), "cxcywh"),
     **dict.fromkeys(
-        "point point2d points points2d keypoint keypoints center centre centers centres centerpoint click clicks".split(), "point"
+        _words("point point2d points points2d keypoint keypoints center centre centers centres centerpoint click clicks"), "point"
     ),
     **dict.fromkeys(
-        "polygon polygons segmentation contour contours outline outlines vertices polygonpoints maskpolygon".split(), "polygon"
+        _words("polygon polygons segmentation contour contours outline outlines vertices polygonpoints maskpolygon"), "polygon"
     ),
     **dict.fromkeys(
-        "objects detections detection answer answers result results target targets instances instance annotations predictions prediction "
-        "matches items output outputs data response object detectedobjects matchingobjects final finalanswer list arguments parameters".split(),
+        _words(
+            "objects detections detection answer answers result results target targets instances instance annotations predictions "
+            "prediction "
+            "matches items output outputs data response object detectedobjects matchingobjects final finalanswer list arguments parameters"
+        ),
         "",
     ),
 }
 IGNORED = set(
-    "label labels name description caption class category text text2d textcontent expression phrase query score scores confidence id index "
-    "reasoning reason thought thoughts explanation rationale comment note notes size imagesize imagewidth imageheight width height w h "
-    "color colour colors rgb rgba mask attributes type angle rotation count total num image imageid resolution originalsize format "
-    "coordinatesystem timestamp probability certainty".split()
+    _words(
+        "label labels name description caption class category text text2d textcontent expression phrase query score scores "
+        "confidence id index "
+        "reasoning reason thought thoughts explanation rationale comment note notes size imagesize imagewidth imageheight width height w h "
+        "color colour colors rgb rgba mask attributes type angle rotation count total num image imageid resolution originalsize format "
+        "coordinatesystem timestamp probability certainty"
+    )
 )
 PRESENT = set(
-    "found exists exist present ispresent match matched matchfound objectfound targetfound targetpresent targetexists objectexists "
-    "objectpresent hasmatch hastarget hasobject detected isfound isvisibleinimage".split()
+    _words(
+        "found exists exist present ispresent match matched matchfound objectfound targetfound targetpresent targetexists objectexists "
+        "objectpresent hasmatch hastarget hasobject detected isfound isvisibleinimage"
+    )
 )
-ABSENT = set("notarget notfound nomatch noobject noobjects notpresent absent empty missing istargetmissing nomatches nothing none".split())
+ABSENT = set(_words("notarget notfound nomatch noobject noobjects notpresent absent empty missing istargetmissing nomatches nothing none"))
 COUNTS = ("count", "total", "num", "numobjects", "numberofobjects", "objectcount", "n")
 
-_LOW_X = "x1 xmin minx x0 left xleft leftx xstart startx xtl tlx topleftx xtopleft".split()
-_LOW_Y = "y1 ymin miny y0 top ytop topy ystart starty ytl tly toplefty ytopleft".split()
-_HIGH_X = "x2 xmax maxx x1 right xright rightx xend endx xbr brx bottomrightx xbottomright".split()
-_HIGH_Y = "y2 ymax maxy y1 bottom ybottom bottomy yend endy ybr bry bottomrighty ybottomright".split()
+_LOW_X = _words("x1 xmin minx x0 left xleft leftx xstart startx xtl tlx topleftx xtopleft")
+_LOW_Y = _words("y1 ymin miny y0 top ytop topy ystart starty ytl tly toplefty ytopleft")
+_HIGH_X = _words("x2 xmax maxx x1 right xright rightx xend endx xbr brx bottomrightx xbottomright")
+_HIGH_Y = _words("y2 ymax maxy y1 bottom ybottom bottomy yend endy ybr bry bottomrighty ybottomright")
 _WIDE, _TALL = ("width", "w", "boxwidth", "bw"), ("height", "h", "boxheight", "bh")
 _SIDES = (("x1", "y1", "x2", "y2"), ("left", "top", "right", "bottom"), ("l", "t", "r", "b"))
 _CENTRES = (("cx", "cy"), ("xc", "yc"), ("centerx", "centery"), ("xcenter", "ycenter"), ("centrex", "centrey"), ("xcentre", "ycentre"))
@@ -62,10 +79,10 @@ AXES: dict[str, list[tuple[str, ...]]] = {
 AXIS_NAMES = {name for ways in (AXES["xyxy"], AXES["xywh"], AXES["cxcywh"]) for way in ways for name in way} - set("ltrb")
 
 _LOW = re.compile(
-    r"(?:top|upper)left(?:corner|point)?|left(?:top|upper)(?:corner)?|tl|lt|min|start|from|p1|pt1|point1|corner1|startpoint|左上角?|xy1"
+    r"(?:top|upper)left(?:corner|point)?|left(?:top|upper)(?:corner)?|tl|lt|min|start|from|p1|pt1|point1|corner1|startpoint|xy1|左上角?"
 )
 _HIGH = re.compile(
-    r"(?:bottom|lower)right(?:corner|point)?|right(?:bottom|lower)(?:corner)?|br|rb|max|end|to|p2|pt2|point2|corner2|endpoint|右下角?|xy2"
+    r"(?:bottom|lower)right(?:corner|point)?|right(?:bottom|lower)(?:corner)?|br|rb|max|end|to|p2|pt2|point2|corner2|endpoint|xy2|右下角?"
 )
 _SIGNS = re.compile(r"[\W_]+")
 

@@ -16,8 +16,8 @@ class Parsed:
     """A grounding answer as it was understood.
 
     status: ok, unparsable, refused or error.  reason: why it is not ok.  no_target: the model says that nothing matches; only with ok.
-    boxes_xyxy: float64 [N, 4], points: [N, 2], polygons: N arrays [P, 2]; pixels of the original, inside the image. Polygons come with their
-    bounds in `boxes_xyxy`.  flags: what was mended or noticed on the way, see `FLAGS`.
+    boxes_xyxy: float64 [N, 4], points: [N, 2], polygons: N arrays [P, 2]; pixels of the original, inside the image. Polygons come with
+    their bounds in `boxes_xyxy`.  flags: what was mended or noticed on the way, see `FLAGS`.
     """
 
     status: str

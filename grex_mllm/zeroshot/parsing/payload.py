@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass
 
-from grex_mllm.zeroshot.parsing.items import Found, Item, items_of, named_in, numbers_in
+from grex_mllm.zeroshot.parsing.items import Found, Item, named_in, numbers_in
 from grex_mllm.zeroshot.parsing.keys import AXES, normal
 from grex_mllm.zeroshot.parsing.tokens import joined, tokens_of
 from grex_mllm.zeroshot.parsing.values import NUMBER, Node, values
@@ -17,23 +17,29 @@ _LANGUAGE = re.compile(
 # words that set a value apart from the answer: an example, or what a later one corrects
 _ASIDE = re.compile(
     r"\b(?:for example|example|e\.g\.|for instance|format (?:is|would be|like)|formatted like|looks? like this|placeholder|template)\b"
-    r"|\b(?:correct(?:ion|ed|ing)|let me (?:correct|re-?check|revise|refine|fix)|actually|on second thought|mistake|instead|revised?|refined|updated"
-    r"|initial(?:ly)?|first (?:guess|thought|attempt|estimate)|draft|at first|i (?:considered|thought)|my final|final (?:answer|result|output|box|boxes))\b"
-    r"|\bwait\b\s*[,.!:-]|更正|修正|纠正|糾正|应该是|應該是|最终答案|例如|示例|例子|比如|たとえば|例えば|訂正|예를 들어|예시|수정|par exemple|exemple|correction|beispiel"
+    r"|\b(?:correct(?:ion|ed|ing)|let me (?:correct|re-?check|revise|refine|fix)|actually|on second thought|mistake|instead|revised?"
+    r"|refined|updated"
+    r"|initial(?:ly)?|first (?:guess|thought|attempt|estimate)|draft|at first|i (?:considered|thought)|my final|final (?:answer"
+    r"|result|output|box|boxes))\b"
+    r"|\bwait\b\s*[,.!:-]|更正|修正|纠正|糾正|应该是|應該是|最终答案|例如|示例|例子|比如|たとえば|例えば|訂正|예를 들어|예시|수정"
+    r"|par exemple|exemple|correction|beispiel"
     r"|korrektur|korrigiert|eigentlich|ejemplo|correcci|exemplo|correç|esempio|correzione|например|пример|исправл",
     re.IGNORECASE,
 )
 _CORRECTS = re.compile(
-    r"\b(?:correction|corrected|let me (?:correct|re-?check|revise|refine|fix)|actually|on second thought|mistake|my final|final answer)\b|\bwait\b\s*[,.!:-]"
+    r"\b(?:correction|corrected|let me (?:correct|re-?check|revise|refine|fix)|actually|on second thought|mistake|my final"
+    r"|final answer)\b|\bwait\b\s*[,.!:-]"
     r"|更正|修正|纠正|应该是|訂正|수정|korrektur|correcci|correzione|исправл",
     re.IGNORECASE,
 )
 _EXAMPLE = re.compile(
-    r"\b(?:for example|example|e\.g\.|for instance)\b|例如|示例|par exemple|beispiel|ejemplo|esempio|например|たとえば|예를 들어",
+    r"\b(?:for example|example|e\.g\.|for instance)\b|例如|示例|par exemple|beispiel|ejemplo|esempio|например"
+    r"|たとえば|예를 들어",
     re.IGNORECASE,
 )
 _BARE = re.compile(
-    rf"^[ \t]*(?:[-*•]|\d{{1,2}}[.)])?[ \t]*(?:[^\d\n]{{0,60}}[:=])?[ \t<(]*({NUMBER}\s?%?(?:[,;]\s?|[ \t]+){NUMBER}\s?%?(?:[,;]\s?|[ \t]+){NUMBER}\s?%?"
+    rf"^[ \t]*(?:[-*•]|\d{{1,2}}[.)])?[ \t]*(?:[^\n:=]{{0,60}}[:=])?[ \t<(]*({NUMBER}\s?%?(?:[,;]\s?|[ \t]+){NUMBER}\s?%?(?:[,;]\s?"
+    rf"|[ \t]+){NUMBER}\s?%?"
     rf"(?:[,;]\s?|[ \t]+){NUMBER}\s?%?)[ \t>)]*[.。]?[ \t]*$",
     re.MULTILINE,
 )
@@ -111,8 +117,7 @@ def _last_values(nodes: list[Node], text: str, answer: str) -> Found:
             whole, after = found, node  # the last one cannot be read
             continue
         between = text[node.end : after.start]
-        apart = between.strip(" \t\r\n,;") and (_ASIDE.search(between) or _EXAMPLE.search(text[max(0, node.start - 200) : node.start]))
-        if not (found.objects and whole.objects) or apart:
+        if not (found.objects and whole.objects) or _ASIDE.search(between) or _EXAMPLE.search(text[max(0, node.start - 200) : node.start]):
             break
         found.add(whole)
         whole, after = found, node
@@ -125,6 +130,8 @@ def _is_json(node: Node) -> bool:
     if node.opener == "(":
         return False
     if node.pairs or (node.empty and node.closed):
+        return True
+    if node.opener == "[" and node.items and all(type(item) is str and any(map(str.isdigit, item)) for item in node.items):
         return True
     nodes = [item for item in node.items if isinstance(item, Node)]
     lists = any(not inner.empty or (inner.opener == "[" and inner.closed) for inner in nodes)

@@ -11,10 +11,13 @@ from grex_mllm.zeroshot.parsing.values import NUMBER, Node, Number, values
 
 _LOC = re.compile(r"<loc(_?)(\d{1,6})>")
 _PATCH = re.compile(r"<patch_index_(\d{1,9})>")
-_POINT_TAG = re.compile(r"<(?:points?|point_2d)\b([^<>]{0,20000})/?>([^<]{0,2000})(?:</points?>)?", re.IGNORECASE)
+_POINT_TAG = re.compile(r"<(?:points?|point_2d)\b([^<>]{0,20000})(?:>([^<]{0,2000})|\Z)", re.IGNORECASE)
 _ATTRIBUTE = re.compile(rf"""\b([xy])_?(\d{{0,6}})\s{{0,3}}=\s{{0,3}}["']?\s{{0,3}}({NUMBER})\s?(%)?""", re.IGNORECASE)
 _COORDS = re.compile(r"""\bcoords\s{0,3}=\s{0,3}["']([^"']*)["']""", re.IGNORECASE)
-_NAMES = r"box(?:es)?(?:_?2d)?|bbox(?:es)?(?:_?2d)?|b_?box|bounding_?box(?:es)?|det|box_start|quad_start|coords?|coordinates|location|rect|region|bndbox"
+_NAMES = (
+    r"box(?:es)?(?:_?2d)?|bbox(?:es)?(?:_?2d)?|b_?box|bounding_?box(?:es)?|det|box_start|quad_start|coords?|coordinates|location"
+    r"|rect|region|bndbox"
+)
 _ANGLES = re.compile(r"(?:<\s?\d{1,5}\s?>\s?){4,400}")  # <100><250><500><1000>
 _BOX_TAG = re.compile(rf"<\|?\s?(?:{_NAMES})\s?\|?>", re.IGNORECASE)
 _CLOSING = re.compile(rf"<(?:\|?/|\|)\s?(?:{_NAMES}|box_end|/det)", re.IGNORECASE)
@@ -100,7 +103,7 @@ def _points(text: str, frame: str) -> Found:
         good = [p for p in points if frame != "pct" or max(p["x"].value, p["y"].value) <= POINT_LIMIT]
         found.points += [Item([p["x"], p["y"]]) for p in good]
         found.faulty += len(points) - len(good)
-        inner = numbers_in(tag[2]) if not points and not attributes.strip(" /") else []
+        inner = numbers_in(tag[2] or "") if not points and not attributes.strip(" /") else []
         if len(inner) == 2:
             found.points.append(Item(inner))
     return found
@@ -163,9 +166,12 @@ def joined(nodes: list[Node], text: str, answer: str) -> Found:
     return found
 
 
+_OTHER_CORNER = re.compile(r"\b(?:bottom|lower)[ _-]?right\b|右下", re.IGNORECASE)
 _NO_CORNER = re.compile(r"\b(?:cent(?:er|re)|size|width|height|wide|tall|dimension\w*|radius|diameter)\b|[.!?。\n]\s*[A-Z]", re.IGNORECASE)
 
 
 def _joins(between: str) -> bool:
     """Whether what stands between two pairs leaves them the corners of one box."""
-    return len(between) <= 60 and not re.search(r"\d", between) and not _NO_CORNER.search(between)
+    if len(between) > 60 or re.search(r"\d", between):
+        return False
+    return _OTHER_CORNER.search(between) is not None or not _NO_CORNER.search(between)

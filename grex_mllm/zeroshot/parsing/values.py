@@ -1,6 +1,6 @@
 """Reads values that look like JSON and often are not: a tree out of brackets, keys, numbers and words, whatever is missing (rule E).
 
-One pass, linear in the length of the text, and nothing is ever run. Nothing is completed: a number or text that the end cuts off is dropped.
+One pass, linear in the length of the text, and nothing is ever run. Nothing is completed: a number or text that is cut off is dropped.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ NUMBER = r"[-+]?(?:\d++(?:\.\d*+)?+|\.\d++)(?:[eE][-+]?\d++)?+"
 _UNIT = r"(?:\s?+px\b|\s?+pixels?\b)?+"
 _TOKEN = re.compile(
     rf"""\s++|(?://|\#[ ])[^\n]*+|/\*.*?(?:\*/|\Z)
-    |(?P<open>[\[{{(])|(?P<close>[\]}})])|(?P<sep>[,;])|(?P<colon>[:=])
+    |(?P<open>[\[{{(])|(?P<close>[\]}})])|(?P<sep>[,;|/])|(?P<colon>[:=])
     |(?P<number>{NUMBER})(?:\s?+(?P<percent>%))?+{_UNIT}(?!\w)
     |(?P<quote>["“])|(?P<single>')
     |(?P<word>[^\s\[\]{{}}(),;:="“'%][^\s\[\]{{}}(),;:="“]*+)|.""",

@@ -16,16 +16,24 @@ _NONE = re.compile(
     rf"(?:[^\n:]{{0,60}}[:=]\s*)?[\W_]*(?:{'|'.join(re.escape(word) for word in sorted(NOTHING, key=len, reverse=True))})(?:[\W_])*",
     re.IGNORECASE,
 )
+_NO_THING = re.compile(r"\W*no (?!problem|doubt|worries|idea|clue|comment|other|need|way)(?:[\w'-]+ ){0,5}[\w'-]+\W*", re.IGNORECASE)
 _CLAUSE = re.compile(r"[.!?;,\n。！？；，、]")
 _YES, _NO = frozenset(YES), frozenset(NO)
 MASK = "§"  # stands where a group of numbers was
 FAR = 20_000  # words are looked for in so many characters at the beginning and at the end
 
 
+def none_word(text: str) -> bool:
+    """Whether a text is but a word for nothing: none, not found, N/A, 没有, ..., maybe behind a colon."""
+    return len(text) < 200 and _NONE.fullmatch(plain(text).strip()) is not None
+
+
 def says_none(text: str) -> bool:
-    """Whether a text is but a word for nothing: none, not found, N/A, 没有, ..., maybe behind a colon; or a short denial."""
+    """Whether a text is but a word for nothing (see `none_word`), a short "no dog", or a short denial."""
+    if len(text) >= 200:
+        return False
     text = plain(text).strip()
-    return len(text) < 200 and (_NONE.fullmatch(text) is not None or (len(text) > 3 and denies(text)))
+    return none_word(text) or _NO_THING.fullmatch(text) is not None or (len(text) > 3 and denies(text))
 
 
 def denies(text: str, loose: bool = False) -> bool:
@@ -66,8 +74,9 @@ def yes_or_no(text: str) -> bool | None:
         if any(lower.startswith(word) and not _goes_on(word, lower[len(word) :]) for word in words):
             return meaning
     last = re.split(r"[:：\n]|\banswer is\b", lower.rstrip(" .!*_\"'\n"))[-1].strip(" .!,*_\"'")
-    if last in _NO or last in _YES:
-        return last in _YES
+    for said in (last, re.split(r"\W+", last)[-1]):
+        if said in _NO or said in _YES:
+            return said in _YES
     if refuses(text):
         return None
     if denies(text):
@@ -76,8 +85,10 @@ def yes_or_no(text: str) -> bool | None:
 
 
 _AFFIRMS = re.compile(
-    r"\bthere (?:is|are|appears? to be|seems? to be)\b|\b(?:is|are) (?:\w+ )?(?:present|visible|shown|depicted|in the (?:image|picture|photo|scene))\b"
-    r"|\bi (?:can |do )?see\b|\b(?:image|picture|photo|scene) (?:shows?|contains?|depicts?|includes?|has)\b|\bil y a\b|\bes gibt\b|\bhay\b|\bhá\b"
+    r"\bthere (?:is|are|appears? to be|seems? to be)\b|\b(?:is|are) (?:\w+ )?(?:present|visible|shown|depicted|in the (?:image"
+    r"|picture|photo|scene))\b"
+    r"|\bi (?:can |do )?see\b|\b(?:image|picture|photo|scene) (?:shows?|contains?|depicts?|includes?|has)\b|\bil y a\b|\bes gibt\b"
+    r"|\bhay\b|\bhá\b"
     r"|\bc'è\b|\bci sono\b|有|存在|います|あります|있습니다|есть|jest\b|\bvar\b|يوجد|है",
     re.IGNORECASE,
 )
