@@ -40,7 +40,7 @@ BY_NAME |= {("LossConfig", "ground"), ("LossConfig", "generate")}
 BY_NAME |= {("ModelConfig", "decoder"), *((f"{kind}Config", "name") for kind in ("Rela", "InstanceSelection", "RegionTokens", "Mllm"))}
 FILES = (
     "config.py", "augmentation.py", "models/decoders/rela/config.py", "models/decoders/instance_selection/config.py",
-    "models/generators/region_tokens/config.py", "models/generators/mllm/config.py", "data/synthetic/settings.py",
+    "models/lm_config.py", "models/generators/region_tokens/config.py", "models/generators/mllm/config.py", "data/synthetic/settings.py",
     "training/pretraining.py",
 )  # fmt: skip
 
