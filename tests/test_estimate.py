@@ -11,7 +11,9 @@ from typing import Any
 import pytest
 import torch
 from conftest import ROOT
+from safetensors.torch import load_file
 from shrink import shrink_run
+from tiny_mllms import write_mllm
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -139,7 +141,8 @@ def test_large_configuration_builds_on_meta() -> None:
                for note in notes)  # fmt: skip
 
 
-@pytest.mark.parametrize("name", ["joint_rela_swin_base_qwen2.5_vl_7b", pytest.param("generator_qwen2.5_vl_3b", marks=pytest.mark.long)])
+@pytest.mark.long
+@pytest.mark.parametrize("name", ["joint_rela_swin_base_qwen2.5_vl_7b", "generator_qwen2.5_vl_3b"])
 def test_a_multimodal_generator_is_counted_without_its_folder(name: str) -> None:
     """One small image and expression. Forward, 2 operations for every weight of a layer and token of the sequence at least."""
     settings = load_config(ROOT / "configs" / f"{name}.yaml", ["--data.image_size=128", "--data.expressions_per_image=1"])
@@ -150,6 +153,15 @@ def test_a_multimodal_generator_is_counted_without_its_folder(name: str) -> None
     assert any(f"shape from grex_mllm/models/shapes/{lm}.json" in note for note in notes)
     tokens = 25 + 30 + 4  # of a picture of 140 x 140, of the chat around it, of the answer
     assert found.forward_flops > 2 * tokens * 0.8 * (PUBLISHED[lm] - 1.3e9)
+
+
+def test_a_multimodal_generator_is_counted_from_its_folder(tmp_path: Path) -> None:
+    config = small("generator_qwen2.5_vl_3b")
+    config.model.generator.lm = str(write_mllm("qwen2.5-vl", tmp_path, ["dog"] * 3))
+    found = count(config, Load(1, objects=2, tokens=4), device="cpu", precision="fp32")
+    lm = load_file(tmp_path / "model.safetensors")
+    assert found.parts["language model"].total == sum(tensor.numel() for tensor in lm.values())
+    assert found.parts["adapters"].trainable > 0 and found.flops > found.forward_flops > 0
 
 
 def test_counts_equal_those_of_a_real_step() -> None:

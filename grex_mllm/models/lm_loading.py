@@ -47,16 +47,16 @@ def load_base(cfg: RegionTokensConfig, tokenizer: LMTokenizer) -> Any:
 
     if cfg.lm == "none":
         raise fault("model.generator.lm: none", "tiny, a folder or a hub id", "configure a language model to describe objects")
-    lm = read_model(cfg, AutoModelForCausalLM, _check_text_only)
+    lm = read_model(cfg, AutoModelForCausalLM, _check_text_only, "a causal language model")
     # an LLM's own generation_config.json (penalties, temperatures, banned n-grams) would have a say in beam search
     lm.generation_config = GenerationConfig(eos_token_id=tokenizer.eos_id, pad_token_id=tokenizer.pad_id)
     return lm
 
 
-def read_model(choice: ModelChoice, kind: Any, check: Callable[[str, Any], None], safetensors: bool | None = None) -> Any:
+def read_model(choice: ModelChoice, kind: Any, check: Callable[[str, Any], None], what: str, safetensors: bool | None = None) -> Any:
     """Return the model of a folder or hub id, in evaluation mode, as the current placement wants it.
 
-    kind: its auto class in transformers.  check(name, configuration): raise where it is not of the right sort.
+    kind: its auto class in transformers.  check(name, configuration): raise where it is not of the right sort.  what: that, in words.
     safetensors: True = no other files; None = others where there are none.
 
     Raises:
@@ -84,7 +84,7 @@ def read_model(choice: ModelChoice, kind: Any, check: Callable[[str, Any], None]
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise fault(
             f"language model {choice.lm}: {reason}",
-            "a folder with config.json and safetensors weights of a model of this kind, or a hub id, and the packages its options need",
+            f"a folder with config.json and safetensors weights of {what}, or a hub id, and the packages its options need",
             "fix the path, attn_implementation or quantisation",
         ) from None
     lm.attention_reason = attention.reason  # for the first lines of a training

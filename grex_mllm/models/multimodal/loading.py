@@ -17,7 +17,7 @@ def load_multimodal(choice: ModelChoice) -> Any:
     """
     from transformers import AutoModelForImageTextToText
 
-    model = read_model(choice, AutoModelForImageTextToText, _check, safetensors=True)
+    model = read_model(choice, AutoModelForImageTextToText, _check, "a multimodal language model", safetensors=True)
     model.eval()
     return model
 
