@@ -56,6 +56,8 @@ BENCHMARK_SIZES["train_step.py"] = ["--batch", "1", "--steps", "1", "--repeats",
 LANGUAGE_MODELS = {"Qwen2.5-0.5B-Instruct": "qwen2", "Qwen2.5-1.5B-Instruct": "qwen2", "Qwen2.5-7B-Instruct": "qwen2"}
 LANGUAGE_MODELS |= {"Llama-3.1-8B-Instruct": "llama", "vicuna-7b-v1.5": "llama"}
 LANGUAGE_MODELS |= {"smollm2-135m-instruct": "llama"}
+MULTIMODAL_MODELS = {"Qwen2.5-VL-3B-Instruct": "qwen2.5-vl", "Qwen2.5-VL-7B-Instruct": "qwen2.5-vl"}
+WORDS = ["the two red circles on the left", "a dog and the blue square"]
 BENCHMARK_SIZES["photos.py"] = ["--candidates", "2", "--expressions-per-image", "3"]
 BENCHMARK_SIZES["photo_comparison.py"] = ["--seconds", "0.01", "--seeds", "0", "--variants", "without geometry"]
 BENCHMARK_SIZES["joint_ablation.py"] = ["--steps", "2", "--scenes", "2", "--seeds", "0", "--variants", "contrast"]
@@ -177,8 +179,12 @@ def shrink_run(config: Config) -> Config:
         config.model.text.vocab_size, config.model.text.max_positions = 300, 64
     generator, train = config.model.generator, config.train
     if generator is not None:
-        generator.vocab_size, generator.hidden_size, generator.num_heads, generator.num_layers = 300, 16, 2, 1
-        generator.intermediate_size, generator.projector_width, generator.max_new_tokens = 32, 16, 6
+        if generator.name == "region_tokens":
+            generator.vocab_size, generator.hidden_size, generator.num_heads, generator.num_layers = 300, 16, 2, 1
+            generator.intermediate_size = 32
+        else:
+            generator.min_pixels, generator.max_pixels = 56**2, 112**2
+        generator.projector_width, generator.max_new_tokens = 16, 6
         generator.lora_rank = min(generator.lora_rank, 4)
     config.data.image_size = 64
     scenes = config.data.sources.setdefault("synthetic", SyntheticConfig())
@@ -209,9 +215,7 @@ def make_stage(stage: Path) -> Path:
     made_human(stage / "human_refs", made_coco(stage / "photographs"))
     _weights(stage)
     _models(stage)
-    for lm, family in LANGUAGE_MODELS.items():
-        write_llm(family, stage / "models" / lm, ["the two red circles on the left", "a dog and the blue square"] * 5)
-    write_mllm("qwen2.5-vl", stage / "models" / "Qwen2.5-VL-7B-Instruct", ["the two red circles", "[10, 20]"], max_position_embeddings=700)
+    write_language_models({lm: stage / "models" / lm for lm in (*LANGUAGE_MODELS, *MULTIMODAL_MODELS)})
     _asked(stage)
     pixels = np.random.default_rng(0).integers(0, 255, (96, 96, 3), dtype=np.uint8)
     Image.fromarray(pixels).save(stage / "scene.png")
@@ -221,6 +225,15 @@ def make_stage(stage: Path) -> Path:
         Image.fromarray(mask).save(stage / name)
     (stage / "hosts").write_text("node0 slots=8\nnode1 slots=8\n", encoding="utf-8")
     return stage
+
+
+def write_language_models(folders: dict[str, Path]) -> None:
+    """Write a tiny model of the family of each named language model into its folder."""
+    for lm, folder in folders.items():
+        if lm in LANGUAGE_MODELS:
+            write_llm(LANGUAGE_MODELS[lm], folder, WORDS * 5)
+        else:
+            write_mllm(MULTIMODAL_MODELS[lm], folder, [*WORDS * 5, "[10, 20]"], max_position_embeddings=700)
 
 
 def _raw_files(stage: Path) -> None:

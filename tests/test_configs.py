@@ -8,9 +8,8 @@ from typing import Any
 import pytest
 import torch
 from made_batch import make_batch
-from shrink import LANGUAGE_MODELS, shrink, shrink_run
+from shrink import LANGUAGE_MODELS, MULTIMODAL_MODELS, shrink, shrink_run, write_language_models
 from tiny import WORDS
-from tiny_llms import write_llm
 from torch import Tensor
 
 from grex_mllm.config import Config, load_config
@@ -21,7 +20,6 @@ from grex_mllm.models import build_grounding
 from grex_mllm.models.answer import answers
 from grex_mllm.models.decoders.rela.criterion import RelaCriterion
 from grex_mllm.models.grex import GrexModel
-from grex_mllm.models.lm_tokenizer import LMTokenizer
 from grex_mllm.models.text import train_text_tokenizer
 from grex_mllm.training.optim import build_optimizer, build_schedule, clip_gradients, optimized_parameters
 from grex_mllm.training.step import Step
@@ -93,8 +91,7 @@ WITH_LM = [file for file in FILES if getattr(load_config(file).model.generator, 
 @pytest.fixture(scope="module")
 def language_models(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("models")
-    for family in sorted(set(LANGUAGE_MODELS.values())):
-        write_llm(family, folder / family, WORDS * 5)
+    write_language_models({name: folder / name for name in (*LANGUAGE_MODELS, *MULTIMODAL_MODELS)})
     return folder
 
 
@@ -102,39 +99,41 @@ def language_models(tmp_path_factory: pytest.TempPathFactory) -> Path:
     "file",
     [
         file
-        if file.stem in ("joint_rela_swin_base_qwen2.5_7b_qlora", "joint_rela_r50_qwen2.5_0.5b")
+        if file.stem in ("joint_rela_swin_base_qwen2.5_7b_qlora", "joint_rela_r50_qwen2.5_0.5b", "generator_qwen2.5_vl_3b")
         else pytest.param(file, marks=pytest.mark.long)
         for file in WITH_LM
     ],
     ids=lambda file: file.stem,
 )
-def test_joint_configuration_trains_every_part(file: Path, language_models: Path) -> None:
-    """A step of both tasks moves the adapters, the region tokens and every part of the grounding model, and not the base."""
+def test_joint_configuration_trains_every_part(file: Path, language_models: Path, tmp_path: Path) -> None:
+    """A step of both tasks moves the adapters, the region tokens and every part of the grounding model that is not frozen, not the base."""
     config = shrink_run(load_config(file))
-    assert Path(config.model.generator.lm).name in LANGUAGE_MODELS
-    config.model.generator.lm = str(language_models / LANGUAGE_MODELS[Path(config.model.generator.lm).name])
+    config.model.generator.lm = str(language_models / Path(config.model.generator.lm).name)
+    chosen_entry = entry("model.generator", config.model.generator.name)
+    chosen_entry.make_tokenizer(config.model.generator, lambda: WORDS, tmp_path)
     config.model.vision.weights = config.model.text.path = None
     torch.manual_seed(0)
-    tokenizer, words = LMTokenizer.load(config.model.generator.lm), train_text_tokenizer(WORDS, 200)
+    tokenizer, words = chosen_entry.load_tokenizer(config.model.generator, tmp_path), train_text_tokenizer(WORDS, 200)
     model = GrexModel(config, words, tokenizer)
+    step, alone = Step(model, config), config.train.optim.frozen == ["grounding"]
     optimizer = build_optimizer(model, config.train.optim)
     chosen = {id(parameter) for parameter in optimized_parameters(optimizer)}
-    assert {group["lr"] for group in optimizer.param_groups} == {1e-5, 3e-5, 1e-4}
+    assert {group["lr"] for group in optimizer.param_groups} == ({1e-4} if alone else {1e-5, 3e-5, 1e-4})
     before = {name: parameter.detach().clone() for name, parameter in model.named_parameters() if parameter.requires_grad}
     base = [name for name, parameter in model.generator.lm.named_parameters() if id(parameter) in chosen]
     assert base and all("lora_" in name for name in base)
     batch = made_batch(config, model, Load(2, objects=3, tokens=6))
-    Step(model, config)(batch)["total"].backward()
+    step(batch)["total"].backward()
     optimizer.step()
     moved = {name for name, parameter in model.named_parameters() if name in before and not torch.equal(parameter, before[name])}
     parts = {".".join(name.split(".")[:2]) for name in moved}
-    assert parts == {"grounding.vision", "grounding.text", "grounding.pixel_decoder", "grounding.decoder", "generator.lm",
-                     "generator.region_tokens"}  # fmt: skip
+    grounding = {"grounding.vision", "grounding.text", "grounding.pixel_decoder", "grounding.decoder"}
+    assert parts == {"generator.lm", "generator.region_tokens"} | (set() if alone else grounding)
 
 
 def test_there_is_a_configuration_for_every_language_model() -> None:
     named = {Path(load_config(file).model.generator.lm).name for file in WITH_LM}
-    assert named == set(LANGUAGE_MODELS) and "joint_rela_swin_base_qwen2.5_7b" in {file.stem for file in WITH_LM}
+    assert named == {*LANGUAGE_MODELS, *MULTIMODAL_MODELS} and "joint_rela_swin_base_qwen2.5_7b" in {file.stem for file in WITH_LM}
 
 
 @pytest.mark.parametrize("file", [file for file in FILES if load_config(file).model.decoder.name == "rela"], ids=lambda file: file.stem)

@@ -30,6 +30,7 @@ from grex_mllm.training.step import Step
 PUBLISHED = {
     "Qwen2.5-0.5B-Instruct": 494_032_768, "Qwen2.5-1.5B-Instruct": 1_543_714_304, "Qwen2.5-7B-Instruct": 7_615_616_512,
     "Llama-3.1-8B-Instruct": 8_030_261_248, "vicuna-7b-v1.5": 6_738_415_616,
+    "Qwen2.5-VL-3B-Instruct": 3_754_622_976, "Qwen2.5-VL-7B-Instruct": 8_292_166_656,
 }  # fmt: skip
 # 100 trained weights, 1,000 frozen bytes of which 800 are matrices of 400 parameters; 800 numbers in all
 HAND = Counted(
@@ -136,6 +137,19 @@ def test_large_configuration_builds_on_meta() -> None:
     assert sum(p.numel() for name, p in model.generator.lm.named_parameters() if "lora_" not in name) == PUBLISHED["Qwen2.5-7B-Instruct"]
     assert any("shape from grex_mllm/models/shapes/Qwen2.5-7B-Instruct.json, because models/Qwen2.5-7B-Instruct is not there" in note
                for note in notes)  # fmt: skip
+
+
+@pytest.mark.parametrize("name", ["joint_rela_swin_base_qwen2.5_vl_7b", pytest.param("generator_qwen2.5_vl_3b", marks=pytest.mark.long)])
+def test_a_multimodal_generator_is_counted_without_its_folder(name: str) -> None:
+    """One small image and expression. Forward, 2 operations for every weight of a layer and token of the sequence at least."""
+    settings = load_config(ROOT / "configs" / f"{name}.yaml", ["--data.image_size=112", "--data.expressions_per_image=1"])
+    config, notes = standing_alone(settings)
+    lm = Path(config.model.generator.lm).name
+    found = count(config, Load(1, objects=2, tokens=4), device="cuda", precision="bf16")
+    assert found.parts["language model"].total == PUBLISHED[lm] and found.parts["language model"].trainable == 0
+    assert any(f"shape from grex_mllm/models/shapes/{lm}.json" in note for note in notes)
+    tokens = 16 + 30 + 4  # of a picture of 112 x 112, of the chat around it, of the answer
+    assert found.forward_flops > 2 * tokens * 0.8 * (PUBLISHED[lm] - 1.3e9)
 
 
 def test_counts_equal_those_of_a_real_step() -> None:

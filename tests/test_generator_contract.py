@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 from tiny import WORDS, tiny_config
+from tiny_mllms import write_mllm
 
 from grex_mllm.config import load_config
 from grex_mllm.data.collate import collate
@@ -29,17 +30,24 @@ SMALL: dict[str, dict[str, object]] = {
         "lm": "tiny", "vocab_size": 300, "hidden_size": 16, "num_heads": 2, "num_layers": 1, "intermediate_size": 32,
         "projector_width": 16, "lora_rank": 2, "max_new_tokens": 6,
     },
+    "mllm": {"projector_width": 16, "lora_rank": 2, "max_new_tokens": 6},
 }  # fmt: skip
 
 
+FOLDERS: dict[str, Path] = {}  # of models that an entry reads
+
+
 @pytest.fixture(params=[*GENERATORS, EXAMPLE])
-def name(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
+def name(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     monkeypatch.syspath_prepend(str(Path(__file__).parent))
+    if request.param == "mllm" and not FOLDERS:
+        FOLDERS["mllm"] = write_mllm("qwen2.5-vl", tmp_path_factory.mktemp("mllm"), WORDS * 3)
     return request.param
 
 
 def changes_of(name: str) -> dict[str, object]:
-    return {"model__generator__name": name} | {f"model__generator__{field}": value for field, value in SMALL.get(name, {}).items()}
+    fields = SMALL.get(name, {}) | ({"lm": FOLDERS[name]} if name in FOLDERS else {})
+    return {"model__generator__name": name} | {f"model__generator__{field}": value for field, value in fields.items()}
 
 
 def model_of(name: str, folder: Path) -> GrexModel:

@@ -37,10 +37,11 @@ MISSING = re.compile(r'^(?P<file>[^:]+):(?P<line>\d+):(?P<column>\d+): error: "(
 BY_NAME = {("RelaLossConfig", name) for name in TERMS} | {("InstanceLossConfig", f.name) for f in fields(InstanceLossConfig)}
 BY_NAME |= {("LossConfig", "ground"), ("LossConfig", "generate")}
 # what chooses an entry; the contract tests build every one by its name
-BY_NAME |= {("ModelConfig", "decoder"), *((f"{kind}Config", "name") for kind in ("Rela", "InstanceSelection", "RegionTokens"))}
+BY_NAME |= {("ModelConfig", "decoder"), *((f"{kind}Config", "name") for kind in ("Rela", "InstanceSelection", "RegionTokens", "Mllm"))}
 FILES = (
     "config.py", "augmentation.py", "models/decoders/rela/config.py", "models/decoders/instance_selection/config.py",
-    "models/generators/region_tokens/config.py", "data/synthetic/settings.py", "training/pretraining.py",
+    "models/generators/region_tokens/config.py", "models/generators/mllm/config.py", "data/synthetic/settings.py",
+    "training/pretraining.py",
 )  # fmt: skip
 
 

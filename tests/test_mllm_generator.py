@@ -14,6 +14,7 @@ import torch
 from tiny import WORDS, tiny_config
 from tiny_mllms import KINDS, SIX, write_mllm
 
+from grex_mllm.convert.adapters import export_adapters
 from grex_mllm.data.collate import collate
 from grex_mllm.data.synthetic import SyntheticDataset
 from grex_mllm.data.synthetic.settings import SyntheticConfig
@@ -22,7 +23,9 @@ from grex_mllm.entries import entry
 from grex_mllm.errors import GrexError
 from grex_mllm.models.describe import describe_encoded
 from grex_mllm.models.generators.mllm.config import MllmConfig
+from grex_mllm.models.generators.mllm.network import rival_sets
 from grex_mllm.models.grex import GrexModel
+from grex_mllm.models.multimodal.chat import Chat, Message
 from grex_mllm.models.text import train_text_tokenizer
 from grex_mllm.types import Batch, ExpressionRecord, Sample
 
@@ -183,6 +186,23 @@ def test_a_batch_is_its_sets_one_by_one(name: str, way: dict[str, Any], folder: 
     assert model.generator.generate(maps, encoded, masks, [[2, 1]]) == model.generator.generate(maps, encoded, masks, [[1, 2]])
 
 
+def test_candidates_are_ranked_by_the_model_itself(folder: Folder, tmp_path: Path) -> None:
+    """The model that has learned eight sets finds each text likelier for its own set than for those that differ in one object."""
+    model = build(folder(QUICK), tmp_path / "lm", lora_rank=16, projector_width=64)
+    learn(model, 150)
+    sample = scenes()[0]
+    masks = np.stack([instance.mask for instance in selectable_instances(sample.record)])
+    encoded, sets = model.encode(sample.image), [[0], [1, 2], [0, 1, 2]]
+    maps, own = model.grounding.language_free(encoded.features), TEXTS[:3]
+    found = model.generator.agreements(maps, encoded, masks, sets, [own] * 3)
+    assert all(max(range(3), key=row.__getitem__) == n and 0 < row[n] <= 1 for n, row in enumerate(found))
+    value = model.generator.log_likelihoods(maps, encoded, masks, sets, own)
+    nll, _ = model.generator.losses(maps_of(model, batch_of(model)), batch_of(model), batch_of(model).generation)
+    torch.testing.assert_close(value, -nll.sum(1)[:3], atol=2e-2, rtol=2e-2)  # masks at the network input differ a little
+    assert rival_sets([0, 2], 4) == [[0, 2, 1], [0, 2, 3], [2], [0], [1], [3]] and rival_sets([0], 1) == []
+    assert described(model, rerank="own", candidates=3) == TEXTS
+
+
 def test_beams_are_those_of_transformers(folder: Folder, tmp_path: Path) -> None:
     model = build(folder("gemma3"), tmp_path / "lm", objects="coordinates", max_new_tokens=6, lora_rank=1).eval()
     generator, sample = model.generator, scenes()[0]
@@ -258,6 +278,32 @@ def test_a_question_is_the_template_with_the_objects_in_it(folder: Folder, tmp_p
     own = build(folder("qwen2.5-vl"), tmp_path / "own", objects="coordinates", prompt="Boxes: {objects}. What?", frame="k1000")
     questions = batch_of(own).generation.questions
     assert "Boxes: [" in own.generator.tokenizer.tokenizer.decode(questions.ids[0])
+
+
+@torch.no_grad()
+def test_adapters_are_exported_for_other_programs(folder: Folder, tmp_path: Path) -> None:
+    from peft import PeftModel
+    from transformers import AutoModelForImageTextToText
+
+    model = build(folder(QUICK), tmp_path / "lm", objects="marks", lora_rank=2)
+    for key, parameter in model.generator.lm.named_parameters():
+        if "lora_B" in key:
+            parameter.normal_(std=0.1)
+    model.save_pretrained(tmp_path / "m")
+    chat = model.generator.tokenizer
+    inputs = chat.inputs([[Message("user", (scenes()[0].image, "what?"))]])
+    wanted = model.generator.base(**inputs).logits
+    export_adapters(tmp_path / "m", tmp_path / "peft")
+    plain = AutoModelForImageTextToText.from_pretrained(folder(QUICK))
+    assert not torch.allclose(plain(**inputs).logits, wanted, atol=1e-2)
+    torch.testing.assert_close(PeftModel.from_pretrained(plain, tmp_path / "peft").eval()(**inputs).logits, wanted, rtol=1e-4, atol=1e-4)
+    [line] = export_adapters(tmp_path / "m", tmp_path / "merged", merged=True).lines()
+    assert "AutoModelForImageTextToText reads it" in line
+    merged = AutoModelForImageTextToText.from_pretrained(tmp_path / "merged")
+    torch.testing.assert_close(merged(**inputs).logits, wanted, rtol=1e-4, atol=1e-3)
+    assert torch.equal(
+        Chat.load(tmp_path / "merged").inputs([[Message("user", (scenes()[0].image, "what?"))]])["input_ids"], inputs["input_ids"]
+    )
 
 
 @pytest.mark.parametrize(

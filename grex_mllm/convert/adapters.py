@@ -18,17 +18,18 @@ BASE = "base"  # folder with the tiny language model, which no hub has
 
 @dataclass
 class ExportedAdapters:
-    """What was written: out, the folder; base, where the unadapted LM is; merged; num_tensors of adapters."""
+    """What was written: out, the folder; base, where the unadapted LM is; merged; num_tensors of adapters; reader, class that reads it."""
 
     out: Path
     base: str
     merged: bool
     num_tensors: int
+    reader: str = "AutoModelForCausalLM"
 
     def lines(self) -> list[str]:
         """Say what was written and how it is read, one line each."""
         if self.merged:
-            return [f"{self.out}: {self.base} with {self.num_tensors} adapter tensors merged in; AutoModelForCausalLM reads it"]
+            return [f"{self.out}: {self.base} with {self.num_tensors} adapter tensors merged in; {self.reader} reads it"]
         return [f"{self.out}: {self.num_tensors} adapter tensors for {self.base}; peft.PeftModel.from_pretrained(base, {str(self.out)!r})"]
 
 
@@ -66,7 +67,8 @@ def export_adapters(source: str | Path, out: str | Path, merged: bool = False) -
             if cfg.lm == "tiny":
                 lm.unload().save_pretrained(work / BASE)
         generator.tokenizer.save(work)
-    return ExportedAdapters(target, base, merged, num)
+    reader = "AutoModelForCausalLM" if getattr(lm.config, "vision_config", None) is None else "AutoModelForImageTextToText"
+    return ExportedAdapters(target, base, merged, num, reader)
 
 
 def _save_peft(lm: Any, folder: Path, base: str) -> None:

@@ -25,7 +25,7 @@ from grex_mllm.ops.boxes import box_iou
 from grex_mllm.ops.selection import mask_boxes, selection_masks
 from grex_mllm.types import GroundingOutput
 
-RERANKERS = (None, "listener")
+RERANKERS = (None, "listener", "own")
 MAX_OVERLAP = 0.5
 SURE, UNSURE = 0.5, 0.2  # objectness of an object that is there anyway, and of one where a user says that there is one
 LEAST_FIT = 0.5  # IoU of a given box with the extent of the object in it
@@ -81,7 +81,8 @@ def describe(
     objects. A box stands for the object that the grounding model finds in it, see `masks_in_boxes`.
     object_sets: lists of positions in masks or boxes; the objects that a set leaves out are its distractors.
     mode: greedy | beam | sample.  candidates, rerank: draw that many (`greedy` then samples, and adds the greedy answer) and let the model
-    itself choose ("listener").  temperature: of the samples; None = 1, and 0.7 for candidates of the listener.
+    itself choose: by its grounding ("listener"), or by the likelihoods of a generator that can tell sets apart ("own").
+    temperature: of the samples; None = 1, and 0.7 for candidates that are re-ranked.
     details: return `Description` objects instead of strings.
 
     Raises:
@@ -90,7 +91,9 @@ def describe(
     if model.generator is None:
         raise fault("a model without a generator", "one trained with model.generator", "train with a generator, or use ground")
     if rerank not in RERANKERS:
-        raise fault(f'rerank "{rerank}"', 'None or "listener"', "fix the call")
+        raise fault(f'rerank "{rerank}"', 'None, "listener" or "own"', "fix the call")
+    if rerank == "own" and not hasattr(model.generator, "agreements"):
+        raise fault('rerank "own" with a generator that cannot tell sets apart', "model.generator.name: mllm", 'use "listener"')
     if candidates > 1 and rerank is None and mode == "greedy":
         raise fault(f"{candidates} candidates with mode greedy", 'rerank="listener", or mode beam or sample', "change one of them")
     array = image if isinstance(image, EncodedImage) else load_image(image)
@@ -139,7 +142,8 @@ def describe_encoded(
     """
     if temperature is None:
         temperature = 1.0 if rerank is None else LISTENER_TEMPERATURE
-    write = partial(model.generator.generate, model.grounding.language_free(encoded.features), encoded, masks, sets)
+    features = model.grounding.language_free(encoded.features)
+    write = partial(model.generator.generate, features, encoded, masks, sets)
     if rerank is None:
         texts = write(mode=mode, num_candidates=candidates, num_beams=num_beams, temperature=temperature, seed=seed)
         return [Description(options[0], None, [(o, float("nan")) for o in options] if candidates > 1 else []) for options in texts]
@@ -149,6 +153,10 @@ def describe_encoded(
         texts = write(mode="sample", num_candidates=candidates, temperature=temperature, seed=seed)
         first = [[g] for g in greedy] if greedy is not None else write(mode="greedy")
         texts = [[*g, *drawn] for g, drawn in zip(first, texts, strict=True)]
+    if rerank == "own":
+        options = [list(dict.fromkeys(text for text in some if text.strip())) for some in texts]
+        found = model.generator.agreements(features, encoded, masks, sets, options)
+        return [_ranked(some, dict(zip(own, values, strict=True))) for some, own, values in zip(texts, options, found, strict=True)]
     at_input = input_masks(masks, encoded.geometry, encoded.features.input_size).to(model.device)
     return rerank_by_grounding(model, encoded, at_input, sets, texts)
 
@@ -237,11 +245,15 @@ def rerank_by_grounding(
     where = {text: i for i, text in enumerate(candidates)}
     results = []
     for s, options in enumerate(texts):
-        unique = list(dict.fromkeys(t for t in options if t.strip()))
-        scores = {t: float(agreement[where[t], s]) * (options.count(t) / len(options)) ** RARITY for t in unique}
-        ranked = sorted(scores.items(), key=lambda pair: -pair[1])
-        results.append(Description(ranked[0][0], ranked[0][1], ranked) if ranked else Description("", 0.0))
+        results.append(_ranked(options, {t: float(agreement[where[t], s]) for t in options if t.strip()}))
     return results
+
+
+def _ranked(options: list[str], agreement: dict[str, float]) -> Description:
+    """Return the candidates of one set in the order of their agreement, lowered for what is rarely said."""
+    scores = {text: value * (options.count(text) / len(options)) ** RARITY for text, value in agreement.items()}
+    ranked = sorted(scores.items(), key=lambda pair: -pair[1])
+    return Description(ranked[0][0], ranked[0][1], ranked) if ranked else Description("", 0.0)
 
 
 def agreements(output: GroundingOutput, masks: Tensor, sets: list[list[int]], encoded: EncodedImage) -> np.ndarray:

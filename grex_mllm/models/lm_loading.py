@@ -203,7 +203,7 @@ def _check_text_only(name: str, config: Any) -> None:
         raise fault(
             f"language model {name} is a multimodal model ({config.model_type}, with {', '.join(parts)})",
             "a causal language model of text alone: objects are seen through the image encoder of the grounding model",
-            "use a text model of its family (such as Qwen2.5-7B-Instruct, not -VL-), or save its language part as a folder",
+            "use a text model of its family (such as Qwen2.5-7B-Instruct, not -VL-), or take model.generator.name: mllm",
         )
 
 

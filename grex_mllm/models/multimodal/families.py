@@ -9,6 +9,7 @@ al. 2024; Gemma 3: 2025; Idefics3: Laurençon et al. 2024; SmolVLM: Marafioti et
 from __future__ import annotations
 
 import math
+from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -40,7 +41,7 @@ class Layout:
 WHOLE = (0.0, 0.0, 1.0, 1.0)
 
 
-class Family:
+class Family(ABC):
     """One family. config: of the model.  processor: its image processor, on Pillow.  settings: of the folder's processor_config.json."""
 
     name = ""
@@ -70,17 +71,17 @@ class Family:
         """What the chat template writes in a picture's place."""
         return self.image_token
 
+    @abstractmethod
     def encode(self, pictures: Pictures) -> Encoded:
         """Return what the model gets for the pictures of some chats."""
-        raise NotImplementedError
 
+    @abstractmethod
     def sent_size(self, width: int, height: int) -> tuple[int, int]:
         """Return width and height of the picture that the model sees of an original of this size, without padding."""
-        raise NotImplementedError
 
+    @abstractmethod
     def layout(self, width: int, height: int) -> Layout:
         """Return where the tokens of a picture of this size look."""
-        raise NotImplementedError
 
     def parts(self, width: int, height: int) -> int:
         """Return how many entries of the model's image features, along their first axis, are of one picture."""

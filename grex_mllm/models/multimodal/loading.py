@@ -9,7 +9,7 @@ from grex_mllm.errors import fault
 from grex_mllm.models.lm_loading import Choice, read_model
 
 
-@dataclass(frozen=True)
+@dataclass
 class ModelChoice:
     """lm: folder or hub id.  dtype, quantisation, attn_implementation: as a generator's configuration has them."""
 

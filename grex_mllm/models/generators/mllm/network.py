@@ -181,7 +181,10 @@ class MllmGenerator(nn.Module):
         return answers
 
     def log_likelihoods(self, features: list[Tensor], encoded: Any, masks: np.ndarray, sets: list[list[int]], texts: list[str]) -> Tensor:
-        """Return float [G]: the log-likelihood of each text, with its end, as the answer for the set at its place; sets as in `generate`."""
+        """Return float [G]: the log-likelihood of each text, with its end, as the answer for the set at its place.
+
+        sets, and what stands before them, as in `generate`.
+        """
         found = []
         with self._evaluated():
             for part in _chunks(len(sets), self.cfg.max_rows):
@@ -192,6 +195,22 @@ class MllmGenerator(nn.Module):
                 real = torch.arange(answers.shape[1], device=places.device) < lengths[:, None]
                 found.append(-self.answer_losses(questions, seen, places, values, answers, real).sum(1))
         return torch.cat(found)
+
+    def agreements(
+        self, features: list[Tensor], encoded: Any, masks: np.ndarray, sets: list[list[int]], texts: list[list[str]]
+    ) -> list[list[float]]:
+        """Return, for each text of each set, how well it tells that set from others: a probability in (0, 1).
+
+        The model's own likelihood of the text given the set, against that given every set that differs in one object, and every other
+        single object, all equally likely before. Arguments as in `generate`.
+        """
+        found = []
+        for chosen, options in zip(sets, texts, strict=True):
+            rivals = rival_sets(chosen, len(masks))
+            pairs = [(some, text) for text in options for some in [chosen, *rivals]]
+            values = self.log_likelihoods(features, encoded, masks, [some for some, _ in pairs], [text for _, text in pairs])
+            found.append(values.view(len(options), -1).double().softmax(1)[:, 0].tolist())
+        return found
 
     def _asked(
         self, features: list[Tensor], encoded: Any, masks: np.ndarray, sets: list[list[int]], beside: list[list[int]] | None
@@ -305,10 +324,19 @@ class MllmGenerator(nn.Module):
             self.train(was_training)
 
 
+def rival_sets(chosen: list[int], number: int) -> list[list[int]]:
+    """Return the sets of `number` objects with which a set is confused most easily: one object more, one less, another single one."""
+    others = [n for n in range(number) if n not in chosen]
+    more = [[*chosen, n] for n in others]
+    less = [[n for n in chosen if n != left] for left in chosen] if len(chosen) > 1 else []
+    single = [[n] for n in others]
+    return list({tuple(sorted(some)): some for some in [*more, *less, *single]}.values())
+
+
 def on_device(questions: Questions, device: torch.device) -> Questions:
     """Return the questions with all tensors on a device."""
-    moved = {name: value.to(device) for name, value in questions._asdict().items() if isinstance(value, Tensor)}
-    return questions._replace(**moved, tensors={name: value.to(device) for name, value in questions.tensors.items()})
+    moved: list[Any] = [{k: v.to(device) for k, v in part.items()} if isinstance(part, dict) else part.to(device) for part in questions]
+    return Questions(*moved)
 
 
 def _chunks(number: int, size: int) -> Iterator[slice]:

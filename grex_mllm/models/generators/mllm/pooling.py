@@ -17,8 +17,8 @@ def pool_objects(
 ) -> ObjectTokens:
     """Pool every object of B images from the image tokens of each.
 
-    tokens: B x float [n, D].  layouts: where they look.  masks: B x bool [N_b, H, W] on a network input.  sizes: B x height and width of the
-    image there, without padding.
+    tokens: B x float [n, D].  layouts: where they look.  masks: B x bool [N_b, H, W] on a network input.  sizes: B x height and width of
+    the image there, without padding.
     """
     found = []
     for own, layout, mask, size in zip(tokens, layouts, masks, sizes, strict=True):
