@@ -24,19 +24,22 @@ ALWAYS = ("model.decoder",)  # present also where a configuration does not name 
 
 @dataclass
 class VisionConfig:
-    """Image encoder. name: resnet | swin | efficientnet_lite0 | timm:<model> | hf:<path or hub id>; weights: safetensors, or None."""
+    """Image encoder. name: resnet | swin | darknet53 | efficientnet_lite0 | timm:<model> | hf:<path or hub id>; weights: safetensors, or None."""
 
     name: str = "resnet"
     weights: str | None = None
     # resnet
     block: str = "bottleneck"  # bottleneck | basic
     stem: str = "conv7"  # conv7 (stride 2, max pool) | conv3 (one 3x3 convolution of stride 2)
-    norm: str = "frozen_batch"  # frozen_batch | group
+    norm: str = "frozen_batch"  # frozen_batch | group; also of darknet53
     stem_width: int = 64
     widths: list[int] = field(default_factory=lambda: [256, 512, 1024, 2048])
     bottleneck_widths: list[int] = field(default_factory=lambda: [64, 128, 256, 512])
     depths: list[int] = field(default_factory=lambda: [3, 4, 6, 3])
     coordinates: bool = False  # feed x and y positions as two more input channels
+    # darknet53
+    darknet_width: int = 32  # of the stem; every stage doubles it
+    darknet_depths: list[int] = field(default_factory=lambda: [1, 2, 8, 8, 4])
     # swin
     embed_width: int = 128
     swin_depths: list[int] = field(default_factory=lambda: [2, 2, 18, 2])
@@ -50,15 +53,20 @@ class VisionConfig:
 
 @dataclass
 class TextConfig:
-    """Text encoder (BERT). path: a folder with weights to start from; else random weights of the given sizes.
+    """Text encoder. name: bert | bigru (word vectors and a bi-directional GRU, `models/words.py`).
 
-    tokenizer: a folder with tokenizer.json or vocab.txt (default: that of `path`), or "train" to make one from the training expressions.
+    path: a folder with weights to start from, of bigru a text file of word vectors (GloVe's); else random weights of the given sizes.
+    tokenizer: a folder with tokenizer.json or vocab.txt (default: that of `path`, of bigru the first `vocab_size` words of the file), or
+    "train" to make one from the training expressions.
     """
 
+    name: str = "bert"
     path: str | None = None
     tokenizer: str | None = None
     vocab_size: int = 30522
-    hidden_size: int = 768
+    hidden_size: int = 768  # of bigru the width of each direction, which are added
+    word_width: int = 300  # of bigru's word vectors
+    sentence: str = "attention"  # of bigru: attention (a weight for every word) | channels (and every channel) | final (the last states)
     num_layers: int = 12
     num_heads: int = 12
     intermediate_size: int = 3072
@@ -116,7 +124,8 @@ class DataConfig:
     train: str | list[WeightedSource] = "synthetic"
     train_split: str = "train"
     image_size: int = 480
-    resize: str = "squash"  # squash (aspect ignored, as released) | pad (longest side, padded right and bottom)
+    # squash (aspect ignored, as released) | pad (longest side, padded right and bottom) | letterbox (longest side, centred on grey)
+    resize: str = "squash"
     image_root: str | None = None  # where the images lie, when not where dataset.json says
     expressions_per_image: int = 8  # of a training sample, at most; an image with more gives several samples an epoch
     # of dataset folders, every expression once an epoch: exact (any order) | released (as the authors of ReLA: runs of six images of one
