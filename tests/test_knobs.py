@@ -28,18 +28,20 @@ from grex_mllm.data.synthetic.settings import SyntheticConfig
 from grex_mllm.models.decoders.instance_selection.config import InstanceLossConfig, InstanceSelectionConfig
 from grex_mllm.models.decoders.instance_selection.criterion import InstanceSelectionCriterion
 from grex_mllm.models.decoders.rela.config import RelaConfig
-from grex_mllm.models.decoders.rela.criterion import TERMS, RelaCriterion
+from grex_mllm.models.decoders.rela.criterion import RelaCriterion
+from grex_mllm.models.grex_losses import TERMS
 from grex_mllm.models.text import BERT_SIZES, TextEncoder
 from grex_mllm.training.step import Step
 
 RENAMED = "__renamed"
 MISSING = re.compile(r'^(?P<file>[^:]+):(?P<line>\d+):(?P<column>\d+): error: "(?P<kind>\w+)" has no attribute "(?P<field>\w+)"')
-BY_NAME = {("RelaLossConfig", name) for name in TERMS} | {("InstanceLossConfig", f.name) for f in fields(InstanceLossConfig)}
+BY_NAME = {("GrexLossConfig", name) for name in TERMS} | {("InstanceLossConfig", f.name) for f in fields(InstanceLossConfig)}
 BY_NAME |= {("LossConfig", "ground"), ("LossConfig", "generate")}
 # what chooses an entry; the contract tests build every one by its name
 BY_NAME |= {("ModelConfig", "decoder"), *((f"{kind}Config", "name") for kind in ("Rela", "InstanceSelection", "RegionTokens"))}
 FILES = (
     "config.py", "augmentation.py", "models/decoders/rela/config.py", "models/decoders/instance_selection/config.py",
+    "models/grex_losses.py", "models/grex_heads.py",
     "models/generators/region_tokens/config.py", "data/synthetic/settings.py", "training/pretraining.py",
 )  # fmt: skip
 
