@@ -24,7 +24,10 @@ ALWAYS = ("model.decoder",)  # present also where a configuration does not name 
 
 @dataclass
 class VisionConfig:
-    """Image encoder. name: resnet | swin | darknet53 | efficientnet_lite0 | timm:<model> | hf:<path or hub id>; weights: safetensors, or None."""
+    """Image encoder. name: resnet | swin | darknet53 | efficientnet_lite0 | timm:<model> | hf:<path or hub id>.
+
+    weights: safetensors, or None.
+    """
 
     name: str = "resnet"
     weights: str | None = None
@@ -47,6 +50,8 @@ class VisionConfig:
     window: int = 12
     drop_path: float = 0.3
     fusion: str = "none"  # none | pwam (language fused after every stage)
+    # closed (as the released ReLA: gates 0, projections like the encoder's) | open (as LAVT: gates random, projections as torch starts them)
+    fusion_start: str = "closed"
     gradient_checkpointing: bool = False  # compute the blocks again in the backward pass: less memory, more time
     patches: int = 0  # cut the image into so many squared patches, each encoded alone (GRES paper, table 2, "hard split, input"); 0 = whole
 
@@ -80,7 +85,8 @@ class TextConfig:
 
 @dataclass
 class PixelDecoderConfig:
-    """name: deformable (multi-scale deformable attention) | fpn (plain feature pyramid)."""
+    """name: deformable (multi-scale deformable attention) | fpn (plain feature pyramid) | fpn_levels (its three coarser levels alone) |
+    top_down (LAVT's: concatenate and convolve). The last two are `width` wide everywhere."""
 
     name: str = "deformable"
     width: int = 256
@@ -166,7 +172,8 @@ class OptimConfig:
     muon_momentum: float = 0.95
     muon_spares: list[str] = field(default_factory=list)  # starts of names that AdamW keeps: pre-trained parts
     frozen: list[str] = field(default_factory=list)  # starts of names of parameters that do not train, such as grounding.vision.blocks.0
-    schedule: str = "cosine"  # constant | multistep | cosine
+    schedule: str = "cosine"  # constant | multistep | cosine | poly (what is left of the steps, to the power of `power`)
+    power: float = 0.9
     warmup_fraction: float = 0.0
     milestones: list[int] = field(default_factory=lambda: [110_000, 140_000])
     gamma: float = 0.1
@@ -244,6 +251,8 @@ class PredictConfig:
     no_target: str = "head"  # head | pixels (a mask under min_mask_pixels means no target: the papers' rule for methods without the head)
     no_target_threshold: float = 0.5  # "no target" is said above this probability of the head (`grex errors` draws the curve)
     min_mask_pixels: int = 50
+    # none | location | mask: the ground truth in place of a branch of the decoder, to see what the others lose (isfp; `grex predict` alone)
+    oracle: str = "none"
     precision: str = "auto"  # auto | fp32 | bf16
 
 

@@ -17,6 +17,8 @@ from grex_mllm.errors import GrexError, fault
 DECODERS = {
     "rela": "grex_mllm.models.decoders.rela",
     "instance_selection": "grex_mllm.models.decoders.instance_selection",
+    "isfp": "grex_mllm.models.decoders.isfp",
+    "lavt": "grex_mllm.models.decoders.lavt",
 }
 GENERATORS = {
     "region_tokens": "grex_mllm.models.generators.region_tokens",

@@ -125,7 +125,8 @@ def test_vectors_of_a_file_start_the_words_that_it_has(tmp_path: Path) -> None:
     ("text", "message"),
     [
         ("the 1 2 3 4 5\ndog 1\n", "line 2 of 2 parts"), ("the 1 2\n", "vectors of 2 numbers"), ("the 1 2 3 4 x\n", "the vector of"),
-        ("the 1 2 3 4 nan\n", "not finite"), ("cat 1 2 3 4 5\n", "none of the 1 words"), ("the " + "1" * 70_000 + "\n", "over 65,536 bytes"),
+        ("the 1 2 3 4 nan\n", "not finite"), ("cat 1 2 3 4 5\n", "none of the 1 words"),
+        ("the " + "1" * 70_000 + "\n", "over 65,536 bytes"),
     ],
 )  # fmt: skip
 def test_a_damaged_file_of_vectors_is_refused(tmp_path: Path, text: str, message: str) -> None:

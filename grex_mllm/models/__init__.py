@@ -30,6 +30,8 @@ def build_grounding(config: ModelConfig) -> GroundingModel:
     text = WordEncoder(config.text) if config.text.name == "bigru" else TextEncoder(config.text)
     vision: Any = build_vision(config.vision, text.width)
     pixel_decoder: Any = build_pixel_decoder(config.pixel_decoder, vision.channels)
+    if hasattr(vision, "leave_out"):
+        vision.leave_out(getattr(pixel_decoder, "unread_maps", 0))
     inputs = DecoderInputs(tuple(vision.channels), pixel_decoder.width, pixel_decoder.mask_width, text.width)
     decoder = entry("model.decoder", config.decoder.name).Decoder(config.decoder, inputs)
     return GroundingModel(vision, text, pixel_decoder, decoder)

@@ -45,7 +45,7 @@ class WordEncoder(nn.Module):
         self.dropout = nn.Dropout(config.dropout)
         if config.sentence != "final":
             self.inner = nn.Linear(width, width)
-            self.score = nn.Linear(width, width if config.sentence == "channels" else 1)
+            self.score = nn.Linear(width, width if config.sentence == "channels" else 1, bias=False)  # a bias is nothing to a softmax
 
     @property
     def width(self) -> int:
