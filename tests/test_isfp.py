@@ -321,7 +321,7 @@ def test_settings_that_cannot_be_are_refused() -> None:
         isfp_model(small(identification="attention"))
     with pytest.raises(GrexError, match="union or argmax"):
         isfp_model(small(selection="best"))
-    with pytest.raises(GrexError, match="set model.pixel_decoder.name to fpn_levels"):
+    with pytest.raises(GrexError, match=r"set model\.pixel_decoder\.name to fpn_levels"):
         check_combinations(load_config(None, ["--model.decoder.name=isfp"]))
     batch = batch_of([square(0, 0)], [[0]])
     batch.gt_masks = None

@@ -41,5 +41,5 @@ class TopDown(nn.Module):
             x = F.interpolate(x, size=finer.shape[-2:], mode="bilinear", align_corners=True)
             x = join(torch.cat([x, finer], dim=1))
             made.append(x)
-        half = F.adaptive_avg_pool2d(made[0], maps[-1].shape[-2:])
+        half = F.interpolate(made[0], size=maps[-1].shape[-2:], mode="area")
         return PixelFeatures(made[-1], [half, *made[:-1]])

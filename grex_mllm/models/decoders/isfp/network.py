@@ -81,7 +81,7 @@ class Pathway(nn.Module):
         x = levels[0]
         for join, level in zip(self.join, levels[1:], strict=True):
             finer = level.shape[-1] > x.shape[-1]
-            x = upsample_to(x, level) if finer else F.adaptive_avg_pool2d(x, level.shape[-2:])
+            x = upsample_to(x, level) if finer else F.interpolate(x, size=level.shape[-2:], mode="area")
             x = join(torch.cat([x, level], dim=1))
         return x
 
