@@ -17,6 +17,7 @@ from grex_mllm.errors import GrexError, fault
 DECODERS = {
     "rela": "grex_mllm.models.decoders.rela",
     "instance_selection": "grex_mllm.models.decoders.instance_selection",
+    "vlt": "grex_mllm.models.decoders.vlt",
 }
 GENERATORS = {
     "region_tokens": "grex_mllm.models.generators.region_tokens",
