@@ -19,6 +19,8 @@ DECODERS = {
     "instance_selection": "grex_mllm.models.decoders.instance_selection",
     "isfp": "grex_mllm.models.decoders.isfp",
     "lavt": "grex_mllm.models.decoders.lavt",
+    "vlt": "grex_mllm.models.decoders.vlt",
+    "vlt_rela": "grex_mllm.models.decoders.vlt_rela",
 }
 GENERATORS = {
     "region_tokens": "grex_mllm.models.generators.region_tokens",

@@ -29,6 +29,16 @@ EXAMPLE = "examples.decoder_example"
 NAMES = [*DECODERS, EXAMPLE]
 SMALL = {
     "rela": {"num_layers": 2, "minimap_side": 4, "width": 16, "num_heads": 2, "feedforward": 32, "mask_language_padding": "true"},
+    "vlt": {
+        "width": 16,
+        "num_heads": 2,
+        "feedforward": 32,
+        "grid_side": 4,
+        "num_queries": 5,
+        "mask_widths": "[8, 8, 8]",
+        "least_words": 1,
+        "heads.minimap_side": 4,
+    },
     "instance_selection": {"width": 16, "num_heads": 2, "feedforward": 32, "kept_regions": 6, "roi_channels": 8, "roi_size": 3},
     "isfp": {
         "width": 16,
@@ -36,9 +46,20 @@ SMALL = {
         "refinement_width": 8,
         "minimap_side": 4,
         "aspp_rates": "[1, 2]",
-        "loss__least_iou": -1.0,
+        "loss.least_iou": -1.0,
     },
-    "lavt": {"width": 16, "minimap_side": 4},
+    "lavt": {"width": 16, "heads.minimap_side": 4},
+    "vlt_rela": {
+        "width": 16,
+        "num_heads": 2,
+        "num_layers": 2,
+        "feedforward": 32,
+        "minimap_side": 4,
+        "mask_language_padding": "true",
+        "grid_side": 4,
+        "encoder_layers": 1,
+        "encoder_feedforward": 32,
+    },
 }
 # what an entry needs of the other parts
 SWIN = {"name": "swin", "embed_width": 8, "swin_depths": "[1, 1, 1, 1]", "swin_heads": "[1, 1, 2, 2]", "window": 4, "drop_path": 0.0}
@@ -64,7 +85,7 @@ def name(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Ite
 
 def model_of(name: str) -> GrexModel:
     """A tiny model; language matters in it though a released projection starts at zero."""
-    changes = {f"model__decoder__{field}": value for field, value in SMALL.get(name, {}).items()}
+    changes = {f"model__decoder__{field.replace('.', '__')}": value for field, value in SMALL.get(name, {}).items()}
     config = tiny_config(model__decoder__name=name, **changes, **AROUND.get(name, {}))
     torch.manual_seed(0)
     tokenizer = train_text_tokenizer(WORDS, config.model.text.vocab_size)

@@ -49,7 +49,7 @@ ISFP = {
     "model__decoder__refinement_width": 8, "model__decoder__aspp_rates": "[1, 2]", "model__decoder__loss__least_iou": -1.0,
     "model__pixel_decoder__name": "fpn_levels",
 }  # fmt: skip
-LAVT = PWAM | {"model__decoder__name": "lavt", "model__decoder__minimap_side": 4, "model__pixel_decoder__name": "top_down"}
+LAVT = PWAM | {"model__decoder__name": "lavt", "model__decoder__heads__minimap_side": 4, "model__pixel_decoder__name": "top_down"}
 RELA = {"model__decoder__name": "rela", "model__decoder__num_layers": 3, "model__decoder__minimap_side": 4}
 CASES = {
     "instances_fpn": {},

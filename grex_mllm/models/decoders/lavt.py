@@ -25,11 +25,12 @@ class LavtLossConfig(GrexLossConfig):
 
 
 @dataclass
-class Config(GrexHeadsConfig):
+class Config:
     """The heads of GREx and their width."""
 
     name: str = "lavt"
     width: int = 256  # of the regions that the heads read
+    heads: GrexHeadsConfig = field(default_factory=GrexHeadsConfig)
     loss: LavtLossConfig = field(default_factory=LavtLossConfig)
 
 
@@ -47,7 +48,7 @@ class LanguagePart(nn.Module):
     def __init__(self, config: Config, inputs: DecoderInputs) -> None:
         super().__init__()
         self.classes = nn.Conv2d(inputs.mask_width, 2, 1)
-        self.heads = GrexHeads(config, inputs.mask_width, config.width)
+        self.heads = GrexHeads(config.heads, inputs.mask_width, config.width)
 
     def forward(self, features: Tensor, image_index: Tensor, text: TextFeatures) -> GroundingOutput:
         """Ground E expressions. features: float [E, C, h, w], taken by image_index int64 [E]; the text was read before."""
@@ -60,7 +61,7 @@ class Decoder(nn.Module):
 
     def __init__(self, config: Config, inputs: DecoderInputs) -> None:
         super().__init__()
-        self.answers_boxes = config.boxes
+        self.answers_boxes = config.heads.boxes
         self.image_part, self.language_part = ImagePart(), LanguagePart(config, inputs)
 
     @staticmethod
