@@ -18,6 +18,7 @@ DECODERS = {
     "rela": "grex_mllm.models.decoders.rela",
     "instance_selection": "grex_mllm.models.decoders.instance_selection",
     "vlt": "grex_mllm.models.decoders.vlt",
+    "m3att": "grex_mllm.models.decoders.m3att",
 }
 GENERATORS = {
     "region_tokens": "grex_mllm.models.generators.region_tokens",

@@ -39,6 +39,7 @@ SMALL = {
         "least_words": 1,
         "heads.minimap_side": 4,
     },
+    "m3att": {"width": 16, "num_heads": 2, "feedforward": 32, "grid_side": 4, "mask_widths": "[8, 8, 8]", "heads.minimap_side": 4},
     "instance_selection": {"width": 16, "num_heads": 2, "feedforward": 32, "kept_regions": 6, "roi_channels": 8, "roi_size": 3},
 }
 # adds the same number to all logits of a softmax
