@@ -43,10 +43,22 @@ SWIN = {
     "model__vision__swin_heads": [1, 1, 2, 2], "model__vision__window": 3, "model__vision__drop_path": 0.0,
 }  # fmt: skip
 RELA = {"model__decoder__name": "rela", "model__decoder__num_layers": 3, "model__decoder__minimap_side": 4}
+VLT = {
+    "model__decoder__name": "vlt", "model__decoder__grid_side": 4, "model__decoder__mask_widths": "[8, 8, 8]",
+    "model__decoder__least_words": 1, "model__decoder__heads__minimap_side": 4,
+}  # fmt: skip
+M3ATT = {
+    "model__decoder__name": "m3att", "model__decoder__grid_side": 4, "model__decoder__mask_widths": "[8, 8, 8]",
+    "model__decoder__heads__minimap_side": 4,
+}  # fmt: skip
 CASES = {
     "instances_fpn": {},
     "instances_deformable": DEFORMABLE,
     "instances_swin": SWIN,
+    "vlt_fpn": VLT,
+    "vlt_swin": VLT | SWIN | {"model__vision__fusion": "pwam"},
+    "m3att_fpn": M3ATT,
+    "m3att_independent": M3ATT | DEFORMABLE | {"model__decoder__attention": "independent", "model__decoder__width": 64},
     "instances_attributes": {"model__decoder__attribute_classes": "{shape: 7}"},
     "rela_fpn": RELA,
     "rela_deformable": RELA | DEFORMABLE | {"model__decoder__width": 64},

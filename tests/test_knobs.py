@@ -27,8 +27,12 @@ from grex_mllm.data.synthetic import SyntheticDataset
 from grex_mllm.data.synthetic.settings import SyntheticConfig
 from grex_mllm.models.decoders.instance_selection.config import InstanceLossConfig, InstanceSelectionConfig
 from grex_mllm.models.decoders.instance_selection.criterion import InstanceSelectionCriterion
+from grex_mllm.models.decoders.m3att.config import M3AttConfig
+from grex_mllm.models.decoders.m3att.criterion import M3AttCriterion
 from grex_mllm.models.decoders.rela.config import RelaConfig
 from grex_mllm.models.decoders.rela.criterion import RelaCriterion
+from grex_mllm.models.decoders.vlt.config import VltConfig
+from grex_mllm.models.decoders.vlt.criterion import VltCriterion
 from grex_mllm.models.grex_losses import TERMS
 from grex_mllm.models.text import BERT_SIZES, TextEncoder
 from grex_mllm.training.step import Step
@@ -38,10 +42,14 @@ MISSING = re.compile(r'^(?P<file>[^:]+):(?P<line>\d+):(?P<column>\d+): error: "(
 BY_NAME = {("GrexLossConfig", name) for name in TERMS} | {("InstanceLossConfig", f.name) for f in fields(InstanceLossConfig)}
 BY_NAME |= {("LossConfig", "ground"), ("LossConfig", "generate")}
 # what chooses an entry; the contract tests build every one by its name
-BY_NAME |= {("ModelConfig", "decoder"), *((f"{kind}Config", "name") for kind in ("Rela", "InstanceSelection", "RegionTokens"))}
+BY_NAME |= {
+    ("ModelConfig", "decoder"),
+    *((f"{kind}Config", "name") for kind in ("Rela", "InstanceSelection", "Vlt", "M3Att", "RegionTokens")),
+}
 FILES = (
     "config.py", "augmentation.py", "models/decoders/rela/config.py", "models/decoders/instance_selection/config.py",
     "models/grex_losses.py", "models/grex_heads.py",
+    "models/decoders/vlt/config.py", "models/decoders/m3att/config.py",
     "models/generators/region_tokens/config.py", "data/synthetic/settings.py", "training/pretraining.py",
 )  # fmt: skip
 
@@ -116,9 +124,11 @@ def test_every_knob_is_read_and_an_unread_one_is_found(package: Path) -> None:
     ("decoder", "criterion", "names"),
     [
         (RelaConfig(), RelaCriterion, TERMS),
+        (VltConfig(), VltCriterion, [*TERMS, "contrastive"]),
+        (M3AttConfig(), M3AttCriterion, [*TERMS, "reconstruction"]),
         (InstanceSelectionConfig(), InstanceSelectionCriterion, [f.name for f in fields(InstanceLossConfig)]),
     ],
-    ids=["rela", "instance_selection"],
+    ids=["rela", "vlt", "m3att", "instance_selection"],
 )
 def test_loss_weights_that_are_read_by_name_arrive(decoder: Any, criterion: Any, names: list[str]) -> None:
     for name in names:

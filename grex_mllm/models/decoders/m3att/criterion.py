@@ -20,7 +20,10 @@ def reconstruction(reconstructed: Tensor, projected: Tensor) -> Tensor:
 
 @torch.no_grad()
 def spread(projected: Tensor) -> Tensor:
-    """Return the variance of F_proj, float [E, C], none below 0, over the expressions of all processes, a mean over channels; 0 = collapsed."""
+    """Return the variance over the expressions of all processes of F_proj, a mean over channels; 0 = collapsed.
+
+    projected: float [E, C], none below 0.
+    """
     values = projected.float()
     mean = shared_count(values.sum(dim=0), values, least=0.0) / shared_count(len(values), values)
     return (values - mean).square().sum() / shared_count(values.numel(), values)
