@@ -21,6 +21,7 @@ DECODERS = {
     "lavt": "grex_mllm.models.decoders.lavt",
     "vlt": "grex_mllm.models.decoders.vlt",
     "vlt_rela": "grex_mllm.models.decoders.vlt_rela",
+    "m3att": "grex_mllm.models.decoders.m3att",
 }
 GENERATORS = {
     "region_tokens": "grex_mllm.models.generators.region_tokens",

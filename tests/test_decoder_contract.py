@@ -39,6 +39,7 @@ SMALL = {
         "least_words": 1,
         "heads.minimap_side": 4,
     },
+    "m3att": {"width": 16, "num_heads": 2, "feedforward": 32, "grid_side": 4, "mask_widths": "[8, 8, 8]", "heads.minimap_side": 4},
     "instance_selection": {"width": 16, "num_heads": 2, "feedforward": 32, "kept_regions": 6, "roi_channels": 8, "roi_size": 3},
     "isfp": {
         "width": 16,
@@ -228,7 +229,7 @@ def test_a_knob_of_another_decoder_is_an_error() -> None:
         load_config(None, ["--model.decoder.name=rela", "--model.decoder.kept_regions=4"])
     with pytest.raises(GrexError, match=r'model\.decoder\.num_layers"; .*did you mean "image_layers"'):
         load_config(None, ["--model.decoder.name=instance_selection", "--model.decoder.num_layers=4"])
-    with pytest.raises(GrexError, match=r"instance_selection, isfp, .*rela.*, or the dotted path"):
+    with pytest.raises(GrexError, match=r"instance_selection, .*rela, .*or the dotted path"):
         load_config(None, ["--model.decoder.name=relay"])
     with pytest.raises(GrexError, match=r"no module no_such\b"):
         load_config(None, ["--model.decoder.name=no_such.module"])

@@ -22,7 +22,7 @@ from grex_mllm.models.text import train_text_tokenizer
 SHIFTED_SOFTMAX = (
     r"text\.bert\.encoder\.layer\.\d+\.attention\.self\.key\.bias",  # adds the same number to all logits of a softmax
     r"vision\.(net\.)?stages\.\d\.fusion\.key\.bias",
-    r"decoder\.(image_part\.keys\.\d+|language_part\.region_\w+\.\d+\.attention\.key)\.bias",
+    r"decoder\.(language_part\.rela\.)?(image_part\.keys\.\d+|language_part\.region_\w+\.\d+\.attention\.key)\.bias",
 )
 SHIFTED_WORDS = (r"text\.bert\.encoder\.layer\.0\.output\.LayerNorm\.bias",)  # where only a fusion reads the words
 NORMALISED_AWAY = (r"vision\.(net\.)?stages\.\d\.fusion\.(query|value|output)\.bias",)  # a constant shift before an instance norm
@@ -51,10 +51,22 @@ ISFP = {
 }  # fmt: skip
 LAVT = PWAM | {"model__decoder__name": "lavt", "model__decoder__heads__minimap_side": 4, "model__pixel_decoder__name": "top_down"}
 RELA = {"model__decoder__name": "rela", "model__decoder__num_layers": 3, "model__decoder__minimap_side": 4}
+VLT = {
+    "model__decoder__name": "vlt", "model__decoder__grid_side": 4, "model__decoder__mask_widths": "[8, 8, 8]",
+    "model__decoder__least_words": 1, "model__decoder__heads__minimap_side": 4,
+}  # fmt: skip
+M3ATT = {
+    "model__decoder__name": "m3att", "model__decoder__grid_side": 4, "model__decoder__mask_widths": "[8, 8, 8]",
+    "model__decoder__heads__minimap_side": 4,
+}  # fmt: skip
 CASES = {
     "instances_fpn": {},
     "instances_deformable": DEFORMABLE,
     "instances_swin": SWIN,
+    "vlt_fpn": VLT,
+    "vlt_swin": VLT | SWIN | {"model__vision__fusion": "pwam"},
+    "m3att_fpn": M3ATT,
+    "m3att_independent": M3ATT | DEFORMABLE | {"model__decoder__attention": "independent", "model__decoder__width": 64},
     "instances_attributes": {"model__decoder__attribute_classes": "{shape: 7}"},
     "rela_fpn": RELA,
     "rela_deformable": RELA | DEFORMABLE | {"model__decoder__width": 64},
@@ -67,6 +79,7 @@ CASES = {
     "isfp_none": ISFP | {"model__decoder__identification": "none", "model__decoder__refinement": "false"},
     "lavt": LAVT,
     "lavt_open": LAVT | {"model__vision__fusion_start": "open"},
+    "vlt_rela": RELA | {"model__decoder__name": "vlt_rela", "model__decoder__grid_side": 4, "model__decoder__encoder_layers": 1},
     "rela_top_down": RELA | {"model__pixel_decoder__name": "top_down"},
     "rela_words": RELA | {"model__text__name": "bigru", "model__text__word_width": 8},
     **{
@@ -87,6 +100,8 @@ def built(case: str) -> Any:
     model: Any = GrexModel(config, tokenizer).double().train()
     if config.model.decoder.name == "rela":
         nn.init.normal_(model.grounding.decoder.language_part.language_projection.weight, std=0.2)
+    if config.model.decoder.name == "vlt_rela":
+        nn.init.normal_(model.grounding.decoder.language_part.rela.language_part.language_projection.weight, std=0.2)
     return model
 
 

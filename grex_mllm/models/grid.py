@@ -17,7 +17,7 @@ from grex_mllm.models.decoders.rela.network import Feedforward
 from grex_mllm.models.feature_pyramid import GROUPS, num_groups
 from grex_mllm.models.positions import sine_positions
 from grex_mllm.ops.attention import attend, split_heads
-from grex_mllm.types import DecoderInputs, PixelFeatures
+from grex_mllm.types import DecoderInputs, PixelFeatures, TextFeatures
 
 FOUR, THREE = MAPS = ("four", "three")
 
@@ -182,3 +182,15 @@ def word_rows(mask: Tensor) -> Tensor:
     """Return bool [E, L]: the real rows of a text but the sentence's own, row 0; that row, where there is no other. mask: [E, L]."""
     words = mask.bool() & (torch.arange(mask.shape[1], device=mask.device) > 0)
     return words | (mask.bool() & ~words.any(dim=1, keepdim=True))
+
+
+def split_words(text: TextFeatures) -> tuple[Tensor, Tensor, Tensor]:
+    """Return the sentence float [E, C], the words float [E, N_t, C], and bool [E, N_t] which are real.
+
+    A text without words has its sentence as its only one.
+    """
+    sentence, short = text.tokens[:, 0], max(0, 2 - text.tokens.shape[1])
+    words, real = F.pad(text.tokens[:, 1:], (0, 0, 0, short)), F.pad(text.mask[:, 1:].bool(), (0, short))
+    without = ~real.any(dim=1, keepdim=True)
+    first = without & (torch.arange(real.shape[1], device=real.device) == 0)
+    return sentence, torch.where(first[..., None], sentence[:, None], words), real | first

@@ -1,9 +1,9 @@
 """Entry "vlt_rela" of `DECODERS`: ReLA behind VLT's fusion and encoder (GRES paper, table 5; thesis, table 6.5).
 
-The paper says that ReLA takes the place of "the decoder part" and no more. Our reading: spatial-dynamic fusion and the encoder stay; query
-generation, decoder, balance and mask decoder go. ReLA reads F_mem convolved to half, equal and twice its size as its three levels, and F_mem
-enlarged to stride 4 as mask features. So what reads language comes before ReLA's image part, and only the fusion's visual side is shared
-by the expressions of an image.
+The paper says that ReLA takes the place of "the decoder part" and no more. Our reading: spatial-dynamic fusion and the encoder stay;
+query generation, decoder, balance and mask decoder go. ReLA reads F_mem convolved to half, equal and twice its size as its three levels,
+and F_mem enlarged to stride 4 as mask features. So what reads language comes before ReLA's image part, and only the fusion's visual side
+is shared by the expressions of an image.
 
 LAVT+ReLA of the same table needs no entry: it is a configuration (`fusion: pwam`, `pixel_decoder: top_down`, `decoder: rela`).
 """

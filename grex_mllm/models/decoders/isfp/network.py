@@ -268,8 +268,8 @@ class Isfp(nn.Module):
     def given(self, kind: str, instance_masks: Tensor, targets: list[Tensor]) -> Iterator[None]:
         """Answer within the block with the ground truth of one image in place of a branch (thesis, table 3.2).
 
-        kind: location (the identification branch's) | mask (the segmentation branch's).  instance_masks: bool [N, H, W] at the input's size.
-        targets: of each expression that comes, int64 positions in them.
+        kind: location (the identification branch's) | mask (the segmentation branch's).  instance_masks: bool [N, H, W] at the
+        input's size.  targets: of each expression that comes, int64 positions in them.
         """
         if kind not in self.oracles or self.language_part.identification is None:
             raise fault(f'the ground truth "{kind}" for isfp', f"{' or '.join(self.oracles)}, with an identification branch", "change it")
