@@ -1,6 +1,6 @@
 """Time ISFP's propagation against eight 3x3 convolutions of the same size, forward and backward.
 
-Four paths of two passes each over a grid of S x S cells with C channels; the issue's bound is three times the convolutions. Both run in turn,
+Four paths of two passes each over a grid of S x S cells with C channels; at most three times the convolutions are wanted. Both run in turn,
 the medians are compared.
 
 python benchmarks/propagation.py [--side 13] [--width 256] [--batch 8] [--threads 2] [--repeats 9] [--device cpu]

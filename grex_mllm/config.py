@@ -50,7 +50,7 @@ class VisionConfig:
     window: int = 12
     drop_path: float = 0.3
     fusion: str = "none"  # none | pwam (language fused after every stage)
-    # closed (as the released ReLA: gates 0, projections like the encoder's) | open (as LAVT: gates random, projections as torch starts them)
+    # closed (as the released ReLA: gates 0, projections like the encoder's) | open (as LAVT: gates random, projections by torch's default)
     fusion_start: str = "closed"
     gradient_checkpointing: bool = False  # compute the blocks again in the backward pass: less memory, more time
     patches: int = 0  # cut the image into so many squared patches, each encoded alone (GRES paper, table 2, "hard split, input"); 0 = whole

@@ -55,6 +55,9 @@ LANGUAGE_MODELS |= {"smollm2-135m-instruct": "llama"}
 BENCHMARK_SIZES["photos.py"] = ["--candidates", "2", "--expressions-per-image", "3"]
 BENCHMARK_SIZES["photo_comparison.py"] = ["--seconds", "0.01", "--seeds", "0", "--variants", "without geometry"]
 BENCHMARK_SIZES["joint_ablation.py"] = ["--steps", "2", "--scenes", "2", "--seeds", "0", "--variants", "contrast"]
+WORD_WIDTH = 4
+SMALL_DECODER = {"num_layers": 3, "kept_regions": 6, "roi_channels": 8, "segmentation_width": 8, "refinement_width": 8, "grid_side": 8}
+SMALL_DECODER |= {"encoder_feedforward": 16}
 CHECKPOINTS = ("swin_base_patch4_window12_384_22k.pth", "swin_tiny_patch4_window7_224.pth", "resnet50.pth")
 
 
@@ -146,15 +149,17 @@ def shrink(config: Config) -> Config:
         model.vision.embed_width, model.vision.window = 8, 4
         model.vision.swin_depths, model.vision.swin_heads = [1, 1, 1, 1], [1, 1, 2, 2]
     else:
+        model.vision.darknet_width, model.vision.darknet_depths = 4, [1, 1, 1, 1, 1]
         model.vision.stem_width, model.vision.depths = 8, [1, 1, 1, 1]
         model.vision.widths, model.vision.bottleneck_widths = [8, 16, 16, 24], [8, 8, 8, 8]
     model.text.vocab_size, model.text.hidden_size, model.text.num_layers = 200, 16, 12 if config.train.optim.text != "all" else 2
     model.text.num_heads, model.text.intermediate_size, model.text.max_positions = 2, 16, 32
+    model.text.word_width = WORD_WIDTH
     model.pixel_decoder.width = model.pixel_decoder.mask_width = model.decoder.width = 16
     model.pixel_decoder.num_heads = model.decoder.num_heads = 2
     model.pixel_decoder.num_layers = model.pixel_decoder.num_points = 1
     model.pixel_decoder.feedforward = model.decoder.feedforward = 16
-    for name, value in {"num_layers": 3, "kept_regions": 6, "roi_channels": 8}.items():
+    for name, value in SMALL_DECODER.items():
         if hasattr(model.decoder, name):
             setattr(model.decoder, name, min(getattr(model.decoder, name), value))
     return config
@@ -253,6 +258,10 @@ def _weights(stage: Path) -> None:
     BertModel(bert, add_pooling_layer=False).save_pretrained(stage / "models" / "bert-base-uncased")
     (stage / "models" / "bert-base-uncased" / "vocab.txt").write_text("\n".join(words), encoding="utf-8")
     shutil.copytree(stage / "models" / "bert-base-uncased", stage / "models" / "all-minilm-l6-v2")
+    darknet = build_vision(VisionConfig(name="darknet53", darknet_width=4, darknet_depths=[1, 1, 1, 1, 1]), 16)
+    save_file(darknet.state_dict(), str(stage / "models" / "darknet53.safetensors"))
+    vectors = [" ".join([word, *(f"{number / 7:.3f}" for number in range(WORD_WIDTH))]) for word in words[5:]]
+    (stage / "models" / "glove.840B.300d.txt").write_text("\n".join(vectors), encoding="utf-8")
     lite = build_vision(VisionConfig(name="efficientnet_lite0"), 16)
     save_file(lite.state_dict(), str(stage / "models" / "efficientnet_lite0.safetensors"))
 
