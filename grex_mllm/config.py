@@ -24,19 +24,25 @@ ALWAYS = ("model.decoder",)  # present also where a configuration does not name 
 
 @dataclass
 class VisionConfig:
-    """Image encoder. name: resnet | swin | efficientnet_lite0 | timm:<model> | hf:<path or hub id>; weights: safetensors, or None."""
+    """Image encoder. name: resnet | swin | darknet53 | efficientnet_lite0 | timm:<model> | hf:<path or hub id>.
+
+    weights: safetensors, or None.
+    """
 
     name: str = "resnet"
     weights: str | None = None
     # resnet
     block: str = "bottleneck"  # bottleneck | basic
     stem: str = "conv7"  # conv7 (stride 2, max pool) | conv3 (one 3x3 convolution of stride 2)
-    norm: str = "frozen_batch"  # frozen_batch | group
+    norm: str = "frozen_batch"  # frozen_batch | group; also of darknet53
     stem_width: int = 64
     widths: list[int] = field(default_factory=lambda: [256, 512, 1024, 2048])
     bottleneck_widths: list[int] = field(default_factory=lambda: [64, 128, 256, 512])
     depths: list[int] = field(default_factory=lambda: [3, 4, 6, 3])
     coordinates: bool = False  # feed x and y positions as two more input channels
+    # darknet53
+    darknet_width: int = 32  # of the stem; every stage doubles it
+    darknet_depths: list[int] = field(default_factory=lambda: [1, 2, 8, 8, 4])
     # swin
     embed_width: int = 128
     swin_depths: list[int] = field(default_factory=lambda: [2, 2, 18, 2])
@@ -44,21 +50,28 @@ class VisionConfig:
     window: int = 12
     drop_path: float = 0.3
     fusion: str = "none"  # none | pwam (language fused after every stage)
+    # closed (as the released ReLA: gates 0, projections like the encoder's) | open (as LAVT: gates random, projections as torch starts them)
+    fusion_start: str = "closed"
     gradient_checkpointing: bool = False  # compute the blocks again in the backward pass: less memory, more time
     patches: int = 0  # cut the image into so many squared patches, each encoded alone (GRES paper, table 2, "hard split, input"); 0 = whole
 
 
 @dataclass
 class TextConfig:
-    """Text encoder (BERT). path: a folder with weights to start from; else random weights of the given sizes.
+    """Text encoder. name: bert | bigru (word vectors and a bi-directional GRU, `models/words.py`).
 
-    tokenizer: a folder with tokenizer.json or vocab.txt (default: that of `path`), or "train" to make one from the training expressions.
+    path: a folder with weights to start from, of bigru a text file of word vectors (GloVe's); else random weights of the given sizes.
+    tokenizer: a folder with tokenizer.json or vocab.txt (default: that of `path`, of bigru the first `vocab_size` words of the file), or
+    "train" to make one from the training expressions.
     """
 
+    name: str = "bert"
     path: str | None = None
     tokenizer: str | None = None
     vocab_size: int = 30522
-    hidden_size: int = 768
+    hidden_size: int = 768  # of bigru the width of each direction, which are added
+    word_width: int = 300  # of bigru's word vectors
+    sentence: str = "attention"  # of bigru: attention (a weight for every word) | channels (and every channel) | final (the last states)
     num_layers: int = 12
     num_heads: int = 12
     intermediate_size: int = 3072
@@ -72,7 +85,8 @@ class TextConfig:
 
 @dataclass
 class PixelDecoderConfig:
-    """name: deformable (multi-scale deformable attention) | fpn (plain feature pyramid)."""
+    """name: deformable (multi-scale deformable attention) | fpn (plain feature pyramid) | fpn_levels (its three coarser levels alone) |
+    top_down (LAVT's: concatenate and convolve). The last two are `width` wide everywhere."""
 
     name: str = "deformable"
     width: int = 256
@@ -116,7 +130,8 @@ class DataConfig:
     train: str | list[WeightedSource] = "synthetic"
     train_split: str = "train"
     image_size: int = 480
-    resize: str = "squash"  # squash (aspect ignored, as released) | pad (longest side, padded right and bottom)
+    # squash (aspect ignored, as released) | pad (longest side, padded right and bottom) | letterbox (longest side, centred on grey)
+    resize: str = "squash"
     image_root: str | None = None  # where the images lie, when not where dataset.json says
     expressions_per_image: int = 8  # of a training sample, at most; an image with more gives several samples an epoch
     # of dataset folders, every expression once an epoch: exact (any order) | released (as the authors of ReLA: runs of six images of one
@@ -157,7 +172,8 @@ class OptimConfig:
     muon_momentum: float = 0.95
     muon_spares: list[str] = field(default_factory=list)  # starts of names that AdamW keeps: pre-trained parts
     frozen: list[str] = field(default_factory=list)  # starts of names of parameters that do not train, such as grounding.vision.blocks.0
-    schedule: str = "cosine"  # constant | multistep | cosine
+    schedule: str = "cosine"  # constant | multistep | cosine | poly (what is left of the steps, to the power of `power`)
+    power: float = 0.9
     warmup_fraction: float = 0.0
     milestones: list[int] = field(default_factory=lambda: [110_000, 140_000])
     gamma: float = 0.1
@@ -236,6 +252,8 @@ class PredictConfig:
     no_target: str = "head"  # head | pixels (a mask under min_mask_pixels means no target: the papers' rule for methods without the head)
     no_target_threshold: float = 0.5  # "no target" is said above this probability of the head (`grex errors` draws the curve)
     min_mask_pixels: int = 50
+    # none | location | mask: the ground truth in place of a branch of the decoder, to see what the others lose (isfp; `grex predict` alone)
+    oracle: str = "none"
     precision: str = "auto"  # auto | fp32 | bf16
 
 

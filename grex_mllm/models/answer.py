@@ -120,7 +120,7 @@ def _no_masks(geometry: Geometry) -> tuple[np.ndarray, np.ndarray]:
 def masks_at(
     logits: Tensor, geometry: Geometry, canvas: tuple[int, int], threshold: float = PredictConfig.mask_threshold
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Return bool masks at the network input size (padding cut off) and at the original size, from logits float [2, h, w].
+    """Return bool masks at the network input size (padding and margins cut off) and at the original size, from logits float [2, h, w].
 
     threshold: probability above which a pixel belongs to the mask; 0.5 is exactly the argmax.
 
@@ -128,7 +128,7 @@ def masks_at(
     """
     difference = logits[1] - logits[0] - (math.log(threshold) - math.log1p(-threshold))
     at_input = F.interpolate(difference[None, None], size=canvas, mode="bilinear", align_corners=False)[0, 0]
-    at_input = at_input[: geometry.input_height, : geometry.input_width]
+    at_input = at_input[geometry.inner]
     return (at_input > 0).cpu().numpy(), mask_to_original(difference, geometry, canvas).cpu().numpy()
 
 
