@@ -246,6 +246,7 @@ class PredictConfig:
 
     batch: int = 64
     masks: bool = True  # false: the model answers with boxes alone (GREC only); masks are not read
+    mask_threshold: float = 0.5  # a pixel belongs to the mask above this probability (0.5: the likelier; public code of VLT: 0.35)
     boxes: str = "count"  # count (the N_O best) | threshold | both (the N_O best above the threshold)
     box_threshold: float = 0.7
     no_target: str = "head"  # head | pixels (a mask under min_mask_pixels means no target: the papers' rule for methods without the head)

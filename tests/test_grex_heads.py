@@ -77,3 +77,14 @@ def test_union_of_targets_is_what_the_mask_learns() -> None:
     batch = make_batch(masks, [torch.rand(2, 4), torch.zeros(0, 4)])
     logits = torch.where(masks, 20.0, -20.0)
     assert GrexLosses(BARE, [1.0, 1.0]).terms(dense_answer(logits, HeadAnswers()), batch)["mask"] < 1e-6
+
+
+def test_a_pixel_belongs_to_the_mask_above_a_threshold() -> None:
+    logits = torch.logit(torch.tensor([[[0.3, 0.4], [0.6, 0.8]]]))
+    for threshold, pixels in ((0.35, 3), (0.5, 2), (0.7, 1)):
+        rules = PredictConfig(mask_threshold=threshold, min_mask_pixels=1)
+        (answer,) = answers(dense_answer(logits, HeadAnswers()), ["a"], [Geometry(2, 2, 2, 2)], (2, 2), rules)
+        assert answer.mask.sum() == pixels and answer.mask_input.sum() == pixels
+    for wrong in (0.0, 1.0, 35.0):
+        with pytest.raises(GrexError, match="mask_threshold"):
+            answers(dense_answer(logits, HeadAnswers()), ["a"], [Geometry(2, 2, 2, 2)], (2, 2), PredictConfig(mask_threshold=wrong))
