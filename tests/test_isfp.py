@@ -193,7 +193,7 @@ def test_losses_are_equation_3_4_and_negative_channels_teach_nothing() -> None:
     y = torch.randn(3, SIDE**2, dtype=torch.float64, requires_grad=True)
     masks = torch.randn(3, SIDE**2, 8, 8, dtype=torch.float64, requires_grad=True)
     expected_ide = sum(bce(y[e, c].item(), float(owner[e, c] >= 0)) for e in range(3) for c in range(16)) / 48
-    assert float(identification(y, owner)) == pytest.approx(expected_ide, abs=1e-6)
+    assert identification(y, owner).item() == pytest.approx(expected_ide, abs=1e-6)
     total, number = 0.0, 0
     for e in range(3):
         for c in range(16):
@@ -205,7 +205,7 @@ def test_losses_are_equation_3_4_and_negative_channels_teach_nothing() -> None:
                     share = float(truth[8 * i : 8 * i + 8, 8 * j : 8 * j + 8].float().mean())
                     total, number = total + bce(masks[e, c, i, j].item(), share), number + 1
     loss = segmentation(masks, owner, batch)
-    assert float(loss) == pytest.approx(total / number, abs=1e-6)
+    assert loss.item() == pytest.approx(total / number, abs=1e-6)
     loss.backward()
     assert masks.grad is not None
     assert bool((masks.grad[owner < 0] == 0).all()) and bool((masks.grad[owner >= 0].abs().amax(dim=(1, 2)) > 0).all())
@@ -222,7 +222,7 @@ def test_refinement_learns_only_above_theta() -> None:
     final = torch.randn(1, 2, 4, 4, dtype=torch.float64, requires_grad=True)
     assert float(refinement(final, coarse, truth, 0.5)) == 0
     expected = sum(bce((final[0, 1, i, j] - final[0, 0, i, j]).item(), float(truth[0, i, j])) for i in range(4) for j in range(4)) / 16
-    assert float(refinement(final, coarse, truth, 0.49)) == pytest.approx(expected, abs=1e-6)
+    assert refinement(final, coarse, truth, 0.49).item() == pytest.approx(expected, abs=1e-6)
     assert float(refinement(final, coarse, torch.zeros_like(truth), 0.0)) == 0  # no target
 
 

@@ -51,10 +51,10 @@ BY_NAME |= {
     ("ModelConfig", "decoder"),
     *((f"{kind}Config", "name") for kind in ("Rela", "InstanceSelection", "Vlt", "M3Att", "Isfp", "RegionTokens")),
     ("Config", "name"),
-    *(("IsfpLossConfig", name) for name in OWN_TERMS),
+    *(("IsfpLossConfig", name) for name in (*OWN_TERMS, "mask", "minimap")),
 }
 FILES = (
-    "config.py", "augmentation.py", "models/decoders/rela/config.py", "models/decoders/instance_selection/config.py",
+    "config.py", "encoders.py", "augmentation.py", "models/decoders/rela/config.py", "models/decoders/instance_selection/config.py",
     "models/grex_losses.py", "models/grex_heads.py",
     "models/decoders/vlt/config.py", "models/decoders/m3att/config.py", "models/decoders/isfp/config.py", "models/decoders/lavt.py",
     "models/decoders/vlt_rela.py",

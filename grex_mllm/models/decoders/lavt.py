@@ -53,7 +53,7 @@ class LanguagePart(nn.Module):
     def forward(self, features: Tensor, image_index: Tensor, text: TextFeatures) -> GroundingOutput:
         """Ground E expressions. features: float [E, C, h, w], taken by image_index int64 [E]; the text was read before."""
         features = features.index_select(0, image_index)
-        return GroundingOutput(mask_logits=self.classes(features), **self.heads(features)._asdict())
+        return GroundingOutput(self.classes(features), *self.heads(features))
 
 
 class Decoder(nn.Module):

@@ -84,7 +84,7 @@ class LanguagePart(nn.Module):
         )  # fmt: skip
         self.memory = FusedEncoder(front)
         self.levels = Levels(config.width)
-        self.rela = Rela(config, inputs._replace(width=config.width, mask_width=config.width))
+        self.rela = Rela(config, DecoderInputs(inputs.channels, config.width, config.width, inputs.text_width))
 
     def forward(self, images: FusionImages, image_index: Tensor, text: TextFeatures) -> GroundingOutput:
         """Ground E expressions. image_index: int64 [E].  text: tokens [E, L, C_text]."""

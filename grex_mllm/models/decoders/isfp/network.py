@@ -23,7 +23,7 @@ from grex_mllm.models.decoders.isfp.config import IsfpConfig
 from grex_mllm.models.decoders.isfp.propagation import SLOPE, Propagation
 from grex_mllm.models.decoders.isfp.truth import Truth, cells_of_centres, nearest_centres
 from grex_mllm.models.feature_pyramid import NUM_LEVELS, num_groups, upsample_to
-from grex_mllm.models.grex_heads import GrexHeads, GrexHeadsConfig, two_way
+from grex_mllm.models.grex_heads import GrexHeads, GrexHeadsConfig, HeadAnswers, dense_answer
 from grex_mllm.models.resnet import append_coordinates
 from grex_mllm.types import DecoderInputs, GroundingOutput, PixelFeatures, TextFeatures
 
@@ -192,12 +192,13 @@ class LanguagePart(nn.Module):
             final = self._true_masks(masks, logits)
         elif self.refinement is not None:
             final = self.refinement(images.image.index_select(0, image_index), coarse)
-        answers = self.heads(state)
+        answers, extra = self.heads(state), IsfpExtra(logits, masks, coarse)
         if logits is not None:
             side = self.config.minimap_side
-            minimap = torch.stack([torch.zeros_like(logits), logits], dim=-1)
-            answers = answers._replace(minimap_logits=minimap, minimap_prob=logits.sigmoid().unflatten(1, (side, side)))
-        return GroundingOutput(mask_logits=two_way(final), extra=IsfpExtra(logits, masks, coarse), **answers._asdict())
+            minimap, prob = torch.stack([torch.zeros_like(logits), logits], dim=-1), logits.sigmoid().unflatten(1, (side, side))
+            _, no_target, boxes, scores, count, _ = answers
+            answers = HeadAnswers(minimap, no_target, boxes, scores, count, prob)
+        return dense_answer(final, answers, extra)
 
     def _select(self, masks: Tensor, logits: Tensor) -> Tensor:
         """Return the mask float [E, h, w] of the chosen cells."""
