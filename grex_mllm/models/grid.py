@@ -17,6 +17,7 @@ from grex_mllm.models.decoders.rela.network import Feedforward
 from grex_mllm.models.feature_pyramid import GROUPS, num_groups
 from grex_mllm.models.positions import sine_positions
 from grex_mllm.ops.attention import attend, split_heads
+from grex_mllm.ops.upsampled_conv import upsampled_conv
 from grex_mllm.types import DecoderInputs, PixelFeatures, TextFeatures
 
 FOUR, THREE = MAPS = ("four", "three")
@@ -30,8 +31,9 @@ class ConvReluNorm(nn.Module):
         self.conv = nn.Conv2d(channels, out, kernel, padding=kernel // 2)
         self.norm = nn.GroupNorm(num_groups(out, GROUPS), out)
 
-    def forward(self, x: Tensor) -> Tensor:
-        return self.norm(F.relu(self.conv(x)))
+    def forward(self, x: Tensor, upsampled: bool = False) -> Tensor:
+        """upsampled: upsample by two (nearest) first."""
+        return self.norm(F.relu(upsampled_conv(x, self.conv.weight, self.conv.bias) if upsampled else self.conv(x)))
 
 
 class ConvNormRelu(nn.Module):
@@ -42,8 +44,9 @@ class ConvNormRelu(nn.Module):
         self.conv = nn.Conv2d(channels, out, kernel, padding=kernel // 2, bias=False)
         self.norm = nn.GroupNorm(num_groups(out, GROUPS), out)
 
-    def forward(self, x: Tensor) -> Tensor:
-        return F.relu(self.norm(self.conv(x)))
+    def forward(self, x: Tensor, upsampled: bool = False) -> Tensor:
+        """upsampled: upsample by two (nearest) first."""
+        return F.relu(self.norm(upsampled_conv(x, self.conv.weight) if upsampled else self.conv(x)))
 
 
 class TokenReluNorm(nn.Module):
@@ -174,8 +177,8 @@ class MaskUpsampler(nn.Module):
         """Return the mask logits float [E, h * 2^n, w * 2^n] and the map after the first convolution, float [E, C, h, w]."""
         first = x = self.blocks[0](x)
         for block in self.blocks[1:]:
-            x = block(F.interpolate(x, scale_factor=2, mode="nearest"))
-        return self.last(F.interpolate(x, scale_factor=2, mode="nearest")).squeeze(1), first
+            x = block(x, upsampled=True)
+        return upsampled_conv(x, self.last.weight, self.last.bias).squeeze(1), first
 
 
 def word_rows(mask: Tensor) -> Tensor:
