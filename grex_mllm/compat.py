@@ -119,6 +119,22 @@ def partitions_made_here() -> AbstractContextManager[None]:
     return entered
 
 
+def names_in_model(model: Any, names: list[str]) -> list[str]:
+    """Return the names that a model's own tensors have, of names in the files of a folder; transformers saves some under older ones.
+
+    `from_pretrained` renames while it reads; nothing public tells the names alone. What it would merge or split keeps its name.
+    """
+    renaming = private("transformers", "transformers.core_model_loading", "WeightRenaming")
+    rules = [r for r in private("transformers", "transformers.conversion_mapping", "get_model_conversion_mapping")(model)
+             if isinstance(r, renaming)]  # fmt: skip
+    found = []
+    for name in names:
+        for rule in rules:
+            name = private("transformers", rule, "rename_source_key")(name)[0]
+        found.append(name)
+    return found
+
+
 def zero_partitions(optimizer: Any) -> list[tuple[list[Tensor], Tensor]]:
     """Return the flat float32 partitions of this process that DeepSpeed's ZeRO optimizer steps, each with the parameters in it.
 

@@ -142,13 +142,13 @@ def test_large_configuration_builds_on_meta() -> None:
 @pytest.mark.parametrize("name", ["joint_rela_swin_base_qwen2.5_vl_7b", pytest.param("generator_qwen2.5_vl_3b", marks=pytest.mark.long)])
 def test_a_multimodal_generator_is_counted_without_its_folder(name: str) -> None:
     """One small image and expression. Forward, 2 operations for every weight of a layer and token of the sequence at least."""
-    settings = load_config(ROOT / "configs" / f"{name}.yaml", ["--data.image_size=112", "--data.expressions_per_image=1"])
+    settings = load_config(ROOT / "configs" / f"{name}.yaml", ["--data.image_size=128", "--data.expressions_per_image=1"])
     config, notes = standing_alone(settings)
     lm = Path(config.model.generator.lm).name
     found = count(config, Load(1, objects=2, tokens=4), device="cuda", precision="bf16")
     assert found.parts["language model"].total == PUBLISHED[lm] and found.parts["language model"].trainable == 0
     assert any(f"shape from grex_mllm/models/shapes/{lm}.json" in note for note in notes)
-    tokens = 16 + 30 + 4  # of a picture of 112 x 112, of the chat around it, of the answer
+    tokens = 25 + 30 + 4  # of a picture of 140 x 140, of the chat around it, of the answer
     assert found.forward_flops > 2 * tokens * 0.8 * (PUBLISHED[lm] - 1.3e9)
 
 

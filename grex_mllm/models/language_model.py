@@ -7,13 +7,14 @@ from __future__ import annotations
 
 import logging
 import warnings
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
 
 from grex_mllm.compat import attention_of, fold_adapters, recompute_blocks
 from grex_mllm.errors import fault
+from grex_mllm.models.lm_config import AdaptedConfig
 from grex_mllm.models.lm_loading import gathered, load_base, partitioned_lm
 from grex_mllm.models.lm_shapes import shape_of, weights_are_left_out
 from grex_mllm.models.lm_tokenizer import LMTokenizer
@@ -22,18 +23,6 @@ if TYPE_CHECKING:
     from grex_mllm.models.generators.region_tokens.config import RegionTokensConfig
 
 SAMPLED = 4096  # token embeddings that are measured
-
-
-class Adapted(Protocol):
-    """Fields of a generator's configuration: its base model and adapters."""
-
-    lm: str
-    gradient_checkpointing: bool
-    lora_rank: int
-    lora_alpha: float
-    lora_dropout: float
-    lora_rslora: bool
-    lora_dora: bool
 
 
 def build_language_model(cfg: RegionTokensConfig, tokenizer: LMTokenizer) -> Any:
@@ -51,7 +40,7 @@ def build_language_model(cfg: RegionTokensConfig, tokenizer: LMTokenizer) -> Any
     return with_lora(lm, cfg, _targets(lm, cfg)) if cfg.lora_rank else lm
 
 
-def freeze_base(lm: Any, cfg: Adapted, num_tokens: int) -> None:
+def freeze_base(lm: Any, cfg: AdaptedConfig, num_tokens: int) -> None:
     """Make a model the frozen base of adapters, with gradient checkpointing where it is configured. num_tokens: of its tokenizer.
 
     Raises:
@@ -175,7 +164,7 @@ def _tiny(cfg: RegionTokensConfig, tokenizer: LMTokenizer) -> Any:
     return LlamaForCausalLM(sizes)
 
 
-def with_lora(lm: Any, cfg: Adapted, targets: list[str]) -> Any:
+def with_lora(lm: Any, cfg: AdaptedConfig, targets: list[str]) -> Any:
     """Return the model with adapters, a PeftModel. targets: names, or ends of names, of the linear layers that get them."""
     # bitsandbytes, which peft imports, reports at each start that a kernel package for 4-bit models is not there
     logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
@@ -198,7 +187,7 @@ def with_lora(lm: Any, cfg: Adapted, targets: list[str]) -> Any:
     return adapted
 
 
-def _targets(lm: Any, cfg: RegionTokensConfig) -> list[str]:
+def _targets(lm: Any, cfg: AdaptedConfig) -> list[str]:
     """Return the names of the layers that get adapters."""
     if cfg.lora_targets == "auto":
         lists = [module for module in lm.modules() if isinstance(module, nn.ModuleList)]

@@ -13,14 +13,15 @@ import sys
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
-from grex_mllm.compat import partitions_made_here, processes_of_this_node
+from grex_mllm.compat import names_in_model, partitions_made_here, processes_of_this_node
 from grex_mllm.errors import GrexError, fault
 from grex_mllm.models.attention_choice import choose_attention
+from grex_mllm.models.lm_config import ModelChoice
 from grex_mllm.models.lm_tokenizer import LMTokenizer
 from grex_mllm.models.placement import placement
 from grex_mllm.precision import DTYPES as COMPUTED
@@ -33,19 +34,6 @@ QUANTISATIONS = ("none", "nf4", "int8")
 PARTS_OF_OTHERS = ("vision_config", "audio_config", "text_config", "thinker_config")  # what the configuration of a multimodal model has
 MMAP_THRESHOLD = -3  # of glibc's mallopt
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
-
-
-class Choice(Protocol):
-    """Which model is read, and how: fields of a generator's configuration."""
-
-    @property
-    def lm(self) -> str: ...
-    @property
-    def dtype(self) -> str: ...
-    @property
-    def quantisation(self) -> str: ...
-    @property
-    def attn_implementation(self) -> str: ...
 
 
 def load_base(cfg: RegionTokensConfig, tokenizer: LMTokenizer) -> Any:
@@ -65,7 +53,7 @@ def load_base(cfg: RegionTokensConfig, tokenizer: LMTokenizer) -> Any:
     return lm
 
 
-def read_model(choice: Choice, kind: Any, check: Callable[[str, Any], None], safetensors: bool | None = None) -> Any:
+def read_model(choice: ModelChoice, kind: Any, check: Callable[[str, Any], None], safetensors: bool | None = None) -> Any:
     """Return the model of a folder or hub id, in evaluation mode, as the current placement wants it.
 
     kind: its auto class in transformers.  check(name, configuration): raise where it is not of the right sort.
@@ -103,7 +91,7 @@ def read_model(choice: Choice, kind: Any, check: Callable[[str, Any], None], saf
     return lm
 
 
-def base_dtype(cfg: Choice, precision: str) -> torch.dtype:
+def base_dtype(cfg: ModelChoice, precision: str) -> torch.dtype:
     """Return the type of the frozen base: the configured one, or for `auto` the one that is computed in.
 
     Raises:
@@ -155,7 +143,9 @@ def _partitioned(name: str, config: Any, zero3: dict[str, Any], kind: Any, optio
         lm = kind.from_config(config, **options)
     lm.tie_weights()
     named = lm.state_dict(keep_vars=True)
-    missing = [key for key, tensor in lm.named_parameters() if files.get(key, ("", None))[1] != list(tensor.ds_shape)]
+    if not named.keys() <= files.keys():
+        files = dict(zip(names_in_model(lm, list(files)), files.values(), strict=True))
+    missing = [key for key, tensor in lm.named_parameters() if files.get(key, ("", "", None))[2] != list(tensor.ds_shape)]
     if missing:
         raise fault(
             f"language model {name}: {len(missing)} tensors are missing or have another shape ({', '.join(missing[:3])})",
@@ -169,22 +159,22 @@ def _partitioned(name: str, config: Any, zero3: dict[str, Any], kind: Any, optio
         filled.add(id(tensor))
         with deepspeed.zero.GatheredParameters([tensor], modifier_rank=0), torch.no_grad():
             if not isinstance(tensor, nn.Parameter) or torch.distributed.get_rank() == 0:
-                tensor.copy_(_read(files[key][0], key))
+                tensor.copy_(_read(*files[key][:2]))
     return lm.eval()
 
 
-def _weight_files(name: str) -> dict[str, tuple[str, list[int]]]:
-    """Return where each tensor of a folder or hub id lies, and its shape."""
+def _weight_files(name: str) -> dict[str, tuple[str, str, list[int]]]:
+    """Return, for each tensor of a folder or hub id, its file, its name there, and its shape."""
     from safetensors import safe_open
     from transformers.utils import cached_file
 
     index = cached_file(name, INDEX, _raise_exceptions_for_missing_entries=False)
     parts = {WEIGHTS} if index is None else set(json.loads(Path(index).read_text(encoding="utf-8"))["weight_map"].values())
-    found: dict[str, tuple[str, list[int]]] = {}
+    found: dict[str, tuple[str, str, list[int]]] = {}
     for part in sorted(parts):
         path = str(cached_file(name, part))
         with safe_open(path, "pt") as file:
-            found |= {key: (path, list(file.get_slice(key).get_shape())) for key in file.keys()}  # noqa: SIM118
+            found |= {key: (path, key, list(file.get_slice(key).get_shape())) for key in file.keys()}  # noqa: SIM118
     return found
 
 
@@ -207,7 +197,7 @@ def _check_text_only(name: str, config: Any) -> None:
         )
 
 
-def _quantisation(cfg: Choice, compute: torch.dtype) -> Any:
+def _quantisation(cfg: ModelChoice, compute: torch.dtype) -> Any:
     if cfg.quantisation not in QUANTISATIONS:
         raise fault(f"model.generator.quantisation {cfg.quantisation!r}", f"one of {', '.join(QUANTISATIONS)}", "fix the value")
     if cfg.quantisation == "none":

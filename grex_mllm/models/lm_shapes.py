@@ -6,12 +6,10 @@ import json
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from grex_mllm.errors import fault
-
-if TYPE_CHECKING:
-    from grex_mllm.models.lm_loading import Choice
+from grex_mllm.models.lm_config import ModelChoice
 
 FOLDER = Path(__file__).resolve().parent / "shapes"  # facts of the models' config.json, as their authors publish them
 _STATE = {"left_out": False}
@@ -64,7 +62,7 @@ def config_of(lm: str) -> Any:
     return AutoConfig.for_model(values.pop("model_type"), **values)
 
 
-def shape_of(cfg: Choice) -> Any:
+def shape_of(cfg: ModelChoice) -> Any:
     """Return the language model that a configuration names, with the sizes of `shape_file` and no weights worth the name.
 
     Raises:

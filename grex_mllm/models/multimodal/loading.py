@@ -2,24 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import Any
 
 from grex_mllm.errors import fault
-from grex_mllm.models.lm_loading import Choice, read_model
+from grex_mllm.models.lm_config import ModelChoice
+from grex_mllm.models.lm_loading import read_model
 
 
-@dataclass
-class ModelChoice:
-    """lm: folder or hub id.  dtype, quantisation, attn_implementation: as a generator's configuration has them."""
-
-    lm: str
-    dtype: str = "auto"
-    quantisation: str = "none"
-    attn_implementation: str = "auto"
-
-
-def load_multimodal(choice: Choice) -> Any:
+def load_multimodal(choice: ModelChoice) -> Any:
     """Return the model in evaluation mode, on the device and in the precision of the current placement.
 
     Raises:

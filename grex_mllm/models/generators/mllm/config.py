@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 from grex_mllm.errors import fault
+from grex_mllm.models.lm_config import AdaptedConfig
 
 OBJECTS = ("tokens", "marks", "coordinates")
 MARKS = ("numbers", "outlines")
@@ -12,25 +13,13 @@ MAPS = ("grounding", "own")
 
 
 @dataclass
-class MllmConfig:
+class MllmConfig(AdaptedConfig):
     """The model, its adapters, and how the selected objects are shown. lm: a folder or hub id of a multimodal language model."""
 
     name: str = "mllm"
     lm: str = ""
-    dtype: str = "auto"  # of the frozen base: auto | float32 | bfloat16 | float16; auto: what is computed in
-    quantisation: str = "none"  # none | nf4 | int8 (bitsandbytes)
-    attn_implementation: str = "auto"  # auto | sdpa | eager | flash_attention_2
-    gradient_checkpointing: bool = False
-    # adapters; rank 0 = none (then `objects: tokens` alone learns)
-    lora_rank: int = 16
-    lora_alpha: float = 32.0
-    lora_dropout: float = 0.0
-    lora_parts: list[str] = field(
-        default_factory=lambda: ["language"]
-    )  # language, or names of other parts ("visual"), as the model calls them
-    lora_targets: str | list[str] = "auto"  # names of linear layers in these parts; auto: all of them
-    lora_rslora: bool = False  # scale by alpha / sqrt(rank) instead of alpha / rank
-    lora_dora: bool = False  # learn the length of each weight column apart from its direction
+    # parts with adapters: language, or names of others ("visual"), as the model calls them
+    lora_parts: list[str] = field(default_factory=lambda: ["language"])
     # pictures
     min_pixels: int = 0  # of the picture that the model sees (Qwen-VL families); 0: as its folder says
     max_pixels: int = 0
@@ -60,8 +49,3 @@ class MllmConfig:
                 raise fault(f'model.generator.{name} "{getattr(self, name)}"', f"one of {', '.join(known)}", "fix the value")
         if self.prompt and self.prompt.count("{objects}") != 1:
             raise fault(f"model.generator.prompt {self.prompt!r}", "{objects} once, where the objects are named", "fix the prompt")
-
-    @property
-    def pixels(self) -> tuple[int, int] | None:
-        """Least and most pixels of the picture that the model sees, where both are set."""
-        return (self.min_pixels, self.max_pixels) if self.max_pixels else None

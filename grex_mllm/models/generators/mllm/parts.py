@@ -148,7 +148,17 @@ def make_tokenizer(config: MllmConfig, lines: Callable[[], list[str]], folder: P
     """Write tokenizer, chat template and picture settings of the model into a folder."""
     if not config.lm:
         raise fault("model.generator.lm is not set", "a folder or hub id of a multimodal language model", "set it")
-    Chat.load(config.lm, pixels=config.pixels, tiles=config.max_tiles or None).save(folder)
+    read_chat(config).save(folder)
+
+
+def read_chat(config: MllmConfig) -> Chat:
+    """Read the chat of the model's own folder or hub id, with the configured limits of pictures."""
+    return Chat.load(config.lm, pixels=pixel_limits(config), tiles=config.max_tiles or None)
+
+
+def pixel_limits(config: MllmConfig) -> tuple[int, int] | None:
+    """Return least and most pixels of the picture that the model sees, where most are set."""
+    return (config.min_pixels, config.max_pixels) if config.max_pixels else None
 
 
 def load_tokenizer(config: MllmConfig, folder: Path) -> Chat:

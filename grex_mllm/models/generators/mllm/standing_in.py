@@ -6,6 +6,7 @@ from pathlib import Path
 
 from grex_mllm.errors import fault
 from grex_mllm.models.generators.mllm.config import MllmConfig
+from grex_mllm.models.generators.mllm.parts import pixel_limits, read_chat
 from grex_mllm.models.lm_shapes import config_of
 from grex_mllm.models.multimodal.chat import Chat, picture_settings
 
@@ -25,9 +26,8 @@ def stand_in_tokenizer(config: MllmConfig) -> Chat:
     Raises:
         GrexError: neither a folder nor a published size, or one of a family other than Qwen-VL.
     """
-    pixels, tiles = config.pixels, config.max_tiles or None
     if (Path(config.lm) / "config.json").is_file():
-        return Chat.load(config.lm, pixels=pixels, tiles=tiles)
+        return read_chat(config)
     from tokenizers import AddedToken, Tokenizer, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
 
@@ -42,4 +42,4 @@ def stand_in_tokenizer(config: MllmConfig) -> Chat:
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=words, unk_token="<unk>", eos_token="<|im_end|>", pad_token="<|im_end|>")
     tokenizer.chat_template = TEMPLATE
     patch = {"patch_size": sizes.vision_config.patch_size, "size": {"shortest_edge": 3136, "longest_edge": 12845056}}
-    return Chat(sizes, tokenizer, picture_settings(sizes.model_type, patch, pixels, tiles), {})
+    return Chat(sizes, tokenizer, picture_settings(sizes.model_type, patch, pixel_limits(config), None), {})

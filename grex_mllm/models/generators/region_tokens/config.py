@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
+from grex_mllm.models.lm_config import AdaptedConfig
+
 
 @dataclass
-class RegionTokensConfig:
+class RegionTokensConfig(AdaptedConfig):
     """The language model, its adapters, and the tokens in front of it. lm: tiny | <folder or hub id>."""
 
     name: str = "region_tokens"
@@ -18,18 +20,6 @@ class RegionTokensConfig:
     num_heads: int = 4
     intermediate_size: int = 384
     max_positions: int = 512
-    # how a folder or hub LLM is loaded
-    dtype: str = "auto"  # of the frozen base: auto | float32 | bfloat16 | float16; auto: what is computed in (bfloat16 under bf16)
-    quantisation: str = "none"  # none | nf4 | int8 (bitsandbytes)
-    attn_implementation: str = "auto"  # auto | sdpa | eager | flash_attention_2; auto: sdpa where the family can (Gemma 2 cannot)
-    gradient_checkpointing: bool = False
-    # adapters; rank 0 = none
-    lora_rank: int = 16
-    lora_alpha: float = 32.0
-    lora_dropout: float = 0.0
-    lora_targets: str | list[str] = "auto"  # names of linear layers; auto: all of attention and MLP, as the model calls them
-    lora_rslora: bool = False  # scale by alpha / sqrt(rank) instead of alpha / rank
-    lora_dora: bool = False  # learn the length of each weight column apart from its direction
     # region tokens
     projector_width: int = 256
     image_grid: int = 2  # image tokens = image_grid squared; 0 = none
