@@ -72,7 +72,7 @@ def plain_fields(config: Path) -> list[tuple[str, ast.AnnAssign]]:
     for node in ast.parse(config.read_text(encoding="utf-8")).body:
         if isinstance(node, ast.ClassDef) and any("dataclass" in ast.unparse(mark) for mark in node.decorator_list):
             lines = [line for line in node.body if isinstance(line, ast.AnnAssign)]
-            found += [(node.name, line) for line in lines if not ast.unparse(line.annotation).endswith("Config")]
+            found += [(node.name, line) for line in lines if not ast.unparse(line.annotation).endswith(("Config", "Settings"))]
     return found
 
 
