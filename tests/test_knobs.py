@@ -59,7 +59,8 @@ FILES = (
     "models/decoders/vlt/config.py", "models/decoders/m3att/config.py", "models/decoders/isfp/config.py", "models/decoders/lavt.py",
     "models/decoders/vlt_rela.py",
     "models/lm_config.py", "models/generators/region_tokens/config.py", "models/generators/mllm/config.py",
-    "data/synthetic/settings.py", "training/pretraining.py", "zeroshot/settings.py", "zeroshot/local_settings.py", "zeroshot/server/settings.py",
+    "data/synthetic/settings.py", "training/pretraining.py", "zeroshot/settings.py", "zeroshot/local_settings.py",
+    "zeroshot/server/settings.py",
 )  # fmt: skip
 
 
