@@ -196,7 +196,8 @@ def regions_on(net: GrexModel, encoded: EncodedImage, boxes_xyxy: np.ndarray) ->
     """Return the regions of an image with the true boxes [N, 4] in the place of the model's own."""
     geometry, (height, width) = encoded.geometry, encoded.canvas
     scale = torch.tensor([geometry.scale_x / width, geometry.scale_y / height] * 2, dtype=torch.float32)
-    boxes = xyxy_to_cxcywh(torch.from_numpy(boxes_xyxy) * scale)[None].to(net.device)
+    margin = torch.tensor([geometry.left / width, geometry.top / height] * 2, dtype=torch.float32)
+    boxes = xyxy_to_cxcywh(torch.from_numpy(boxes_xyxy) * scale + margin)[None].to(net.device)
     part = net.grounding.decoder.image_part
     with looking_at(part, boxes):
         found = part(encoded.features.maps, encoded.features.pixels)

@@ -231,16 +231,17 @@ def table(out: Path, variants: list[str], seeds: list[int], data: Path) -> str:
         folders = [run_folder(out, name, seed) for seed in seeds]
         runs = [read_sums(folder / "results.json", folder / "predictions.jsonl", sources) for folder in folders]
         spent = [seconds_of(folder) for folder in folders]
-        lines.append([name, *(_cell(interval(runs, measure)) for measure in COLUMNS)])
+        lines.append([name, *(cell(interval(runs, measure)) for measure in COLUMNS)])
         lines[-1] += [" + ".join(map(str, steps[name])), f"{sum(spent) / len(spent):.0f}"]
     for rule in RULES:
         runs = [read_sums(out / "rules" / f"{rule}.json", out / "rules" / f"{rule}.jsonl", sources)]
-        lines.append([rule, *(_cell(interval(runs, measure)) for measure in COLUMNS), "-", "-"])
+        lines.append([rule, *(cell(interval(runs, measure)) for measure in COLUMNS), "-", "-"])
     note = f"Percent; mean of the sources, {len(seeds)} seeds, [95 % of {DRAWS} draws of seeds and photographs]."
     return "\n".join([*(f"| {' | '.join(line)} |" for line in lines), "", note])
 
 
-def _cell(found: tuple[float, float, float] | None) -> str:
+def cell(found: tuple[float, float, float] | None) -> str:
+    """Return mean and interval as a cell of the table."""
     return "-" if found is None else f"{found[0]:.1f} [{found[1]:.1f}, {found[2]:.1f}]"
 
 

@@ -118,8 +118,9 @@ def spread_tables(runs: list[Run], known: Collection[str]) -> list[Table]:
         for task in in_order({task for block in blocks for task in block if task in known}) if len(members) > 1 else ():
             values = {c: [v for b in blocks if (v := c.find(b.get(task))) is not None] for c in columns(entry(task), "report")}
             shown = {column: found for column, found in values.items() if len(found) == len(members)}
-            ways = {"mean": np.mean, "standard deviation": lambda found: np.std(found, ddof=1), "least": np.min, "most": np.max}
-            rows = [[way, *(column.text(float(measure(found))) for column, found in shown.items())] for way, measure in ways.items()]
+            ways = {c: (np.mean(found), np.std(found, ddof=1), min(found), max(found)) for c, found in shown.items()}
+            names = ("mean", "standard deviation", "least", "most")
+            rows = [[way, *(column.text(float(numbers[n])) for column, numbers in ways.items())] for n, way in enumerate(names)]
             title = f"{name or 'all'}: {task}, strict, over {len(members)} runs"
             notes = [f"runs: {', '.join(run.name for run in members)}"]
             tables += [Table(title, ["", *(column.name for column in shown)], rows, notes)] if shown else []

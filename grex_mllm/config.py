@@ -12,6 +12,9 @@ from pathlib import Path
 from typing import Any
 
 from grex_mllm.augmentation import AugmentConfig
+from grex_mllm.encoders import PixelDecoderConfig as PixelDecoderConfig
+from grex_mllm.encoders import TextConfig as TextConfig
+from grex_mllm.encoders import VisionConfig as VisionConfig
 from grex_mllm.entries import CONTRACTS, SOURCES, entry
 from grex_mllm.errors import GrexError, fault
 from grex_mllm.shipped import CONFIG_FOLDER as CONFIG_FOLDER
@@ -20,68 +23,6 @@ from grex_mllm.shipped import find_file
 
 DEFAULT_ENTRIES = {"model.decoder": "rela", "model.generator": "region_tokens", "train.pretraining": "tiny_lm"}
 ALWAYS = ("model.decoder",)  # present also where a configuration does not name it
-
-
-@dataclass
-class VisionConfig:
-    """Image encoder. name: resnet | swin | efficientnet_lite0 | timm:<model> | hf:<path or hub id>; weights: safetensors, or None."""
-
-    name: str = "resnet"
-    weights: str | None = None
-    # resnet
-    block: str = "bottleneck"  # bottleneck | basic
-    stem: str = "conv7"  # conv7 (stride 2, max pool) | conv3 (one 3x3 convolution of stride 2)
-    norm: str = "frozen_batch"  # frozen_batch | group
-    stem_width: int = 64
-    widths: list[int] = field(default_factory=lambda: [256, 512, 1024, 2048])
-    bottleneck_widths: list[int] = field(default_factory=lambda: [64, 128, 256, 512])
-    depths: list[int] = field(default_factory=lambda: [3, 4, 6, 3])
-    coordinates: bool = False  # feed x and y positions as two more input channels
-    # swin
-    embed_width: int = 128
-    swin_depths: list[int] = field(default_factory=lambda: [2, 2, 18, 2])
-    swin_heads: list[int] = field(default_factory=lambda: [4, 8, 16, 32])
-    window: int = 12
-    drop_path: float = 0.3
-    fusion: str = "none"  # none | pwam (language fused after every stage)
-    gradient_checkpointing: bool = False  # compute the blocks again in the backward pass: less memory, more time
-    patches: int = 0  # cut the image into so many squared patches, each encoded alone (GRES paper, table 2, "hard split, input"); 0 = whole
-
-
-@dataclass
-class TextConfig:
-    """Text encoder (BERT). path: a folder with weights to start from; else random weights of the given sizes.
-
-    tokenizer: a folder with tokenizer.json or vocab.txt (default: that of `path`), or "train" to make one from the training expressions.
-    """
-
-    path: str | None = None
-    tokenizer: str | None = None
-    vocab_size: int = 30522
-    hidden_size: int = 768
-    num_layers: int = 12
-    num_heads: int = 12
-    intermediate_size: int = 3072
-    max_positions: int = 512
-    max_tokens: int = 20
-    pad: str = "max"  # max (as released: the decoder reads padding rows, too) | longest (of the batch: less work)
-    dropout: float = 0.1
-    gradient_checkpointing: bool = False
-    attention: str = "sdpa"  # sdpa | eager (training tiny sizes on a CPU is faster with it) | flash_attention_2
-
-
-@dataclass
-class PixelDecoderConfig:
-    """name: deformable (multi-scale deformable attention) | fpn (plain feature pyramid)."""
-
-    name: str = "deformable"
-    width: int = 256
-    mask_width: int = 256
-    num_layers: int = 6
-    num_heads: int = 8
-    num_points: int = 4
-    feedforward: int = 1024
-    mixed_precision: bool = False  # follow autocast (deformable); the released one stays in float32
 
 
 @dataclass
@@ -116,7 +57,8 @@ class DataConfig:
     train: str | list[WeightedSource] = "synthetic"
     train_split: str = "train"
     image_size: int = 480
-    resize: str = "squash"  # squash (aspect ignored, as released) | pad (longest side, padded right and bottom)
+    # squash (aspect ignored, as released) | pad (longest side, padded right and bottom) | letterbox (longest side, centred on grey)
+    resize: str = "squash"
     image_root: str | None = None  # where the images lie, when not where dataset.json says
     expressions_per_image: int = 8  # of a training sample, at most; an image with more gives several samples an epoch
     # of dataset folders, every expression once an epoch: exact (any order) | released (as the authors of ReLA: runs of six images of one
@@ -157,7 +99,8 @@ class OptimConfig:
     muon_momentum: float = 0.95
     muon_spares: list[str] = field(default_factory=list)  # starts of names that AdamW keeps: pre-trained parts
     frozen: list[str] = field(default_factory=list)  # starts of names of parameters that do not train, such as grounding.vision.blocks.0
-    schedule: str = "cosine"  # constant | multistep | cosine
+    schedule: str = "cosine"  # constant | multistep | cosine | poly (what is left of the steps, to the power of `power`)
+    power: float = 0.9
     warmup_fraction: float = 0.0
     milestones: list[int] = field(default_factory=lambda: [110_000, 140_000])
     gamma: float = 0.1
@@ -230,11 +173,14 @@ class PredictConfig:
 
     batch: int = 64
     masks: bool = True  # false: the model answers with boxes alone (GREC only); masks are not read
+    mask_threshold: float = 0.5  # a pixel belongs to the mask above this probability (0.5: the likelier; public code of VLT: 0.35)
     boxes: str = "count"  # count (the N_O best) | threshold | both (the N_O best above the threshold)
     box_threshold: float = 0.7
     no_target: str = "head"  # head | pixels (a mask under min_mask_pixels means no target: the papers' rule for methods without the head)
     no_target_threshold: float = 0.5  # "no target" is said above this probability of the head (`grex errors` draws the curve)
     min_mask_pixels: int = 50
+    # none | location | mask: the ground truth in place of a branch of the decoder, to see what the others lose (isfp; `grex predict` alone)
+    oracle: str = "none"
     precision: str = "auto"  # auto | fp32 | bf16
 
 

@@ -17,6 +17,11 @@ from grex_mllm.errors import GrexError, fault
 DECODERS = {
     "rela": "grex_mllm.models.decoders.rela",
     "instance_selection": "grex_mllm.models.decoders.instance_selection",
+    "isfp": "grex_mllm.models.decoders.isfp",
+    "lavt": "grex_mllm.models.decoders.lavt",
+    "vlt": "grex_mllm.models.decoders.vlt",
+    "vlt_rela": "grex_mllm.models.decoders.vlt_rela",
+    "m3att": "grex_mllm.models.decoders.m3att",
 }
 GENERATORS = {
     "region_tokens": "grex_mllm.models.generators.region_tokens",

@@ -77,7 +77,8 @@ def predict_split(
     drawn = source_of(data)
     if sample is not None and (limit is None or drawn is not None):
         raise fault(f"--sample {sample}{'' if limit is None else f' with --data {data}'}", "a dataset folder and --limit", "give both")
-    options = Options(device, list(overrides), listener, asked=dict(asked or {}), data=data, image_root=image_root, out=Path(out))
+    told: dict[str, Any] = {"asked": dict(asked or {}), "data": data, "image_root": image_root, "out": None if dry_run else Path(out)}
+    options = Options(device, list(overrides), listener, **told)
     predictor = open_predictor(model, options)
     try:
         tasks = _tasks_of(predictor, model, tasks)

@@ -80,15 +80,20 @@ class Sample:
 
 @dataclass
 class Geometry:
-    """How an original image lies in the network input: x_in = x * scale_x, y_in = y * scale_y, then padding right and bottom.
+    """How an original image lies in the network input: x_in = x * scale_x + left, y_in = y * scale_y + top, then padding right and bottom.
 
-    height, width: original size. input_height, input_width: size of the resized image without padding.
+    height, width: original size. input_height, input_width: size of the resized image without padding and margins.
+    top, left, bottom, right: margins around the image that are part of what the network sees (letterbox).
     """
 
     height: int
     width: int
     input_height: int
     input_width: int
+    top: int = 0
+    left: int = 0
+    bottom: int = 0
+    right: int = 0
 
     @property
     def scale_x(self) -> float:
@@ -97,6 +102,16 @@ class Geometry:
     @property
     def scale_y(self) -> float:
         return self.input_height / self.height
+
+    @property
+    def seen_size(self) -> tuple[int, int]:
+        """Height and width of the image with its margins, without padding."""
+        return self.top + self.input_height + self.bottom, self.left + self.input_width + self.right
+
+    @property
+    def inner(self) -> tuple[slice, slice]:
+        """Rows and columns of the image itself within the network input."""
+        return slice(self.top, self.top + self.input_height), slice(self.left, self.left + self.input_width)
 
 
 @dataclass
@@ -139,7 +154,7 @@ class Batch:
     @property
     def input_sizes(self) -> list[tuple[int, int]]:
         """Height and width of each image without its padding."""
-        return [(g.input_height, g.input_width) for g in self.geometries]
+        return [g.seen_size for g in self.geometries]
 
 
 @dataclass

@@ -60,7 +60,11 @@ MULTIMODAL_MODELS = {"Qwen2.5-VL-3B-Instruct": "qwen2.5-vl", "Qwen2.5-VL-7B-Inst
 WORDS = ["the two red circles on the left", "a dog and the blue square"]
 BENCHMARK_SIZES["photos.py"] = ["--candidates", "2", "--expressions-per-image", "3"]
 BENCHMARK_SIZES["photo_comparison.py"] = ["--seconds", "0.01", "--seeds", "0", "--variants", "without geometry"]
+BENCHMARK_SIZES["race.py"] = ["--seconds", "0.01", "--threads", "1", "--seeds", "0", "--scenes", "2", "--systems", "LAVT"]
+BENCHMARK_SIZES["propagation.py"] = ["--side", "5", "--width", "16", "--repeats", "1"]
 BENCHMARK_SIZES["joint_ablation.py"] = ["--steps", "2", "--scenes", "2", "--seeds", "0", "--variants", "contrast"]
+DECODER_SIZES = {"num_layers": 3, "kept_regions": 6, "roi_channels": 8, "grid_side": 4, "segmentation_width": 16, "refinement_width": 8}
+DECODER_SIZES |= {"encoder_feedforward": 16}
 CHECKPOINTS = ("swin_base_patch4_window12_384_22k.pth", "swin_tiny_patch4_window7_224.pth", "resnet50.pth")
 
 
@@ -155,18 +159,22 @@ def shrink(config: Config) -> Config:
     if model.vision.name == "swin":
         model.vision.embed_width, model.vision.window = 8, 4
         model.vision.swin_depths, model.vision.swin_heads = [1, 1, 1, 1], [1, 1, 2, 2]
+    elif model.vision.name == "darknet53":
+        model.vision.darknet_width, model.vision.darknet_depths = 2, [1, 1, 1, 1, 1]
     else:
         model.vision.stem_width, model.vision.depths = 8, [1, 1, 1, 1]
         model.vision.widths, model.vision.bottleneck_widths = [8, 16, 16, 24], [8, 8, 8, 8]
     model.text.vocab_size, model.text.hidden_size, model.text.num_layers = 200, 16, 12 if config.train.optim.text != "all" else 2
-    model.text.num_heads, model.text.intermediate_size, model.text.max_positions = 2, 16, 32
+    model.text.num_heads, model.text.intermediate_size, model.text.max_positions, model.text.word_width = 2, 16, 32, 8
     model.pixel_decoder.width = model.pixel_decoder.mask_width = model.decoder.width = 16
     model.pixel_decoder.num_heads = model.decoder.num_heads = 2
     model.pixel_decoder.num_layers = model.pixel_decoder.num_points = 1
     model.pixel_decoder.feedforward = model.decoder.feedforward = 16
-    for name, value in {"num_layers": 3, "kept_regions": 6, "roi_channels": 8}.items():
+    for name, value in DECODER_SIZES.items():
         if hasattr(model.decoder, name):
             setattr(model.decoder, name, min(getattr(model.decoder, name), value))
+    if hasattr(model.decoder, "mask_widths"):
+        model.decoder.mask_widths = [8 for _ in model.decoder.mask_widths]
     return config
 
 
@@ -207,8 +215,10 @@ def make_stage(stage: Path) -> Path:
     for file in (ROOT / "deepspeed_configs").glob("*.json"):
         zero = {**on_cpu["zero_optimization"], "stage": json.loads(file.read_text(encoding="utf-8"))["zero_optimization"]["stage"]}
         (stage / "deepspeed_configs" / file.name).write_text(json.dumps({**on_cpu, "zero_optimization": zero}), encoding="utf-8")
-    for name in ("data/grefcoco", "data/refcoco", "data/coco_templates", "data/mini", "datasets/grefcoco", "datasets/refcoco"):
+    for name in ("data/grefcoco", "data/refcoco", "data/coco_templates", "data/mini"):
         tiny_folder(stage / name)
+    for name in ("grefcoco", "refcoco", "refcocoplus"):
+        tiny_folder(stage / "datasets" / name)
     tested = tiny_folder(stage / "data" / "photos") / "expressions.jsonl"
     tested.write_text(tested.read_text(encoding="utf-8").replace('"split": "val"', '"split": "test"'), encoding="utf-8")
     _raw_files(stage)
@@ -270,6 +280,10 @@ def _weights(stage: Path) -> None:
         convert_swin(stage / name, stage / "models" / f"{made}.safetensors")
     torch.save(torchvision_names(nets["gres_rela_r50"].state_dict()), stage / CHECKPOINTS[2])
     convert_resnet(stage / CHECKPOINTS[2], stage / "models" / "resnet50.safetensors")
+    darknet = shrink(load_config(ROOT / "configs" / "res_vlt_darknet53.yaml")).model
+    save_file(build_vision(darknet.vision, 16).state_dict(), str(stage / "models" / "darknet53.safetensors"))
+    vectors = [f"{word} {' '.join(['0.5', '-0.25'] * (darknet.text.word_width // 2))}" for word in ("the", "dog", "cat", "and", "a")]
+    (stage / "models" / "glove.840B.300d.txt").write_text("\n".join(vectors), encoding="utf-8")
     words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "the", "dog", "cat", "and", *"abcdefghijklmnopqrstuvwxyz"]
     sizes = {"hidden_size": 16, "num_hidden_layers": 12, "num_attention_heads": 2, "intermediate_size": 16, "max_position_embeddings": 32}
     bert = BertConfig(vocab_size=200, **sizes)

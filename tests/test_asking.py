@@ -293,7 +293,7 @@ def test_examples_are_earlier_turns_in_the_familys_own_format(data: Path, items:
         )
         assert answer.grounding is not None and answer.grounding.count == len(shot.record.targets)
         assert answer.grounding.no_target == (not shot.record.targets)
-    asking = Asking(QWEN3, GREC, exists=EXISTS, segmenter=Boxes(), shots={GREC.name: turns})
+    asking = Asking(QWEN3, GREC, exists=EXISTS, segmenter=Boxes(), shots={f"grec/{GREC.name}": turns})
     assert asking.name.endswith("3-shot") and asking.fingerprint() != Asking(QWEN3, GREC, exists=EXISTS, segmenter=Boxes()).fingerprint()
     item, record = first(items)
     _, rounds = hold(asking.ground(item, record), lambda _: "[]")

@@ -44,11 +44,19 @@ ALL = [(name, command) for command, name in {c: name for name in reversed(FOUND)
 TOO_LONG = ("benchmarks/rela_forward.py", "benchmarks/estimate.py", "benchmarks/train_step.py", "benchmarks/joint_ablation.py")
 TOO_LONG += ("benchmarks/photo_comparison.py", "benchmarks/photo_causes.py", "data_prep/photos.py")
 
+TRIED_ROWS = ("ablation_vlt_tile", "ablation_m3att_mask_responses", "ablation_isfp_iem")
+
 
 def is_long(command: str) -> bool:
-    """Tell whether a command belongs to `make test-long`: full width, and all but one of the configurations with a language model."""
+    """Tell whether a command belongs to `make test-long`: full width, and all but one of the configurations with a language model and of
+    each system's ablations."""
     family = re.search(r"_(?:qwen|llama|vicuna)[\w.]*?(?=\.yaml)", command)
-    return any(name in command for name in TOO_LONG) or (family is not None and not family[0].endswith("qwen2.5_7b"))
+    row = re.search(r"configs/(ablation_(?:vlt|m3att|isfp)_\w+)\.yaml", command)
+    return (
+        any(name in command for name in TOO_LONG)
+        or (family is not None and not family[0].endswith("qwen2.5_7b"))
+        or (row is not None and row[1] not in TRIED_ROWS)
+    )
 
 
 @pytest.fixture(scope="module")

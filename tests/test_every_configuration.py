@@ -15,10 +15,12 @@ The rule by which a configuration is made tiny, and free of chance, for this (`e
    size; a normalisation over a single position gives zero, and no gradient.
 7. ReLA's masked attention lets a region look where its mask's probability is at least 0.5, as released. Where the one process finds
    a probability within NEAR of that, rounding decides, and this step alone has the bound DECIDED_BY_ROUNDING. Where the input of a ReLU
-   is that near to zero, rounding decides whether one unit takes part in the gradient, but no loss: the gradient's norm of this step has
-   the bound KINK. (In every such step that was looked into, one unit behind the pixel decoder's last normalisation had turned.)
+   is that near to zero, rounding decides whether one unit takes part in the gradient (a leaky one: how much), but no loss: the
+   gradient's norm of this step has the bound KINK. (In every such step that was looked into, one unit behind the pixel decoder's last
+   normalisation had turned.)
 8. Configurations that this makes equal (Swin-T and Swin-B, Llama and Vicuna) are trained once.
-9. Losses agree within EXACT; with language fusion in Swin within FUSED: its normalisation over positions multiplies the rounding of
+9. The refinement of ISFP learns from every choice; with random weights all are wrong, and it would get no gradient.
+10. Losses agree within EXACT; with language fusion in Swin within FUSED: its normalisation over positions multiplies the rounding of
    maps that are almost constant, as those of drawn scenes are (float32 and float64 differ there by 1e-5 in the first fusion already).
 
 As a program: `python test_every_configuration.py CONFIG.yaml ...` trains one after the other, also as several processes.
@@ -121,6 +123,8 @@ def exact(name: str, stage: Path, engine: str, precision: str) -> Config:
     optim.lr, optim.eps, optim.clip, optim.weight_decay, optim.adapter_decay = 2e-6, 1e-2, 1.0, 0.0, 0.0
     if model.vision.patches:
         model.vision.patches, config.data.image_size = 2, 128
+    if hasattr(model.decoder.loss, "least_iou"):
+        model.decoder.loss.least_iou = -1.0
     if ENGINES[engine] is not None:
         optim.muon, optim.average_decay = False, 0.0
     return config
@@ -147,7 +151,7 @@ def one(name: str, stage: Path, engine: str, precision: str) -> Path:
 @contextmanager
 def counting_close_decisions() -> Iterator[dict[str, int]]:
     """Yield the numbers of decisions that lie near their threshold: of masked attention, and of ReLUs that are modules."""
-    attend, relu, close = LanguagePart._allowed, nn.ReLU.forward, dict.fromkeys(NEAR, 0)
+    attend, relu, leaky, close = LanguagePart._allowed, nn.ReLU.forward, nn.LeakyReLU.forward, dict.fromkeys(NEAR, 0)
 
     def attending(self: Any, x: Tensor, mask_level: Tensor) -> Tensor:
         with torch.no_grad():
@@ -155,15 +159,16 @@ def counting_close_decisions() -> Iterator[dict[str, int]]:
         close["attention"] += int(((prob - 0.5).abs() < NEAR["attention"]).sum())
         return attend(self, x, mask_level)
 
-    def rectified(self: nn.ReLU, x: Tensor) -> Tensor:
+    def rectified(self: Any, x: Tensor) -> Tensor:
         close["relu"] += int(((x.detach().abs() < NEAR["relu"]) & (x.detach() != 0)).sum())
-        return relu(self, x)
+        return relu(self, x) if isinstance(self, nn.ReLU) else leaky(self, x)
 
-    LanguagePart._allowed, nn.ReLU.forward = attending, rectified  # type: ignore[method-assign]
+    LanguagePart._allowed = attending  # type: ignore[method-assign]
+    nn.ReLU.forward = nn.LeakyReLU.forward = rectified  # type: ignore[method-assign]
     try:
         yield close
     finally:
-        LanguagePart._allowed, nn.ReLU.forward = attend, relu  # type: ignore[method-assign]
+        LanguagePart._allowed, nn.ReLU.forward, nn.LeakyReLU.forward = attend, relu, leaky  # type: ignore[method-assign]
 
 
 def several(cases: list[tuple[str, str]], stage: Path, folder: Path, precision: str, processes: int) -> dict[tuple[str, str], Path]:
@@ -189,7 +194,7 @@ def worst_differences(ours: Path, theirs: Path) -> dict[str, float]:
     assert [sorted(line) for line in found] == [sorted(line) for line in expected] and len(found) == STEPS
     counts = json.loads((theirs / "close.json").read_text())
     worst = dict.fromkeys(("loss", "norm", "decided loss", "decided norm"), 0.0)
-    assert any(not any(count.values()) for count in counts), counts
+    assert any(not count["attention"] for count in counts), counts
     for line, other, count in zip(found, expected, counts, strict=True):
         for key in line:
             norm = key == "grad_norm"

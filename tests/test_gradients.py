@@ -22,8 +22,9 @@ from grex_mllm.models.text import train_text_tokenizer
 SHIFTED_SOFTMAX = (
     r"text\.bert\.encoder\.layer\.\d+\.attention\.self\.key\.bias",  # adds the same number to all logits of a softmax
     r"vision\.(net\.)?stages\.\d\.fusion\.key\.bias",
-    r"decoder\.(image_part\.keys\.\d+|language_part\.region_\w+\.\d+\.attention\.key)\.bias",
+    r"decoder\.(language_part\.rela\.)?(image_part\.keys\.\d+|language_part\.region_\w+\.\d+\.attention\.key)\.bias",
 )
+SHIFTED_WORDS = (r"text\.bert\.encoder\.layer\.0\.output\.LayerNorm\.bias",)  # where only a fusion reads the words
 NORMALISED_AWAY = (r"vision\.(net\.)?stages\.\d\.fusion\.(query|value|output)\.bias",)  # a constant shift before an instance norm
 UNREACHABLE = SHIFTED_SOFTMAX + NORMALISED_AWAY
 # what the losses cannot reach at the first step, because the weight after it starts at zero
@@ -42,15 +43,45 @@ SWIN = {
     "model__vision__name": "swin", "model__vision__embed_width": 8, "model__vision__swin_depths": [1, 1, 1, 1],
     "model__vision__swin_heads": [1, 1, 2, 2], "model__vision__window": 3, "model__vision__drop_path": 0.0,
 }  # fmt: skip
+PWAM = SWIN | {"model__vision__fusion": "pwam"}
+ISFP = {
+    "model__decoder__name": "isfp", "model__decoder__minimap_side": 4, "model__decoder__segmentation_width": 16,
+    "model__decoder__refinement_width": 8, "model__decoder__aspp_rates": "[1, 2]", "model__decoder__loss__least_iou": -1.0,
+    "model__pixel_decoder__name": "fpn_levels",
+}  # fmt: skip
+LAVT = PWAM | {"model__decoder__name": "lavt", "model__decoder__heads__minimap_side": 4, "model__pixel_decoder__name": "top_down"}
 RELA = {"model__decoder__name": "rela", "model__decoder__num_layers": 3, "model__decoder__minimap_side": 4}
+VLT = {
+    "model__decoder__name": "vlt", "model__decoder__grid_side": 4, "model__decoder__mask_widths": "[8, 8, 8]",
+    "model__decoder__least_words": 1, "model__decoder__heads__minimap_side": 4,
+}  # fmt: skip
+M3ATT = {
+    "model__decoder__name": "m3att", "model__decoder__grid_side": 4, "model__decoder__mask_widths": "[8, 8, 8]",
+    "model__decoder__heads__minimap_side": 4,
+}  # fmt: skip
 CASES = {
     "instances_fpn": {},
     "instances_deformable": DEFORMABLE,
     "instances_swin": SWIN,
+    "vlt_fpn": VLT,
+    "vlt_swin": VLT | SWIN | {"model__vision__fusion": "pwam"},
+    "m3att_fpn": M3ATT,
+    "m3att_independent": M3ATT | DEFORMABLE | {"model__decoder__attention": "independent", "model__decoder__width": 64},
     "instances_attributes": {"model__decoder__attribute_classes": "{shape: 7}"},
     "rela_fpn": RELA,
     "rela_deformable": RELA | DEFORMABLE | {"model__decoder__width": 64},
     "rela_pwam": RELA | DEFORMABLE | SWIN | {"model__decoder__width": 64, "model__vision__fusion": "pwam"},
+    "isfp": ISFP,
+    "isfp_swin": ISFP | SWIN,
+    "isfp_pwam": ISFP | PWAM,
+    "isfp_argmax": ISFP | {"model__decoder__selection": "argmax", "model__decoder__coordinates": "true"},
+    "isfp_convolution": ISFP | {"model__decoder__identification": "convolution", "model__decoder__refinement": "false"},
+    "isfp_none": ISFP | {"model__decoder__identification": "none", "model__decoder__refinement": "false"},
+    "lavt": LAVT,
+    "lavt_open": LAVT | {"model__vision__fusion_start": "open"},
+    "vlt_rela": RELA | {"model__decoder__name": "vlt_rela", "model__decoder__grid_side": 4, "model__decoder__encoder_layers": 1},
+    "rela_top_down": RELA | {"model__pixel_decoder__name": "top_down"},
+    "rela_words": RELA | {"model__text__name": "bigru", "model__text__word_width": 8},
     **{
         f"rela_{name}": RELA
         | {f"model__{'vision' if field == 'patches' else 'decoder'}__{field}": value for field, value in changes.items()}
@@ -69,6 +100,8 @@ def built(case: str) -> Any:
     model: Any = GrexModel(config, tokenizer).double().train()
     if config.model.decoder.name == "rela":
         nn.init.normal_(model.grounding.decoder.language_part.language_projection.weight, std=0.2)
+    if config.model.decoder.name == "vlt_rela":
+        nn.init.normal_(model.grounding.decoder.language_part.rela.language_part.language_projection.weight, std=0.2)
     return model
 
 
@@ -102,7 +135,8 @@ def test_losses_reach_every_weight(case: str) -> None:
             parameter += torch.randn_like(parameter) * 0.02
     found = gradients(model)
     assert len(found) > 100
-    assert sorted(n for n, value in found.items() if value < LEAST) == matching(found, UNREACHABLE)
+    words = SHIFTED_WORDS if case.startswith("lavt") else ()
+    assert sorted(n for n, value in found.items() if value < LEAST) == matching(found, UNREACHABLE + words)
 
 
 @pytest.mark.parametrize("case", ["rela_deformable", "rela_pwam", "instances_deformable", "instances_fpn"])

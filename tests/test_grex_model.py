@@ -12,6 +12,7 @@ from tiny import tiny_model
 
 from grex_mllm import GrexModel
 from grex_mllm.config import PredictConfig
+from grex_mllm.data.transforms import fit
 from grex_mllm.errors import GrexError
 from grex_mllm.models import describe
 from grex_mllm.models.answer import above_threshold, answers
@@ -36,7 +37,7 @@ def output(mask, no_target=-3.0, boxes=None, scores=None, count=1) -> GroundingO
     )
 
 
-@pytest.mark.parametrize("resize", ["squash", "pad"])
+@pytest.mark.parametrize("resize", ["squash", "pad", "letterbox"])
 @pytest.mark.parametrize("size", [(60, 120), (120, 60), (64, 64), (31, 333)])
 def test_mask_and_box_lie_on_the_right_pixels_at_original_size(resize, size):
     """A mask that is drawn on the network input comes back onto the pixels that it was drawn from."""
@@ -44,14 +45,14 @@ def test_mask_and_box_lie_on_the_right_pixels_at_original_size(resize, size):
     truth = np.zeros(size, bool)
     truth[height // 4 : height // 2, width // 2 : width * 3 // 4] = True
     side = 64
-    scale = (side / height, side / width) if resize == "squash" else (side / max(size), side / max(size))
-    geometry = Geometry(height, width, max(1, round(height * scale[0])), max(1, round(width * scale[1])))
+    geometry = fit(height, width, side, resize)
     at_input = np.zeros((side, side), bool)
     rows = ((np.arange(geometry.input_height) + 0.5) / geometry.input_height * height).astype(int)
     columns = ((np.arange(geometry.input_width) + 0.5) / geometry.input_width * width).astype(int)
-    at_input[: geometry.input_height, : geometry.input_width] = truth[rows][:, columns]
+    at_input[geometry.inner] = truth[rows][:, columns]
     box = np.array([width / 2, height / 4, width * 3 / 4, height / 2])
-    x1, y1, x2, y2 = box * ([geometry.input_width / width, geometry.input_height / height] * 2) / side
+    margin = np.array([geometry.left, geometry.top] * 2)
+    x1, y1, x2, y2 = (box * ([geometry.input_width / width, geometry.input_height / height] * 2) + margin) / side
     norm = [(x1 + x2) / 2, (y1 + y2) / 2, x2 - x1, y2 - y1]
     result = answers(output(at_input, boxes=[norm], scores=[0.9]), ["x"], [geometry], (side, side), PredictConfig())[0]
     assert result.mask.shape == size

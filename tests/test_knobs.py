@@ -27,21 +27,40 @@ from grex_mllm.data.synthetic import SyntheticDataset
 from grex_mllm.data.synthetic.settings import SyntheticConfig
 from grex_mllm.models.decoders.instance_selection.config import InstanceLossConfig, InstanceSelectionConfig
 from grex_mllm.models.decoders.instance_selection.criterion import InstanceSelectionCriterion
+from grex_mllm.models.decoders.isfp.config import IsfpConfig
+from grex_mllm.models.decoders.isfp.criterion import OWN_TERMS, IsfpCriterion
+from grex_mllm.models.decoders.lavt import Config as LavtConfig
+from grex_mllm.models.decoders.lavt import Criterion as LavtCriterion
+from grex_mllm.models.decoders.m3att.config import M3AttConfig
+from grex_mllm.models.decoders.m3att.criterion import M3AttCriterion
 from grex_mllm.models.decoders.rela.config import RelaConfig
-from grex_mllm.models.decoders.rela.criterion import TERMS, RelaCriterion
+from grex_mllm.models.decoders.rela.criterion import RelaCriterion
+from grex_mllm.models.decoders.vlt.config import VltConfig
+from grex_mllm.models.decoders.vlt.criterion import VltCriterion
+from grex_mllm.models.grex_losses import TERMS
 from grex_mllm.models.text import BERT_SIZES, TextEncoder
+from grex_mllm.models.words import WordEncoder
 from grex_mllm.training.step import Step
 
 RENAMED = "__renamed"
 MISSING = re.compile(r'^(?P<file>[^:]+):(?P<line>\d+):(?P<column>\d+): error: "(?P<kind>\w+)" has no attribute "(?P<field>\w+)"')
-BY_NAME = {("RelaLossConfig", name) for name in TERMS} | {("InstanceLossConfig", f.name) for f in fields(InstanceLossConfig)}
+BY_NAME = {("GrexLossConfig", name) for name in TERMS} | {("InstanceLossConfig", f.name) for f in fields(InstanceLossConfig)}
 BY_NAME |= {("LossConfig", "ground"), ("LossConfig", "generate")}
 # what chooses an entry; the contract tests build every one by its name
-BY_NAME |= {("ModelConfig", "decoder"), *((f"{kind}Config", "name") for kind in ("Rela", "InstanceSelection", "RegionTokens", "Mllm"))}
+BY_NAME |= {
+    ("ModelConfig", "decoder"),
+    *((f"{kind}Config", "name") for kind in ("Rela", "InstanceSelection", "Vlt", "M3Att", "Isfp", "RegionTokens", "Mllm")),
+    ("Config", "name"),
+    *(("IsfpLossConfig", name) for name in (*OWN_TERMS, "mask", "minimap")),
+}
 FILES = (
-    "config.py", "augmentation.py", "models/decoders/rela/config.py", "models/decoders/instance_selection/config.py",
-    "models/lm_config.py", "models/generators/region_tokens/config.py", "models/generators/mllm/config.py", "data/synthetic/settings.py",
-    "training/pretraining.py",
+    "config.py", "encoders.py", "augmentation.py", "models/decoders/rela/config.py", "models/decoders/instance_selection/config.py",
+    "models/grex_losses.py", "models/grex_heads.py",
+    "models/decoders/vlt/config.py", "models/decoders/m3att/config.py", "models/decoders/isfp/config.py", "models/decoders/lavt.py",
+    "models/decoders/vlt_rela.py",
+    "models/lm_config.py", "models/generators/region_tokens/config.py", "models/generators/mllm/config.py",
+    "data/synthetic/settings.py", "training/pretraining.py", "zeroshot/settings.py", "zeroshot/local_settings.py",
+    "zeroshot/server/settings.py",
 )  # fmt: skip
 
 
@@ -54,7 +73,7 @@ def plain_fields(config: Path) -> list[tuple[str, ast.AnnAssign]]:
     for node in ast.parse(config.read_text(encoding="utf-8")).body:
         if isinstance(node, ast.ClassDef) and any("dataclass" in ast.unparse(mark) for mark in node.decorator_list):
             lines = [line for line in node.body if isinstance(line, ast.AnnAssign)]
-            found += [(node.name, line) for line in lines if not ast.unparse(line.annotation).endswith("Config")]
+            found += [(node.name, line) for line in lines if not ast.unparse(line.annotation).endswith(("Config", "Settings"))]
     return found
 
 
@@ -115,9 +134,13 @@ def test_every_knob_is_read_and_an_unread_one_is_found(package: Path) -> None:
     ("decoder", "criterion", "names"),
     [
         (RelaConfig(), RelaCriterion, TERMS),
+        (VltConfig(), VltCriterion, [*TERMS, "contrastive"]),
+        (M3AttConfig(), M3AttCriterion, [*TERMS, "reconstruction"]),
+        (IsfpConfig(), IsfpCriterion, [*TERMS, *OWN_TERMS]),
+        (LavtConfig(), LavtCriterion, TERMS),
         (InstanceSelectionConfig(), InstanceSelectionCriterion, [f.name for f in fields(InstanceLossConfig)]),
     ],
-    ids=["rela", "instance_selection"],
+    ids=["rela", "vlt", "m3att", "isfp", "lavt", "instance_selection"],
 )
 def test_loss_weights_that_are_read_by_name_arrive(decoder: Any, criterion: Any, names: list[str]) -> None:
     for name in names:
@@ -131,6 +154,13 @@ def test_sizes_of_the_text_encoder_arrive() -> None:
     for name, value in tiny.items():
         changed = TextConfig(**(tiny | {name: value * 2}))  # type: ignore[arg-type]
         assert TextEncoder(changed).sizes() == tiny | {name: value * 2}, name
+
+
+def test_sizes_of_the_word_encoder_arrive() -> None:
+    tiny = {"vocab_size": 30, "word_width": 5, "hidden_size": 16}
+    for name, value in tiny.items():
+        changed = TextConfig(name="bigru", **(tiny | {name: value * 2}))  # type: ignore[arg-type]
+        assert WordEncoder(changed).sizes() == tiny | {name: value * 2}, name
 
 
 def test_the_weights_of_both_parts_of_a_step_arrive(tmp_path: Path) -> None:

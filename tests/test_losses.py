@@ -12,15 +12,10 @@ from made_batch import RELEASED, make_batch
 
 from grex_mllm.errors import GrexError
 from grex_mllm.models.decoders.rela.config import RelaConfig, RelaLossConfig
-from grex_mllm.models.decoders.rela.criterion import (
-    RelaCriterion,
-    box_score,
-    count_cross_entropy,
-    mask_cross_entropy,
-    minimap_cross_entropy,
-    minimap_target,
-)
+from grex_mllm.models.decoders.rela.criterion import RelaCriterion
 from grex_mllm.models.decoders.rela.network import RelaExtra
+from grex_mllm.models.grex_losses import box_score, mask_cross_entropy, minimap_cross_entropy, minimap_target
+from grex_mllm.ops.losses import count_cross_entropy
 from grex_mllm.ops.matching import match
 from grex_mllm.types import GroundingOutput
 

@@ -30,6 +30,11 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     make_dataset(root / "d")
     tiny_speaker(root / "t").save_pretrained(root / "m")
     run(root, "oracle", "said.jsonl")
+    lines = [json.loads(line) for line in (root / "said.jsonl").read_text(encoding="utf-8").splitlines()]
+    for line in lines:  # as a model that is asked in words leaves them
+        text, step = ("[[100, 200, 500, 600]]", "locate") if "expression_id" in line else ("the squares", "describe")
+        line |= {"raw": [{"step": step, "text": text, "finish": "stop", "sent": [32, 24]}], "by": "qwen3-vl-2b, grec/uniform"}
+    (root / "raw.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
     return root
 
 
@@ -40,7 +45,8 @@ def run(place: Path, model: str, out: str, data: str = "d", **changes: Any) -> b
 
 def named(place: Path, name: str) -> str:
     """Return an entry with the argument that it needs."""
-    return {"grex": f"grex:{place / 'm'}", "replay": f"replay:{place / 'said.jsonl'}", "random": "random:7"}.get(name, name)
+    told = {"grex": f"grex:{place / 'm'}", "replay": f"replay:{place / 'said.jsonl'}", "random": "random:7"}
+    return (told | {"reparse": f"reparse:{place / 'raw.jsonl'}"}).get(name, name)
 
 
 def items(place: Path, done: tuple[str, ...] = ()) -> list[Item]:

@@ -28,6 +28,7 @@ LAYERS = {
     "arguments": 0,
     "augmentation": 0,
     "compat": 0,
+    "encoders": 0,
     "shipped": 0,
     "config": 0,
     "entries": 0,

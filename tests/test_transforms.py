@@ -30,8 +30,17 @@ def test_pad_keeps_the_aspect_and_fills_with_zeros() -> None:
     assert (geometry.input_height, geometry.input_width) == (15, 20) and image.shape == (20, 20, 3)
     assert not image[15:].any() and image[:15].any()
     assert fit(1, 400, 20, "pad") == Geometry(1, 400, 1, 20)
-    with pytest.raises(GrexError, match="squash or pad"):
+    with pytest.raises(GrexError, match="squash, pad or letterbox"):
         fit(4, 4, 20, "crop")
+
+
+def test_letterbox_centres_the_image_on_grey_that_the_network_sees() -> None:
+    image, geometry = resize_image(gradient(), 20, "letterbox")
+    assert geometry == Geometry(30, 40, 15, 20, 2, 0, 3, 0) and geometry.seen_size == (20, 20)
+    assert (image[:2] == 128).all() and (image[17:] == 128).all()
+    assert np.array_equal(image[2:17], resize_image(gradient(), 20, "pad")[0][:15])
+    assert fit(400, 1, 20, "letterbox") == Geometry(400, 1, 20, 1, 0, 9, 0, 10)
+    assert fit(40, 40, 20, "letterbox", 0.5) == Geometry(40, 40, 10, 10, 5, 5, 5, 5)
 
 
 def test_masks_and_boxes_move_with_the_image() -> None:
@@ -41,10 +50,12 @@ def test_masks_and_boxes_move_with_the_image() -> None:
     instances = [Instance("p", "a", [10, 6, 30, 24], polygon), Instance("r", "a", [10, 6, 30, 24], encode_rle(drawn))]
     instances += [Instance("c", "a", [0, 0, 40, 30], encode_rle(drawn), iscrowd=True), Instance("m", "a", [10, 6, 30, 24], mask=drawn)]
     sample = Sample(gradient(), ImageRecord("i", "", 30, 40, instances), [])
-    for resize, height in (("squash", 80), ("pad", 60)):
+    for resize, height in (("squash", 80), ("pad", 60), ("letterbox", 60)):
         ready = prepare(sample, 80, resize)
         assert [instance.annotation_id for instance in ready.instances] == ["p", "r", "m"] and ready.has_mask.all()
-        expected = [20, 6 * height / 30, 60, 24 * height / 30]
+        top = ready.geometry.top
+        assert top == (10 if resize == "letterbox" else 0)
+        expected = [20, top + 6 * height / 30, 60, top + 24 * height / 30]
         for mask in ready.instance_masks:
             assert mask_to_box_xyxy(mask) == expected
         cx, cy, w, h = ready.instance_boxes_norm[0] * 80
@@ -67,8 +78,17 @@ def test_upsampling_with_padding_equals_cropping_first() -> None:
     assert torch.isfinite(values_to_original(values, geometry, (32, 48))).all()
 
 
+def test_upsampling_with_margins_equals_cropping_first() -> None:
+    values = torch.randn(8, 12, dtype=torch.float64)
+    geometry = Geometry(33, 97, 16, 48, top=8, bottom=8)  # of 32 x 48 the image fills the middle 16 rows: 4 of 8 cells
+    expected = interpolate(values[None, None, 2:6], size=(33, 97), mode="bilinear", align_corners=False)[0, 0]
+    assert torch.allclose(values_to_original(values, geometry, (32, 48)), expected, atol=1e-12)
+    values[:2] = values[6:] = float("nan")
+    assert torch.isfinite(values_to_original(values, geometry, (32, 48))).all()
+
+
 @pytest.mark.parametrize(("height", "width"), [(30, 40), (40, 30), (17, 64), (123, 45), (8, 8)])
-@pytest.mark.parametrize("resize", ["squash", "pad"])
+@pytest.mark.parametrize("resize", ["squash", "pad", "letterbox"])
 def test_the_way_back_hits_the_same_pixels(height: int, width: int, resize: str) -> None:
     """Draw a mask at original size, carry it to a fine input, and back: it must come out where it was."""
     y, x = np.mgrid[:height, :width]

@@ -1,6 +1,7 @@
 """From the original image to the network's input, with everything that lies on it, and the way back.
 
-Two ways to resize: `squash` (exactly S x S, aspect ignored: the released ReLA) and `pad` (longest side to S, padded right and bottom).
+Three ways to resize: `squash` (exactly S x S, aspect ignored: the released ReLA), `pad` (longest side to S, padded right and bottom) and
+`letterbox` (longest side to S, centred on grey, which the network sees: the systems with Darknet).
 """
 
 from __future__ import annotations
@@ -18,6 +19,8 @@ from grex_mllm.types import Geometry, ImageRecord, Instance, Sample
 
 if TYPE_CHECKING:
     from torch import Tensor
+
+GREY = 128  # of letterbox: 0.5, rounded to a byte
 
 
 @dataclass
@@ -56,11 +59,12 @@ def prepare(sample: Sample, image_size: int, resize: str = "squash") -> Prepared
     masks = np.zeros((len(instances), image_size, image_size), bool)
     for position, instance in enumerate(instances):
         try:
-            masks[position, : geometry.input_height, : geometry.input_width] = instance_mask(instance, geometry)
+            masks[(position, *geometry.inner)] = instance_mask(instance, geometry)
         except GrexError as error:
             raise GrexError(f"image {sample.record.image_id}, annotation {instance.annotation_id}: {error}") from None
     boxes = np.asarray([instance.box_xyxy for instance in instances], np.float64).reshape(-1, 4)
-    boxes = clip_boxes(boxes, height, width) * [geometry.scale_x, geometry.scale_y, geometry.scale_x, geometry.scale_y] / image_size
+    boxes = clip_boxes(boxes, height, width) * [geometry.scale_x, geometry.scale_y, geometry.scale_x, geometry.scale_y]
+    boxes = (boxes + [geometry.left, geometry.top, geometry.left, geometry.top]) / image_size
     has_mask = np.asarray([instance.mask is not None or instance.segmentation is not None for instance in instances], bool)
     return Prepared(image, geometry, instances, masks, has_mask, xyxy_to_cxcywh(boxes).astype(np.float32))
 
@@ -74,16 +78,20 @@ def fit(height: int, width: int, image_size: int, resize: str, scale: float = 1.
     if resize == "squash":
         side = max(1, round(image_size * scale))
         return Geometry(height, width, side, side)
-    if resize == "pad":
+    if resize in ("pad", "letterbox"):
         factor = image_size * scale / max(height, width)
-        return Geometry(height, width, max(1, round(height * factor)), max(1, round(width * factor)))
-    raise fault(f'resize "{resize}"', "squash or pad", "fix data.resize in the configuration")
+        rows, columns = max(1, round(height * factor)), max(1, round(width * factor))
+        if resize == "pad":
+            return Geometry(height, width, rows, columns)
+        top, left = (image_size - rows) // 2, (image_size - columns) // 2
+        return Geometry(height, width, rows, columns, top, left, image_size - rows - top, image_size - columns - left)
+    raise fault(f'resize "{resize}"', "squash, pad or letterbox", "fix data.resize in the configuration")
 
 
 def resize_image(image: np.ndarray, image_size: int, resize: str = "squash", scale: float = 1.0) -> tuple[np.ndarray, Geometry]:
     """Return an image uint8 [H0, W0, 3] at network input size, uint8 [S, S, 3], and how it lies there.
 
-    PIL BILINEAR on uint8, zeros right and below the image. scale: see `fit`.
+    PIL BILINEAR on uint8, zeros right and below the image, or grey all around it. scale: see `fit`.
 
     Raises:
         GrexError: unknown `resize`.
@@ -94,8 +102,8 @@ def resize_image(image: np.ndarray, image_size: int, resize: str = "squash", sca
         image = np.asarray(Image.fromarray(image).resize(inner[::-1], Image.Resampling.BILINEAR))
     if inner == (image_size, image_size):
         return image, geometry
-    padded = np.zeros((image_size, image_size, 3), np.uint8)
-    padded[: inner[0], : inner[1]] = image
+    padded = np.full((image_size, image_size, 3), GREY if resize == "letterbox" else 0, np.uint8)
+    padded[geometry.inner] = image
     return padded, geometry
 
 
@@ -121,11 +129,11 @@ def values_to_original(values: Tensor, geometry: Geometry, input_size: tuple[int
     """Resample maps [..., h, w] over the network input to the original size [..., H0, W0], bilinear, in one step.
 
     input_size: (height, width) in pixels that h x w covers, padding included; default: the resized image without padding. Cells that lie in
-    the padding alone are never read. Without padding this equals `interpolate(align_corners=False)`.
+    padding or margins alone are never read. Without them this equals `interpolate(align_corners=False)`.
     """
-    height, width = input_size or (geometry.input_height, geometry.input_width)
-    rows = _cells(geometry.height, geometry.input_height, height, values.shape[-2], values)
-    columns = _cells(geometry.width, geometry.input_width, width, values.shape[-1], values)
+    height, width = input_size or geometry.seen_size
+    rows = _cells(geometry.height, geometry.input_height, height, values.shape[-2], values, geometry.top)
+    columns = _cells(geometry.width, geometry.input_width, width, values.shape[-1], values, geometry.left)
     low, high, weight = rows
     values = values[..., low, :] * (1 - weight)[:, None] + values[..., high, :] * weight[:, None]
     low, high, weight = columns
@@ -145,21 +153,21 @@ def boxes_to_original(boxes_norm: Tensor, geometry: Geometry, input_size: tuple[
 
     input_size: (height, width) of the network input, padding included; default: no padding. Takes numpy arrays and tensors.
     """
-    height, width = input_size or (geometry.input_height, geometry.input_width)
+    height, width = input_size or geometry.seen_size
     factor_x, factor_y = width / geometry.scale_x, height / geometry.scale_y
     boxes = cxcywh_to_xyxy(boxes_norm)
-    boxes[..., 0::2] *= factor_x
-    boxes[..., 1::2] *= factor_y
+    boxes[..., 0::2] = boxes[..., 0::2] * factor_x - geometry.left / geometry.scale_x
+    boxes[..., 1::2] = boxes[..., 1::2] * factor_y - geometry.top / geometry.scale_y
     return clip_boxes(boxes, geometry.height, geometry.width)
 
 
-def _cells(original: int, valid: int, total: int, cells: int, like: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def _cells(original: int, valid: int, total: int, cells: int, like: Tensor, margin: int = 0) -> tuple[Tensor, Tensor, Tensor]:
     """Return, for each original pixel, its two neighbouring cells and the weight of the second (half-pixel centres, valid cells only)."""
     import torch
 
-    last = max(0, -(-valid * cells // total) - 1)
+    first, last = margin * cells // total, max(0, -(-(margin + valid) * cells // total) - 1)
     place = (torch.arange(original, device=like.device, dtype=torch.float64) + 0.5) * (valid / original * cells / total) - 0.5
-    place = place.clamp(0, last)
+    place = (place + margin * cells / total).clamp(first, last)
     low = place.floor().long()
     return low, (low + 1).clamp(max=last), (place - low).to(like.dtype if like.is_floating_point() else torch.float32)
 
@@ -174,5 +182,5 @@ def input_masks(masks: np.ndarray, geometry: Geometry, input_size: tuple[int, in
         if not small.any():
             y, x = (int(np.median(v)) for v in np.nonzero(mask))
             small[min(int(y * geometry.scale_y), small.shape[0] - 1), min(int(x * geometry.scale_x), small.shape[1] - 1)] = True
-        placed[i, : geometry.input_height, : geometry.input_width] = small
+        placed[(i, *geometry.inner)] = small
     return torch.from_numpy(placed)

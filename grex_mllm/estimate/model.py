@@ -47,7 +47,7 @@ def standing_alone(config: Config) -> tuple[Config, list[str]]:
     """Return a copy of a configuration that names no files, with the sizes of those that are there, and where sizes came from otherwise."""
     config, notes = copy.deepcopy(config), list[str]()
     model = config.model
-    if model.text.path is not None:
+    if model.text.path is not None and model.text.name == "bert":
         file = Path(model.text.path) / "config.json"
         if file.is_file():
             theirs = json.loads(file.read_text(encoding="utf-8"))

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from grex_mllm.entries import entry
+from grex_mllm.errors import fault
 
 if TYPE_CHECKING:
     from grex_mllm.config import ModelConfig
@@ -21,11 +22,16 @@ def build_grounding(config: ModelConfig) -> GroundingModel:
     from grex_mllm.models.pixel_decoder import build_pixel_decoder
     from grex_mllm.models.text import TextEncoder
     from grex_mllm.models.vision import build_vision
+    from grex_mllm.models.words import WordEncoder
     from grex_mllm.types import DecoderInputs
 
-    text = TextEncoder(config.text)
+    if config.text.name not in ("bert", "bigru"):
+        raise fault(f'model.text.name "{config.text.name}"', "bert or bigru", "fix the name")
+    text = WordEncoder(config.text) if config.text.name == "bigru" else TextEncoder(config.text)
     vision: Any = build_vision(config.vision, text.width)
     pixel_decoder: Any = build_pixel_decoder(config.pixel_decoder, vision.channels)
+    if hasattr(vision, "leave_out"):
+        vision.leave_out(getattr(pixel_decoder, "unread_maps", 0))
     inputs = DecoderInputs(tuple(vision.channels), pixel_decoder.width, pixel_decoder.mask_width, text.width)
     decoder = entry("model.decoder", config.decoder.name).Decoder(config.decoder, inputs)
     return GroundingModel(vision, text, pixel_decoder, decoder)

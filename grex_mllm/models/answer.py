@@ -56,7 +56,7 @@ def answers(
     for e, (expression, geometry) in enumerate(zip(expressions, geometries, strict=True)):
         mask_input, mask = _no_masks(geometry)
         if config.masks:
-            mask_input, mask = masks_at(output.mask_logits[e].float(), geometry, canvas)
+            mask_input, mask = masks_at(output.mask_logits[e].float(), geometry, canvas, config.mask_threshold)
         if by_pixels:
             says_none[e] = mask.sum() < config.min_mask_pixels
             no_target_prob[e] = float(says_none[e])
@@ -99,6 +99,8 @@ def check_rules(config: PredictConfig) -> None:
             "a probability from 0 to 1 (0.5 = the likelier of the two)",
             "give another one",
         )
+    if not 0 < config.mask_threshold < 1:
+        raise fault(f"predict.mask_threshold of {config.mask_threshold}", "a probability between 0 and 1", "give another one")
     if config.no_target == "pixels" and threshold != DEFAULT_THRESHOLD:
         raise fault(
             f"a no-target threshold of {threshold} with predict.no_target: pixels",
@@ -115,14 +117,18 @@ def _no_masks(geometry: Geometry) -> tuple[np.ndarray, np.ndarray]:
     return np.zeros((geometry.input_height, geometry.input_width), bool), np.zeros((geometry.height, geometry.width), bool)
 
 
-def masks_at(logits: Tensor, geometry: Geometry, canvas: tuple[int, int]) -> tuple[np.ndarray, np.ndarray]:
-    """Return bool masks at the network input size (padding cut off) and at the original size, from logits float [2, h, w].
+def masks_at(
+    logits: Tensor, geometry: Geometry, canvas: tuple[int, int], threshold: float = PredictConfig.mask_threshold
+) -> tuple[np.ndarray, np.ndarray]:
+    """Return bool masks at the network input size (padding and margins cut off) and at the original size, from logits float [2, h, w].
+
+    threshold: probability above which a pixel belongs to the mask; 0.5 is exactly the argmax.
 
     The original-size mask is sampled from the logits in one bilinear step, not from the thresholded input mask.
     """
-    difference = logits[1] - logits[0]
+    difference = logits[1] - logits[0] - (math.log(threshold) - math.log1p(-threshold))
     at_input = F.interpolate(difference[None, None], size=canvas, mode="bilinear", align_corners=False)[0, 0]
-    at_input = at_input[: geometry.input_height, : geometry.input_width]
+    at_input = at_input[geometry.inner]
     return (at_input > 0).cpu().numpy(), mask_to_original(difference, geometry, canvas).cpu().numpy()
 
 

@@ -24,6 +24,26 @@ def upsample_to(x: Tensor, like: Tensor) -> Tensor:
     return F.interpolate(x, size=like.shape[-2:], mode="bilinear", align_corners=False)
 
 
+class LevelPyramid(nn.Module):
+    """The three coarser levels of a feature pyramid alone, for decoders that read no finer one; the finest is the mask features, too."""
+
+    unread_maps = 1
+
+    def __init__(self, config: PixelDecoderConfig, channels: Sequence[int]) -> None:
+        super().__init__()
+        self.width = self.mask_width = config.width
+        self.laterals = nn.ModuleList([nn.Conv2d(c, config.width, 1) for c in reversed(channels[1:])])
+        self.smooths = nn.ModuleList([_smooth(config.width) for _ in channels[1:]])
+
+    def forward(self, maps: list[Tensor]) -> PixelFeatures:
+        """Return three levels, coarse to fine, the last of them as mask features.
+
+        maps: four float [B, C_i, h_i, w_i], fine to coarse; the finest is not read.
+        """
+        levels = pyramid_levels(maps, self.laterals, self.smooths)
+        return PixelFeatures(levels[-1], levels)
+
+
 class FeaturePyramid(nn.Module):
     """Feature pyramid (Lin et al. 2017): 1x1 lateral, upsample and add, 3x3 with group norm; the finest map becomes the mask features.
 
@@ -46,15 +66,21 @@ class FeaturePyramid(nn.Module):
 
         maps: four float [B, C_i, h_i, w_i], fine to coarse.
         """
-        levels: list[Tensor] = []
-        for lateral, smooth, x in zip(self.laterals, self.smooths, reversed(maps[1:]), strict=True):
-            y = lateral(x)
-            if levels:
-                y = y + upsample_to(levels[-1], y)
-            levels.append(smooth(y))
+        levels = pyramid_levels(maps, self.laterals, self.smooths)
         fine = self.fine_lateral(maps[0])
         fine = self.fine_smooth(fine + upsample_to(self.fine_down(levels[-1]), fine))
         return PixelFeatures(self.mask_features(fine), levels)
+
+
+def pyramid_levels(maps: list[Tensor], laterals: nn.ModuleList, smooths: nn.ModuleList) -> list[Tensor]:
+    """Return three levels, coarse to fine, of all maps but the finest: 1x1 lateral, upsample and add, smooth."""
+    levels: list[Tensor] = []
+    for lateral, smooth, x in zip(laterals, smooths, reversed(maps[1:]), strict=True):
+        y = lateral(x)
+        if levels:
+            y = y + upsample_to(levels[-1], y)
+        levels.append(smooth(y))
+    return levels
 
 
 def _smooth(width: int) -> nn.Module:

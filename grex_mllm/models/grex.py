@@ -42,6 +42,8 @@ class GrexModel(nn.Module, ModelHubMixin):
         self.config = config
         self.text_tokenizer = text_tokenizer
         self.grounding = build_grounding(config.model)
+        if config.model.text.name == "bigru" and config.model.text.path is not None:
+            self.grounding.text.start_from(config.model.text.path, text_tokenizer.vocabulary)
         config.model.text = replace(config.model.text, **self.grounding.text.sizes())  # known only now where `path` gives them
         if text_tokenizer.vocab_size > config.model.text.vocab_size:
             raise fault(
@@ -87,7 +89,7 @@ class GrexModel(nn.Module, ModelHubMixin):
         array = load_image(image)
         resized, geometry = resize_image(array, self.config.data.image_size, self.config.data.resize)
         pixels = torch.from_numpy(resized.copy()).permute(2, 0, 1)[None].to(self.device)
-        features = self.grounding.encode_image(pixels, [(geometry.input_height, geometry.input_width)])
+        features = self.grounding.encode_image(pixels, [geometry.seen_size])
         return EncodedImage(features, geometry, features.padded_size, array)
 
     @torch.inference_mode()

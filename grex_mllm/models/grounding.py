@@ -93,8 +93,13 @@ class GroundingModel(nn.Module):
         else:
             features.maps = self.vision(features.image, None) if features.maps is None else features.maps
             features.pixels = self.pixel_decoder(features.maps)
-            features.decoded = self.decoder.image_part(features.maps, features.pixels)
+            features.decoded = self._decode(features.maps, features.pixels, features.image)
         return features
+
+    def _decode(self, maps: list[Tensor], pixels: PixelFeatures, image: Tensor) -> Any:
+        """Run the decoder's image part; one that says so gets the images [B, 3, H', W'], too."""
+        given = (image,) if getattr(self.decoder, "reads_image", False) else ()
+        return self.decoder.image_part(maps, pixels, *given)
 
     def language_free(self, features: ImageFeatures) -> list[Tensor]:
         """Return the pixel decoder's maps of encoded images without any language, fine to coarse: what a generator reads.
@@ -136,7 +141,8 @@ class GroundingModel(nn.Module):
 
     def _ground_fused(self, features: ImageFeatures, image_index: Tensor, text: TextFeatures) -> GroundingOutput:
         maps = self.vision.finish(features.prefix, image_index, text)
-        decoded = self.decoder.image_part(maps, self.pixel_decoder(maps))
+        image = features.image.index_select(0, image_index) if getattr(self.decoder, "reads_image", False) else features.image
+        decoded = self._decode(maps, self.pixel_decoder(maps), image)
         return self.decoder.language_part(decoded, torch.arange(len(image_index), device=image_index.device), text)
 
     def forward(

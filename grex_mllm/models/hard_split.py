@@ -33,6 +33,11 @@ class HardSplit(nn.Module):
         self.channels = self.net.channels
         self.fuses_language = self.net.fuses_language
 
+    def leave_out(self, number: int) -> None:
+        """Let the encoder drop what belongs to its finest maps alone."""
+        if hasattr(self.net, "leave_out"):
+            self.net.leave_out(number)
+
     def forward(self, image: Tensor, text: TextFeatures | None = None) -> list[Tensor]:
         """Return the maps of normalised images [B, 3, H, W], fine to coarse; with fusion, `text` has one row per image."""
         rows = None if text is None else _repeat(text, self.side**2)

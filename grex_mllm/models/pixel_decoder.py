@@ -1,4 +1,5 @@
-"""From an image encoder's maps to mask features and levels: multi-scale deformable attention (Mask2Former's) or a plain feature pyramid."""
+"""From an image encoder's maps to mask features and levels: multi-scale deformable attention (Mask2Former's), a plain feature pyramid, its
+coarser levels alone, or LAVT's way up."""
 
 from __future__ import annotations
 
@@ -9,7 +10,8 @@ from torch import nn
 from grex_mllm.config import PixelDecoderConfig
 from grex_mllm.errors import fault
 from grex_mllm.models.deformable import DeformablePixelDecoder
-from grex_mllm.models.feature_pyramid import NUM_LEVELS, FeaturePyramid
+from grex_mllm.models.feature_pyramid import NUM_LEVELS, FeaturePyramid, LevelPyramid
+from grex_mllm.models.top_down import TopDown
 
 
 def build_pixel_decoder(config: PixelDecoderConfig, channels: Sequence[int]) -> nn.Module:
@@ -22,6 +24,10 @@ def build_pixel_decoder(config: PixelDecoderConfig, channels: Sequence[int]) -> 
         raise fault(f"an image encoder with {len(channels)} maps", f"{NUM_LEVELS + 1}", "choose another image encoder")
     if config.name == "fpn":
         return FeaturePyramid(config, channels)
+    if config.name == "fpn_levels":
+        return LevelPyramid(config, channels)
+    if config.name == "top_down":
+        return TopDown(config, channels)
     if config.name == "deformable":
         return DeformablePixelDecoder(config, channels)
-    raise fault(f'model.pixel_decoder.name "{config.name}"', "deformable or fpn", "fix the name")
+    raise fault(f'model.pixel_decoder.name "{config.name}"', "deformable, fpn, fpn_levels or top_down", "fix the name")

@@ -182,9 +182,22 @@ class SwinTransformer(nn.Module):
                 nn.init.trunc_normal_(module.weight, std=INIT_STD)
                 if module.bias is not None:
                     nn.init.zeros_(module.bias)
-        for name, parameter in self.named_parameters():
-            if ".gate." in name:  # the gate starts closed
-                nn.init.zeros_(parameter)
+        self._start_fusion(config.fusion_start)
+
+    def _start_fusion(self, start: str) -> None:
+        """Initialise fusion and gates as the released ReLA (gates closed) or as LAVT (gates as all matrices, projections as torch does)."""
+        if start not in ("closed", "open"):
+            raise fault(f'model.vision.fusion_start "{start}"', "closed or open", "fix the name")
+        for name, module in self.named_modules():
+            if isinstance(module, nn.Linear) and start == "open" and ".fusion." in name:
+                module.reset_parameters()
+            elif isinstance(module, nn.Linear) and start == "closed" and ".gate." in name:
+                nn.init.zeros_(module.weight)
+
+    def leave_out(self, number: int) -> None:
+        """Drop the norms of the finest maps, which nothing reads; without a reader they would get no gradient."""
+        for i in range(number):
+            self.norms[i] = nn.Identity()
 
     def encode_prefix(self, image: Tensor) -> Tensor:
         """Do the work before the first fusion once per image: patches and the first stage's blocks. Returns float [B, C, h, w]."""

@@ -84,6 +84,11 @@ class TextTokenizer:
     def vocab_size(self) -> int:
         return int(self.tokenizer.get_vocab_size())
 
+    @property
+    def vocabulary(self) -> list[str]:
+        """The entry of every id."""
+        return [str(self.tokenizer.id_to_token(number)) for number in range(self.vocab_size)]
+
     def encode(self, expressions: Sequence[str], max_tokens: int, pad: str = "max") -> tuple[Tensor, Tensor]:
         """Return ids and mask, int64 [E, L]; mask 1 on real tokens. pad: L = max_tokens ("max"), or the longest of these ("longest")."""
         rows = [encoding.ids[:max_tokens] for encoding in self.tokenizer.encode_batch(list(expressions))]

@@ -102,6 +102,10 @@ def build_vision(config: VisionConfig, text_width: int) -> nn.Module:
         from grex_mllm.models.efficientnet import EfficientNetLite0
 
         net = EfficientNetLite0(config)
+    elif config.name == "darknet53":
+        from grex_mllm.models.darknet import Darknet
+
+        net = Darknet(config)
     elif config.name.startswith("timm:"):
         net = TimmEncoder(config.name.removeprefix("timm:"))
         _recompute(net.net.set_grad_checkpointing, config)
@@ -109,9 +113,8 @@ def build_vision(config: VisionConfig, text_width: int) -> nn.Module:
         net = HubEncoder(config.name.removeprefix("hf:"))
         _recompute(partial(recompute_blocks, net.net), config)
     else:
-        raise fault(
-            f'model.vision.name "{config.name}"', "resnet, swin, efficientnet_lite0, timm:<model> or hf:<folder or hub id>", "fix the name"
-        )
+        known = "resnet, swin, darknet53, efficientnet_lite0, timm:<model> or hf:<folder or hub id>"
+        raise fault(f'model.vision.name "{config.name}"', known, "fix the name")
     if config.weights is not None:
         load_weights(net, config.weights)
     if config.patches:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,8 @@ from typing import Any
 import torch
 
 from grex_mllm.config import load_config, to_dict
+from grex_mllm.data.transforms import input_masks
+from grex_mllm.errors import fault
 from grex_mllm.models.answer import EncodedImage, check_rules
 from grex_mllm.models.describe import Description, describe_among_found, describe_encoded
 from grex_mllm.models.grex import CONFIG, MAX_EXPRESSION_CHARACTERS, GrexModel
@@ -50,7 +53,9 @@ class GrexPredictor:
         self.chosen = resolve_precision(self.rules.precision, place)
         tasks = ("ground",) if self.net.generator is None else ("ground", "generate")
         how = f"in {self.chosen.precision} on {place} ({self.chosen.reason})"
-        self.can = Abilities(tasks, how=how, ahead=config.data.num_workers, config=config, remarks=self._remarks)
+        self._check_oracle()
+        truth = "" if self.rules.oracle == "none" else "targets"
+        self.can = Abilities(tasks, truth, how, config.data.num_workers, config, self._remarks)
         self.speech = options.speech
         self._last: tuple[Item, EncodedImage] | None = None
 
@@ -74,7 +79,7 @@ class GrexPredictor:
                 part = item.expressions[start : start + size]
                 if all(e.expression_id in item.done for e in part):
                     continue
-                with autocast(self.chosen.precision, self.net.device.type):
+                with autocast(self.chosen.precision, self.net.device.type), self._given(item, part):
                     results = self.net.ground(self._encoded(item), [e.raw for e in part], size)
                 for record, result in zip(part, results, strict=True):
                     if record.expression_id not in item.done:
@@ -89,6 +94,27 @@ class GrexPredictor:
                 with autocast(self.chosen.precision, self.net.device.type):
                     answers = describe_sets(self.net, item, self._encoded(item), item.open_sets, self.listener)
                 yield from answers
+
+    def _check_oracle(self) -> None:
+        kind, decoder = self.rules.oracle, self.net.grounding.decoder
+        known = ("none", *getattr(decoder, "oracles", ()))
+        if kind not in known:
+            name = self.net.config.model.decoder.name
+            raise fault(f"predict.oracle is {kind} with model.decoder.name {name}", " or ".join(known), "change one of them")
+        if kind != "none" and self.net.grounding.fuses_language:
+            raise fault(f"predict.oracle is {kind} with an image encoder that reads language", "one without fusion", "set it to none")
+
+    @contextmanager
+    def _given(self, item: Item, part: list[ExpressionRecord]) -> Iterator[None]:
+        """Give the decoder the ground truth of these expressions where `predict.oracle` asks for it."""
+        if self.rules.oracle == "none":
+            yield
+            return
+        encoded, place = self._encoded(item), {instance.annotation_id: n for n, instance in enumerate(item.instances)}
+        masks = input_masks(item.masks, encoded.geometry, encoded.canvas).to(self.net.device)
+        targets = [torch.tensor([place[target] for target in record.targets], dtype=torch.int64) for record in part]
+        with self.net.grounding.decoder.given(self.rules.oracle, masks, targets):
+            yield
 
     def _encoded(self, item: Item) -> EncodedImage:
         """Encode the image of an item; both tasks ask for the same one in turn, so the last one is kept."""

@@ -140,7 +140,8 @@ class Options:
     overrides: of its configuration, as --a.b=c.  listener: number of the listener's candidates, 0 = none.
     precision, threshold (of "no target"): None = as configured.  speech: further options of `GrexModel.describe`, where they are given.
     asked: options of one kind of predictor alone, by their names on the command line (base_url), where they are given.
-    data, image_root, out: of `grex predict`: the dataset folder, for examples of its train split, and the file to write.
+    data, image_root, out: of `grex predict`: the dataset folder, for examples of its train split, and the file to write; None = nothing is
+    written, as in a dry run.
     """
 
     device: str = "auto"

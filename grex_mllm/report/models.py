@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Collection, Sequence
 from functools import lru_cache
@@ -80,14 +81,16 @@ def _summary(runs: list[Run], known: Collection[str]) -> str:
         rows = [
             [label(run), *(column.text(column.find(run.results["by_num_targets"].get(b, {}).get(task))) for b in buckets)] for run in runs
         ]
+        if all(cell == "-" for row in rows for cell in row[1:]):
+            continue
         parts.append(_html(Table(f"{task} {column.name} by number of targets", ["model", *buckets], rows)))
     return whole + f'<div class="tables">{"".join(parts)}</div>'
 
 
 def label(run: Run) -> str:
     """Return the name of a run, with the name that its predictions give themselves."""
-    by = run.results["provenance"]["predictions"].get("by") or []
-    return f"{run.name} ({', '.join(by)})" if by else run.name
+    by = ", ".join(run.results["provenance"]["predictions"].get("by") or [])
+    return f"{run.name} ({by})" if by and not by.startswith(f"{run.name},") else by or run.name
 
 
 def _matrix(rows: list[tuple[str, dict[str, Any]]], known: Collection[str]) -> str:
@@ -157,28 +160,36 @@ def _disagreements(
     def sample(image_id: str) -> Sample:
         return source[position[image_id]]
 
-    names = [label(run) for run in runs]
+    grounding, names = _that_answer(runs, lines, False)
     spread: list[tuple[float, str, str]] = []
-    for record in source.expressions:
-        found = [line.get(record.expression_id) for line in lines]
+    for record in source.expressions if len(grounding) > 1 else ():
+        found = [line.get(record.expression_id) for line in grounding]
         if any(one is None for one in found):
             continue
         judged = [cases.judge_grounding(sample(record.image_id), record, one).score for one in found if one is not None]
         if max(judged) - min(judged) > SAME:
             spread.append((max(judged) - min(judged), record.image_id, record.expression_id))
-    chosen = _no_more_than_one_of_an_image(sorted(spread, key=lambda item: (-item[0], item[2])), number)
-    ground = [_grounding_card(sample(image), expression, lines, names) for _, image, expression in chosen]
-    asked = [key for key in lines[0] if key.startswith("set:") and all(key in line for line in lines[1:])]
-    differ = [key for key in asked if len({str(line[key].get("expression", "")).strip().lower() for line in lines}) > 1]
-    generate = [_generation_card(sample(lines[0][key]["image_id"]), key, lines, names) for key in cases.spread(differ, number)]
+    mixed = sorted(spread, key=lambda item: (-item[0], hashlib.sha256(item[2].encode()).digest()))  # of equals, from anywhere in the split
+    chosen = _no_more_than_one_of_an_image(mixed, number)
+    ground = [_grounding_card(sample(image), expression, grounding, names) for _, image, expression in chosen]
+    texts_of, names = _that_answer(runs, lines, True)
+    asked = [key for key in texts_of[0] if key.startswith("set:") and all(key in line for line in texts_of)] if len(texts_of) > 1 else []
+    differ = [key for key in asked if len({str(line[key].get("expression", "")).strip().lower() for line in texts_of}) > 1]
+    generate = [_generation_card(sample(texts_of[0][key]["image_id"]), key, texts_of, names) for key in cases.spread(differ, number)]
     share = f"{len(spread):,} of {len(source.expressions):,} expressions are answered differently; the widest differences, one of an image."
     texts = (
         f"{len(differ):,} of {len(asked):,} object sets are described differently; at even distances in the order of the split, not chosen."
     )
     return [
-        Section("disagreements", "Where they disagree", pictures.sheet("Grounding", ground, share)),
+        Section("disagreements", "Where they disagree", pictures.sheet("Grounding", ground, share, wide=len(grounding) > 2)),
         Section("texts", "What they write", pictures.sheet("Group expressions", generate, texts)),
     ]
+
+
+def _that_answer(runs: list[Run], lines: list[dict[str, dict[str, Any]]], sets: bool) -> tuple[list[dict[str, dict[str, Any]]], list[str]]:
+    """Return the lines and names of the runs that describe object sets, or that ground expressions."""
+    found = [(line, run.name) for run, line in zip(runs, lines, strict=True) if any(key.startswith("set:") == sets for key in line)]
+    return [line for line, _ in found], [name for _, name in found]
 
 
 def _no_more_than_one_of_an_image(ranked: list[tuple[float, str, str]], number: int) -> list[tuple[float, str, str]]:

@@ -155,9 +155,10 @@ def card(panels: list[str], text: str, badges: list[str], tags: list[str], ident
     )
 
 
-def sheet(title: str, cards: list[str], lead: str) -> str:
-    """Return a titled grid of cards."""
-    return f'<h3>{escape(title)}</h3><p class="lead">{escape(lead)}</p><div class="cases">{"".join(cards)}</div>' if cards else ""
+def sheet(title: str, cards: list[str], lead: str, *, wide: bool = False) -> str:
+    """Return a titled grid of cards. wide: one card a row, for many pictures side by side."""
+    kind = "cases wide" if wide else "cases"
+    return f'<h3>{escape(title)}</h3><p class="lead">{escape(lead)}</p><div class="{kind}">{"".join(cards)}</div>' if cards else ""
 
 
 def _objects(number: int) -> str:

@@ -44,6 +44,12 @@ def _check_encoder(config: Config) -> None:
             "fusion of language in the image encoder swin only",
             "set model.vision.fusion to none, or model.vision.name to swin",
         )
+    if config.model.text.name != "bert" and config.train.optim.text not in ("all", "none"):
+        raise fault(
+            f"train.optim.text is {config.train.optim.text} with model.text.name {config.model.text.name}",
+            "all or none there: only BERT has layers of which some train",
+            "set train.optim.text to all",
+        )
 
 
 def _check_generation(config: Config) -> None:

@@ -140,16 +140,16 @@ def hidden_matrices(model: nn.Module, convolutions: bool = False) -> set[str]:
 
 
 def build_schedule(optimizer: Optimizer, config: OptimConfig, total_steps: int) -> LambdaLR:
-    """Make the learning-rate schedule: a linear warm-up over a fraction of the steps, then constant, multistep or cosine.
+    """Make the learning-rate schedule: a linear warm-up over a fraction of the steps, then constant, multistep, cosine or poly.
 
     The factor after t finished steps is: constant 1; multistep gamma to the number of milestones <= t (as released: 110,000 and 140,000,
-    factor 0.1); cosine from 1 to `final_fraction` at the last step.
+    factor 0.1); cosine from 1 to `final_fraction` at the last step; poly (1 - t / steps)^power, as LAVT with 0.9.
 
     Raises:
         GrexError: unknown schedule.
     """
-    if config.schedule not in ("constant", "multistep", "cosine"):
-        raise fault(f'train.optim.schedule is "{config.schedule}"', '"constant", "multistep" or "cosine"', "choose one of them")
+    if config.schedule not in ("constant", "multistep", "cosine", "poly"):
+        raise fault(f'train.optim.schedule is "{config.schedule}"', '"constant", "multistep", "cosine" or "poly"', "choose one of them")
     warmup = round(config.warmup_fraction * total_steps)
 
     def factor(step: int) -> float:
@@ -157,6 +157,8 @@ def build_schedule(optimizer: Optimizer, config: OptimConfig, total_steps: int) 
             return (step + 1) / warmup
         if config.schedule == "multistep":
             return float(config.gamma ** bisect_right(sorted(config.milestones), step))
+        if config.schedule == "poly":
+            return float((1 - min((step - warmup) / max(total_steps - warmup, 1), 1.0)) ** config.power)
         if config.schedule == "cosine":
             done = min((step - warmup) / max(total_steps - warmup, 1), 1.0)
             return config.final_fraction + (1 - config.final_fraction) * (1 + math.cos(math.pi * done)) / 2

@@ -22,6 +22,7 @@ from grex_mllm.models.language_model import describe_base
 from grex_mllm.models.lm_loading import partitioned_lm
 from grex_mllm.models.placement import Placement, placed
 from grex_mllm.models.text import TextTokenizer, load_text_tokenizer, train_text_tokenizer
+from grex_mllm.models.words import make_word_tokenizer
 from grex_mllm.ops.losses import alone
 from grex_mllm.precision import Resolved, resolve_precision
 from grex_mllm.progress import list_ids, progress_bar
@@ -114,7 +115,7 @@ def _materials(config: Config) -> tuple[SampleSource, tuple[TextTokenizer, Any],
     generates = GENERATE in tasks_of(config)
     samples = training_samples(config.data, config.train.seed, positions, generates=generates)
     tokenizers = make_tokenizers(config)
-    if config.model.text.path is None and config.train.start is None:
+    if (config.model.text.path is None or config.model.text.name == "bigru") and config.train.start is None:
         config.model.text.vocab_size = tokenizers[0].vocab_size
     return samples, tokenizers, generates
 
@@ -212,9 +213,16 @@ def make_tokenizers(config: Config) -> tuple[TextTokenizer, Any]:
     if place is None:
         raise fault("model.text.tokenizer is not set", "a folder with BERT's vocab.txt, or train", "set model.text.tokenizer")
     lines = cache(lambda: training_text(config.data, CORPUS_LINES))
-    if place == "train":
+    words = config.model.text.name == "bigru"
+    if place == "train" or (words and config.model.text.tokenizer is None):
         if not (folder / "text").is_dir():
-            _whole(folder / "text", lambda work: train_text_tokenizer(lines(), config.model.text.vocab_size).save(work))
+            text_config = config.model.text
+            made = (
+                (lambda: make_word_tokenizer(text_config, lines))
+                if words
+                else (lambda: train_text_tokenizer(lines(), text_config.vocab_size))
+            )
+            _whole(folder / "text", lambda work: made().save(work))
         place = str(folder / "text")
     text = load_text_tokenizer(place)
     if generator is None:

@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     from grex_mllm.models.grex import GrexModel
 
 WEIGHTS, CONFIG, TOKENIZER = "model.safetensors", "config.yaml", "text_tokenizer"
-TEXT_SIZES = ("vocab_size", "hidden_size", "num_layers", "num_heads", "intermediate_size", "max_positions")
+TEXT_SIZES = ("vocab_size", "hidden_size", "word_width", "num_layers", "num_heads", "intermediate_size", "max_positions")
 SEVERAL = 4
 
 

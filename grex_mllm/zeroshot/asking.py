@@ -40,7 +40,7 @@ class Asking:
 
     family: of the model.  locate: prompt of the task grec, gres or count.  describe: of greg.  exists: for the rejections that need it.
     segmenter: None = boxes alone.  rejection: see `rejection`.  view: of the backend: size of the picture that the model sees.
-    shots: turns of examples for each prompt, by its name (`shots.shot_turns`).  shown: ids of their images; no question about one is asked.
+    shots: turns of examples by "task/name" of a prompt (`shots.shot_turns`).  shown: ids of their images; no question about one is asked.
     seed: of all sampling.  structured: ask for JSON by schema.
 
     Raises:

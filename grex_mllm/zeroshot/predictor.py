@@ -75,7 +75,7 @@ class ZeroShot:
             root = self.options.image_root
             chosen = choose_shots(self.options.data, ask.shots, ask.seed, split=ask.shots_split, image_root=root, targeted=targeted)
             asking.shown.update(shot.record.image_id for shot in chosen)
-            asking.shots[prompt.name] = shot_turns(chosen, prompt, self.family, asking.view_of)
+            asking.shots[f"{prompt.task}/{prompt.name}"] = shot_turns(chosen, prompt, self.family, asking.view_of)
 
     def fingerprint(self) -> str:
         """Name backend and way of asking."""

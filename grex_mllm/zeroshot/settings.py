@@ -15,7 +15,7 @@ GROUNDING_TASKS = ("grec", "gres", "count")
 
 
 @dataclass(frozen=True)
-class Ask:
+class AskSettings:
     """How questions are put, and how answers are read.
 
     family: of the model (`zeroshot/families`); None = found by the model's name.
@@ -51,9 +51,9 @@ class Ask:
 
 @dataclass(frozen=True)
 class Settings:
-    """ask: see `Ask`.  server: of a model behind one.  local: of a model that this process loads."""
+    """ask: see `AskSettings`.  server: of a model behind one.  local: of a model that this process loads."""
 
-    ask: Ask = field(default_factory=Ask)
+    ask: AskSettings = field(default_factory=AskSettings)
     server: ServerSettings = field(default_factory=ServerSettings)
     local: LocalSettings = field(default_factory=LocalSettings)
 

@@ -18,7 +18,7 @@ class Talk:
     """The requests of one question.
 
     key: of the question.  pictures: of the last user turn.  view: of the first picture, before the model has said what it saw.
-    words: what a prompt's places are filled with.  shots: turns of examples for each prompt, by its name.
+    words: what a prompt's places are filled with.  shots: turns of examples for each prompt, by "task/name".
     seed: of all sampling.  structured: ask for the prompt's JSON schema.
     raw: what came back, in order, with step, prompt and the size of the picture that the parser went by.  flags: in order, each once.
     """
@@ -42,7 +42,7 @@ class Talk:
         """
         system, user = prompt.render(self.view, **self.words)
         turns: tuple[Turn, ...] = (Turn("system", (system,)),) if system is not None else ()
-        turns += (*self.shots.get(prompt.name, ()), Turn("user", (*self.pictures, user)))
+        turns += (*self.shots.get(f"{prompt.task}/{prompt.name}", ()), Turn("user", (*self.pictures, user)))
         made = [
             Request(
                 key=f"{self.key}#{step}" + (f".{n}" if samples > 1 else ""),

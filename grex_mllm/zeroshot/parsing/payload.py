@@ -17,30 +17,28 @@ _LANGUAGE = re.compile(
 # words that set a value apart from the answer: an example, or what a later one corrects
 _ASIDE = re.compile(
     r"\b(?:for example|example|e\.g\.|for instance|format (?:is|would be|like)|formatted like|looks? like this|placeholder|template)\b"
-    r"|\b(?:correct(?:ion|ed|ing)|let me (?:correct|re-?check|revise|refine|fix)|actually|on second thought|mistake|instead|revised?"
-    r"|refined|updated"
-    r"|initial(?:ly)?|first (?:guess|thought|attempt|estimate)|draft|at first|i (?:considered|thought)|my final|final (?:answer"
-    r"|result|output|box|boxes))\b"
-    r"|\bwait\b\s*[,.!:-]|更正|修正|纠正|糾正|应该是|應該是|最终答案|例如|示例|例子|比如|たとえば|例えば|訂正|예를 들어|예시|수정"
-    r"|par exemple|exemple|correction|beispiel"
-    r"|korrektur|korrigiert|eigentlich|ejemplo|correcci|exemplo|correç|esempio|correzione|например|пример|исправл",
+    r"|\b(?:correct(?:ion|ed|ing)|let me (?:correct|re-?check|revise|refine|fix)|actually|on second thought|mistake|instead|revised?)\b"
+    r"|\b(?:refined|updated|initial(?:ly)?|first (?:guess|thought|attempt|estimate)|draft|at first|i (?:considered|thought)|my final)\b"
+    r"|\bfinal (?:answer|result|output|box|boxes)\b"
+    r"|\b(?:wait|oops|hmm|no|sorry|or rather|rather|i mean|scratch that|better)\b\s*[,.!:-]"
+    r"|更正|修正|纠正|糾正|应该是|應該是|最终答案|例如|示例|例子|比如|たとえば|例えば|訂正|예를 들어|예시|수정"
+    r"|par exemple|exemple|correction|beispiel|korrektur|korrigiert|eigentlich|ejemplo|correcci|exemplo|correç|esempio|correzione"
+    r"|например|пример|исправл",
     re.IGNORECASE,
 )
 _CORRECTS = re.compile(
-    r"\b(?:correction|corrected|let me (?:correct|re-?check|revise|refine|fix)|actually|on second thought|mistake|my final"
-    r"|final answer)\b|\bwait\b\s*[,.!:-]"
-    r"|更正|修正|纠正|应该是|訂正|수정|korrektur|correcci|correzione|исправл",
+    r"\b(?:correction|corrected|let me (?:correct|re-?check|revise|refine|fix)|actually|on second thought|mistake|my final|final answer)\b"
+    r"|\bwait\b\s*[,.!:-]|更正|修正|纠正|应该是|訂正|수정|korrektur|correcci|correzione|исправл",
     re.IGNORECASE,
 )
 _EXAMPLE = re.compile(
-    r"\b(?:for example|example|e\.g\.|for instance)\b|例如|示例|par exemple|beispiel|ejemplo|esempio|например"
-    r"|たとえば|예를 들어",
+    r"\b(?:for example|example|e\.g\.|for instance)\b|例如|示例|par exemple|beispiel|ejemplo|esempio|например|たとえば|예를 들어",
     re.IGNORECASE,
 )
+_BETWEEN = r"\s?%?(?:[,;]\s?|[ \t]+)"
 _BARE = re.compile(
-    rf"^[ \t]*(?:[-*•]|\d{{1,2}}[.)])?[ \t]*(?:[^\n:=]{{0,60}}[:=])?[ \t<(]*({NUMBER}\s?%?(?:[,;]\s?|[ \t]+){NUMBER}\s?%?(?:[,;]\s?"
-    rf"|[ \t]+){NUMBER}\s?%?"
-    rf"(?:[,;]\s?|[ \t]+){NUMBER}\s?%?)[ \t>)]*[.。]?[ \t]*$",
+    rf"^[ \t]*(?:[-*•]|\d{{1,2}}[.)])?[ \t]*(?:[^\n:=]{{0,60}}[:=])?[ \t<(]*"
+    rf"({NUMBER}{_BETWEEN}{NUMBER}{_BETWEEN}{NUMBER}{_BETWEEN}{NUMBER}\s?%?)[ \t>)]*[.。]?[ \t]*$",
     re.MULTILINE,
 )
 _ANGLES = re.compile(rf"<({NUMBER}(?:\s?[,;]\s?{NUMBER}){{3}})>")

@@ -4,25 +4,15 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
+from grex_mllm.models.grex_losses import GrexLossConfig
+
 
 @dataclass
-class RelaLossConfig:
-    """Weights of the named loss terms; 0 switches a term off. The defaults are the article's joint weights (2, 5, 0.2, 1)."""
+class RelaLossConfig(GrexLossConfig):
+    """The loss of GREx, and what ReLA adds."""
 
-    mask: float = 2.0
-    minimap: float = 0.2
-    no_target: float = 0.2
-    box_l1: float = 5.0
-    box_giou: float = 5.0
-    box_score: float = 2.0
-    count: float = 1.0
     class_weights: list[float] = field(default_factory=lambda: [0.9, 1.1])  # of background and target in the cross-entropies
-    minimap_target: str = "area"  # area (share of the cell, a soft target) | truncated (as released: 1 where all sampled pixels are)
-    box_score_kind: str = "focal"  # focal | bce
     deep_supervision: float = 0.0  # weight of each earlier layer's terms beside the last layer's; 0 = only the last layer answers
-    match_score: float = 2.0  # weights of the pairing cost of boxes and queries
-    match_l1: float = 5.0
-    match_giou: float = 2.0
 
 
 @dataclass

@@ -1,105 +1,13 @@
-"""The loss terms of ReLA and GREx, each a named function, and their weighted sum.
-
-Released ReLA: 5 (mask + 0.1 minimap + 0.1 no_target). GREx article, equation 2: 2 mask + 5 box + 0.2 region + 1 count. The weights stand
-in the configuration; no term knows its own.
-"""
+"""The loss of ReLA: GREx's terms for the last layer's answer and, where wanted, for those of the earlier layers."""
 
 from __future__ import annotations
 
-import math
-from collections.abc import Sequence
-
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-from grex_mllm.errors import fault
 from grex_mllm.models.decoders.rela.config import RelaConfig
-from grex_mllm.ops.losses import count_cross_entropy, focal_sum, giou_each, matched_boxes, shared_count
-from grex_mllm.ops.matching import MatchCost, Matches, match
+from grex_mllm.models.grex_losses import GrexLosses
 from grex_mllm.types import Batch, GroundingOutput
-
-FOCAL_ALPHA = 0.25
-LEAST_WEIGHT = 1e-12  # what a sum of weights is at least
-MASK_TERMS = ("mask", "minimap")
-BOX_TERMS = ("box_l1", "box_giou", "box_score")
-TERMS = (*MASK_TERMS, "no_target", *BOX_TERMS, "count")
-
-
-def mask_cross_entropy(mask_logits: Tensor, gt_masks: Tensor, class_weights: Tensor) -> Tensor:
-    """Compute the weighted two-class cross-entropy of masks, a scalar.
-
-    The logits [E, 2, h, w] are resized bilinearly to the masks' size [E, H, W]; the mean is over all pixels of the batch, weighted by class
-    (sum of w_y ce over sum of w_y), as released. Samples without target have all-background masks and count like any other.
-    """
-    logits = F.interpolate(mask_logits.float(), size=gt_masks.shape[-2:], mode="bilinear", align_corners=False)
-    return _weighted_cross_entropy(logits, gt_masks.long(), class_weights)
-
-
-def minimap_target(gt_masks: Tensor, side: int, kind: str) -> Tensor:
-    """Shrink masks [E, H, W] to the target share float32 [E, P * P] of each region, row by row.
-
-    truncated: bilinear to P x P without antialiasing, then cut to an integer, as released: at 480 pixels and P = 10 a cell reads the four
-    pixels at its centre, and is 1 only where all four are. area: the share of the cell that the target covers (small targets then reach
-    the minimap).
-
-    Raises:
-        GrexError: unknown kind.
-    """
-    masks = gt_masks[:, None].float()
-    if kind == "truncated":
-        return F.interpolate(masks, size=(side, side), mode="bilinear", align_corners=False).long().float().flatten(1)
-    if kind == "area":
-        return F.adaptive_avg_pool2d(masks, (side, side)).flatten(1)
-    raise fault(f'model.decoder.loss.minimap_target is "{kind}"', '"area" or "truncated"', "choose one of them")
-
-
-def minimap_cross_entropy(minimap_logits: Tensor, target: Tensor, class_weights: Tensor) -> Tensor:
-    """Compute the weighted two-class cross-entropy of the minimap, a scalar.
-
-    minimap_logits: [E, Q, 2].  target: [E, Q] in [0, 1]; a share counts for both classes. The weighted mean equals the hard one for 0 and
-    1.
-    """
-    share = torch.stack([1 - target, target], dim=-1) * class_weights.to(target)
-    return -(share * minimap_logits.float().log_softmax(-1)).sum() / shared_count(share.sum(), share, least=LEAST_WEIGHT)
-
-
-def no_target_cross_entropy(no_target_logits: Tensor, no_target: Tensor, class_weights: Tensor) -> Tensor:
-    """Compute the weighted cross-entropy of logits [E, 2] against bool [E] (1 = no target), a scalar."""
-    return _weighted_cross_entropy(no_target_logits.float(), no_target.long(), class_weights)
-
-
-def box_l1(boxes_norm: Tensor, gt_boxes_norm: Sequence[Tensor], matches: Matches) -> Tensor:
-    """Compute the L1 distance of matched boxes, the four numbers summed, mean over matches; 0 (with a gradient path) without matches."""
-    predicted, wanted = matched_boxes(boxes_norm, gt_boxes_norm, matches)
-    return (predicted - wanted).abs().sum() / shared_count(len(matches), boxes_norm)
-
-
-def box_giou(boxes_norm: Tensor, gt_boxes_norm: Sequence[Tensor], matches: Matches) -> Tensor:
-    """Compute 1 - generalized IoU of matched boxes, mean over matches; 0 (with a gradient path) without matches."""
-    giou = giou_each(*matched_boxes(boxes_norm, gt_boxes_norm, matches))
-    return (1 - giou).sum() / shared_count(len(matches), boxes_norm)
-
-
-def box_score(box_logits: Tensor, matches: Matches, kind: str) -> Tensor:
-    """Score every query [E, Q]: 1 where it was matched, 0 elsewhere, so that no target means all low.
-
-    focal: Lin et al. 2017 (alpha 0.25, gamma 2), summed, over the matches or the expressions, whichever are more (the mean over queries
-    would drown the few matched ones; division by the matches alone explodes in a batch with few targets). bce: the plain mean. The papers
-    give no loss for scores; a score is needed to rank boxes for the N_O best.
-
-    Raises:
-        GrexError: unknown kind.
-    """
-    logits = box_logits.float()
-    target = matches.indicator(logits.shape[1]).to(logits)
-    num_expressions = shared_count(logits.shape[0], logits)
-    if kind == "bce":
-        entropy = F.binary_cross_entropy_with_logits(logits, target, reduction="sum")
-        return entropy / (num_expressions * logits.shape[1])
-    if kind != "focal":
-        raise fault(f'model.decoder.loss.box_score_kind is "{kind}"', '"focal" or "bce"', "choose one of them")
-    return focal_sum(logits, target, FOCAL_ALPHA) / shared_count(len(matches), logits).maximum(num_expressions)
 
 
 class RelaCriterion:
@@ -108,14 +16,9 @@ class RelaCriterion:
     reads_targets_only = True
 
     def __init__(self, decoder: RelaConfig) -> None:
-        self.config = config = decoder.loss
-        self.weights = {name: float(getattr(config, name)) for name in TERMS}
-        if len(config.class_weights) != 2:
-            raise fault(
-                f"model.decoder.loss.class_weights is {config.class_weights}", "two numbers, for background and target", "give both"
-            )
-        self.class_weights = torch.tensor(config.class_weights)
-        self.cost = MatchCost(score=config.match_score, box_l1=config.match_l1, box_giou=config.match_giou)
+        self.config = decoder.loss
+        self.losses = GrexLosses(decoder.loss, decoder.loss.class_weights, "model.decoder")
+        self.weights = self.losses.weights
 
     def __call__(self, output: GroundingOutput, batch: Batch) -> dict[str, Tensor]:
         """Return name -> scalar of the terms with a weight, and `total`.
@@ -125,63 +28,10 @@ class RelaCriterion:
         Raises:
             GrexError: a term has a weight, but the model lacks its head or the batch its target.
         """
-        terms = self._terms(output, batch)
-        total = self._sum(terms)
+        terms = self.losses.terms(output, batch)
+        total = self.losses.total(terms)
         if self.config.deep_supervision:
-            terms["deep"] = torch.stack([self._sum(self._terms(layer, batch)) for layer in output.extra.layers]).sum()
+            each = [self.losses.total(self.losses.terms(layer, batch)) for layer in output.extra.layers]
+            terms["deep"] = torch.stack(each).sum()
             total = total + self.config.deep_supervision * terms["deep"]
         return {**terms, "total": total}
-
-    def _sum(self, terms: dict[str, Tensor]) -> Tensor:
-        return torch.stack([self.weights[name] * value for name, value in terms.items()]).sum()
-
-    def _terms(self, output: GroundingOutput, batch: Batch) -> dict[str, Tensor]:
-        terms: dict[str, Tensor] = {}
-        weight = self.weights
-        assert output.minimap_logits is not None and output.no_target_logits is not None  # ReLA always gives them
-        if weight["mask"] or weight["minimap"]:
-            if batch.gt_masks is None:
-                raise fault("a batch without masks", "masks, for model.decoder.loss.mask and minimap", "set both to 0 for box-only data")
-            if weight["mask"]:
-                terms["mask"] = mask_cross_entropy(output.mask_logits, batch.gt_masks, self.class_weights)
-            if weight["minimap"]:
-                side = math.isqrt(output.minimap_logits.shape[1])
-                target = minimap_target(batch.gt_masks, side, self.config.minimap_target)
-                terms["minimap"] = minimap_cross_entropy(output.minimap_logits, target, self.class_weights)
-        if weight["no_target"]:
-            terms["no_target"] = no_target_cross_entropy(output.no_target_logits, batch.no_target, self.class_weights)
-        if any(weight[name] for name in BOX_TERMS):
-            terms.update(self._box_terms(output, batch))
-        if weight["count"]:
-            if output.count_logits is None:
-                raise _headless("count", "count")
-            terms["count"] = count_cross_entropy(output.count_logits, batch.gt_count)
-        return terms
-
-    def _box_terms(self, output: GroundingOutput, batch: Batch) -> dict[str, Tensor]:
-        if output.boxes_norm is None or output.box_logits is None:
-            raise _headless("box_l1, box_giou, box_score", "boxes")
-        boxes, gt = output.boxes_norm, batch.gt_boxes_norm
-        matches = match(boxes, gt, logits=output.box_logits, cost=self.cost)
-        made = {
-            "box_l1": lambda: box_l1(boxes, gt, matches),
-            "box_giou": lambda: box_giou(boxes, gt, matches),
-            "box_score": lambda: box_score(output.box_logits, matches, self.config.box_score_kind),
-        }
-        return {name: make() for name, make in made.items() if self.weights[name]}
-
-
-def _weighted_cross_entropy(logits: Tensor, target: Tensor, class_weights: Tensor) -> Tensor:
-    """Cross-entropy of logits [E, 2, ...] against int64 [E, ...], weighted by class: the sum of w_y ce over the sum of w_y."""
-    weights = class_weights.to(logits)
-    positive = target.sum()
-    count = weights[0] * (target.numel() - positive) + weights[1] * positive
-    return F.cross_entropy(logits, target, weight=weights, reduction="sum") / shared_count(count, logits, least=LEAST_WEIGHT)
-
-
-def _headless(terms: str, head: str) -> Exception:
-    return fault(
-        f"loss weights for {terms}, but the model has no such head",
-        f"model.decoder.{head}: true",
-        "turn the head on, or set the weights to 0",
-    )

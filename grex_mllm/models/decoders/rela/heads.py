@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from itertools import pairwise
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -35,16 +36,16 @@ class RegionHeads(nn.Module):
     a region's box is a shift from the centre of its minimap cell and a size (the minimap already binds the region to that cell),
     `box_score` says how sure the region is that its box is one of the targets' boxes, and the count is averaged over regions like the
     no-target answer.
-    `boxes` or `count` False: the head does not exist, so a released checkpoint has nothing missing.
+    `boxes`, `count`, ... False, `mask_width` 0: the head does not exist, so a released checkpoint has nothing missing.
     """
 
-    centres: Tensor
-
-    def __init__(self, width: int, mask_width: int, side: int, boxes: bool, count: bool) -> None:
+    def __init__(
+        self, width: int, mask_width: int, side: int, boxes: bool, count: bool, minimap: bool = True, no_target: bool = True
+    ) -> None:
         super().__init__()
-        self.mask = Mlp(width, width, mask_width, 3)
-        self.minimap = nn.Linear(width, 2)
-        self.no_target = Mlp(width, width, 2, 2)
+        self.mask: Any = Mlp(width, width, mask_width, 3) if mask_width else None
+        self.minimap: Any = nn.Linear(width, 2) if minimap else None
+        self.no_target: Any = Mlp(width, width, 2, 2) if no_target else None
         self.box = Mlp(width, width, 4, 3) if boxes else None
         self.box_score = nn.Linear(width, 1) if boxes else None
         self.count = Mlp(width, width, NUM_COUNTS, 2) if count else None
@@ -66,6 +67,10 @@ class RegionHeads(nn.Module):
         """Return count_logits [E, 7], or None."""
         return None if self.count is None else self.count(regions).mean(dim=1)
 
-    def predict_no_target(self, regions: Tensor) -> Tensor:
-        """Return no_target_logits [E, 2]."""
-        return self.no_target(regions).mean(dim=1)
+    def predict_no_target(self, regions: Tensor) -> Tensor | None:
+        """Return no_target_logits [E, 2], or None."""
+        return None if self.no_target is None else self.no_target(regions).mean(dim=1)
+
+    def predict_minimap(self, regions: Tensor) -> Tensor | None:
+        """Return minimap_logits [E, Q, 2], or None."""
+        return None if self.minimap is None else self.minimap(regions)

@@ -248,7 +248,7 @@ class RegionTokenGenerator(nn.Module):
             [input_masks(masks, geometry, encoded.features.input_size).to(device)],
             torch.zeros(len(sets), dtype=torch.int64, device=device),
             [torch.tensor(s, dtype=torch.int64, device=device) for s in sets],
-            valid_sizes=torch.tensor([[geometry.input_height, geometry.input_width]], device=device),
+            valid_sizes=torch.tensor([geometry.seen_size], device=device),
             beside=None if beside is None else [torch.tensor(b, dtype=torch.int64, device=device) for b in beside],
             **options,
         )
