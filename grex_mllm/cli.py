@@ -197,7 +197,7 @@ def describe(
         masks: the objects as mask PNGs of the image's size.
         mode: greedy, beam or sample.
         candidates: how many to draw for the reranking.
-        rerank: listener = choose the candidate that the model itself grounds best.
+        rerank: listener = choose the candidate that the model itself grounds best; own = by the generator's own likelihoods (mllm).
         seed: of the sampling.
         device: auto, cpu, cuda.
     """

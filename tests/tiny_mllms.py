@@ -37,11 +37,16 @@ LLAVA = (
     + PARTS.replace("IMAGE", "<image>\\n")
     + "{{ '</s>' if message['role'] == 'assistant' else ' ' }}{% endfor %}{% if add_generation_prompt %}{{ 'ASSISTANT:' }}{% endif %}"
 )
-GEMMA = (
-    "{{ bos_token }}{% for message in messages %}{% set role = 'model' if message['role'] == 'assistant' else message['role'] %}"
+GEMMA = (  # has no system turn: its words stand at the beginning of the first question
+    "{{ bos_token }}{% set system = messages[0]['role'] == 'system' %}"
+    "{% for message in (messages[1:] if system else messages) %}"
+    "{% set role = 'model' if message['role'] == 'assistant' else message['role'] %}"
     "{% if (message['role'] == 'user') != (loop.index0 % 2 == 0) %}{{ raise_exception('roles must alternate') }}{% endif %}"
-    "{{ '<start_of_turn>' + role + '\\n' }}" + PARTS.replace("IMAGE", "<start_of_image>") + "{{ '<end_of_turn>\\n' }}{% endfor %}"
-    "{% if add_generation_prompt %}{{ '<start_of_turn>model\\n' }}{% endif %}"
+    "{{ '<start_of_turn>' + role + '\n' }}"
+    "{% if system and loop.first %}{{ (messages[0]['content'] if messages[0]['content'] is string"
+    " else messages[0]['content'][0]['text']) + '\n\n' }}{% endif %}"
+    + PARTS.replace("IMAGE", "<start_of_image>")
+    + "{{ '<end_of_turn>\n' }}{% endfor %}{% if add_generation_prompt %}{{ '<start_of_turn>model\n' }}{% endif %}"
 )
 SMOL = (
     "<|im_start|>{% for message in messages %}{{ message['role'] | capitalize }}"
