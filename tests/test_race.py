@@ -27,6 +27,7 @@ def race(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
 
     monkeypatch.setattr(photo_comparison, "grex", lambda *words: main(list(words)))
     monkeypatch.setattr(module, "ROUNDS", 1)
+    monkeypatch.setattr("grex_mllm.training.run.CORPUS_LINES", 300)
     monkeypatch.setattr("grex_mllm.metrics.language.java_missing", lambda: "left out: it takes seconds")
     return module
 
