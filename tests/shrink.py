@@ -52,6 +52,7 @@ BENCHMARK_SIZES["train_step.py"] = ["--batch", "1", "--steps", "1", "--repeats",
 LANGUAGE_MODELS = {"Qwen2.5-0.5B-Instruct": "qwen2", "Qwen2.5-1.5B-Instruct": "qwen2", "Qwen2.5-7B-Instruct": "qwen2"}
 LANGUAGE_MODELS |= {"Llama-3.1-8B-Instruct": "llama", "vicuna-7b-v1.5": "llama"}
 LANGUAGE_MODELS |= {"smollm2-135m-instruct": "llama"}
+BENCHMARK_SIZES["shared_image.py"] = ["--size", "64", "--repeats", "1", "--small-text", "--model.decoder.grid_side=4"]
 BENCHMARK_SIZES["photos.py"] = ["--candidates", "2", "--expressions-per-image", "3"]
 BENCHMARK_SIZES["photo_comparison.py"] = ["--seconds", "0.01", "--seeds", "0", "--variants", "without geometry"]
 BENCHMARK_SIZES["race.py"] = ["--seconds", "0.01", "--threads", "1", "--seeds", "0", "--scenes", "2", "--systems", "LAVT"]

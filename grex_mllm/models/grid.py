@@ -46,7 +46,7 @@ class ConvNormRelu(nn.Module):
 
     def forward(self, x: Tensor, upsampled: bool = False) -> Tensor:
         """upsampled: upsample by two (nearest) first."""
-        return F.relu(self.norm(upsampled_conv(x, self.conv.weight) if upsampled else self.conv(x)))
+        return F.relu_(self.norm(upsampled_conv(x, self.conv.weight) if upsampled else self.conv(x)))
 
 
 class TokenReluNorm(nn.Module):
