@@ -66,7 +66,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--systems", nargs="+", default=list(SYSTEMS), choices=list(SYSTEMS))
     parser.add_argument("--config", default="configs/race.yaml")
     parser.add_argument("--scenes", type=int, default=SCENES, help="of the drawn test split (default: %(default)s)")
-    parser.add_argument("--set", nargs="*", default=[], help="further changes of the configuration, for all systems")
+    parser.add_argument("--set", action="append", default=[], help="a further change of the configuration, for all systems: --set=--a.b=c")
     options = parser.parse_args(arguments)
     tested = options.data or drawn_scenes(options)
     steps = count_steps(options)

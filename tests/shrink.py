@@ -58,6 +58,7 @@ LANGUAGE_MODELS |= {"Llama-3.1-8B-Instruct": "llama", "vicuna-7b-v1.5": "llama"}
 LANGUAGE_MODELS |= {"smollm2-135m-instruct": "llama"}
 MULTIMODAL_MODELS = {"Qwen2.5-VL-3B-Instruct": "qwen2.5-vl", "Qwen2.5-VL-7B-Instruct": "qwen2.5-vl"}
 WORDS = ["the two red circles on the left", "a dog and the blue square"]
+BENCHMARK_SIZES["shared_image.py"] = ["--size", "64", "--repeats", "1", "--small-text", "--model.decoder.grid_side=4"]
 BENCHMARK_SIZES["photos.py"] = ["--candidates", "2", "--expressions-per-image", "3"]
 BENCHMARK_SIZES["photo_comparison.py"] = ["--seconds", "0.01", "--seeds", "0", "--variants", "without geometry"]
 BENCHMARK_SIZES["race.py"] = ["--seconds", "0.01", "--threads", "1", "--seeds", "0", "--scenes", "2", "--systems", "LAVT"]

@@ -42,7 +42,7 @@ LAUNCHERS = ("torchrun", "deepspeed", "accelerate")
 FOUND = {file.relative_to(ROOT).as_posix(): commands(file) for file in DOCUMENTS}
 ALL = [(name, command) for command, name in {c: name for name in reversed(FOUND) for c in FOUND[name]}.items()]  # each once
 TOO_LONG = ("benchmarks/rela_forward.py", "benchmarks/estimate.py", "benchmarks/train_step.py", "benchmarks/joint_ablation.py")
-TOO_LONG += ("benchmarks/photo_comparison.py", "benchmarks/photo_causes.py", "data_prep/photos.py")
+TOO_LONG += ("benchmarks/photo_comparison.py", "benchmarks/photo_causes.py", "benchmarks/race.py", "data_prep/photos.py")
 
 TRIED_ROWS = ("ablation_vlt_tile", "ablation_m3att_mask_responses", "ablation_isfp_iem")
 

@@ -3,7 +3,8 @@
 The rule by which a configuration is made tiny, and free of chance, for this (`exact`):
 
 1. `shrink_run` of tests/shrink.py makes every width tiny and leaves every choice as it is; released weights are random ones.
-2. Every dropout is 0: of the text encoder, of the adapters, of Swin's paths, of distractors, and the share of boxes instead of masks.
+2. Every dropout is 0: of the text encoder, of the adapters, of Swin's paths, of distractors, and the share of boxes instead of masks; no
+   words are masked at random.
 3. Ten steps of four images, at most two batches a step; no pre-training. Dataset folders are one of SCENES synthetic scenes, some of
    whose expressions have no target; a named language model is a tiny random one of its family, in the type that is computed in.
 4. AdamW with epsilon 1e-2, learning rate 2e-6, gradients clipped at norm 1, no decay. With its usual epsilon AdamW divides the
@@ -69,6 +70,9 @@ UNASKED = {
     "ablation_grec_only": re.compile(
         r"grounding\.(decoder\.language_part\.heads\.mask|pixel_decoder\.(lateral|smooth|mask_features)|vision\.(norms\.0|stages\.0\.fusion))\."
     ),
+    "ablation_vlt_queries_1": re.compile(  # a softmax over one query is 1
+        r"grounding\.decoder\.language_part\.decoder\.layers\.\d\.self_attention\.attention\.(query|key)\."
+    ),
     "ablation_no_target_pixels": re.compile(r"grounding\.decoder\.language_part\.heads\.no_target\."),
 }
 CPU: dict[str, str] = {"device": "cpu"}
@@ -109,6 +113,8 @@ def exact(name: str, stage: Path, engine: str, precision: str) -> Config:
     model, generator, train, optim = config.model, config.model.generator, config.train, config.train.optim
     model.vision.weights = model.text.path = train.pretraining = None
     model.text.tokenizer, model.text.dropout, model.vision.drop_path = str(stage / "text"), 0.0, 0.0
+    if hasattr(model.decoder, "masked_words"):
+        model.decoder.masked_words = "none"
     if generator is not None:
         generator.lora_dropout = generator.distractor_dropout = 0.0
         if hasattr(generator, "box_share"):

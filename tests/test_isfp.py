@@ -210,7 +210,7 @@ def test_losses_are_equation_3_4_and_negative_channels_teach_nothing() -> None:
     assert masks.grad is not None
     assert bool((masks.grad[owner < 0] == 0).all()) and bool((masks.grad[owner >= 0].abs().amax(dim=(1, 2)) > 0).all())
     nothing = segmentation(masks, target_cells(batch_of(instances, [[], [], []]), SIDE), batch_of(instances, [[], [], []]))
-    assert float(nothing) == 0 and nothing.requires_grad
+    assert nothing.item() == 0 and nothing.requires_grad
 
 
 def test_refinement_learns_only_above_theta() -> None:
@@ -220,10 +220,10 @@ def test_refinement_learns_only_above_theta() -> None:
     coarse = torch.full((1, 4, 4), -1.0)
     coarse[0, 0, :2] = 1.0  # IoU 2 / 4
     final = torch.randn(1, 2, 4, 4, dtype=torch.float64, requires_grad=True)
-    assert float(refinement(final, coarse, truth, 0.5)) == 0
+    assert refinement(final, coarse, truth, 0.5).item() == 0
     expected = sum(bce((final[0, 1, i, j] - final[0, 0, i, j]).item(), float(truth[0, i, j])) for i in range(4) for j in range(4)) / 16
     assert refinement(final, coarse, truth, 0.49).item() == pytest.approx(expected, abs=1e-6)
-    assert float(refinement(final, coarse, torch.zeros_like(truth), 0.0)) == 0  # no target
+    assert refinement(final, coarse, torch.zeros_like(truth), 0.0).item() == 0  # no target
 
 
 def test_the_total_is_the_weighted_sum() -> None:
