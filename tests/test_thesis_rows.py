@@ -3,13 +3,20 @@
 from __future__ import annotations
 
 import json
+from functools import partial
+from pathlib import Path
 from typing import Any
 
 import pytest
 from conftest import ROOT
+from test_data_prep import convert
 
 from grex_mllm.config import Config, load_config, to_dict
+from grex_mllm.data.collate import collate
+from grex_mllm.data.dataset import FolderDataset
 from grex_mllm.entries import entry
+from grex_mllm.models.decoders.vlt.criterion import relations
+from grex_mllm.models.text import train_text_tokenizer
 from grex_mllm.types import DecoderInputs
 
 FOLDER = ROOT / "configs"
@@ -110,3 +117,20 @@ def test_sizes_of_maps() -> None:
         config = load(name)
         assert config.data.image_size == size and config.model.decoder.grid_side == size // 16
         assert len(config.model.decoder.mask_widths) == 3  # each followed by upsampling
+
+
+def test_a_batch_of_photographs_holds_every_relation_of_the_contrast(shared: Path, tmp_path: Path) -> None:
+    """The thesis builds batches of one sample, others of its object (SISO), of its image (SIDO) and of other images (DI); ours hold all of
+    them for many anchors at once, because the expressions of an image come together."""
+    folder = shared / "data" / "human_refs"
+    flags = {"--refs": folder / "grefs_mini.json", "--instances": folder / "instances.json", "--images": folder / "images"}
+    assert convert([str(item) for pair in {**flags, "--out": tmp_path / "out"}.items() for item in pair]) == 0
+    data = FolderDataset(tmp_path / "out", "test", expressions_per_image=4, training=True)
+    tokenizer = train_text_tokenizer(["the dog on the left"], 200)
+    for start in (0, 8):
+        batch = collate([data[start + i] for i in range(8)], partial(tokenizer.encode, max_tokens=20), image_size=64)
+        same, different = relations(batch.image_index, batch.target_index)
+        other = batch.image_index[:, None] != batch.image_index[None]
+        assert same.any() and different.any() and other.any()
+        assert not (same & different).any() and not ((same | different) & other).any()
+        assert not same[batch.no_target].any() and not same[:, batch.no_target].any() and not different[batch.no_target].any()
