@@ -30,7 +30,7 @@ LARGE = 10.0  # logits above it are compared relative to their size
 EXPRESSIONS_AT_ONCE = 16
 SAID = ("the two red circles on the left", "a dog", "everyone but the kid in white")  # of the check
 Graph = tuple[str, torch.nn.Module, tuple[torch.Tensor, ...], list[str], list[str]]  # name, module, example, inputs, outputs
-Writer = Callable[[Path, Graph, bool], None]
+Writer = Callable[[Path, Graph, bool], list[str]]  # returns the inputs that the written graph reads
 
 
 def export_model(model_name: str, out: str, form: str = "onnx", task: str = "ground") -> dict[str, Any]:
@@ -94,20 +94,19 @@ def write_graphs(model: GrexModel, work: Path, writer: Writer, varies: bool) -> 
     """Write the model's graphs and return their inputs and outputs by name."""
     ids, mask = model.encode_text(SAID[:1] if model.grounding.fuses_language else SAID[:2])
     image = example_image(model, 0)
-    graphs: list[Graph] = []
+    said = _answers(model, image, ids, mask)
     if model.grounding.fuses_language:
         whole = WholeGraph(model.grounding).eval()
-        graphs.append(("whole", whole, (image, ids, mask), [IMAGE, TEXT_IDS, TEXT_MASK], _answers(model, image, ids, mask)))
-    else:
-        first = ImageGraph(model.grounding).eval()
-        tensors = first(image)
-        between = [f"features_{i}" for i in range(len(tensors))]
-        graphs.append(("image", first, (image,), [IMAGE], between))
-        language = LanguageGraph(first).eval()
-        graphs.append(("language", language, (ids, mask, *tensors), [TEXT_IDS, TEXT_MASK, *between], _answers(model, image, ids, mask)))
-    for graph in graphs:
-        writer(work, graph, varies)
-    return {name: {"inputs": inputs, "outputs": outputs} for name, _, _, inputs, outputs in graphs}
+        return {"whole": {"inputs": writer(work, ("whole", whole, (image, ids, mask), [IMAGE, TEXT_IDS, TEXT_MASK], said), varies), "outputs": said}}
+    first = ImageGraph(model.grounding).eval()
+    tensors = first(image)
+    between = [f"features_{i}" for i in range(len(tensors))]
+    language = LanguageGraph(first).eval()
+    read = writer(work, ("language", language, (ids, mask, *tensors), [TEXT_IDS, TEXT_MASK, *between], said), varies)
+    first.kept = [i for i, name in enumerate(between) if name in read]
+    made = [between[i] for i in first.kept]
+    pixels = writer(work, ("image", first, (image,), [IMAGE], made), varies)
+    return {"image": {"inputs": pixels, "outputs": made}, "language": {"inputs": read, "outputs": said}}
 
 
 def _answers(model: GrexModel, image: torch.Tensor, ids: torch.Tensor, mask: torch.Tensor) -> list[str]:
@@ -137,6 +136,7 @@ def check_folder(model: GrexModel, folder: Path, facts: dict[str, Any]) -> dict[
         GrexError: mask logits, or another answer, that differ by more than TOLERANCE.
     """
     graphs = graphs_of(folder, facts)
+    said_names = list(facts["graphs"].values())[-1]["outputs"]
     size, stride = facts["image_size"], facts["stride"]
     sizes = [None, *([(size + stride, size + 2 * stride)] if facts["any_size"] else [])]
     largest: dict[str, float] = {}
@@ -148,7 +148,7 @@ def check_folder(model: GrexModel, folder: Path, facts: dict[str, Any]) -> dict[
             for run in graphs.values():
                 arrays |= run(arrays)
             for name, answer in _torch_answers(model, image, ids, mask)._asdict().items():
-                if name in list(facts["graphs"].values())[-1]["outputs"]:
+                if answer is not None and name in said_names:
                     largest[name] = max(largest.get(name, 0.0), difference(arrays[name], answer.numpy()))
     if max(largest.values()) > TOLERANCE:
         if facts["any_size"]:

@@ -21,19 +21,23 @@ IMAGE, TEXT_IDS, TEXT_MASK = "image", "text_ids", "text_mask"
 
 
 class ImageGraph(nn.Module):
-    """One normalised image float [1, 3, H, W] -> the tensors that the language part reads. `rest` is set by a call."""
+    """One normalised image float [1, 3, H, W] -> the tensors of its features, or the `kept` ones among them. The first call
+    sets `rest`: while it is recorded, torch gives sizes as tensors, too."""
 
     def __init__(self, model: GroundingModel) -> None:
         super().__init__()
         self.model = model
         self.spec: Any = None
         self.rest: list[Any] = []
+        self.kept: list[int] | None = None
 
     def forward(self, image: Tensor) -> tuple[Tensor, ...]:
         features = self.model.encode_normalised(ImageFeatures(image, (0, 0)))
-        leaves, self.spec = tree.tree_flatten(features.decoded)
-        self.rest = [IS_TENSOR if isinstance(leaf, Tensor) else leaf for leaf in leaves]
-        return tuple(leaf for leaf in leaves if isinstance(leaf, Tensor))
+        leaves, spec = tree.tree_flatten(features.decoded)
+        if self.spec is None:
+            self.spec, self.rest = spec, [IS_TENSOR if isinstance(leaf, Tensor) else leaf for leaf in leaves]
+        tensors = [leaf for leaf, kind in zip(leaves, self.rest, strict=True) if kind is IS_TENSOR]
+        return tuple(tensors if self.kept is None else [tensors[i] for i in self.kept])
 
 
 class LanguageGraph(nn.Module):

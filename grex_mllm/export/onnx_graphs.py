@@ -31,8 +31,8 @@ def check_installed() -> None:
         raise fault(f"grex export --format onnx without {', '.join(missing)}", "the extra `export`", "pip install 'grex-mllm[export]'")
 
 
-def write_onnx(work: Path, graph: Graph, varies: bool) -> None:
-    """Write NAME.onnx. varies: height and width of the image stay open; the numbers of expressions and tokens always do.
+def write_onnx(work: Path, graph: Graph, varies: bool) -> list[str]:
+    """Write NAME.onnx and return the inputs that it reads. varies: height and width of the image stay open; the numbers of expressions and tokens always do.
 
     The recorder is torch's older one. The newer (`dynamo=True`) takes minutes for what this does in seconds, with open sizes.
     """
@@ -59,3 +59,8 @@ def write_onnx(work: Path, graph: Graph, varies: bool) -> None:
             output_names=outputs,
             dynamic_axes=axes,
         )
+    import onnx
+
+    written = onnx.load(str(work / f"{name}.onnx"))
+    onnx.checker.check_model(written)
+    return [entry.name for entry in written.graph.input]

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 MOST_EXPRESSIONS = 1024
 
 
-def write_program(work: Path, graph: Graph, varies: bool) -> None:
+def write_program(work: Path, graph: Graph, varies: bool) -> list[str]:
     """Write NAME.pt2; the numbers of expressions and tokens stay open.
 
     Raises:
@@ -26,12 +26,11 @@ def write_program(work: Path, graph: Graph, varies: bool) -> None:
     if varies:
         raise ValueError("one image size")
     name, module, example, inputs, _ = graph
-    longest = int(example[inputs.index(TEXT_IDS)].shape[1]) if TEXT_IDS in inputs else 0
     expressions = torch.export.Dim("expressions", min=1, max=MOST_EXPRESSIONS)
     shapes = [{0: expressions} if given in (TEXT_IDS, TEXT_MASK) and name != "whole" else None for given in inputs]
-    del longest
     program = torch.export.export(module, example, dynamic_shapes=_as_arguments(module, shapes), strict=False)
     torch.export.save(program, str(work / f"{name}.pt2"))
+    return inputs
 
 
 def _as_arguments(module: torch.nn.Module, shapes: list[Any]) -> Any:
