@@ -97,7 +97,12 @@ def write_graphs(model: GrexModel, work: Path, writer: Writer, varies: bool) -> 
     said = _answers(model, image, ids, mask)
     if model.grounding.fuses_language:
         whole = WholeGraph(model.grounding).eval()
-        return {"whole": {"inputs": writer(work, ("whole", whole, (image, ids, mask), [IMAGE, TEXT_IDS, TEXT_MASK], said), varies), "outputs": said}}
+        return {
+            "whole": {
+                "inputs": writer(work, ("whole", whole, (image, ids, mask), [IMAGE, TEXT_IDS, TEXT_MASK], said), varies),
+                "outputs": said,
+            }
+        }
     first = ImageGraph(model.grounding).eval()
     tensors = first(image)
     between = [f"features_{i}" for i in range(len(tensors))]
@@ -175,8 +180,9 @@ def graphs_of(folder: Path, facts: dict[str, Any]) -> dict[str, Callable[[dict[s
 
 def _writer(form: str) -> Writer:
     if form == "onnx":
-        from grex_mllm.export.onnx_graphs import write_onnx
+        from grex_mllm.export.onnx_graphs import check_installed, write_onnx
 
+        check_installed()
         return write_onnx
     from grex_mllm.export.programs import write_program
 

@@ -85,4 +85,6 @@ def check_exportable(model: Any) -> None:
         GrexError: a decoder that reads the ground truth or the pixels themselves.
     """
     if model.config.predict.oracle != "none":
-        raise fault(f"predict.oracle: {model.config.predict.oracle}", "none: there is no ground truth outside", "set predict.oracle to none")
+        raise fault(
+            f"predict.oracle: {model.config.predict.oracle}", "none: there is no ground truth outside", "set predict.oracle to none"
+        )

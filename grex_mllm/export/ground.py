@@ -94,7 +94,14 @@ class Model:
         boxes, scores, count = self.boxes(logits, place, canvas)
         if nothing:
             mask, count, boxes, scores = np.zeros_like(mask), count and 0, boxes and [], scores and []
-        return {"no_target": nothing, "no_target_prob": probability, "count": count, "boxes_xyxy": boxes, "box_scores": scores, "mask": mask}
+        return {
+            "no_target": nothing,
+            "no_target_prob": probability,
+            "count": count,
+            "boxes_xyxy": boxes,
+            "box_scores": scores,
+            "mask": mask,
+        }
 
     def boxes(self, logits, place, canvas):
         """Return boxes in pixels, best first, their scores, and the count (6: more than five); None for what the model has no head for."""

@@ -36,7 +36,6 @@ def write_onnx(work: Path, graph: Graph, varies: bool) -> list[str]:
 
     The recorder is torch's older one. The newer (`dynamo=True`) takes minutes for what this does in seconds, with open sizes.
     """
-    check_installed()
     name, module, example, inputs, outputs = graph
     size = sum(p.numel() * p.element_size() for p in module.parameters())
     if size > MOST_BYTES:
