@@ -252,8 +252,10 @@ def convert(
     """Convert: rela FILE --out DIR | swin FILE --out FILE | resnet FILE --out FILE | check MODEL RECORDED | adapters MODEL --out DIR.
 
     Args:
-        kind: rela, swin, resnet, check or adapters (a trained generator's, as a folder that peft reads).
-        source: the checkpoint; for check: a converted model and a folder of recorded tensors; for adapters: a model folder.
+        kind: rela, swin, resnet, check or adapters (a trained generator's, as a folder that peft reads); coco or label_studio
+            (predictions for other tools), from_label_studio (people's corrections as a dataset folder).
+        source: the checkpoint; for check: a converted model and a folder of recorded tensors; for adapters: a model folder; for coco and
+            label_studio: predictions.jsonl and its dataset folder; for from_label_studio: the JSON export and that dataset folder.
         out: where the result goes.
         config: sizes of a model that is none of the released three.
         vocab: BERT's vocab.txt for the model folder.

@@ -1,4 +1,4 @@
-"""`grex export`: a folder with graphs, tokenizer, facts and a script that runs them; nothing is written that does not answer as torch does."""
+"""`grex export`: a folder of graphs, tokenizer, facts and a script that runs them. What does not answer as torch does is not written."""
 
 from __future__ import annotations
 

@@ -32,8 +32,9 @@ def check_installed() -> None:
 
 
 def write_onnx(work: Path, graph: Graph, varies: bool) -> list[str]:
-    """Write NAME.onnx and return the inputs that it reads. varies: height and width of the image stay open; the numbers of expressions and tokens always do.
+    """Write NAME.onnx and return the inputs that it reads.
 
+    varies: height and width of the image stay open; the numbers of expressions and tokens always do.
     The recorder is torch's older one. The newer (`dynamo=True`) takes minutes for what this does in seconds, with open sizes.
     """
     name, module, example, inputs, outputs = graph
