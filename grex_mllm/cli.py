@@ -11,6 +11,7 @@ from typing import Annotated, get_type_hints
 
 from grex_mllm.arguments import AS_WRITTEN, Place, Places, parsed, split_overrides
 from grex_mllm.errors import GrexError, fault
+from grex_mllm.export.command import card, export
 
 
 def demo(out: str = "runs/demo", config: str | None = None, overrides: list[str] | None = None) -> int:
@@ -340,26 +341,10 @@ def report(run: Place, protocol: str | None = None, data: str | None = None, spl
     return 0
 
 
-def export(model: str, out: str, *, format: str = "onnx", task: str = "ground") -> int:
-    """Write a model as a folder that runs without this package; its answers are compared with torch's first.
-
-    Args:
-        model: a model folder or hub id.
-        out: the folder to write.
-        format: onnx (runs with onnxruntime, without torch), or torch (programs of torch.export).
-        task: ground; the generator does not leave.
-    """
-    from grex_mllm.export.folder import export_model
-
-    facts = export_model(model, out, format, task)
-    print(json.dumps({name: facts[name] for name in ("format", "any_size", "largest_difference")}, indent=2))
-    return 0
-
-
 VERBS: dict[str, Callable[..., int]] = {
     "demo": demo, "train": train, "estimate": estimate, "predict": predict, "score": score, "ground": ground, "describe": describe,
     "data": data, "convert": convert, "compare": compare, "errors": errors, "report": report,
-    "export": export,
+    "export": export, "card": card,
 }  # fmt: skip
 
 

@@ -148,8 +148,8 @@ def test_coco_results_score_as_the_predictions(answered: tuple[Path, Path], tmp_
     for given_file in (file, tmp_path / "coco.json"):
         score(given_file, data, "train", ROOT / "eval" / "protocols" / "gres.yaml", tmp_path / "results.json")
         both.append(json.loads((tmp_path / "results.json").read_text(encoding="utf-8"))["results"]["strict"])
-    assert both[0]["gres"]["gIoU"] == both[1]["gres"]["gIoU"] == 100
-    assert both[0]["gres"]["N_acc"] == both[1]["gres"]["N_acc"] == 100
+    assert both[0]["gres"]["gIoU"] == both[1]["gres"]["gIoU"] == 1
+    assert both[0]["gres"]["N_acc"] == both[1]["gres"]["N_acc"] == 1
 
 
 def test_label_studio_round_trip(answered: tuple[Path, Path], tmp_path: Path) -> None:

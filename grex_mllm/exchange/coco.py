@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from grex_mllm.exchange.found import line_objects, open_answers
+from grex_mllm.exchange.found import Found, line_objects, open_answers
 from grex_mllm.ops.masks import encode_rle
 from grex_mllm.writing import whole_file
 
@@ -30,7 +30,8 @@ def write_coco(predictions: str, data: str, out: str) -> list[str]:
             continue
         number += 1
         same = {"expression_id": record.expression_id, "image_id": record.image_id, "category_id": CATEGORY}
-        for found in line_objects(line) or [None]:
+        objects: list[Found | None] = [*line_objects(line)]
+        for found in objects or [None]:
             row: dict[str, Any] = dict(same)
             if found is not None and found.box_xyxy is not None:
                 x1, y1, x2, y2 = found.box_xyxy

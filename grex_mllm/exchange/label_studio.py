@@ -71,12 +71,14 @@ def task_of(record: ExpressionRecord, image: ImageRecord, line: dict[str, Any]) 
 
 def _region(number: int, found: Found, image: ImageRecord) -> dict[str, Any]:
     if found.mask is not None:
-        kind, value = "brushlabels", {"format": "rle", "rle": encode_brush(found.mask)}
+        kind = "brushlabels"
+        value: dict[str, Any] = {"format": "rle", "rle": encode_brush(found.mask)}
     else:
         assert found.box_xyxy is not None
         x1, y1, x2, y2 = found.box_xyxy
         place = {"x": x1 / image.width, "y": y1 / image.height, "width": (x2 - x1) / image.width, "height": (y2 - y1) / image.height}
-        kind, value = "rectanglelabels", {name: 100 * share for name, share in place.items()} | {"rotation": 0}
+        kind = "rectanglelabels"
+        value = {name: 100 * share for name, share in place.items()} | {"rotation": 0}
     sizes = {"original_width": image.width, "original_height": image.height, "image_rotation": 0}
     scored = {} if found.score is None else {"score": round(found.score, 4)}
     return {

@@ -16,7 +16,7 @@ from PIL import Image
 from grex_mllm import __version__
 from grex_mllm.errors import GrexError, fault
 from grex_mllm.export import ground as runner
-from grex_mllm.export.graphs import IMAGE, TEXT_IDS, TEXT_MASK, ImageGraph, LanguageGraph, WholeGraph, check_exportable, names_of
+from grex_mllm.export.graphs import IMAGE, TEXT_IDS, TEXT_MASK, Graph, ImageGraph, LanguageGraph, WholeGraph, check_exportable, names_of
 from grex_mllm.models.grex import GrexModel
 from grex_mllm.models.grounding import PIXEL_MEAN, PIXEL_STD
 from grex_mllm.ops.paths import as_on_gpu
@@ -29,7 +29,6 @@ TOLERANCE = 1e-4  # of mask logits, exported against torch
 LARGE = 10.0  # logits above it are compared relative to their size
 EXPRESSIONS_AT_ONCE = 16
 SAID = ("the two red circles on the left", "a dog", "everyone but the kid in white")  # of the check
-Graph = tuple[str, torch.nn.Module, tuple[torch.Tensor, ...], list[str], list[str]]  # name, module, example, inputs, outputs
 Writer = Callable[[Path, Graph, bool], list[str]]  # returns the inputs that the written graph reads
 
 
@@ -152,9 +151,9 @@ def check_folder(model: GrexModel, folder: Path, facts: dict[str, Any]) -> dict[
             arrays = {IMAGE: image.numpy(), TEXT_IDS: ids.numpy(), TEXT_MASK: mask.numpy()}
             for run in graphs.values():
                 arrays |= run(arrays)
-            for name, answer in _torch_answers(model, image, ids, mask)._asdict().items():
-                if answer is not None and name in said_names:
-                    largest[name] = max(largest.get(name, 0.0), difference(arrays[name], answer.numpy()))
+            wanted = _torch_answers(model, image, ids, mask)
+            for name in said_names:
+                largest[name] = max(largest.get(name, 0.0), difference(arrays[name], getattr(wanted, name).numpy()))
     if max(largest.values()) > TOLERANCE:
         if facts["any_size"]:
             raise ValueError("answers differ")  # at another size: then one size alone

@@ -51,7 +51,7 @@ class Model:
 
     def network_input(self, image, size):
         """Return the normalised image float32 [1, 3, H, W], and (H0, W0, rows, columns, top, left): how it lies in there."""
-        resize, width, height = self.facts["resize"], *image.size
+        resize, (width, height) = self.facts["resize"], image.size
         factor = size / max(height, width)
         rows, columns = (size, size) if resize == "squash" else (max(1, round(side * factor)) for side in (height, width))
         top, left = ((size - rows) // 2, (size - columns) // 2) if resize == "letterbox" else (0, 0)

@@ -5,15 +5,11 @@ from __future__ import annotations
 import importlib.util
 import warnings
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import torch
 
 from grex_mllm.errors import fault
-from grex_mllm.export.graphs import IMAGE, TEXT_IDS, TEXT_MASK
-
-if TYPE_CHECKING:
-    from grex_mllm.export.folder import Graph
+from grex_mllm.export.graphs import IMAGE, TEXT_IDS, TEXT_MASK, Graph
 
 OPSET = 18
 NEEDED = ("onnx", "onnxruntime")

@@ -4,15 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
 
-from grex_mllm.export.graphs import TEXT_IDS, TEXT_MASK
-
-if TYPE_CHECKING:
-    from grex_mllm.export.folder import Graph
+from grex_mllm.export.graphs import TEXT_IDS, TEXT_MASK, Graph, LanguageGraph
 
 MOST_EXPRESSIONS = 1024
 
@@ -34,8 +31,6 @@ def write_program(work: Path, graph: Graph, varies: bool) -> list[str]:
 
 
 def _as_arguments(module: torch.nn.Module, shapes: list[Any]) -> Any:
-    from grex_mllm.export.graphs import LanguageGraph
-
     return (*shapes[:2], tuple(shapes[2:])) if isinstance(module, LanguageGraph) else tuple(shapes)
 
 
