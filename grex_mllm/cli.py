@@ -11,6 +11,7 @@ from typing import Annotated, get_type_hints
 
 from grex_mllm.arguments import AS_WRITTEN, Place, Places, parsed, split_overrides
 from grex_mllm.errors import GrexError, fault
+from grex_mllm.export.command import card, export
 
 
 def demo(out: str = "runs/demo", config: str | None = None, overrides: list[str] | None = None) -> int:
@@ -252,8 +253,10 @@ def convert(
     """Convert: rela FILE --out DIR | swin FILE --out FILE | resnet FILE --out FILE | check MODEL RECORDED | adapters MODEL --out DIR.
 
     Args:
-        kind: rela, swin, resnet, check or adapters (a trained generator's, as a folder that peft reads).
-        source: the checkpoint; for check: a converted model and a folder of recorded tensors; for adapters: a model folder.
+        kind: rela, swin, resnet, check or adapters (a trained generator's, as a folder that peft reads); coco or label_studio
+            (predictions for other tools), from_label_studio (people's corrections as a dataset folder).
+        source: the checkpoint; for check: a converted model and a folder of recorded tensors; for adapters: a model folder; for coco and
+            label_studio: predictions.jsonl and its dataset folder; for from_label_studio: the JSON export and that dataset folder.
         out: where the result goes.
         config: sizes of a model that is none of the released three.
         vocab: BERT's vocab.txt for the model folder.
@@ -341,6 +344,7 @@ def report(run: Place, protocol: str | None = None, data: str | None = None, spl
 VERBS: dict[str, Callable[..., int]] = {
     "demo": demo, "train": train, "estimate": estimate, "predict": predict, "score": score, "ground": ground, "describe": describe,
     "data": data, "convert": convert, "compare": compare, "errors": errors, "report": report,
+    "export": export, "card": card,
 }  # fmt: skip
 
 

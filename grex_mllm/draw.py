@@ -7,9 +7,11 @@ differ with every kind of colour vision; each line carries a dark and a light ed
 
 from __future__ import annotations
 
+import io
 from collections.abc import Sequence
 from functools import lru_cache
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
@@ -33,6 +35,7 @@ MAX_CAPTION_CHARACTERS = 400
 HEAT = np.array([(68, 1, 84), (59, 82, 139), (33, 145, 140), (94, 201, 98), (253, 231, 37)], np.float64)
 INK: Colour = (20, 22, 26)
 PAPER: Colour = (255, 255, 255)
+GREY = 128  # in place of an image that is not at hand
 
 
 def enlarge_factor(height: int, width: int, side: int = READABLE_SIDE) -> int:
@@ -78,6 +81,17 @@ def overlay(
     elif count is not None:
         _plate(picture, count_name(count), colour)
     return add_caption(picture, text) if text else picture
+
+
+def grounding_png(answer: Any) -> bytes:
+    """Return an answer (`types.Grounding`) as a PNG picture: on its image, or on grey where that is not at hand."""
+    image = answer.image if answer.image is not None else np.full((*answer.mask.shape, 3), GREY, np.uint8)
+    picture = overlay(
+        image, answer.mask, answer.boxes_xyxy, answer.count, answer.expression, box_scores=answer.box_scores, no_target=answer.no_target
+    )
+    file = io.BytesIO()
+    picture.save(file, format="PNG")
+    return file.getvalue()
 
 
 def draw_objects(

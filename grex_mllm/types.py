@@ -254,6 +254,7 @@ class Grounding:
     where the model has no head for them.
     no_target_prob: float.  no_target: bool, the final answer.  minimap: float32 [P, P] or None.
     head_no_target: what the no-target head alone says (the official protocol reads it).
+    image: uint8 [H0, W0, 3] that was asked about, where it is at hand: what a notebook shows the answer on (else on grey).
     """
 
     expression: str
@@ -266,3 +267,10 @@ class Grounding:
     no_target_prob: float
     minimap: np.ndarray | None = None
     head_no_target: bool = False
+    image: np.ndarray | None = field(default=None, repr=False, compare=False)
+
+    def _repr_png_(self) -> bytes:
+        """Return the answer as a PNG picture, as notebooks ask for it."""
+        from grex_mllm.draw import grounding_png
+
+        return grounding_png(self)

@@ -46,6 +46,8 @@ LAYERS = {
     "zeroshot": 2,
     "ask": 3,
     "convert": 3,
+    "exchange": 3,
+    "export": 3,
     "predict": 3,
     "score": 3,
     "training": 4,

@@ -1,10 +1,17 @@
-"""The verb `grex convert`: rela, swin, resnet, check, adapters."""
+"""The verb `grex convert`: rela, swin, resnet, check, adapters; coco, label_studio, from_label_studio."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 from grex_mllm.errors import fault
+
+EXCHANGES = {  # kind -> the paths that it reads
+    "coco": "predictions.jsonl and its dataset folder",
+    "label_studio": "predictions.jsonl and its dataset folder",
+    "from_label_studio": "Label Studio's JSON export and the dataset folder that its tasks were made of",
+}
 
 
 def run_convert(
@@ -22,8 +29,15 @@ def run_convert(
         from grex_mllm.convert.check import convert_check
 
         return 0 if convert_check(source[0], source[1]) else 1
+    if kind in EXCHANGES:
+        _only(kind, source, 2, {"--config": config, "--vocab": vocab})
+        if out is None:
+            raise fault(f"grex convert {kind} without --out", "where the result goes", "add --out")
+        print("\n".join(_exchange(kind)(source[0], source[1], out)))
+        return 0
     if kind not in ("rela", "swin", "resnet", "adapters"):
-        raise fault(f"grex convert {kind}", "adapters, rela, swin, resnet or check", "see grex convert --help")
+        known = f"adapters, rela, swin, resnet, check, {', '.join(EXCHANGES)}"
+        raise fault(f"grex convert {kind}", known, "see grex convert --help")
     _only(kind, source, 1, {} if kind == "rela" else {"--config": config, "--vocab": vocab})
     if out is None:
         raise fault(f"grex convert {kind} without --out", "where the result goes", "add --out")
@@ -48,9 +62,20 @@ def run_convert(
     return 0
 
 
+def _exchange(kind: str) -> Callable[[str, str, str], list[str]]:
+    if kind == "coco":
+        from grex_mllm.exchange.coco import write_coco
+
+        return write_coco
+    from grex_mllm.exchange.label_studio import read_annotations, write_tasks
+
+    return write_tasks if kind == "label_studio" else read_annotations
+
+
 def _only(kind: str, source: list[str], wanted: int, foreign: dict[str, str | None]) -> None:
     if len(source) != wanted:
         what = "a checkpoint or model folder" if wanted == 1 else "a model folder and a folder of recorded tensors"
+        what = EXCHANGES.get(kind, what)
         raise fault(f"grex convert {kind} with {len(source)} paths", what, "see grex convert --help")
     given = [name for name, value in foreign.items() if value is not None]
     if given:

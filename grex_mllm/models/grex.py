@@ -118,6 +118,8 @@ class GrexModel(nn.Module, ModelHubMixin):
             index = torch.zeros(len(part), dtype=torch.int64, device=self.device)
             output = self.grounding.ground(encoded.features, index, ids.to(self.device), mask.to(self.device))
             results += answers(output, part, [encoded.geometry] * len(part), encoded.canvas, rules)
+        for result in results:
+            result.image = encoded.original
         return results[0] if single else results
 
     def describe(self, image: Any, masks: Any = None, boxes_xyxy: Any = None, **options: Any) -> Any:

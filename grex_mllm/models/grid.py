@@ -129,7 +129,7 @@ class Encoder(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """Return [E, h * w, C] of a map [E, C, h, w]."""
         tokens = x.flatten(2).transpose(1, 2)
-        tokens = tokens + sine_positions(*x.shape[-2:], x.shape[1], x.device, x.dtype)
+        tokens = tokens + sine_positions(x.shape[-2], x.shape[-1], x.shape[1], x.device, x.dtype)
         for layer in self.layers:
             tokens = layer(tokens)
         return tokens

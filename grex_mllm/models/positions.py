@@ -8,17 +8,29 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
+from grex_mllm.ops.paths import traced
+
 TEMPERATURE = 10000.0
 EPS = 1e-6
 
 
-@lru_cache(maxsize=64)
-@torch.inference_mode(False)  # what is kept must serve training too
 def sine_positions(height: int, width: int, channels: int, device: torch.device, dtype: torch.dtype) -> Tensor:
     """Return the code of every cell, [height * width, channels]: first half y, second half x, sine and cosine interleaved.
 
     Coordinates are 1-based, divided by the last and scaled to 2 pi. Computed in float32 whatever the dtype, as released.
     """
+    if traced():  # a size that may vary is no key
+        return _sine_positions(height, width, channels, device, dtype)
+    return _kept_positions(height, width, channels, device, dtype)
+
+
+@lru_cache(maxsize=64)
+@torch.inference_mode(False)  # what is kept must serve training too
+def _kept_positions(height: int, width: int, channels: int, device: torch.device, dtype: torch.dtype) -> Tensor:
+    return _sine_positions(height, width, channels, device, dtype)
+
+
+def _sine_positions(height: int, width: int, channels: int, device: torch.device, dtype: torch.dtype) -> Tensor:
     half = channels // 2
     y = torch.arange(1, height + 1, dtype=torch.float32, device=device)
     x = torch.arange(1, width + 1, dtype=torch.float32, device=device)

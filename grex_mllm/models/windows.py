@@ -59,6 +59,7 @@ def window_layout(batch: int, height: int, width: int, window: int, shift: int, 
 
     A layout is made once per size: run a size once before compiling it.
     """
+    batch, height, width = int(batch), int(height), int(width)  # also where they are recorded: a layout belongs to one size
     key = (batch, height, width, window, shift, str(device))
     layout = _LAYOUTS.get(key)
     if layout is None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+import torch
 from torch import Tensor
 
 _STATE = {"as_on_gpu": False}
@@ -13,6 +14,11 @@ _STATE = {"as_on_gpu": False}
 def on_cpu(x: Tensor) -> bool:
     """Tell whether an operation on x takes the way for processors."""
     return x.device.type == "cpu" and not _STATE["as_on_gpu"]
+
+
+def traced() -> bool:
+    """Tell whether a model is being recorded for another runtime or compiled: then nothing may depend on the values at hand."""
+    return torch.jit.is_tracing() or torch.compiler.is_compiling()
 
 
 @contextmanager

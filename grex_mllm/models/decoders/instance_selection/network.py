@@ -36,6 +36,7 @@ from grex_mllm.models.decoders.instance_selection.regions import (
 )
 from grex_mllm.ops.attention import attend, split_heads
 from grex_mllm.ops.boxes import box_iou, cxcywh_to_xyxy
+from grex_mllm.ops.paths import traced
 from grex_mllm.types import NUM_COUNTS, DecoderInputs, GroundingOutput, Proposals, TextFeatures
 
 LEAST_REAL = 1e-3
@@ -187,6 +188,9 @@ class LanguagePart(nn.Module):
         if self.training:
             return logits.new_zeros(logits.shape[0], 2, 0, 0)
         masks = regions.masks()
+        if traced():  # of any number of expressions
+            fused = torch.minimum(masks[image_index], logits[:, :, None, None]).amax(dim=1)
+            return torch.stack([torch.zeros_like(fused), fused], dim=1)
         fused = torch.stack(
             [torch.minimum(masks[b], logit[:, None, None]).amax(dim=0) for b, logit in zip(image_index.tolist(), logits, strict=True)]
         )

@@ -143,7 +143,7 @@ class ImagePart(nn.Module):
         hidden = self.heat(finest).flatten(2)  # [B, C, S]
         cell = precise(torch.matmul(self.cell.weight, hidden) + self.cell.bias[:, None])  # quicker than a convolution to five channels
         heat = cell[:, 0]
-        size = (int(finest.shape[-2]), int(finest.shape[-1]))
+        size = (finest.shape[-2], finest.shape[-1])  # as they come: whoever traces the model sees that they vary
         cells = grid_boxes(size[0], size[1], self.level_embedding)
         cell_boxes = self._cell_boxes(cell[:, 1:].transpose(1, 2), cells)
         kept = self._best(heat, size)
@@ -221,7 +221,7 @@ def box_area(boxes_norm: Tensor, height: int, width: int, margin: float = BOX_MA
 def grid_boxes(height: int, width: int, like: Tensor) -> Tensor:
     """Return [height * width, 4] cxcywh of the cells of a grid, row by row."""
     y, x = torch.meshgrid(torch.arange(height, device=like.device), torch.arange(width, device=like.device), indexing="ij")
-    size = torch.tensor([1.0 / width, 1.0 / height], device=like.device, dtype=like.dtype)
+    size = 1.0 / torch.stack([x.max() + 1, y.max() + 1]).to(like.dtype)
     centre = (torch.stack([x, y], dim=-1).flatten(0, 1).to(like.dtype) + 0.5) * size
     return torch.cat([centre, size.expand_as(centre)], dim=-1)
 

@@ -44,7 +44,7 @@ def group(image_index: Tensor, num_images: int) -> Grouping:
 
     One image needs no look at the index; neither do as many images as expressions, which are taken one by one.
     """
-    num_expressions = len(image_index)
+    num_expressions = image_index.shape[0]  # not len(): who records the model sees that it varies
     if num_images == 1:
         return Grouping(1, num_expressions)
     if num_expressions <= num_images:

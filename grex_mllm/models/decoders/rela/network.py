@@ -152,7 +152,10 @@ class ImagePart(nn.Module):
             cells = [F.adaptive_avg_pool2d(level, self.side).flatten(2).transpose(1, 2) for level in levels]
             return RegionImages([(project(cells[i % NUM_LEVELS]),) for i, project in enumerate(self.pooled)], [], pixels.mask_features)
         tokens = [level.flatten(2).transpose(1, 2) for level in levels]
-        placed = [t + sine_positions(*level.shape[-2:], t.shape[-1], t.device, t.dtype) for t, level in zip(tokens, levels, strict=True)]
+        placed = [
+            t + sine_positions(level.shape[-2], level.shape[-1], t.shape[-1], t.device, t.dtype)
+            for t, level in zip(tokens, levels, strict=True)
+        ]
         memory: list[tuple[Tensor, ...]] = [
             (key(placed[i % NUM_LEVELS]), value(tokens[i % NUM_LEVELS])) for i, (key, value) in enumerate(zip(self.keys, self.values))
         ]

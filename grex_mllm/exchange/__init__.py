@@ -1,0 +1,1 @@
+"""Predictions in the forms of other tools, and people's corrections back: COCO results, Label Studio, supervision, FiftyOne."""
