@@ -38,10 +38,10 @@ def serve(
     import uvicorn
 
     from grex_mllm.models.grex import GrexModel
+    from grex_mllm.precision import pick_device
     from grex_mllm.serve.app import make_app
 
-    place = _device(device)
-    loaded = GrexModel.from_pretrained(model, device=place)
+    loaded = GrexModel.from_pretrained(model, device=pick_device(device))
     name = Path(model).resolve().name if Path(model).is_dir() else model
     app = make_app(loaded, name, num_pictures=pictures, timeout_s=timeout_s, token=token, loopback=is_loopback(host))
     config = uvicorn.Config(app, log_level="warning", timeout_keep_alive=15, limit_concurrency=200, timeout_graceful_shutdown=5)
@@ -90,9 +90,3 @@ def bind(host: str, port: int) -> socket.socket:
         listener.close()
         raise fault(f"--host {host} --port {port} ({error})", "a free port of this machine", "give another --port, or 0 for any") from None
     return listener
-
-
-def _device(name: str) -> str:
-    import torch
-
-    return ("cuda" if torch.cuda.is_available() else "cpu") if name == "auto" else name

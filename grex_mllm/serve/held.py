@@ -17,7 +17,7 @@ from grex_mllm.serve.limits import IDLE_S
 
 @dataclass
 class Held:
-    """One picture, encoded.  objects: bool [N, H, W], what the model proposes.  boxes_xyxy: [N, 4].  given: (width, height) of the upload."""
+    """One picture, encoded.  objects: bool [N, H, W], what the model proposes.  boxes_xyxy: [N, 4].  given: the upload's (width, height)."""
 
     name: str
     encoded: EncodedImage

@@ -21,7 +21,7 @@ _GIF = (b"GIF87a", b"GIF89a")
 
 @dataclass(frozen=True)
 class Picture:
-    """pixels: uint8 [H, W, 3] RGB.  given: (width, height) of the upload, upright; another size than that of the pixels where it was scaled."""
+    """pixels: uint8 [H, W, 3] RGB.  given: (width, height) of the upload, upright, before it was scaled."""
 
     pixels: np.ndarray
     given: tuple[int, int]

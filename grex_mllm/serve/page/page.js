@@ -173,9 +173,10 @@ function showRows() {
   const item = make("li", "new", "", $("rows")), input = (make("span", "swatch", "", item), make("input", "", "", item));
   input.type = "text"; input.placeholder = state.rows.length ? "and another expression" : "the two people on the left"; input.spellcheck = false;
   input.ariaLabel = "New expression"; input.id = "new";
-  let timer;
+  let timer, added = false; // the field that is left and taken away tells of it again
   const add = (focus) => {
-    if (!input.value.trim() || !input.isConnected) return;
+    if (added || !input.value.trim()) return;
+    added = true;
     const row = addRow(input.value), own = document.querySelector(`li[data-id="${row.id}"] input`);
     if (focus === "next") document.querySelector("#new").focus();
     else if (focus) { own.focus(); own.setSelectionRange(own.value.length, own.value.length); }
