@@ -95,8 +95,8 @@ async function show(opened, restored = null) {
   state.objects = opened.objects.map((object) => prepared(decode(object.mask_rle), object.box_xyxy));
   state.chosen.clear();
   state.boxes = []; state.lit = -1; state.said = null; state.draft = null;
-  const kept = restored ?? [];
-  state.rows = kept.map((text) => newRow(text));
+  state.rows = [];
+  for (const text of restored ?? []) state.rows.push(newRow(text));
   if (opened.scaled_from) note(`Scaled from ${opened.scaled_from.width} × ${opened.scaled_from.height} to ${opened.width} × ${opened.height}`, true);
   for (const button of $("gallery").children) button.ariaPressed = String(opened.image === `scene-${button.dataset.number}`);
   $("examples").replaceChildren();
@@ -269,6 +269,7 @@ const describe = tried(async () => {
   const set = union(answer.masks_rle.map(decode));
   state.said = { ...answer, text: answer.expression, set, taken: answer.masks_rle.slice(state.chosen.size).map((code) => prepared(decode(code))), result: null, drawn: null };
   showAnswer(); draw();
+  $("answer").scrollIntoView({ block: innerWidth > 800 ? "nearest" : "center" });
   await sayBack();
 });
 
@@ -314,6 +315,7 @@ function showBack() {
 }
 
 let saidTimer;
+$("said").onkeydown = (event) => { if (event.key === "Enter") { event.preventDefault(); clearTimeout(saidTimer); sayBack(); } };
 $("said").oninput = () => { state.said.text = $("said").value; showBack(); clearTimeout(saidTimer); saidTimer = setTimeout(sayBack, PAUSE); };
 
 // ---------------------------------------------------------------- drawing
