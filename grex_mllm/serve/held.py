@@ -17,7 +17,7 @@ from grex_mllm.serve.limits import IDLE_S
 
 @dataclass
 class Held:
-    """One picture, encoded.  objects: bool [N, H, W], what the model proposes.  boxes_xyxy: [N, 4].  given: the upload's (width, height)."""
+    """One picture, encoded.  objects: bool [N, H, W], proposed by the model, with boxes_xyxy.  given: (width, height) of the upload."""
 
     name: str
     encoded: EncodedImage
