@@ -9,7 +9,7 @@ import numpy as np
 import torch
 
 from grex_mllm.errors import fault
-from grex_mllm.models.describe import masks_in_boxes, other_objects
+from grex_mllm.models.describe import UNSURE, masks_in_boxes, other_objects
 from grex_mllm.models.grex import GrexModel
 from grex_mllm.ops.masks import encode_rle, mask_to_box_xyxy
 from grex_mllm.ops.selection import selection_masks
@@ -46,7 +46,7 @@ class Engine:
         """Encode a picture, find its objects, and hold it under a name."""
         encoded = self.model.encode(picture.pixels)
         height, width = picture.pixels.shape[:2]
-        objects = other_objects(self.model, encoded, np.zeros((0, height, width), bool))
+        objects = other_objects(self.model, encoded, np.zeros((0, height, width), bool), UNSURE)
         proposes = self.model.grounding.proposals(encoded.features) is not None
         boxes = [mask_to_box_xyxy(mask) for mask in objects]
         held = Held(name, encoded, picture.pixels, objects, boxes, picture.given, proposes)

@@ -105,6 +105,7 @@ async function show(opened, restored = null) {
     chip.type = "button"; chip.onclick = () => { const row = addRow(text); ground([row]); };
   }
   $("empty").hidden = true;
+  stage.style.setProperty("--aspect", opened.height / opened.width);
   showRows(); showObjects(); showAnswer(); layOut();
 }
 
@@ -322,8 +323,8 @@ $("said").oninput = () => { state.said.text = $("said").value; showBack(); clear
 
 function layOut() {
   if (!state.image) return;
-  const room = $("stage").getBoundingClientRect(), { width, height } = state.image;
-  const scale = Math.min((room.width - 24) / width, (room.height - 24) / height);
+  const room = $("stage").getBoundingClientRect(), gap = innerWidth > 800 ? 24 : 8, { width, height } = state.image;
+  const scale = Math.min((room.width - gap) / width, (room.height - gap) / height);
   const shown = [Math.round(width * scale), Math.round(height * scale)], density = devicePixelRatio || 1;
   for (const id of ["picture", "overlay"]) {
     const canvas = $(id);
