@@ -58,7 +58,7 @@ function note(error, fine = false) {
   if (error.quiet) return;
   const parts = String(error.message ?? error).split("; "), box = make("div", fine ? "note fine" : "note", "", $("notes"));
   make("b", "", fine ? parts[0] : capital(parts[0]), box);
-  if (parts.length > 1) make("span", "", capital(parts.slice(1).join("; ")) + ".", box);
+  if (parts.length > 1) make("span", "", parts.slice(1).map(capital).join(". ") + ".", box);
   const close = make("button", "plain", "×", box);
   close.type = "button"; close.ariaLabel = "Close"; close.onclick = () => box.remove();
   while ($("notes").children.length > 3) $("notes").firstChild.remove();
