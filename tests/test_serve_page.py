@@ -228,7 +228,7 @@ def test_a_link_restores_the_state(browser: Browser, served: Running) -> None:
         assert one.locator("#objects button").first.get_attribute("aria-pressed") == "true"
         assert quiet(one), one.faults  # type: ignore[attr-defined]
     gone = visit(browser, link.replace(image, "x" * len(image)))
-    expect(gone.locator(".note")).to_contain_text("Open it")
+    expect(gone.locator(".note")).to_contain_text("Open it again")
     scene = visit(browser, f"{served.url}#image=scene-4&e=people%20in%20white")
     expect(scene.locator("#rows .verdict").first).not_to_be_empty()
     assert scene.locator("#gallery button").nth(4).get_attribute("aria-pressed") == "true"

@@ -138,6 +138,12 @@ def test_long_expressions_are_refused_politely(client: TestClient) -> None:
     assert "10,000 characters; expected at most 1,000; shorten it" in answer.json()["error"]
 
 
+def test_letters_of_all_scripts_are_taken(client: TestClient) -> None:
+    text = "le chien\u00a0noir, می\u200cخواهم, 两个红圈, 👩\u200d🚀"
+    answer = client.post("/ground", json={"image": "scene-0", "expressions": [text]})
+    assert answer.json()["results"][0]["expression"] == text
+
+
 def test_script_is_text(client: TestClient) -> None:
     """JSON alone carries an expression back, and no browser takes it for a page (the page itself: tests/test_serve_page.py)."""
     text = '<script>alert(1)</script><img src=x onerror="alert(2)">'

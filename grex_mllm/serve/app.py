@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import io
+import unicodedata
 from collections.abc import AsyncIterator, Callable, Hashable
 from contextlib import asynccontextmanager
 from pathlib import Path
@@ -228,7 +229,7 @@ def _add_errors(app: FastAPI) -> None:
 
 def _check(text: str) -> None:
     check_expression(text)
-    if not text.isprintable() or any("\ud800" <= c <= "\udfff" for c in text):
+    if any(unicodedata.category(character) in ("Cc", "Cs") for character in text):
         raise fault("an expression with control characters", "printable text on one line", "write it in plain letters")
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
 import ipaddress
 import os
@@ -45,9 +46,11 @@ def serve(
     name = Path(model).resolve().name if Path(model).is_dir() else model
     app = make_app(loaded, name, num_pictures=pictures, timeout_s=timeout_s, token=token, loopback=is_loopback(host))
     config = uvicorn.Config(app, log_level="warning", timeout_keep_alive=15, limit_concurrency=200, timeout_graceful_shutdown=5)
+    listener.listen(128)  # from here on nobody is turned away
     shown = f"[{host}]" if ":" in host else host
     print(f"grex serves {name} at http://{shown}:{listener.getsockname()[1]}/ (Ctrl+C ends it)", flush=True)
-    uvicorn.Server(config).run(sockets=[listener])
+    with contextlib.suppress(KeyboardInterrupt):  # uvicorn ends its requests first, then raises it again
+        uvicorn.Server(config).run(sockets=[listener])
     return 0
 
 

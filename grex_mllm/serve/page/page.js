@@ -197,12 +197,12 @@ function verdict(place, result, error = "") {
   if (!result) return;
   if (result.no_target) {
     place.classList.add("none");
-    make("b", "", "Nothing here", place); place.append(` · ${percent(result.no_target_prob)} sure`);
+    make("b", "", "Nothing here", place); place.append(` · probability ${percent(result.no_target_prob)}`);
     return;
   }
   const count = result.count ?? (result.boxes_xyxy ? result.boxes_xyxy.length : null);
   make("b", "", count === null ? "Found" : `${count} ${count === 1 ? "object" : "objects"}`, place);
-  place.append(` · “nothing” ${percent(result.no_target_prob)}`);
+  place.append(` · nothing here: ${percent(result.no_target_prob)}`);
 }
 
 function showResults() {
@@ -295,7 +295,7 @@ function showAnswer() {
     const button = make("button", "", "", make("li", "", "", $("candidates")));
     button.type = "button"; button.dataset.text = option.expression;
     make("span", "", option.expression, button);
-    make("i", "", "", make("span", "meter", "", button)).style.width = percent(option.iou);
+    make("i", "", "", make("span", "meter", "", button)).style.width = `${100 * option.iou}%`;
     make("span", "", percent(option.iou), button);
     button.title = `leads back to ${percent(option.iou)} of the selected area`;
     button.onclick = () => { said.text = option.expression; $("said").value = said.text; showBack(); sayBack(); };
@@ -309,7 +309,7 @@ function showBack() {
   back.replaceChildren();
   back.className = "verdict";
   if (!said.result || said.result.expression !== said.text.trim()) { back.textContent = said.text.trim() ? "grounding it again …" : ""; return; }
-  if (said.result.no_target) { back.classList.add("none"); make("b", "", "Leads back to nothing", back); back.append(` · ${percent(said.result.no_target_prob)} sure`); return; }
+  if (said.result.no_target) { back.classList.add("none"); make("b", "", "Leads back to nothing", back); back.append(` · probability ${percent(said.result.no_target_prob)}`); return; }
   back.classList.add(said.iou >= 0.5 ? "good" : "none");
   make("b", "", said.iou >= 0.5 ? "Leads back to the selection" : "Leads elsewhere", back);
   back.append(` · overlap ${percent(said.iou)}`);
@@ -317,7 +317,7 @@ function showBack() {
 
 let saidTimer;
 $("said").onkeydown = (event) => { if (event.key === "Enter") { event.preventDefault(); clearTimeout(saidTimer); sayBack(); } };
-$("said").oninput = () => { state.said.text = $("said").value; showBack(); clearTimeout(saidTimer); saidTimer = setTimeout(sayBack, PAUSE); };
+$("said").oninput = () => { state.said.text = $("said").value.replace(/\s+/g, " "); showBack(); clearTimeout(saidTimer); saidTimer = setTimeout(sayBack, PAUSE); };
 
 // ---------------------------------------------------------------- drawing
 
