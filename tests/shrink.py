@@ -10,7 +10,8 @@ the document. These things alone are replaced, by `shrunken` and `launched`:
    folder of many.
 4. `grex demo` without --config takes the stage's configs/demo.yaml and the few scenes of DEMO_SIZES.
 5. Launchers: their own parsers read their flags. Then two processes on CPU are started; commands for several machines run on one.
-6. What asks a server (`--base-url`) asks one on loopback that finds nothing and calls everything a thing.
+6. What asks a server (`--base-url`) asks one on loopback that finds nothing and calls everything a thing. `grex serve` takes a free
+   port, answers two requests, and is interrupted.
 7. `make TARGET` is `make -n TARGET`, without doing it; long programs get BENCHMARK_SIZES; what `pip` does is done in tests/test_wheel.py.
 
 What a shrunken copy hides is checked on the original: precision and number of processes (`check_original`).

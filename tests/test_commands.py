@@ -7,10 +7,12 @@ import importlib.util
 import os
 import re
 import shutil
+import signal
 import socket
 import subprocess
 import sys
 from pathlib import Path
+from urllib.request import urlopen
 
 import pytest
 from conftest import ROOT
@@ -110,6 +112,26 @@ def without_deepspeed(words: list[str]) -> list[str]:
     return words[:place] + words[place + 2 :]
 
 
+def serve_once(words: list[str]) -> None:
+    """Serve at a free port, fetch the page and what is served, and interrupt the program, as Ctrl+C does."""
+    pytest.importorskip("fastapi", reason="needs the extra serve: pip install 'grex-mllm[serve]'")
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    command = [sys.executable, "-m", "grex_mllm", *words, *(() if "--port" in words else ("--port", "0"))]
+    with subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as program:
+        try:
+            assert program.stdout is not None
+            line = program.stdout.readline()
+            found = re.search(r"http://\S+/", line)
+            assert found is not None, f"{line}{program.communicate(timeout=60)[1]}"
+            with urlopen(found[0], timeout=60) as page, urlopen(f"{found[0]}status", timeout=60) as status:
+                assert b"/page/page.js" in page.read() and b'"model"' in status.read()
+            program.send_signal(signal.SIGINT)
+            _, errors = program.communicate(timeout=60)
+        finally:
+            program.kill()
+    assert program.returncode == 0, errors
+
+
 def try_command(command: str, stage: Path) -> None:
     """Run one command. A launcher's flags are read by its parser; what it launches runs in this process."""
     words = shrunken(command)
@@ -126,6 +148,8 @@ def try_command(command: str, stage: Path) -> None:
         with FakeServer(answer_nothing) as server:
             run_in_process([server.url if before == "--base-url" else word for before, word in zip(["", *own], own)], stage)
         assert bool(server.seen) != ("--dry-run" in own)
+    elif own is not None and own[0] == "serve":
+        serve_once(own)
     elif own is not None:
         run_in_process(own, stage)
     else:

@@ -56,6 +56,7 @@ LAYERS = {
     "compare": 4,
     "error_analysis": 4,
     "job": 5,
+    "serve": 3,
     "demo": 5,
     "cli": 5,
     "__main__": 6,

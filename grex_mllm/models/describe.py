@@ -162,12 +162,12 @@ def describe_encoded(
 
 
 @torch.inference_mode()
-def other_objects(model: Describing, encoded: EncodedImage, selected: np.ndarray) -> np.ndarray:
+def other_objects(model: Describing, encoded: EncodedImage, selected: np.ndarray, least: float = SURE) -> np.ndarray:
     """Return bool [M, H0, W0]: objects that the grounding model finds beside the selected ones, for the generator to tell them apart from.
 
-    Only decoders that know instances find any. selected: bool [n, H0, W0].
+    Only decoders that know instances find any. selected: bool [n, H0, W0].  least: objectness from 0 to 1.
     """
-    found = found_objects(model, encoded, SURE)
+    found = found_objects(model, encoded, least)
     kept = [found[n] for n in _others(found, selected)]
     return np.stack(kept) if kept else np.zeros((0, *selected.shape[1:]), bool)
 

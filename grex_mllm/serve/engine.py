@@ -1,0 +1,125 @@
+"""What the page asks of a model: open a picture, ground expressions in it, describe a set of its objects. Runs in the worker's thread."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+
+from grex_mllm.errors import fault
+from grex_mllm.models.describe import UNSURE, masks_in_boxes, other_objects
+from grex_mllm.models.grex import GrexModel
+from grex_mllm.ops.masks import encode_rle, mask_to_box_xyxy
+from grex_mllm.ops.selection import selection_masks
+from grex_mllm.serve.held import Held, Pictures, new_name
+from grex_mllm.serve.pictures import Picture, read_picture
+from grex_mllm.types import MORE_THAN_FIVE, Grounding
+
+
+@dataclass(frozen=True)
+class Selection:
+    """objects: positions among the picture's proposed objects.  boxes_xyxy: drawn ones, in pixels.  candidates: how many to choose from."""
+
+    objects: tuple[int, ...]
+    boxes_xyxy: tuple[tuple[float, float, float, float], ...]
+    candidates: int
+
+
+class Engine:
+    """One model and the pictures that it has encoded."""
+
+    def __init__(self, model: GrexModel, held: Pictures) -> None:
+        self.model, self.held = model, held
+
+    @property
+    def describes(self) -> bool:
+        return self.model.generator is not None
+
+    def open_upload(self, data: bytes) -> Held:
+        """Read, encode and hold an uploaded picture."""
+        return self.open(read_picture(data), new_name())
+
+    @torch.inference_mode()
+    def open(self, picture: Picture, name: str) -> Held:
+        """Encode a picture, find its objects, and hold it under a name."""
+        encoded = self.model.encode(picture.pixels)
+        height, width = picture.pixels.shape[:2]
+        objects = other_objects(self.model, encoded, np.zeros((0, height, width), bool), UNSURE)
+        proposes = self.model.grounding.proposals(encoded.features) is not None
+        boxes = [mask_to_box_xyxy(mask) for mask in objects]
+        held = Held(name, encoded, picture.pixels, objects, boxes, picture.given, proposes)
+        self.held.add(held)
+        return held
+
+    def ground(self, picture: Held, asked: list[list[str]], threshold: float | None) -> list[list[dict[str, Any]]]:
+        """Ground the expressions of one or several requests about a picture in one pass; equal ones are grounded once."""
+        texts = list(dict.fromkeys(text for expressions in asked for text in expressions))
+        found = {result.expression: shown(result) for result in self.model.ground(picture.encoded, texts, threshold=threshold)}
+        return [[found[text] for text in expressions] for expressions in asked]
+
+    @torch.inference_mode()
+    def describe(self, picture: Held, chosen: Selection) -> dict[str, Any]:
+        """Write one expression for a set of objects, with candidates and how well each leads back to the set.
+
+        Raises:
+            GrexError: nothing chosen, an object that is not there, a box outside the picture, or a model without a generator.
+        """
+        masks = self._chosen_masks(picture, chosen)
+        options = {"candidates": chosen.candidates, "rerank": "listener"} if chosen.candidates > 1 else {}
+        written = self.model.describe(picture.encoded, masks=masks, details=True, **options)
+        texts = [text for text, _ in written.candidates] or [written.expression]
+        texts = [text for text in texts if text.strip()]
+        union = np.any(masks, axis=0)
+        back = self.model.ground(picture.encoded, texts) if texts else []
+        candidates = [
+            {"expression": text, "score": _rounded(dict(written.candidates).get(text)), "iou": round(overlap(result.mask, union), 4)}
+            for text, result in zip(texts, back, strict=True)
+        ]
+        return {
+            "expression": written.expression,
+            "candidates": candidates,
+            "masks_rle": [encode_rle(mask) for mask in masks],
+            "boxes_xyxy": [mask_to_box_xyxy(mask) for mask in masks],
+        }
+
+    def _chosen_masks(self, picture: Held, chosen: Selection) -> np.ndarray:
+        if not self.describes:
+            raise fault("a model without a generator", "one trained with model.generator", "serve another model, or only ground")
+        height, width = picture.pixels.shape[:2]
+        wrong = [n for n in chosen.objects if not 0 <= n < len(picture.objects)]
+        if wrong:
+            raise fault(f"object {wrong[0]}", f"one of the {len(picture.objects)} proposed objects", "choose from the picture's objects")
+        if not chosen.objects and not chosen.boxes_xyxy:
+            raise fault("no object", "at least one object or box", "click an object, or draw a box")
+        parts = [picture.objects[list(dict.fromkeys(chosen.objects))]]
+        if chosen.boxes_xyxy:
+            full = selection_masks(height, width, None, [list(box) for box in chosen.boxes_xyxy]).numpy()
+            parts.append(masks_in_boxes(self.model, picture.encoded, full))
+        return np.concatenate(parts)
+
+
+def shown(result: Grounding) -> dict[str, Any]:
+    """Return a grounding as JSON holds it."""
+    several = result.count is not None and result.count >= MORE_THAN_FIVE
+    return {
+        "expression": result.expression,
+        "no_target": result.no_target,
+        "no_target_prob": round(result.no_target_prob, 4),
+        "count": "more than 5" if several else result.count,
+        "boxes_xyxy": None if result.boxes_xyxy is None else np.round(result.boxes_xyxy.astype(float), 1).tolist(),
+        "box_scores": None if result.box_scores is None else np.round(result.box_scores.astype(float), 4).tolist(),
+        "mask_pixels": int(result.mask.sum()),
+        "mask_rle": encode_rle(result.mask),
+    }
+
+
+def overlap(first: np.ndarray, second: np.ndarray) -> float:
+    """Return the intersection over union of two masks; 1 where both are empty."""
+    union = int((first | second).sum())
+    return float((first & second).sum() / union) if union else 1.0
+
+
+def _rounded(value: float | None) -> float | None:
+    return None if value is None or value != value else round(float(value), 4)

@@ -1,0 +1,320 @@
+"""The page of `grex serve` in a headless browser, in front of a tiny random model: what a visitor does, from a picture to a link.
+
+Screenshots go to the folder that GREX_SCREENSHOTS names, or to pytest's own.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image
+from tiny import tiny_speaker
+
+from grex_mllm.models.grex import GrexModel
+from grex_mllm.ops.masks import decode_rle
+
+pytest.importorskip("fastapi", reason="needs the extra serve: pip install 'grex-mllm[serve]'")
+pytest.importorskip("playwright", reason="needs the extra dev (playwright)")
+
+import uvicorn
+from playwright.sync_api import Browser, Page, expect, sync_playwright
+from test_serve import encoded, pixels
+
+from grex_mllm.serve.app import App, make_app
+from grex_mllm.serve.command import bind
+
+pytestmark = pytest.mark.long
+FLAGS = ["--headless", "--no-sandbox", "--disable-gpu", "--disable-background-networking"]
+LIMIT_MS = 30_000
+SECRET = "0123456789abcdef-a-long-token"
+
+
+class Running:
+    """An application behind a port of this machine, in a thread."""
+
+    def __init__(self, app: App) -> None:
+        self.listener = bind("127.0.0.1", 0)
+        self.url = f"http://127.0.0.1:{self.listener.getsockname()[1]}/"
+        self.server = uvicorn.Server(uvicorn.Config(app, log_level="warning"))  # type: ignore[arg-type]
+        self.thread = threading.Thread(target=self.server.run, kwargs={"sockets": [self.listener]}, daemon=True)
+
+    def __enter__(self) -> Running:
+        self.thread.start()
+        while not self.server.started:
+            time.sleep(0.01)
+        return self
+
+    def __exit__(self, *of: object) -> None:
+        self.server.should_exit = True
+        self.thread.join(timeout=20)
+
+
+@pytest.fixture(scope="module")
+def speaker(tmp_path_factory: pytest.TempPathFactory) -> GrexModel:
+    return tiny_speaker(tmp_path_factory.mktemp("tokenizer"))
+
+
+@pytest.fixture(scope="module")
+def served(speaker: GrexModel) -> Iterator[Running]:
+    with Running(make_app(speaker, "tiny")) as running:
+        yield running
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator[Browser]:
+    program = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+    if program is None:
+        pytest.skip("needs an installed Chromium")
+    with sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path=program, args=FLAGS)
+        yield browser
+        browser.close()
+
+
+def visit(browser: Browser, url: str, **options: Any) -> Page:
+    """Open the page as a new visitor. A script error, or a request beyond the origin, fails the test at its end (`quiet`)."""
+    context = browser.new_context(**{"viewport": {"width": 1280, "height": 800}, "accept_downloads": True, **options})
+    context.set_default_timeout(LIMIT_MS)
+    page = context.new_page()
+    page.faults = []  # type: ignore[attr-defined]
+    page.on("pageerror", lambda error: page.faults.append(f"{error}"))  # type: ignore[attr-defined]
+    page.on("dialog", lambda dialog: page.faults.append(f"dialog {dialog.message}"))  # type: ignore[attr-defined]
+    origin = "/".join(url.split("/")[:3])
+    inside = (origin, "blob:", "data:")
+    page.on("request", lambda request: request.url.startswith(inside) or page.faults.append(request.url))  # type: ignore[attr-defined]
+    page.goto(url)
+    page.wait_for_selector("body[data-ready]")
+    return page
+
+
+def quiet(page: Page) -> bool:
+    return page.faults == []  # type: ignore[attr-defined]
+
+
+@pytest.fixture
+def keep(tmp_path: Path) -> Any:
+    folder = Path(os.environ.get("GREX_SCREENSHOTS", tmp_path))
+    folder.mkdir(parents=True, exist_ok=True)
+    return lambda page, name: page.screenshot(path=folder / f"{name}.png")
+
+
+def give(page: Page, data: bytes, name: str = "own.png", kind: str = "image/png") -> None:
+    page.set_input_files("#file", {"name": name, "mimeType": kind, "buffer": data})
+
+
+def open_picture(page: Page, data: bytes, name: str = "own.png", kind: str = "image/png") -> str:
+    """Upload a picture and return its id."""
+    with page.expect_response(lambda answer: answer.url.endswith("/pixels") and "/images/" in answer.url) as seen:
+        give(page, data, name, kind)
+    page.wait_for_selector("#stage.full")
+    return seen.value.url.split("/")[-2]
+
+
+def find(page: Page, text: str) -> str:
+    """Type an expression and return what the page says of it."""
+    page.fill("#new", text)
+    page.press("#new", "Enter")
+    said = page.locator("#rows li:not(.new) .verdict").last
+    expect(said).not_to_be_empty(timeout=LIMIT_MS)
+    return said.inner_text()
+
+
+def at(page: Page, x: float, y: float, width: int, height: int) -> tuple[float, float]:
+    """Return where a pixel of the picture is shown."""
+    box = page.locator("#picture").bounding_box()
+    assert box is not None
+    return box["x"] + (x + 0.5) / width * box["width"], box["y"] + (y + 0.5) / height * box["height"]
+
+
+def clickable(objects: list[dict[str, Any]]) -> dict[int, tuple[int, int]]:
+    """Return a pixel (x, y) of every object that shows somewhere: the smallest object of a pixel is hit."""
+    masks = [decode_rle(item["mask_rle"]) for item in objects]
+    order = sorted(range(len(masks)), key=lambda n: -masks[n].sum())
+    top = np.full(masks[0].shape, -1)
+    for n in order:
+        top[masks[n]] = n
+    return {n: (int(x[0]), int(y[0])) for n in range(len(masks)) for y, x in [np.nonzero(top == n)] if len(x)}
+
+
+def test_a_visit(browser: Browser, served: Running, speaker: GrexModel, tmp_path: Path, keep: Any) -> None:
+    page = visit(browser, served.url)
+    keep(page, "empty")
+    image = open_picture(page, encoded(pixels(3, 48, 64)))
+    assert "object" in find(page, "the red circle on the left")
+    speaker.config.predict.no_target_threshold, usual = 0.0, speaker.config.predict.no_target_threshold
+    assert "Nothing here" in find(page, "a green star") and "%" in page.locator("#rows .verdict").nth(1).inner_text()
+    speaker.config.predict.no_target_threshold = usual
+    objects = page.request.get(f"{served.url}images/{image}").json()["objects"]
+    places = list(clickable(objects).items())
+    assert len(places) >= 2
+    for n, place in places[:2]:
+        page.mouse.move(*at(page, *place, 64, 48))
+        assert page.locator("#objects button").nth(n).get_attribute("class") == "lit"
+        page.mouse.click(*at(page, *place, 64, 48))
+        expect(page.locator("#objects button").nth(n)).to_have_attribute("aria-pressed", "true")
+    page.mouse.move(*at(page, 5, 6, 64, 48))
+    page.mouse.down()
+    page.mouse.move(*at(page, 20, 20, 64, 48), steps=3)
+    page.mouse.move(*at(page, 40, 30, 64, 48))
+    page.mouse.up()
+    expect(page.get_by_role("button", name="Remove box 1")).to_be_visible()
+    page.wait_for_selector("#candidates button")
+    expect(page.locator("#back")).to_contain_text("Leads")
+    keep(page, "described")
+    page.fill("#said", "two blue squares and a star")
+    with page.expect_response(lambda answer: answer.url.endswith("/ground")) as again:
+        page.wait_for_timeout(600)
+    assert again.value.json()["results"][0]["expression"] == "two blue squares and a star"
+    expect(page.locator("#back")).to_contain_text("Leads")
+    _take_along(page, tmp_path, places, image)
+    page.keyboard.press("Escape")  # leaves the field
+    page.keyboard.press("Escape")
+    expect(page.locator("#answer")).to_be_hidden()
+    assert quiet(page), page.faults  # type: ignore[attr-defined]
+
+
+def _take_along(page: Page, tmp_path: Path, places: list[Any], image: str) -> None:
+    """Download PNG and COCO, copy JSON and the link, and look at what is in them."""
+    from pycocotools.coco import COCO
+
+    page.context.grant_permissions(["clipboard-read", "clipboard-write"])
+    for button, name in (("#save-png", "a.png"), ("#save-coco", "a.json")):
+        with page.expect_download() as given:
+            page.click(button)
+        given.value.save_as(tmp_path / name)
+    picture = Image.open(tmp_path / "a.png")
+    assert picture.size == (64 * 12, 48 * 12)
+    coco = COCO(tmp_path / "a.json")
+    assert [entry["name"] for entry in coco.loadCats(coco.getCatIds())] == [
+        "the red circle on the left", "a green star", "two blue squares and a star",
+    ]  # fmt: skip
+    annotations = coco.loadAnns(coco.getAnnIds())
+    assert [entry["category_id"] for entry in annotations] == [1, 3]
+    for entry in annotations:
+        mask = coco.annToMask(entry)
+        rows, columns = np.nonzero(mask)
+        assert mask.sum() == entry["area"] and entry["bbox"][:2] == [columns.min(), rows.min()]
+    page.click("#copy-json")
+    copied = json.loads(page.evaluate("navigator.clipboard.readText()"))
+    assert [result["expression"] for result in copied["results"]] == ["the red circle on the left", "a green star"]
+    assert sorted(copied["described"]["objects"]) == sorted(n for n, _ in places[:2]) and len(copied["described"]["boxes_xyxy"]) == 1
+    page.click("#copy-link")
+    link = page.evaluate("navigator.clipboard.readText()")
+    assert f"image={image}" in link and "e=a%20green%20star" in link
+
+
+def test_a_link_restores_the_state(browser: Browser, served: Running) -> None:
+    page = visit(browser, served.url)
+    image = open_picture(page, encoded(pixels(5, 40, 40)))
+    find(page, "green & blue #1?")
+    page.locator("#objects button").first.click()
+    page.wait_for_selector("#candidates button")
+    link = page.url
+    page.reload()
+    page.wait_for_selector("#candidates button")
+    other = visit(browser, link)
+    other.wait_for_selector("#candidates button")
+    for one in (page, other):
+        assert one.locator("#rows li:not(.new) input").first.input_value() == "green & blue #1?"
+        assert one.locator("#objects button").first.get_attribute("aria-pressed") == "true"
+        assert quiet(one), one.faults  # type: ignore[attr-defined]
+    gone = visit(browser, link.replace(image, "x" * len(image)))
+    expect(gone.locator(".note")).to_contain_text("Open it again")
+    scene = visit(browser, f"{served.url}#image=scene-4&e=people%20in%20white")
+    expect(scene.locator("#rows .verdict").first).not_to_be_empty()
+    assert scene.locator("#gallery button").nth(4).get_attribute("aria-pressed") == "true"
+
+
+def test_wrong_files_are_told_and_the_page_goes_on(browser: Browser, served: Running, keep: Any) -> None:
+    page = visit(browser, served.url)
+    for data, name, kind, told in (
+        (b"some text", "notes.txt", "text/plain", "PNG, JPEG or WebP"),
+        (b"<svg></svg>", "drawing.svg", "image/svg+xml", "PNG, JPEG or WebP"),
+        (b"<svg></svg>", "drawing.png", "image/png", "SVG"),
+        (encoded(pixels())[:500], "half.png", "image/png", "no whole picture"),
+        (b"x" * 25_000_000, "large.png", "image/png", "25 MB"),
+    ):
+        give(page, data, name, kind)
+        expect(page.locator(".note").last).to_contain_text(told)
+    keep(page, "wrong_file")
+    open_picture(page, encoded(np.zeros((3000, 4000, 3), np.uint8), "JPEG"), "photo.jpg", "image/jpeg")
+    expect(page.locator(".note").last).to_contain_text("Scaled from 4000 × 3000")
+    page.fill("#new", "x" * 10_000)
+    page.press("#new", "Enter")
+    expect(page.locator(".note").last).to_contain_text("Shorten it")
+    assert quiet(page), page.faults  # type: ignore[attr-defined]
+
+
+def test_script_is_shown_as_text(browser: Browser, served: Running) -> None:
+    text = "<script>alert(1)</script><img src=x onerror=alert(2)>"
+    page = visit(browser, served.url)
+    open_picture(page, encoded(pixels(2)))
+    find(page, text)
+    page.reload()
+    page.wait_for_selector("body[data-ready]")
+    assert page.locator("#rows input").first.input_value() == text and page.locator("main script, #rows img").count() == 0
+    assert quiet(page), page.faults  # type: ignore[attr-defined]
+
+
+def test_two_users_at_once(browser: Browser, served: Running) -> None:
+    pages = [visit(browser, served.url) for _ in range(2)]
+    names = [open_picture(page, encoded(pixels(n + 7, 40 + 8 * n, 64))) for n, page in enumerate(pages)]
+    for n, page in enumerate(pages):
+        page.fill("#new", f"the circle of user {n}")
+    for page in pages:
+        page.press("#new", "Enter")
+    for n, page in enumerate(pages):
+        expect(page.locator("#rows .verdict").first).not_to_be_empty()
+        assert names[n] in page.url and page.locator("#picture").evaluate("canvas => canvas.height") == 40 + 8 * n
+        assert quiet(page), page.faults  # type: ignore[attr-defined]
+
+
+def test_a_phone_the_dark_and_the_keyboard(browser: Browser, served: Running, keep: Any) -> None:
+    options = {"viewport": {"width": 375, "height": 700}, "color_scheme": "dark", "has_touch": True, "device_scale_factor": 2}
+    page = visit(browser, f"{served.url}#image=scene-1&e=the%20red%20circle&e=green&o=0,1", **options)
+    page.wait_for_selector("#candidates button")
+    expect(page.locator("#back")).to_contain_text("Leads")
+    keep(page, "phone")
+    assert page.evaluate("document.documentElement.scrollWidth") == 375
+    page.evaluate("window.scrollTo(0, 9999)")
+    page.wait_for_timeout(200)
+    assert page.locator("#picture").bounding_box()["y"] >= 0, "the picture stays in sight"  # type: ignore[index]
+    background = page.evaluate("getComputedStyle(document.body).backgroundColor")
+    assert sum(int(part) for part in background[4:-1].split(",")) < 150
+    wide = visit(browser, f"{served.url}#image=scene-1")
+    wide.locator("#stage").focus()
+    wide.keyboard.press("ArrowRight")
+    wide.keyboard.press("ArrowRight")
+    wide.keyboard.press("Enter")
+    assert wide.locator("#objects button").nth(1).get_attribute("aria-pressed") == "true"
+    wide.keyboard.press("Escape")
+    assert wide.locator("#objects button[aria-pressed=true]").count() == 0
+    wide.keyboard.press("/")
+    wide.keyboard.type("green")
+    wide.keyboard.press("Enter")
+    expect(wide.locator("#rows .verdict").first).not_to_be_empty()
+    assert wide.evaluate("document.documentElement.scrollHeight") <= 800
+    assert quiet(page) and quiet(wide)
+
+
+def test_the_page_asks_for_the_token(browser: Browser, speaker: GrexModel) -> None:
+    with Running(make_app(speaker, "tiny", token=SECRET)) as running:
+        context = browser.new_context()
+        page = context.new_page()
+        page.goto(running.url)
+        page.fill("#token", SECRET)
+        page.click("#login .main")
+        page.wait_for_selector("#gallery img[src^=blob]")
+        page.locator("#gallery button").first.click()
+        page.wait_for_selector("#stage.full")
+        page.goto(f"{running.url}docs")
+        expect(page.locator("#routes")).to_contain_text("/ground")
