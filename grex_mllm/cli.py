@@ -11,6 +11,7 @@ from typing import Annotated, get_type_hints
 
 from grex_mllm.arguments import AS_WRITTEN, Place, Places, parsed, split_overrides
 from grex_mllm.errors import GrexError, fault
+from grex_mllm.search.verb import search
 
 
 def demo(out: str = "runs/demo", config: str | None = None, overrides: list[str] | None = None) -> int:
@@ -340,7 +341,7 @@ def report(run: Place, protocol: str | None = None, data: str | None = None, spl
 
 VERBS: dict[str, Callable[..., int]] = {
     "demo": demo, "train": train, "estimate": estimate, "predict": predict, "score": score, "ground": ground, "describe": describe,
-    "data": data, "convert": convert, "compare": compare, "errors": errors, "report": report,
+    "search": search, "data": data, "convert": convert, "compare": compare, "errors": errors, "report": report,
 }  # fmt: skip
 
 

@@ -48,6 +48,7 @@ LAYERS = {
     "convert": 3,
     "predict": 3,
     "score": 3,
+    "search": 3,
     "training": 4,
     "estimate": 4,
     "report": 4,

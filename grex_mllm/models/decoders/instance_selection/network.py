@@ -32,6 +32,7 @@ from grex_mllm.models.decoders.instance_selection.regions import (
     box_code,
     gather,
     mlp,
+    pair_geometry,
     precise,
 )
 from grex_mllm.ops.attention import attend, split_heads
@@ -139,7 +140,7 @@ class LanguagePart(nn.Module):
     def forward(self, regions: Regions, image_index: Tensor, text: TextFeatures) -> GroundingOutput:
         """Ground E expressions. image_index: int64 [E].
 
-        In training `mask_logits` is empty ([E, 2, 0, 0]): the loss reads the regions' masks.
+        In training, and for regions that `restore` gave, `mask_logits` is empty ([E, 2, 0, 0]).
         """
         mask = text.mask.bool()
         mean = (text.tokens * text.mask[..., None]).sum(dim=1) / text.mask.sum(dim=1, keepdim=True).clamp(min=1)
@@ -184,7 +185,7 @@ class LanguagePart(nn.Module):
         return torch.cat([total, x.amax(dim=1), sentence.to(x.dtype), sums, top], dim=-1)
 
     def _answer(self, regions: Regions, image_index: Tensor, logits: Tensor) -> Tensor:
-        if self.training:
+        if self.training or regions.mask_map.shape[-1] == 0:
             return logits.new_zeros(logits.shape[0], 2, 0, 0)
         masks = regions.masks()
         fused = torch.stack(
@@ -228,3 +229,17 @@ class InstanceSelection(nn.Module):
     def proposals(self, regions: Regions) -> Proposals:
         """Return the objects that were found in B images."""
         return Proposals(regions.masks(), regions.boxes_norm[-1], regions.objectness[-1].sigmoid())
+
+    def compact(self, regions: Regions) -> dict[str, Tensor]:
+        """Return what the language part reads of B images but for masks: features float16, boxes and scores float32 (places are compared)."""
+        kept = {"features": regions.features.half(), "boxes_norm": regions.boxes_norm[-1].float(), "objectness": regions.objectness[-1].float()}
+        return kept | {f"attribute_{name}": logits.half() for name, logits in regions.attribute_logits.items()}
+
+    def restore(self, kept: dict[str, Tensor]) -> Regions:
+        """Return the regions of B images that `compact` gave, without masks."""
+        features, boxes = kept["features"].float(), kept["boxes_norm"]
+        attributes = {name: kept[f"attribute_{name}"].float() for name in self.language_part.config.attribute_classes}
+        empty = features.new_zeros(len(features), 0)
+        index = torch.zeros(features.shape[:2], dtype=torch.int64, device=features.device)
+        none = features.new_zeros(len(features), 0, 0, 0)
+        return Regions(empty, empty.unsqueeze(-1), (0, 0), index, [kept["objectness"]], [boxes], [], none, features, pair_geometry(boxes), attributes)
