@@ -7,6 +7,7 @@ import os
 import signal
 import subprocess
 import sys
+import zlib
 from pathlib import Path
 
 import numpy as np
@@ -74,7 +75,9 @@ def test_the_index_scores_as_the_model_itself(model: GrexModel, images: Path) ->
         assert scores.no_target[:, column].tolist() == [answer.head_no_target for answer in answers]
 
 
-def test_one_expression_is_scored_as_among_many_and_ranks_are_sorted(model: GrexModel, images: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_one_expression_is_scored_as_among_many_and_ranks_are_sorted(
+    model: GrexModel, images: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     opened = open_index(model, images)
     together = opened.scores(EXPRESSIONS)
     monkeypatch.setattr(index_module, "PAIRS_AT_ONCE", 2)
@@ -252,8 +255,8 @@ def test_hostile_files_are_refused_and_reported(
     (images / "empty.jpg").touch()
     half = (images / "1.png").read_bytes()
     (images / "half.png").write_bytes(half[: len(half) // 2])
-    huge = half[:16] + (60_000).to_bytes(4, "big") * 2 + half[24:]
-    (images / "bomb.png").write_bytes(huge)
+    header = b"IHDR" + (60_000).to_bytes(4, "big") * 2 + half[24:29]
+    (images / "bomb.png").write_bytes(half[:12] + header + zlib.crc32(header).to_bytes(4, "big") + half[33:])
     Image.new("L", (9, 9)).save(images / "script.eps")
     (images / "script.eps").rename(images / "script.jpg")
     big = images / "big.png"

@@ -16,7 +16,7 @@ from grex_mllm.errors import GrexError, fault
 
 IMAGE_SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff", ".gif"})
 DRAWING_SUFFIXES = frozenset({".svg", ".svgz"})
-FORMATS = ("JPEG", "MPO", "PNG", "WEBP", "BMP", "TIFF", "GIF")  # MPO: photographs of phones, with previews behind the picture
+FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "TIFF", "GIF")
 MAX_FILE_BYTES = 64 * 2**20
 MAX_REASON_CHARACTERS = 200
 
@@ -73,10 +73,12 @@ def read_image(root: str | Path, file: str) -> np.ndarray:
         GrexError: an animation, another format than its name promises, too many pixels, or a damaged file.
     """
     path = Path(root) / file
+    Image.init()  # Pillow registers most formats late, and knows none of these names before
     try:
         with Image.open(path, formats=FORMATS) as image:
             if image.width * image.height > MAX_IMAGE_PIXELS:
                 raise fault(f"{image.width}x{image.height} pixels", f"at most {MAX_IMAGE_PIXELS:,}", "scale it down")
+            # Pillow calls a JPEG with previews behind the picture, as phones write it, MPO
             if image.format != "MPO" and getattr(image, "is_animated", False):
                 raise fault("an animation or several pages", "one picture", "save one of them")
     except Image.DecompressionBombError:

@@ -135,7 +135,9 @@ class IndexStore:
             raise fault(f"{self.folder / HEAD} is damaged", "what the index holds, as JSON", remedy)
         for name, value in wanted.items():
             if head.get(name) != value:
-                raise fault(f"the index in {self.folder} was made by another model or version ({name} differs)", "one of this model", remedy)
+                raise fault(
+                    f"the index in {self.folder} was made by another model or version ({name} differs)", "one of this model", remedy
+                )
         for name in (JOURNAL, ROWS):
             if not (self.folder / name).is_file():
                 raise fault(f"{self.folder} without {name}", "an index that is whole", remedy)

@@ -232,7 +232,11 @@ class InstanceSelection(nn.Module):
 
     def compact(self, regions: Regions) -> dict[str, Tensor]:
         """Return what the language part reads of B images but for masks: features float16, boxes and scores float32 (places are compared)."""
-        kept = {"features": regions.features.half(), "boxes_norm": regions.boxes_norm[-1].float(), "objectness": regions.objectness[-1].float()}
+        kept = {
+            "features": regions.features.half(),
+            "boxes_norm": regions.boxes_norm[-1].float(),
+            "objectness": regions.objectness[-1].float(),
+        }
         return kept | {f"attribute_{name}": logits.half() for name, logits in regions.attribute_logits.items()}
 
     def restore(self, kept: dict[str, Tensor]) -> Regions:
@@ -242,4 +246,6 @@ class InstanceSelection(nn.Module):
         empty = features.new_zeros(len(features), 0)
         index = torch.zeros(features.shape[:2], dtype=torch.int64, device=features.device)
         none = features.new_zeros(len(features), 0, 0, 0)
-        return Regions(empty, empty.unsqueeze(-1), (0, 0), index, [kept["objectness"]], [boxes], [], none, features, pair_geometry(boxes), attributes)
+        return Regions(
+            empty, empty.unsqueeze(-1), (0, 0), index, [kept["objectness"]], [boxes], [], none, features, pair_geometry(boxes), attributes
+        )
