@@ -2,10 +2,10 @@
 
 python benchmarks/search.py --model runs/demo
 
-Scenes of the split `test` are written as PNG into a temporary folder. Queries are expressions of the grammar, each drawn for one of the scenes
-and judged in all of them (`grex_mllm.data.synthetic.evaluate`): an image is right where the expression denotes something in it. Only queries
-that are right for at least ten images and for at most half of them are asked. Chance is the share of right images; "without_rejection" ranks
-by the best region alone, as a model without the no-target head does.
+Scenes of the split `test` are written as PNG into a temporary folder. Queries are expressions of the grammar, each drawn for one scene and
+judged in all of them (`grex_mllm.data.synthetic.evaluate`): an image is right where the expression denotes something in it. Only queries
+that are right for at least ten images and for at most half of them are asked. Chance is the share of right images; "without_rejection" ranks by
+the best region alone, as a model without the no-target head does.
 """
 
 from __future__ import annotations

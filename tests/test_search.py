@@ -75,9 +75,7 @@ def test_the_index_scores_as_the_model_itself(model: GrexModel, images: Path) ->
         assert scores.no_target[:, column].tolist() == [answer.head_no_target for answer in answers]
 
 
-def test_one_expression_is_scored_as_among_many_and_ranks_are_sorted(
-    model: GrexModel, images: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_one_expression_is_scored_as_among_many(model: GrexModel, images: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     opened = open_index(model, images)
     together = opened.scores(EXPRESSIONS)
     monkeypatch.setattr(index_module, "PAIRS_AT_ONCE", 2)
@@ -214,7 +212,7 @@ def test_cut_off_and_damaged_parts_are_done_again(model: GrexModel, images: Path
 def test_another_model_is_refused_and_another_language_part_is_not(model: GrexModel, images: Path) -> None:
     open_index(model, images)
     other = tiny_model(seed=1)
-    with pytest.raises(GrexError, match="another model or version .model differs.*--rebuild"):
+    with pytest.raises(GrexError, match=r"another model or version .model differs.*--rebuild"):
         open_index(other, images)
     same_eyes = tiny_model()
     with torch.no_grad():
@@ -234,7 +232,7 @@ def test_models_of_which_nothing_can_be_kept_are_refused(images: Path) -> None:
     fused = tiny_config(model__decoder__name="rela", model__decoder__minimap_side=4, model__decoder__feedforward=16,
                         model__vision__fusion="pwam", **{f"model__vision__{k}": v for k, v in swin.items()})  # fmt: skip
     plain = tiny_config(model__decoder__name="rela", model__decoder__minimap_side=4, model__decoder__feedforward=16)
-    with pytest.raises(GrexError, match="image encoder reads the expression .model.vision.fusion: pwam."):
+    with pytest.raises(GrexError, match=r"image encoder reads the expression .model.vision.fusion: pwam."):
         open_index(GrexModel(fused, tokenizer).eval(), images)
     with pytest.raises(GrexError, match="rela, which has no compact form"):
         open_index(GrexModel(plain, tokenizer).eval(), images)

@@ -1,7 +1,7 @@
 """Search a folder of images by expressions: `open_index(model, folder).search("two people on a bench")`.
 
 GRES paper, figure 2b: a query picks the images that contain what it says. The language-free part of each image is computed once and kept
-(`store.py`); an expression goes through the language part with all of them (`scoring.py`). The public names are imported when they are used.
+(`store.py`); an expression goes through the language part with all of them (`scoring.py`). Public names are imported when used.
 """
 
 from __future__ import annotations

@@ -69,5 +69,5 @@ def picture_of(pixels: np.ndarray, result: Grounding) -> Image.Image:
         pixels = np.asarray(Image.fromarray(pixels).resize((small[1], small[0]), Image.Resampling.BILINEAR))
         mask = resize_mask_nearest(mask, *small)
         boxes = None if boxes is None else boxes * np.tile([small[1] / width, small[0] / height], 2)
-    factor = enlarge_factor(*pixels.shape[:2], SHOWN_SIDE)
+    factor = enlarge_factor(pixels.shape[0], pixels.shape[1], SHOWN_SIDE)
     return overlay(pixels, mask, () if boxes is None else boxes, result.count, no_target=result.no_target, factor=factor)

@@ -231,21 +231,25 @@ class InstanceSelection(nn.Module):
         return Proposals(regions.masks(), regions.boxes_norm[-1], regions.objectness[-1].sigmoid())
 
     def compact(self, regions: Regions) -> dict[str, Tensor]:
-        """Return what the language part reads of B images but for masks: features float16, boxes and scores float32 (places are compared)."""
-        kept = {
-            "features": regions.features.half(),
-            "boxes_norm": regions.boxes_norm[-1].float(),
-            "objectness": regions.objectness[-1].float(),
-        }
-        return kept | {f"attribute_{name}": logits.half() for name, logits in regions.attribute_logits.items()}
+        """Return what the language part reads of B images, but for masks: places, which are compared, as float32, the rest as float16."""
+        places = {"boxes_norm": regions.boxes_norm[-1].float(), "objectness": regions.objectness[-1].float()}
+        attributes = {f"attribute_{name}": logits.half() for name, logits in regions.attribute_logits.items()}
+        return {"features": regions.features.half()} | places | attributes
 
     def restore(self, kept: dict[str, Tensor]) -> Regions:
         """Return the regions of B images that `compact` gave, without masks."""
         features, boxes = kept["features"].float(), kept["boxes_norm"]
-        attributes = {name: kept[f"attribute_{name}"].float() for name in self.language_part.config.attribute_classes}
-        empty = features.new_zeros(len(features), 0)
-        index = torch.zeros(features.shape[:2], dtype=torch.int64, device=features.device)
-        none = features.new_zeros(len(features), 0, 0, 0)
+        num_images, num_regions = features.shape[:2]
         return Regions(
-            empty, empty.unsqueeze(-1), (0, 0), index, [kept["objectness"]], [boxes], [], none, features, pair_geometry(boxes), attributes
+            heat_logits=features.new_zeros(num_images, 0),
+            cell_boxes_norm=features.new_zeros(num_images, 0, 4),
+            heat_size=(0, 0),
+            kept=features.new_zeros(num_images, num_regions, dtype=torch.int64),
+            objectness=[kept["objectness"]],
+            boxes_norm=[boxes],
+            mask_embeddings=[],
+            mask_map=features.new_zeros(num_images, 0, 0, 0),
+            features=features,
+            geometry=pair_geometry(boxes),
+            attribute_logits={name: kept[f"attribute_{name}"].float() for name in self.language_part.config.attribute_classes},
         )
