@@ -12,6 +12,7 @@ from typing import Annotated, get_type_hints
 from grex_mllm.arguments import AS_WRITTEN, Place, Places, parsed, split_overrides
 from grex_mllm.errors import GrexError, fault
 from grex_mllm.export.command import card, export
+from grex_mllm.search.verb import search
 from grex_mllm.serve.command import serve
 
 
@@ -345,7 +346,7 @@ def report(run: Place, protocol: str | None = None, data: str | None = None, spl
 VERBS: dict[str, Callable[..., int]] = {
     "demo": demo, "train": train, "estimate": estimate, "predict": predict, "score": score, "ground": ground, "describe": describe,
     "data": data, "convert": convert, "compare": compare, "errors": errors, "report": report,
-    "export": export, "card": card, "serve": serve,
+    "export": export, "card": card, "serve": serve, "search": search,
 }  # fmt: skip
 
 

@@ -117,6 +117,27 @@ def test_the_entry_has_the_names_of_the_contract(name: str) -> None:
     assert module.Config().name == name.rpartition(".")[2] and isinstance(model_of(name).config.model.decoder, module.Config)
 
 
+def test_a_compact_form_answers_as_the_image_does(name: str) -> None:
+    """What `grex search` keeps: half precision, no masks, and everything else as from the image itself."""
+    model = model_of(name)
+    decoder = model.grounding.decoder
+    if not hasattr(decoder, "compact"):
+        assert not hasattr(decoder, "restore")
+        return
+    batch = batch_of(model)
+    with torch.no_grad():
+        features = model.grounding.encode_image(batch.image, batch.input_sizes)
+        text = model.grounding.encode_text(batch.text_ids, batch.text_mask)
+        whole = decoder.language_part(features.decoded, batch.image_index, text)
+        kept = decoder.compact(features.decoded)
+        again = decoder.language_part(decoder.restore(kept), batch.image_index, text)
+    assert all(len(tensor) == 2 and tensor.dtype in (torch.float16, torch.float32) for tensor in kept.values())
+    assert again.mask_logits.numel() == 0
+    for field, value in own_tensors(whole).items():
+        if field != "mask_logits":
+            torch.testing.assert_close(own_tensors(again)[field], value, atol=5e-3, rtol=5e-3)
+
+
 def test_shapes(name: str) -> None:
     model = model_of(name)
     batch = batch_of(model)

@@ -50,6 +50,7 @@ LAYERS = {
     "export": 3,
     "predict": 3,
     "score": 3,
+    "search": 3,
     "training": 4,
     "estimate": 4,
     "report": 4,

@@ -32,6 +32,7 @@ from grex_mllm.models.decoders.instance_selection.regions import (
     box_code,
     gather,
     mlp,
+    pair_geometry,
     precise,
 )
 from grex_mllm.ops.attention import attend, split_heads
@@ -140,7 +141,7 @@ class LanguagePart(nn.Module):
     def forward(self, regions: Regions, image_index: Tensor, text: TextFeatures) -> GroundingOutput:
         """Ground E expressions. image_index: int64 [E].
 
-        In training `mask_logits` is empty ([E, 2, 0, 0]): the loss reads the regions' masks.
+        In training, and for regions that `restore` gave, `mask_logits` is empty ([E, 2, 0, 0]).
         """
         mask = text.mask.bool()
         mean = (text.tokens * text.mask[..., None]).sum(dim=1) / text.mask.sum(dim=1, keepdim=True).clamp(min=1)
@@ -185,7 +186,7 @@ class LanguagePart(nn.Module):
         return torch.cat([total, x.amax(dim=1), sentence.to(x.dtype), sums, top], dim=-1)
 
     def _answer(self, regions: Regions, image_index: Tensor, logits: Tensor) -> Tensor:
-        if self.training:
+        if self.training or regions.mask_map.shape[-1] == 0:
             return logits.new_zeros(logits.shape[0], 2, 0, 0)
         masks = regions.masks()
         if traced():  # of any number of expressions
@@ -232,3 +233,27 @@ class InstanceSelection(nn.Module):
     def proposals(self, regions: Regions) -> Proposals:
         """Return the objects that were found in B images."""
         return Proposals(regions.masks(), regions.boxes_norm[-1], regions.objectness[-1].sigmoid())
+
+    def compact(self, regions: Regions) -> dict[str, Tensor]:
+        """Return what the language part reads of B images, but for masks: places, which are compared, as float32, the rest as float16."""
+        places = {"boxes_norm": regions.boxes_norm[-1].float(), "objectness": regions.objectness[-1].float()}
+        attributes = {f"attribute_{name}": logits.half() for name, logits in regions.attribute_logits.items()}
+        return {"features": regions.features.half()} | places | attributes
+
+    def restore(self, kept: dict[str, Tensor]) -> Regions:
+        """Return the regions of B images that `compact` gave, without masks."""
+        features, boxes = kept["features"].float(), kept["boxes_norm"]
+        num_images, num_regions = features.shape[:2]
+        return Regions(
+            heat_logits=features.new_zeros(num_images, 0),
+            cell_boxes_norm=features.new_zeros(num_images, 0, 4),
+            heat_size=(0, 0),
+            kept=features.new_zeros(num_images, num_regions, dtype=torch.int64),
+            objectness=[kept["objectness"]],
+            boxes_norm=[boxes],
+            mask_embeddings=[],
+            mask_map=features.new_zeros(num_images, 0, 0, 0),
+            features=features,
+            geometry=pair_geometry(boxes),
+            attribute_logits={name: kept[f"attribute_{name}"].float() for name in self.language_part.config.attribute_classes},
+        )
