@@ -13,6 +13,7 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -71,7 +72,9 @@ def predict(data: Path, out: Path, url: str, *flags: str, env: dict[str, str] | 
     out.parent.mkdir(parents=True, exist_ok=True)
     told = (out.parent / f"{out.name}.told{(env or {}).get('RANK', '')}").open("a")
     known = {**os.environ, "OPENAI_API_KEY": KEY, "OMP_NUM_THREADS": "1", **(env or {})}
-    return subprocess.Popen(command, cwd=ROOT, env=known, stdout=told, stderr=told, text=True)
+    # a shell starts what runs in the background, and so its children, deaf to the keyboard
+    hear = partial(signal.signal, signal.SIGINT, signal.default_int_handler)
+    return subprocess.Popen(command, cwd=ROOT, env=known, stdout=told, stderr=told, text=True, preexec_fn=hear)
 
 
 def done(run: subprocess.Popen[str], out: Path) -> bytes:

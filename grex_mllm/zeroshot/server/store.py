@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import sqlite3
 import threading
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import fields
@@ -36,11 +37,26 @@ class Store:
 
     def __init__(self, path: str | Path) -> None:
         self.path = Path(path)
+        self._closed = False
         self._lock = threading.Lock()
         with self._told():
             self.path.parent.mkdir(parents=True, exist_ok=True)
             self._file = sqlite3.connect(self.path, timeout=BUSY_S, isolation_level=None, check_same_thread=False)
-            self._open()
+            self._open_patiently()
+
+    def _open_patiently(self) -> None:
+        """Open the file; SQLite's own patience does not cover the moment in which another process turns a new file's journal to WAL."""
+        end = time.monotonic() + BUSY_S
+        while True:
+            try:
+                self._open()
+                return
+            except sqlite3.OperationalError as error:
+                if "locked" not in str(error) or time.monotonic() > end:
+                    raise
+                if self._file.in_transaction:
+                    self._file.execute("ROLLBACK")
+                time.sleep(0.02)
 
     def _open(self) -> None:
         mode = self._file.execute("PRAGMA journal_mode=WAL").fetchone()[0]
@@ -85,11 +101,13 @@ class Store:
     def close(self) -> None:
         """Close the file."""
         with self._lock:
+            self._closed = True
             self._file.close()
 
     def settle(self) -> None:
-        """Move what was written into the file itself, as far as no other process is reading."""
-        self._do(lambda: self._file.execute("PRAGMA wal_checkpoint(PASSIVE)").fetchall())
+        """Move what was written into the file itself, as far as no other process is reading; a closed file is settled."""
+        if not self._closed:
+            self._do(lambda: self._file.execute("PRAGMA wal_checkpoint(PASSIVE)").fetchall())
 
     def _read(self, text: str) -> RawAnswer:
         known = json.loads(text)
