@@ -18,7 +18,7 @@ LIMITS = (
     "A count above five is said as “more than five”.",
     "The numbers hold for the split and protocol above. On images of another kind expect less, and measure before use.",
     "The probability of “no target” is the model's own; its threshold was not chosen on the user's data.",
-    "It inherits what its data and pre-trained parts say about people; it was not examined for bias and is not for decisions about persons.",
+    "It inherits what its data and pre-trained parts say about people; not examined for bias, not for decisions about persons.",
 )
 
 
