@@ -304,6 +304,7 @@ def _asked(stage: Path) -> None:
     tiny_folder(look / "look.data")
     shutil.copy(stage / "runs" / "mine" / "predictions.jsonl", look / "look.jsonl")
     score(look / "look.jsonl", look / "look.data", "val", ROOT / "eval" / "protocols" / "all.yaml", look / "look.json", per_sample=True)
+    shutil.copy(look / "look.json", stage / "runs" / "mine" / "results.json")
 
 
 def answer_nothing(body: dict[str, Any]) -> Any:
