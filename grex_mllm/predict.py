@@ -73,7 +73,7 @@ def predict_split(
     if rank == 0 and Path(out).exists() and not any(part_file(Path(out), r, world).exists() for r in range(world)):
         raise fault(f"{out} exists", "a new file", "remove it, or choose another --out")
     if limit is not None and limit < 1:
-        raise fault(f"--limit {limit}", "at least 1", "give another number, or leave it out")
+        raise fault(f"--limit {limit}", "at least 1 image, or expression of a sample", "give another number, or leave it out")
     drawn = source_of(data)
     if sample is not None and (limit is None or drawn is not None):
         raise fault(f"--sample {sample}{'' if limit is None else f' with --data {data}'}", "a dataset folder and --limit", "give both")

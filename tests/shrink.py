@@ -236,6 +236,8 @@ def make_stage(stage: Path) -> Path:
         mask = np.zeros((96, 96), np.uint8)
         mask[10 + 40 * number : 40 + 40 * number, 10:40] = 255
         Image.fromarray(mask).save(stage / name)
+    submitted = [{"data": {"expression_id": "e4"}, "annotations": [{"result": []}]}]
+    (stage / "corrections.json").write_text(json.dumps(submitted), encoding="utf-8")
     (stage / "hosts").write_text("node0 slots=8\nnode1 slots=8\n", encoding="utf-8")
     return stage
 
@@ -305,6 +307,7 @@ def _asked(stage: Path) -> None:
     tiny_folder(look / "look.data")
     shutil.copy(stage / "runs" / "mine" / "predictions.jsonl", look / "look.jsonl")
     score(look / "look.jsonl", look / "look.data", "val", ROOT / "eval" / "protocols" / "all.yaml", look / "look.json", per_sample=True)
+    shutil.copy(look / "look.json", stage / "runs" / "mine" / "results.json")
 
 
 def answer_nothing(body: dict[str, Any]) -> Any:

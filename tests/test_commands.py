@@ -55,7 +55,7 @@ def is_long(command: str) -> bool:
     family = re.search(r"_(?:qwen|llama|vicuna)[\w.]*?(?=\.yaml)", command)
     row = re.search(r"configs/(ablation_(?:vlt|m3att|isfp)_\w+)\.yaml", command)
     return (
-        any(name in command for name in TOO_LONG)
+        any(name in command for name in (*TOO_LONG, "runs/no_metadata"))
         or (family is not None and not family[0].endswith("qwen2.5_7b"))
         or (row is not None and row[1] not in TRIED_ROWS)
     )
