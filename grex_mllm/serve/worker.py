@@ -94,8 +94,8 @@ class Worker:
                         _expire(job)
                     return
                 jobs = self._running = self._take()
+                self.passes += bool(jobs)
             if jobs:
-                self.passes += 1
                 _answer(jobs)
 
     def _take(self) -> list[Job]:
