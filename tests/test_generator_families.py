@@ -212,7 +212,7 @@ def test_model_that_is_no_causal_lm_is_refused(folder: Folder, tmp_path: Path) -
     import transformers
 
     transformers.T5Config().save_pretrained(tmp_path)
-    with pytest.raises(GrexError, match="AutoModelForCausalLM.*weights of a model of this kind"):
+    with pytest.raises(GrexError, match=r"AutoModelForCausalLM[^;]*; expected a folder"):
         RegionTokenGenerator(replace(SMALL, lm=str(tmp_path)), CHANNELS, LMTokenizer.load(folder("qwen2")))
 
 
