@@ -161,13 +161,13 @@ def test_requests_for_one_picture_are_answered_together(client: TestClient, spea
     """While the model is busy, ten people ask about one picture: one pass answers all, each gets its own."""
     rooms = client.app.app.state.rooms  # type: ignore[attr-defined]
     image, busy = opened(client)["image"], threading.Event()
-    blocker = rooms.worker.submit(None, lambda jobs: [busy.wait(30)], None, "blocker")
+    blocker = rooms.worker.submit(None, lambda jobs: [busy.wait(30)], None)
     texts = [f"{word} circle {n}" for n in range(5) for word in ("the red", "a blue")]
 
     def ask(n: int) -> Any:
         return client.post("/ground", json={"image": image, "expressions": [texts[n]], "ticket": f"t{n}"}).json()
 
-    while rooms.worker.place("blocker") != 0:
+    while rooms.worker.waiting:  # until the model is busy
         time.sleep(0.005)
     before = rooms.worker.passes
     with ThreadPoolExecutor(10) as pool:
