@@ -34,7 +34,7 @@ photos-given:
 	@test -n "$(COCO)" || { echo "make photos without COCO; expected a folder of photographs with instances*.json (or sub-folders of that form); run: make photos COCO=FOLDER" >&2; exit 2; }
 
 test: setup
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(TEST_PROCESSES) --dist loadfile
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(TEST_PROCESSES) --dist loadfile --no-loadscope-reorder
 
 test-long: setup
 	$(BIN)/python -m pytest -m long

@@ -44,7 +44,13 @@ LAUNCHERS = ("torchrun", "deepspeed", "accelerate")
 FOUND = {file.relative_to(ROOT).as_posix(): commands(file) for file in DOCUMENTS}
 ALL = [(name, command) for command, name in {c: name for name in reversed(FOUND) for c in FOUND[name]}.items()]  # each once
 TOO_LONG = ("benchmarks/rela_forward.py", "benchmarks/estimate.py", "benchmarks/train_step.py", "benchmarks/joint_ablation.py")
-TOO_LONG += ("benchmarks/photo_comparison.py", "benchmarks/photo_causes.py", "benchmarks/race.py", "data_prep/photos.py")
+TOO_LONG += (
+    "benchmarks/photo_comparison.py",
+    "benchmarks/photo_causes.py",
+    "benchmarks/race.py",
+    "data_prep/photos.py",
+    "configs/demo_long.yaml",
+)
 
 TRIED_ROWS = ("ablation_vlt_tile", "ablation_m3att_mask_responses", "ablation_isfp_iem")
 
@@ -148,7 +154,7 @@ def try_command(command: str, stage: Path) -> None:
         with FakeServer(answer_nothing) as server:
             run_in_process([server.url if before == "--base-url" else word for before, word in zip(["", *own], own)], stage)
         assert bool(server.seen) != ("--dry-run" in own)
-    elif own is not None and own[0] == "serve":
+    elif own and own[0] == "serve":
         serve_once(own)
     elif own is not None:
         run_in_process(own, stage)

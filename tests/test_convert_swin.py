@@ -221,7 +221,7 @@ def test_resnet_weights(tmp_path: Path, spelling: str) -> None:
 def test_the_verb_refuses_what_it_does_not_know(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     from grex_mllm.convert.command import run_convert
 
-    with pytest.raises(GrexError, match="rela, swin, resnet or check"):
+    with pytest.raises(GrexError, match="adapters, rela, swin, resnet, check"):
         run_convert("bert", ["x"], "y")
     with pytest.raises(GrexError, match="without --out"):
         run_convert("swin", ["x"])

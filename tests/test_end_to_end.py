@@ -74,6 +74,7 @@ def test_demo_runs_from_data_to_report(tmp_path, few):
     assert again["results"] == results["results"]
 
 
+@pytest.mark.long
 def test_two_runs_with_one_seed_are_equal_and_another_seed_is_not(tmp_path, few):
     for name, seed in (("a", 0), ("b", 0), ("c", 1)):
         train_from_config(small(train__seed=seed, train__out=tmp_path / name))

@@ -243,6 +243,7 @@ def compare(
     assert still == {}
 
 
+@pytest.mark.long
 def test_two_processes_equal_one(stage: Path, tmp_path: Path) -> None:
     """Our own decoder with Muon; ReLA with a named language model, whole, in partitions, and in partitions within a node."""
     joint = "joint_rela_r50_qwen2.5_0.5b"

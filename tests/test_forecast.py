@@ -30,6 +30,7 @@ def forecast_of(out: Path, **changes: object) -> tuple[Forecast, Resolved, float
     return (*shown[0][:2], time.monotonic() - shown[0][2])
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("stage", [TEXT, SCENES], ids=["text", "scenes"])
 def test_every_stage_is_foreseen(tmp_path: Path, stage: dict[str, object]) -> None:
     forecast, precision, _ = forecast_of(tmp_path / "run", **stage)
@@ -40,6 +41,7 @@ def test_every_stage_is_foreseen(tmp_path: Path, stage: dict[str, object]) -> No
     assert forecast.total_s == pytest.approx(sum(forecast.stages_s.values()) + forecast.joint_s)
 
 
+@pytest.mark.long
 def test_the_forecast_grows_with_the_steps_and_is_near_the_truth(tmp_path: Path) -> None:
     forecast, _, spent = forecast_of(tmp_path / "run", train__steps=40, train__save_every=1000, train__log_every=1000)
     assert forecast.joint_s == pytest.approx(40 * forecast.step_s, rel=0.9)  # before generate_start a step may take another time

@@ -79,6 +79,7 @@ def held(out: Path) -> list[dict[str, Any]]:
     return [json.loads((out / f"held_{rank}.json").read_text()) for rank in range(2)]
 
 
+@pytest.mark.long
 def test_a_model_in_partitions_and_a_quantised_one_train_as_in_one_process(tmp_path: Path) -> None:
     """ZeRO-3 with gradient checkpointing and validation in between; NF4 with gradient checkpointing under DDP."""
     lm = write_llm("qwen2", tmp_path / "lm", LINES)

@@ -66,7 +66,7 @@ def check_model(model: GrexModel) -> None:
         raise fault(given, "one without fusion: every image would be encoded anew for every expression", "train it with fusion: none")
     if not (hasattr(decoder, "compact") and hasattr(decoder, "restore")):
         given = f"model.decoder.name {config.decoder.name}, which has no compact form of an image (compact, restore)"
-        raise fault(given, f"one that keeps an image in {MAX_ROW_BYTES:,} bytes", "take instance_selection, or grex predict")
+        raise fault(given, f"one that keeps an image in {MAX_ROW_BYTES:,} bytes", "take a model whose decoder has one, or grex predict")
 
 
 def layout_of(model: GrexModel) -> tuple[Part, ...]:
