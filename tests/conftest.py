@@ -9,7 +9,22 @@ import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 # Files that take long for few tests: first, so that no process is left with one of them at the end.
-EARLY = ["test_commands", "test_wheel", "test_end_to_end", "test_step", "test_predictor_contract", "test_estimate", "test_validation", "test_score_groups", "test_deepspeed", "test_elastic", "test_cluster", "test_two_nodes", "test_forecast", "test_server_runs"]
+EARLY = [
+    "test_commands",
+    "test_wheel",
+    "test_end_to_end",
+    "test_step",
+    "test_predictor_contract",
+    "test_estimate",
+    "test_validation",
+    "test_score_groups",
+    "test_deepspeed",
+    "test_elastic",
+    "test_cluster",
+    "test_two_nodes",
+    "test_forecast",
+    "test_server_runs",
+]
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
