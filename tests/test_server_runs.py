@@ -138,7 +138,7 @@ def test_an_interrupt_from_the_keyboard_ends_the_run_at_once(small, tmp_path):
         run.send_signal(signal.SIGINT)
         assert run.wait(timeout=60) != 0 and time.monotonic() - start < 5.0
         slow.set()
-        assert len((tmp_path / "p.jsonl.part").read_text().splitlines()) >= 8
+        assert len((tmp_path / "p.jsonl.part").read_text().splitlines()) >= 5  # of ten, three are under way, one or two not yet written
         assert done(predict(root / "data", out, fake.url, "--tasks=ground,generate"), out) == expected
 
 
