@@ -12,10 +12,10 @@ from PIL import Image
 
 from grex_mllm.errors import GrexError
 from grex_mllm.ops.boxes import box_iou
+from grex_mllm.ops.frames import FRAMES, boxes_from_pixels, boxes_to_pixels, points_from_pixels, points_to_pixels, step
 from grex_mllm.zeroshot.base import RawAnswer, View
 from grex_mllm.zeroshot.families import FAMILIES, Limits, find_family
 from grex_mllm.zeroshot.families.sizes import fitted, longest_then_tiles, padded_square, patch_budget, smart, smart_resize, tiles
-from grex_mllm.zeroshot.frames import FRAMES, boxes_from_pixels, boxes_to_pixels, points_from_pixels, points_to_pixels, step
 from grex_mllm.zeroshot.parsing import parse_grounding
 
 SIZES = 50

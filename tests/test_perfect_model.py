@@ -20,12 +20,12 @@ from test_segmenters import write_sam
 
 from grex_mllm.cli import main
 from grex_mllm.data.records import Dataset, load_dataset
+from grex_mllm.ops.frames import boxes_from_pixels, boxes_to_pixels, points_from_pixels, points_to_pixels
 from grex_mllm.ops.masks import encode_rle, segmentation_to_mask
 from grex_mllm.score import score
 from grex_mllm.types import Instance
 from grex_mllm.zeroshot.base import Picture, View
 from grex_mllm.zeroshot.families import FAMILIES, Family, find_family
-from grex_mllm.zeroshot.frames import boxes_from_pixels, boxes_to_pixels, points_from_pixels, points_to_pixels
 from grex_mllm.zeroshot.parsing import Parsed
 from grex_mllm.zeroshot.segmenters import open_segmenter
 

@@ -16,11 +16,11 @@ from typing import Any
 import yaml
 
 from grex_mllm.errors import fault
+from grex_mllm.ops.frames import FRAMES, ORDERS
 from grex_mllm.shipped import PROMPT_FOLDER, find_file
 from grex_mllm.zeroshot.base import View
 from grex_mllm.zeroshot.families import FAMILIES, Family, find_family
 from grex_mllm.zeroshot.families.base import ANSWERS
-from grex_mllm.zeroshot.frames import FRAMES, ORDERS
 
 TASKS = ("grec", "gres", "greg", "count", "exists")
 TRACKS = ("native", "uniform")

@@ -40,7 +40,7 @@ def original_size(width: int, height: int, limits: Limits = RELEASED) -> tuple[i
 class Family:
     """A family. Functions get boxes [N, 4] xyxy, points [N, 2] or polygons (a list of [P, 2]), in pixels of the original, and its View.
 
-    frame, order: of `frames.FRAMES`, `frames.ORDERS`; of its answers and of coordinates in a prompt.
+    frame, order: of `FRAMES` and `ORDERS` in `ops/frames.py`; of its answers and of coordinates in a prompt.
     patterns: regular expressions, found in lower-case names of models that belong to it; the longest match of all families wins.
     write: boxes, with a label, as the family answers them (few-shot examples, tests).  write_nothing: its answer where nothing matches.
     mention: boxes as text within a prompt.  formats: kind of answer -> sentence that asks for it, for prompts that serve every family.

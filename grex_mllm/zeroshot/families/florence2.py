@@ -6,10 +6,10 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from grex_mllm.ops.frames import boxes_from_pixels, points_from_pixels
 from grex_mllm.zeroshot.base import View
 from grex_mllm.zeroshot.families.base import Family
 from grex_mllm.zeroshot.families.sizes import square
-from grex_mllm.zeroshot.frames import boxes_from_pixels, points_from_pixels
 
 FRAME, ORDER = "loc1000", "xyxy"
 

@@ -7,9 +7,9 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 
+from grex_mllm.ops.frames import DECIMALS, boxes_from_pixels, points_from_pixels
 from grex_mllm.zeroshot.base import View
 from grex_mllm.zeroshot.families.base import Family, Write, WritePolygons
-from grex_mllm.zeroshot.frames import DECIMALS, boxes_from_pixels, points_from_pixels
 
 RANGES = {
     "px": "in pixels of the image, which is {width} wide and {height} high",

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import numpy as np
 
+from grex_mllm.ops.frames import CELLS, boxes_from_pixels
 from grex_mllm.zeroshot.base import View
 from grex_mllm.zeroshot.families.base import Family
 from grex_mllm.zeroshot.families.sizes import square
-from grex_mllm.zeroshot.frames import CELLS, boxes_from_pixels
 
 FRAME, ORDER = "patch32", "xyxy"
 BETWEEN = "</delimiter_of_multi_objects/>"

@@ -6,8 +6,8 @@ from collections.abc import Iterable
 
 import numpy as np
 
+from grex_mllm.ops.frames import boxes_to_pixels, points_to_pixels
 from grex_mllm.zeroshot.base import View
-from grex_mllm.zeroshot.frames import boxes_to_pixels, points_to_pixels
 from grex_mllm.zeroshot.parsing.items import Found, Item
 
 MAX_OBJECTS = 100

@@ -5,7 +5,7 @@ from __future__ import annotations
 import html
 import re
 
-from grex_mllm.zeroshot.frames import CELLS
+from grex_mllm.ops.frames import CELLS
 from grex_mllm.zeroshot.parsing.items import Found, Item, items_of, named_in, numbers_in
 from grex_mllm.zeroshot.parsing.values import NUMBER, Node, Number, values
 
