@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -85,6 +86,14 @@ def test_page_holds_models_shares_costs_disagreements_and_published_rows(runs: l
     assert sum(tag == "img" for tag, _ in page.tags) == 2 * 4 + 12  # cards of two images: truth and three answers; and of sets
     assert not any(tag == "script" and "alert" in str(attributes) for tag, attributes in page.tags) and "alert(1)" in page.text
     assert "1.50" in page.text and "0.250000" in page.text  # 60 s and 10 for 40 calls; one call a sample
+
+
+def test_the_best_of_a_column_is_marked(runs: list[Path], tmp_path: Path) -> None:
+    """gIoU: two models are right everywhere, one is not; a dummy is never marked, though the oracle is as good."""
+    html = write_models_page(runs, tmp_path / "m.html", published=False, num_draws=5).read_text(encoding="utf-8")
+    first = {name: cell for name, cell in re.findall(r'<tr[^>]*><th scope="row">([^<]*)</th><td>(.*?)</td>', html.partition("</table>")[0])}
+    assert first["one (qwen, native+box)"] == first["trained"] == "<b>100.0</b>" and first["dummy: oracle"] == "100.0"
+    assert re.fullmatch(r"\d\d\.\d", first["two (gpt, uniform+box)"])
 
 
 def test_command(runs: list[Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

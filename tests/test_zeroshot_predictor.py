@@ -97,6 +97,9 @@ def test_raw_answers_are_read_again_without_asking(data: Path) -> None:
     assert (data.parent / "y.jsonl").read_bytes() == (data.parent / "x.jsonl").read_bytes()
     assert predict(data, "z.jsonl", "", "--ask.family=qwen3-vl", "--ask.masks=none", model=f"reparse:{data.parent / 'x.jsonl'}") == 0
     assert not any("mask_rle" in line for line in read_lines(data.parent / "z.jsonl"))
+    other = ["--ask.family=qwen3-vl", "--ask.reject=twice", "--tasks=ground"]  # a question that was not asked then
+    assert predict(data, "w.jsonl", "", *other, model=f"reparse:{data.parent / 'x.jsonl'}") == 0
+    assert all(line["status"] == "error" and "has no answer" in line["reason"] for line in read_lines(data.parent / "w.jsonl"))
 
 
 @pytest.mark.parametrize(
