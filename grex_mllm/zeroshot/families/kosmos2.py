@@ -1,4 +1,7 @@
-"""Kosmos-2: cells of a 32 x 32 grid over the original, top left and bottom right; the picture is squashed to a square of 224 pixels."""
+"""Kosmos-2: cells of a 32 x 32 grid over the original, top left and bottom right; the picture is squashed to a square of 224 pixels.
+
+It continues `<grounding><phrase> ...</phrase>` (`eval/prompts/*/native_kosmos2.yaml`) with the cells.
+"""
 
 from __future__ import annotations
 
@@ -30,4 +33,9 @@ FAMILY = Family(
     mention=patches,
     formats={"boxes": "Locate each of them."},
     sent=square(224),
+    lacks={
+        "greg": "it continues a caption, it has no task for several marked objects",
+        "count": "it has no task for numbers",
+        "exists": "it has no task for yes and no",
+    },
 )

@@ -2,7 +2,7 @@
 
 Tokens are read as 1/1023, as the authors wrote and scored them (google-research/big_vision, pp/proj/paligemma/segmentation.py and
 evaluators/proj/paligemma/transfers/segmentation.py). Some readers divide by 1024: then the far edge of a picture has no token, and a
-box that ends there is off by a whole step.
+box that ends there is off by a whole step. Asked by prefixes, which only the "mix" checkpoints know without tuning: `detect`, `answer en`.
 """
 
 from __future__ import annotations
@@ -34,4 +34,5 @@ FAMILY = Family(
     formats={"boxes": "Locate each of them."},
     sent=square(224),
     empty_answer="no_target",
+    lacks={"greg": "it has a prefix for one caption of a picture, none for several marked objects"},
 )
