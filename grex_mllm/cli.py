@@ -200,7 +200,8 @@ def describe(
         masks: the objects as mask PNGs of the image's size.
         mode: greedy, beam or sample.
         candidates: how many to draw for the reranking.
-        rerank: listener = choose the candidate that the model itself grounds best; own = by the generator's own likelihoods (mllm).
+        rerank: listener = choose the candidate that the model itself grounds best; own = by the generator's own likelihoods (mllm);
+            own_grounding = by the boxes that the generator's multimodal model finds for it (mllm).
         seed: of the sampling.
         device: auto, cpu, cuda.
     """

@@ -30,6 +30,9 @@ GENERATORS = {
 PRETRAINING = {
     "tiny_lm": "grex_mllm.training.pretraining",
 }
+LISTENERS = {
+    "own_grounding": "grex_mllm.zeroshot.own_grounding",
+}
 SOURCES = {
     "synthetic": "grex_mllm.data.synthetic.source",
 }

@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -24,7 +25,7 @@ from grex_mllm.models.multimodal.decoding import Answers, Read, read_batch, writ
 from grex_mllm.models.multimodal.sharing import SharedReader
 from grex_mllm.models.multimodal.task_words import TaskWords, answer_tasks
 from grex_mllm.models.placement import Placement, placed
-from grex_mllm.precision import autocast, pick_device, resolve_precision
+from grex_mllm.precision import Resolved, autocast, pick_device, resolve_precision
 from grex_mllm.predictors.protocol import Answer
 from grex_mllm.zeroshot.base import Conversation, Picture, RawAnswer, Request
 from grex_mllm.zeroshot.local_settings import LocalSettings
@@ -70,17 +71,27 @@ class Local:
             raise fault(f"batch {settings.batch}", "at least 1 request", "give another number")
         if (settings.min_pixels is None) != (settings.max_pixels is None):
             raise fault("one of min_pixels and max_pixels", "both or none", "give the other one, too")
-        self.settings, self.name = settings, Path(name).name
         place = torch.device(pick_device(device))
         if place.index is not None and place.type == "cuda":
             torch.cuda.set_device(place)
-        self.precision = resolve_precision(settings.precision, place)
+        precision = resolve_precision(settings.precision, place)
         pixels = None if settings.min_pixels is None or settings.max_pixels is None else (settings.min_pixels, settings.max_pixels)
-        self.chat = load_chat(name, pixels=pixels, tiles=settings.max_tiles)
-        with placed(Placement(place, self.precision.precision)):
-            self.model = load_multimodal(ModelChoice(name, settings.dtype, settings.quantisation, settings.attn_implementation))
+        chat = load_chat(name, pixels=pixels, tiles=settings.max_tiles)
+        with placed(Placement(place, precision.precision)):
+            model = load_multimodal(ModelChoice(name, settings.dtype, settings.quantisation, settings.attn_implementation))
+        self._begin(Path(name).name, model, chat, settings, precision)
+
+    @classmethod
+    def around(cls, model: Any, chat: Chat | TaskWords, settings: LocalSettings, precision: Resolved) -> Local:
+        """Return the backend of a model that is loaded already."""
+        made = cls.__new__(cls)
+        made._begin(type(model).__name__, model, chat, settings, precision)
+        return made
+
+    def _begin(self, name: str, model: Any, chat: Chat | TaskWords, settings: LocalSettings, precision: Resolved) -> None:
+        self.name, self.model, self.chat, self.settings, self.precision = name, model, chat, settings, precision
         self._shared = SharedReader(self.model, self.chat) if isinstance(self.chat, Chat) else None
-        self._done: Counter[str] = Counter()
+        self.done: Counter[str] = Counter()
         self._seconds = 0.0
 
     def fingerprint(self) -> str:
@@ -127,12 +138,12 @@ class Local:
 
     def remarks(self) -> list[str]:
         """Return what the run took so far."""
-        if not self._done["calls"]:
+        if not self.done["calls"]:
             return []
-        told = f"{self._done['calls']} calls in {self._seconds:.0f} s, {self._done['completion_tokens']} tokens written"
-        share = self._done["cached_tokens"] / max(1, self._done["prompt_tokens"])
+        told = f"{self.done['calls']} calls in {self._seconds:.0f} s, {self.done['completion_tokens']} tokens written"
+        share = self.done["cached_tokens"] / max(1, self.done["prompt_tokens"])
         where = f"{self.precision.precision} on {self.model.device} ({self.precision.reason})"
-        return [f"{told}, {self._done['prompt_tokens']} read, {share:.0%} of them once for several", where]
+        return [f"{told}, {self.done['prompt_tokens']} read, {share:.0%} of them once for several", where]
 
     def _go_on(self, opened: _Open, waiting: list[_Waiting]) -> Answer | None:
         """Send the replies of a round, or begin; queue the requests of the next round, in front, or return the answer."""
@@ -185,7 +196,7 @@ class Local:
         self._seconds += spent
         for raw in found:
             raw.seconds = spent / len(batch)
-            self._done.update({"calls": 1} | raw.usage)
+            self.done.update({"calls": 1} | raw.usage)
         return found
 
     def _batch(self, batch: Sequence[_Waiting]) -> list[RawAnswer]:

@@ -19,6 +19,7 @@ from grex_mllm.predictors.protocol import Abilities, Answer, Item, Options, cost
 from grex_mllm.zeroshot.asking import Asking
 from grex_mllm.zeroshot.base import Backend, Conversation, Request
 from grex_mllm.zeroshot.families import FAMILIES, Family, find_family
+from grex_mllm.zeroshot.listening import parse_reranking
 from grex_mllm.zeroshot.prompts import find_prompt
 from grex_mllm.zeroshot.rejection import parse_rejection
 from grex_mllm.zeroshot.segmenters import open_segmenter
@@ -48,6 +49,7 @@ class ZeroShot:
             locate=find_prompt(ask.task, family, ask.prompt or ""),
             describe=None if "greg" in lacks else find_prompt("greg", family, ask.describe or ""),
             exists=find_prompt("exists", family, ask.exists or "") if rejection.asks_existence else None,
+            rerank=parse_reranking(ask.rerank),
             segmenter=None if ask.task == "count" else open_segmenter(ask.masks, ask.mask_device),
             rejection=rejection,
             view=backend.view,

@@ -104,11 +104,12 @@ def grounded(talk: Talk, prompt: Prompt, exists: Prompt | None, rejection: Rejec
             absent, probability = yield from _improbable(talk, exists, rejection.threshold)
         if absent is not None:
             return Outcome(absent, probability)
-    parsed = yield from _located(talk, prompt)
+    parsed = yield from located(talk, prompt)
     return Outcome(parsed[0], probability)
 
 
-def _located(talk: Talk, prompt: Prompt, samples: int = 1, temperature: float | None = None) -> Asked[list[Parsed]]:
+def located(talk: Talk, prompt: Prompt, samples: int = 1, temperature: float | None = None) -> Asked[list[Parsed]]:
+    """Ask where the targets are, `samples` times in one round; return what each answer says."""
     answers = yield from talk.ask("locate", prompt, samples=samples, temperature=temperature)
     found = [_parsed(raw, prompt, view) for raw, view in answers]
     for parsed in found:
@@ -117,7 +118,7 @@ def _located(talk: Talk, prompt: Prompt, samples: int = 1, temperature: float | 
 
 
 def _consistent(talk: Talk, prompt: Prompt, rejection: Rejection) -> Asked[Parsed]:
-    samples = yield from _located(talk, prompt, rejection.samples, rejection.temperature)
+    samples = yield from located(talk, prompt, rejection.samples, rejection.temperature)
     return agreed(samples, prompt.answer, math.hypot(talk.view.width, talk.view.height))
 
 

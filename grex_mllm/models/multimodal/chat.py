@@ -63,11 +63,12 @@ class Chat:
     """The tokenizer, chat template and picture rules of one multimodal model.
 
     tokenizer: of transformers.  family: how pictures are taken.  config: the model's.  ends: ids that end an answer, the chat template's
-    own first.
+    own first.  extras: name -> text of further files that `save` writes.
     """
 
     def __init__(self, config: Any, tokenizer: Any, processor: Any, settings: dict[str, Any], extra_ends: Sequence[int] = ()) -> None:
         self.config, self.tokenizer, self.settings = config, tokenizer, settings
+        self.extras: dict[str, str] = {}
         self.family: Family = FAMILIES[config.model_type](config, processor, settings, tokenizer)
         self.pad_id = int(tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id)
         own = self._answer_end()
@@ -108,6 +109,8 @@ class Chat:
         self.config.save_pretrained(str(target))
         self.family.processor.save_pretrained(str(target))
         (target / PROCESSOR).write_text(json.dumps({**self.settings, **self._saved_processor(target)}), encoding="utf-8")
+        for file, text in self.extras.items():
+            (target / file).write_text(text, encoding="utf-8")
         (target / "generation_config.json").write_text(json.dumps({"eos_token_id": self.ends}), encoding="utf-8")
 
     def _saved_processor(self, folder: Path) -> dict[str, Any]:

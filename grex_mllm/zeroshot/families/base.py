@@ -45,6 +45,7 @@ class Family:
     write: boxes, with a label, as the family answers them (few-shot examples, tests).  write_nothing: its answer where nothing matches.
     mention: boxes as text within a prompt.  formats: kind of answer -> sentence that asks for it, for prompts that serve every family.
     sent: size of the picture that the model sees, without padding; of an original (width, height) under `Limits`.
+    model_types: of its models in transformers (`config.model_type`).
     lacks: task -> why its models cannot do it, of families that are asked by task words instead of chats; a server may know more.
     answer: what it answers with, of ANSWERS.  empty_answer: what an answer without text means: "unparsable" or "no_target".
     """
@@ -64,6 +65,7 @@ class Family:
     empty_answer: str = "unparsable"
     limits: Limits = field(default=RELEASED)
     lacks: Mapping[str, str] = field(default_factory=dict)
+    model_types: tuple[str, ...] = ()
 
     def view(self, width: int, height: int, sent: tuple[int, int] | None = None, limits: Limits | None = None) -> View:
         """Return the View of an original; sent: size that a backend reports, None = by the family's own rule."""

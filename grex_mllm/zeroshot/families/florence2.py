@@ -51,4 +51,5 @@ FAMILY = Family(
         "count": "it has no task for numbers",
         "exists": "it has no task for yes and no",
     },
+    model_types=("florence2",),
 )

@@ -35,4 +35,5 @@ FAMILY = Family(
     sent=square(224),
     empty_answer="no_target",
     lacks={"greg": "it has a prefix for one caption of a picture, none for several marked objects"},
+    model_types=("paligemma",),
 )
