@@ -53,7 +53,7 @@ def main() -> None:
     assert not any(Path.cwd().iterdir()), f"{Path.cwd()} is not empty"
     place = run("-c", "import grex_mllm; print(grex_mllm.__file__)").strip()
     print(f"package: {place}")
-    from grex_mllm.shipped import CONFIG_FOLDER, PROTOCOL_FOLDER, ROOT
+    from grex_mllm.shipped import CONFIG_FOLDER, PROMPT_FOLDER, PROTOCOL_FOLDER, ROOT
 
     assert ROOT.is_relative_to(Path(place).parent), f"the files at {ROOT} are not those of the package"
     assert run("-m", "grex_mllm", "--help") == run("-m", "grex_mllm")
@@ -61,6 +61,8 @@ def main() -> None:
     script = Path(sys.executable).parent / ("grex.exe" if sys.platform == "win32" else "grex")
     shown = subprocess.run([script, "--help"], capture_output=True, text=True, check=True).stdout if script.exists() else ""
     print(f"grex --help: {'as python -m grex_mllm' if 'usage: grex VERB' in shown else 'no script in this environment'}")
+    prompts = {path.parent.name for path in PROMPT_FOLDER.rglob("*.yaml")}
+    assert prompts == {"grec", "gres", "greg", "count", "exists", "generator"}, prompts
     run("-m", "grex_mllm", "data", "export", "scenes", "--length", "2", "--split", "test")
     run("-m", "grex_mllm", "data", "check", "scenes")
     names = [f"configs/{file.name}" for file in CONFIG_FOLDER.glob("*.yaml")]

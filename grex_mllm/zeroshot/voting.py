@@ -29,7 +29,7 @@ def agreed(samples: list[Parsed], answer: str = "boxes", diagonal: float = 0.0) 
     Those that are not ok have no vote; where none is, the first one's status stands. A draw between targets and none is decided by the
     first sample. Objects that stand for one are put together greedily, in the order of the samples; an object stays if more than half of
     the samples with targets have it (if none does, those that most have): as the median of its boxes or of its points, as the outline
-    that overlaps the others most.
+    (or the box with its mask) that overlaps the others most.
 
     answer: what was asked for, of ANSWERS.  diagonal: of the picture in pixels, for points.
     """
@@ -44,9 +44,13 @@ def agreed(samples: list[Parsed], answer: str = "boxes", diagonal: float = 0.0) 
         points = [np.median(c, axis=0) for c in _clusters([s.points for s in found], _near(SAME_DISTANCE * diagonal))]
         return Parsed("ok", points=np.asarray(points, np.float64).reshape(-1, 2))
     if answer == "polygons":
-        outlines = [_medoid(c) for c in _clusters([s.polygons for s in found], _same_area)]
+        outlines = [_medoid(c, area_iou) for c in _clusters([s.polygons for s in found], _same_area)]
         boxes = [[*outline.min(axis=0), *outline.max(axis=0)] for outline in outlines]
         return Parsed("ok", boxes_xyxy=np.asarray(boxes, np.float64).reshape(-1, 4), polygons=outlines)
+    if answer == "masks":
+        pairs = [_medoid(c, _pair_iou) for c in _clusters([list(zip(s.boxes_xyxy, s.masks)) for s in found], _same_pair)]
+        boxes = [box for box, _ in pairs]
+        return Parsed("ok", boxes_xyxy=np.asarray(boxes, np.float64).reshape(-1, 4), masks=[mask for _, mask in pairs])
     boxes = [np.median(c, axis=0) for c in _clusters([s.boxes_xyxy for s in found], _same_box)]
     return Parsed("ok", boxes_xyxy=np.asarray(boxes, np.float64).reshape(-1, 4))
 
@@ -99,6 +103,14 @@ def _near(distance: float) -> Alike:
     return alike
 
 
-def _medoid(outlines: list[np.ndarray]) -> np.ndarray:
-    """Return the outline that overlaps the others most; of equals the first."""
-    return max(outlines, key=lambda outline: sum(area_iou(outline, other) for other in outlines))
+def _same_pair(pair: Any, others: list[Any]) -> float:
+    return _same_box(pair[0], [box for box, _ in others])
+
+
+def _pair_iou(pair: Any, other: Any) -> float:
+    return float(box_iou(pair[0][None], other[0][None])[0, 0])
+
+
+def _medoid(versions: list[Any], overlap: Callable[[Any, Any], float]) -> Any:
+    """Return the version of an object that overlaps the others most; of equals the first."""
+    return max(versions, key=lambda one: sum(overlap(one, other) for other in versions))
