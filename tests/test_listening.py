@@ -35,6 +35,7 @@ from grex_mllm.zeroshot.local import Local
 from grex_mllm.zeroshot.marks import shown_objects
 from grex_mllm.zeroshot.own_grounding import OwnGrounding
 from grex_mllm.zeroshot.parsing import Parsed
+from grex_mllm.zeroshot.recorded import Recorded
 
 
 def shown(*boxes: tuple[float, float, float, float]) -> list[Shown]:
@@ -82,7 +83,7 @@ def item(tmp_path_factory: pytest.TempPathFactory) -> Item:
     return next(item for item in items if len(item.instances) > 1)
 
 
-def test_the_candidate_that_leads_back_to_the_objects_wins(item: Item) -> None:
+def test_the_candidate_that_leads_back_to_the_objects_wins(item: Item, tmp_path: Path) -> None:
     """The model finds what an expression says: "thing 0" is the first object. Asked about another object, another candidate wins."""
     height, width = item.image.shape[:2]
     names = [instance.annotation_id for instance in item.instances]
@@ -111,6 +112,10 @@ def test_the_candidate_that_leads_back_to_the_objects_wins(item: Item) -> None:
         assert [raw["step"] for raw in answer.fields["raw"]] == ["describe"] + ["candidates"] * 5 + ["locate"] * 3
         least, most = asking.rerank.calls if asking.rerank else (0, 0)
         assert least <= len(answer.fields["raw"]) <= most
+        line = {"image_id": item.record.image_id, "targets": [names[n]], "by": "m, x", "raw": answer.fields["raw"]}
+        (tmp_path / f"{n}.jsonl").write_text(json.dumps(line) + "\n", encoding="utf-8")
+        (again,) = Recorded(tmp_path / f"{n}.jsonl").hold(iter([asking.describe_set(item, (names[n],))]))
+        assert (again.expression, again.fields) == (answer.expression, answer.fields)  # read again without asking
     plain = Asking(QWEN3, GREC, GREG)
     assert hold(plain.describe_set(item, (names[0],)), reply)[0].expression == "nonsense"
     assert asking.name == plain.name + "+own_grounding:5@0.9" and asking.fingerprint() != plain.fingerprint()
