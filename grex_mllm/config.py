@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import difflib
 from dataclasses import asdict, dataclass, field, fields, is_dataclass
+from functools import cache
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -275,15 +276,14 @@ def parsed(kind: Any, data: dict[str, Any], changes: list[str], where: str, sour
     Raises:
         GrexError: unknown key (with a suggestion), or a value of the wrong type.
     """
-    from jsonargparse import ArgumentError, ArgumentParser
+    from jsonargparse import ArgumentError
 
     check_keys(data, kind, where, source)
     start = f"--{where}." if where else "--"
     flags = [f"--{item.removeprefix(start)}" for item in changes]
     for item in flags:
         check_keys(_nest(item.removeprefix("--").partition("=")[0]), kind, where, "command line")
-    parser = ArgumentParser(exit_on_error=False)
-    parser.add_class_arguments(kind, as_group=False)
+    parser = _parser_of(kind)
     try:
         values = parser.parse_object(data)
         if flags:
@@ -292,6 +292,16 @@ def parsed(kind: Any, data: dict[str, Any], changes: list[str], where: str, sour
     except ArgumentError as error:
         raise GrexError(f"{source}: {where and where + ': '}{error}; expected a value of the field's type; fix the value") from None
     return kind(**{f.name: made[f.name] for f in fields(kind)})
+
+
+@cache
+def _parser_of(kind: Any) -> Any:
+    """Return the parser of a dataclass's fields; building it takes most of the time of reading a configuration."""
+    from jsonargparse import ArgumentParser
+
+    parser = ArgumentParser(exit_on_error=False)
+    parser.add_class_arguments(kind, as_group=False)
+    return parser
 
 
 def _take(data: dict[str, Any], field_name: str) -> Any:

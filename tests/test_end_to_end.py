@@ -43,6 +43,7 @@ def few(monkeypatch):
     monkeypatch.setattr(demo, "EXPRESSIONS_PER_SCENE", 3)
     monkeypatch.setattr(demo, "LISTENER_CANDIDATES", 2)
     monkeypatch.setattr("grex_mllm.training.run.CORPUS_LINES", 300)
+    monkeypatch.setattr("grex_mllm.training.pretraining.TEXT_LINES", 300)
 
 
 def losses(out: Path) -> list[tuple]:
@@ -50,6 +51,7 @@ def losses(out: Path) -> list[tuple]:
     return [(row["step"], {k: v for k, v in row.items() if k.startswith("loss/")}) for row in rows]
 
 
+@pytest.mark.usefixtures("without_java")
 def test_demo_runs_from_data_to_report(tmp_path, few):
     config = tmp_path / "small.yaml"
     save_config(small(), config)
