@@ -200,8 +200,7 @@ def describe(
         masks: the objects as mask PNGs of the image's size.
         mode: greedy, beam or sample.
         candidates: how many to draw for the reranking.
-        rerank: listener = choose the candidate that the model itself grounds best; own = by the generator's own likelihoods (mllm);
-            own_grounding = by the boxes that the generator's multimodal model finds for it (mllm).
+        rerank: listener = choose the candidate that the model grounds best; of mllm also own (likelihoods), own_grounding (its own boxes).
         seed: of the sampling.
         device: auto, cpu, cuda.
     """
