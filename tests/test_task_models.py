@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+import transformers
 from score_case import make_dataset
 from test_local import once, picture, replies, request
 from tiny_task_models import TASK_MODELS, write_task_model
@@ -180,12 +181,17 @@ def test_faults_name_what_to_do(opened: Open, tmp_path: Path) -> None:
         Local(str(folder), LocalSettings(max_tiles=2), "cpu")
     with pytest.raises(GrexError, match=r"of type florence2, which is asked by task words and takes no chat"):
         Chat.load(folder)
+    transformers.Molmo2Config().save_pretrained(tmp_path / "molmo2")
+    opened("florence2").chat.tokenizer.save_pretrained(tmp_path / "molmo2")
+    with pytest.raises(GrexError, match=r"of type molmo2, whose image processor needs torchvision; expected one of qwen2_vl"):
+        Local(str(tmp_path / "molmo2"), LocalSettings(), "cpu")
     config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    (tmp_path / "own").mkdir()
     for file in folder.iterdir():
-        (tmp_path / file.name).write_bytes(file.read_bytes())
-    (tmp_path / "config.json").write_text(json.dumps(config | {"auto_map": {"AutoModel": "modeling.X"}}), encoding="utf-8")
+        (tmp_path / "own" / file.name).write_bytes(file.read_bytes())
+    (tmp_path / "own" / "config.json").write_text(json.dumps(config | {"auto_map": {"AutoModel": "modeling.X"}}), encoding="utf-8")
     with pytest.raises(GrexError, match=r"belong to code of its own; expected a conversion"):
-        Local(str(tmp_path), LocalSettings(), "cpu")
+        Local(str(tmp_path / "own"), LocalSettings(), "cpu")
     backend = opened("florence2", batch=2)
     mixed = replies(backend, [request("a", "<OD>and more", picture()), request("b", asked("florence2", "it"), picture())])
     assert mixed["a"].finish == "error" and "only content" in str(mixed["a"].error) and mixed["b"].finish != "error"

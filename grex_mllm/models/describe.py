@@ -56,7 +56,7 @@ class Describing(Protocol):
 class Description:
     """expression: the chosen text.  score: agreement in [0, 1], see `rerank_by_grounding`; None without re-ranking.
     candidates: (expression, score) of all, best first, where candidates were drawn.
-    costs: calls and tokens of a listener of LISTENERS, of all sets of the image together."""
+    costs: calls and tokens of a listener of LISTENERS, of all sets of the image; they stand with the first one."""
 
     expression: str
     score: float | None = None
@@ -178,7 +178,7 @@ def describe_encoded(
         options = [list(dict.fromkeys(text for text in some if text.strip())) for some in texts]
         found = heard.agreements(encoded, masks, sets, options)
         ranked = [_ranked(some, dict(zip(own, values, strict=True))) for some, own, values in zip(texts, options, found, strict=True)]
-        return [replace(one, costs=heard.costs) for one in ranked]
+        return [replace(ranked[0], costs=heard.costs), *ranked[1:]] if ranked else []
     at_input = input_masks(masks, encoded.geometry, encoded.features.input_size).to(model.device)
     return rerank_by_grounding(model, encoded, at_input, sets, texts)
 
