@@ -40,10 +40,10 @@ class Asking:
     """All that decides how questions are put and answers are read.
 
     family: of the model.  locate: prompt of the task grec, gres or count.  describe: of greg.  exists: for the rejections that need it.
-    rerank: how an expression is chosen among candidates; None = the greedy one is taken.
     segmenter: None = boxes alone.  rejection: see `rejection`.  view: of the backend: size of the picture that the model sees.
     shots: turns of examples by "task/name" of a prompt (`shots.shot_turns`).  shown: ids of their images; no question about one is asked.
     seed: of all sampling.  structured: ask for JSON by schema.
+    rerank: how an expression is chosen among candidates; None = the greedy one is taken.
 
     Raises:
         GrexError: prompts, segmenter and rejection that do not go together.
@@ -53,7 +53,6 @@ class Asking:
     locate: Prompt | None = None
     describe: Prompt | None = None
     exists: Prompt | None = None
-    rerank: Reranking | None = None
     segmenter: Segmenter | None = None
     rejection: Rejection = ONCE
     view: ViewOf = _unknown
@@ -61,6 +60,7 @@ class Asking:
     shown: set[str] = field(default_factory=set)
     seed: int = 0
     structured: bool = False
+    rerank: Reranking | None = None
 
     def __post_init__(self) -> None:
         if self.locate is not None:
