@@ -11,12 +11,15 @@ import pytest
 from PIL import Image
 
 from grex_mllm.errors import GrexError
+from grex_mllm.models.multimodal.families import FAMILIES as LOCAL_FAMILIES
+from grex_mllm.models.multimodal.task_words import KINDS
 from grex_mllm.ops.boxes import box_iou
 from grex_mllm.ops.frames import FRAMES, boxes_from_pixels, boxes_to_pixels, points_from_pixels, points_to_pixels, step
 from grex_mllm.zeroshot.base import RawAnswer, View
-from grex_mllm.zeroshot.families import FAMILIES, Limits, find_family
+from grex_mllm.zeroshot.families import FAMILIES, Limits, family_of_type, find_family
 from grex_mllm.zeroshot.families.sizes import fitted, longest_then_tiles, padded_square, patch_budget, smart, smart_resize, tiles
 from grex_mllm.zeroshot.parsing import parse_grounding
+from grex_mllm.zeroshot.prompts import TASKS
 
 SIZES = 50
 RED, GREEN = (220, 30, 30), (30, 200, 60)
@@ -152,6 +155,17 @@ def test_a_family_is_whole(name: str) -> None:
     assert family.answer in family.formats and family.patterns == tuple(pattern for pattern in family.patterns if re.compile(pattern))
     assert (family.write_points is not None) == ("points" in family.formats)
     assert (family.write_polygons is not None) == ("polygons" in family.formats)
+    assert (family.write_masks is not None) == ("masks" in family.formats)
+
+
+def test_every_model_that_runs_here_has_one_family() -> None:
+    """By its type in transformers; what a family lacks is a task with a reason."""
+    types = [kind for name in FAMILIES for kind in find_family(name).model_types]
+    assert len(set(types)) == len(types) and {*LOCAL_FAMILIES, *KINDS} == set(types)
+    assert all(family_of_type(kind).model_types.count(kind) == 1 for kind in types)
+    for family in map(find_family, FAMILIES):
+        assert set(family.lacks) <= set(TASKS) and all(family.lacks.values()) and not {"grec", "gres"} & set(family.lacks)
+        assert not family.lacks or set(family.model_types) <= set(KINDS)
 
 
 def test_steps_and_edges() -> None:
