@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Sequence
+from typing import TypeAlias
 
 import numpy as np
 
+Boxes: TypeAlias = Sequence[Sequence[float]] | np.ndarray
 SIDES = ("left", "right", "top", "bottom")
 NEAR = 0.12  # of the image's longer side: the widest gap between neighbours, where several are asked for
 
 
-def gaps(boxes_xyxy: Sequence[Sequence[float]], selected: Collection[int]) -> np.ndarray:
+def gaps(boxes_xyxy: Boxes, selected: Collection[int]) -> np.ndarray:
     """Return float [N]: the shortest distance in pixels from each box to a selected one, 0 where they touch, infinite for the selected."""
     boxes = np.asarray(boxes_xyxy, float).reshape(-1, 4)
     found = np.full(len(boxes), np.inf)
@@ -21,7 +23,7 @@ def gaps(boxes_xyxy: Sequence[Sequence[float]], selected: Collection[int]) -> np
     return found
 
 
-def centre_distances(boxes_xyxy: Sequence[Sequence[float]], selected: Collection[int]) -> np.ndarray:
+def centre_distances(boxes_xyxy: Boxes, selected: Collection[int]) -> np.ndarray:
     """Return float [N]: the shortest distance in pixels from the centre of each box to that of a selected one."""
     boxes = np.asarray(boxes_xyxy, float).reshape(-1, 4)
     centres = (boxes[:, :2] + boxes[:, 2:]) / 2
@@ -31,7 +33,7 @@ def centre_distances(boxes_xyxy: Sequence[Sequence[float]], selected: Collection
     return found
 
 
-def leads(boxes_xyxy: Sequence[Sequence[float]], selected: Collection[int], side: str) -> np.ndarray:
+def leads(boxes_xyxy: Boxes, selected: Collection[int], side: str) -> np.ndarray:
     """Return float [N]: how many pixels the centre of each box lies beyond those of all selected ones on a side (left, right, top, bottom).
 
     Negative where it does not.
@@ -43,7 +45,7 @@ def leads(boxes_xyxy: Sequence[Sequence[float]], selected: Collection[int], side
     return chosen.min() - centres if side in ("left", "top") else centres - chosen.max()
 
 
-def by_nearness(boxes_xyxy: Sequence[Sequence[float]], selected: Collection[int], candidates: Sequence[int]) -> list[int]:
+def by_nearness(boxes_xyxy: Boxes, selected: Collection[int], candidates: Sequence[int]) -> list[int]:
     """Return the candidates, the nearest to the selected ones first: by the gap between boxes, then by that of their centres."""
     gap, distance = gaps(boxes_xyxy, selected), centre_distances(boxes_xyxy, selected)
     return sorted(candidates, key=lambda n: (gap[n], distance[n]))
