@@ -2,10 +2,11 @@
 
 python benchmarks/dialogue.py --model runs/demo
 
-Scenes of the split `test`; for each scene and operation one dialogue of two turns with known truth (`grex_mllm/data/synthetic/dialogues.py`).
-A set is exact where its instances and the true objects are one to one at a mask IoU from 0.5. "given": the true first set is selected, as if
-clicked; "own": the model's own answer to the first expression is; "ignored": the follow-up is asked alone, as a system without a history
-does; "read": the text encoder gets the first expression as well, where the model was trained so. "first" counts the exact first sets of "own".
+Scenes of the split `test`; for each scene and operation one dialogue of two turns with known truth
+(`grex_mllm/data/synthetic/dialogues.py`). A set is exact where its instances and the true objects are one to one at a mask IoU from 0.5.
+"given": the true first set is selected, as if clicked; "own": the model's own answer to the first expression is; "ignored": the follow-up
+is asked alone, as a system without a history does; "read": the text encoder gets the first expression as well, where the model was trained
+so. "first" counts the exact first sets of "own".
 """
 
 from __future__ import annotations

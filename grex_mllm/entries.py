@@ -32,6 +32,7 @@ PRETRAINING = {
 }
 SOURCES = {
     "synthetic": "grex_mllm.data.synthetic.source",
+    "dialogue": "grex_mllm.data.synthetic.dialogue_source",
 }
 CONTRACTS: dict[str, tuple[dict[str, str], tuple[str, ...]]] = {
     "model.decoder": (DECODERS, ("Config", "Decoder", "Criterion")),

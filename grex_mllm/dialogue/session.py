@@ -187,7 +187,7 @@ class Dialogue:
         """Return a composed set as an answer. It has no doubt of its own: the probability of "no target" is 0 or 1."""
         boxes = self._boxes()[chosen].astype(np.float32)
         count = min(len(chosen), MORE_THAN_FIVE)
-        mask = self._objects[chosen].any(0) if chosen else np.zeros(self._size, bool)
+        mask = np.any(self._objects[chosen], axis=0)
         nothing = not chosen
         found = Grounding(text, mask, None, boxes, np.ones(len(chosen), np.float32), count, nothing, float(nothing))
         found.image = self.encoded.original

@@ -11,6 +11,7 @@ from itertools import islice
 from pathlib import Path
 
 from grex_mllm.config import DataConfig
+from grex_mllm.data.history import SEPARATOR, joined
 from grex_mllm.data.synthetic.canonical import canonical_expression
 from grex_mllm.data.synthetic.dialogues import OPERATIONS, RESTRICTION, draw_dialogue
 from grex_mllm.data.synthetic.meaning import scene_from_record
@@ -26,7 +27,6 @@ from grex_mllm.types import Sample
 __all__ = ["HISTORY", "Config", "DialogueStream", "export_for_prediction", "text", "training_samples"]
 
 HISTORY = True  # a model that was trained on this source reads what was said before
-SEPARATOR = " | "
 NOTHING_LEFT = 0.3  # of the restrictions: no selected object fits
 
 
@@ -53,7 +53,7 @@ class DialogueStream:
             plain = canonical_expression(scene, bits(drawn.result)) if drawn is not None and self.generates else None
             if drawn is None or (self.generates and drawn.result and plain is None):
                 continue
-            record.raw = SEPARATOR.join([drawn.first, drawn.follow_up])  # what the text encoder reads
+            record.raw = joined([drawn.first, drawn.follow_up])  # what the text encoder reads
             record.expression = record.raw if plain is None else plain
             record.targets = [f"{record.image_id}:{k}" for k in bits(drawn.result)]
             record.tags = [operation] if drawn.result else [operation, "no_target"]
