@@ -12,10 +12,11 @@ from torch.nn import functional as F
 
 from grex_mllm.data.transforms import input_masks
 from grex_mllm.models.answer import EncodedImage, answers
-from grex_mllm.models.describe import SURE, other_objects
+from grex_mllm.models.describe import SURE, found_objects
 from grex_mllm.models.grex import GrexModel
 from grex_mllm.types import Grounding
 
+SAME_PLACE = 0.85  # of the smaller area: objects that cover each other by more are one (an object may lie before another one)
 SMALLEST_PIECE = 0.02  # of the largest piece's area: smaller pieces of a mask are crumbs
 
 
@@ -27,8 +28,11 @@ def proposed(model: GrexModel, encoded: EncodedImage, least: float = SURE) -> np
     """
     if model.grounding.proposals(encoded.features) is None:
         return None
-    height, width = encoded.geometry.height, encoded.geometry.width
-    return other_objects(model, encoded, np.zeros((0, height, width), bool), least)
+    kept: list[np.ndarray] = []
+    for mask in found_objects(model, encoded, least):
+        if all((mask & other).sum() < SAME_PLACE * min(mask.sum(), other.sum()) for other in kept):
+            kept.append(mask)
+    return np.stack(kept) if kept else np.zeros((0, encoded.geometry.height, encoded.geometry.width), bool)
 
 
 @torch.inference_mode()

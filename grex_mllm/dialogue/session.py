@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from copy import copy
 from dataclasses import replace
 from typing import Any
 
@@ -63,6 +64,12 @@ class Dialogue:
         self.history: list[str] = []
         self.operation = NEW
         self._objects = self._objects[: self._own]
+
+    def fork(self) -> Dialogue:
+        """Return a session that goes on from here by itself; the image and the model are shared."""
+        other = copy(self)
+        other._chosen, other.history = list(self._chosen), list(self.history)
+        return other
 
     @property
     def selected(self) -> np.ndarray:
