@@ -3,15 +3,12 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT
-from tiny import tiny_model, tiny_speaker
+from tiny import tiny_model
 
 import grex_mllm
 from grex_mllm.config import DataConfig, load_config
@@ -19,7 +16,7 @@ from grex_mllm.data.history import SEPARATOR, has_history, joined
 from grex_mllm.data.sources import TRAINING, training_samples, training_text
 from grex_mllm.data.synthetic import check_expression, parse
 from grex_mllm.data.synthetic.dialogues import OPERATIONS, draw_dialogue, nearest
-from grex_mllm.data.synthetic.meaning import denoted, scene_from_record
+from grex_mllm.data.synthetic.meaning import denoted
 from grex_mllm.data.synthetic.scenes import Scene, SceneObject, bits, draw_scene
 from grex_mllm.data.synthetic.settings import DialogueConfig, SyntheticConfig
 from grex_mllm.dialogue import Dialogue, session
@@ -29,7 +26,6 @@ from grex_mllm.dialogue.objects import overlaps, pieces
 from grex_mllm.dialogue.phrases import Phrase, addressed, kind_of, plural_of, read_phrase, singular_of
 from grex_mllm.errors import GrexError
 from grex_mllm.models.grex import GrexModel
-from grex_mllm.ops.masks import decode_rle
 from grex_mllm.types import Grounding
 
 FOLLOW_UPS = {
@@ -137,7 +133,8 @@ def test_the_truth_of_a_neighbour_by_hand() -> None:
     assert nearest(scene, 2, others, None) == 1, "near is a gap of up to 12"
     assert nearest(scene, 2, others, 1, "right") is None, "one stands straight below it, hardly farther"
     apart = _scene((0, 0, 0, 0, 0), (0, 1, 14, 0, 0), (1, 0, 40, 0, 0), (1, 1, 14, 60, 0))
-    assert nearest(apart, 2, others, 1, "right") == 4 and nearest(apart, 2, others, 1, "bottom") is None, "two stand level with it, and nearer"
+    assert nearest(apart, 2, others, 1, "right") == 4
+    assert nearest(apart, 2, others, 1, "bottom") is None, "two stand level with it, and nearer"
     assert nearest(_scene((0, 0, 0, 50, 0), (0, 1, 40, 50, 0)), 2, 1, 1, "right") == 0
 
 
@@ -164,8 +161,8 @@ def told(monkeypatch: pytest.MonkeyPatch) -> Any:
     def ask(model: Told, encoded: Any, texts: list[str], objects: np.ndarray, threshold: float | None) -> Any:
         masks = [model.answer(text) for text in texts]
         found = [Grounding(t, m, None, None, None, None, not m.any(), float(not m.any())) for t, m in zip(texts, masks, strict=True)]
-        pixels = objects.reshape(len(objects), -1)
-        inside = np.array([(pixels & mask.ravel()).sum(1) / np.maximum(1, pixels.sum(1)) for mask in masks]).reshape(len(masks), -1)
+        pixels = objects.reshape(len(objects), model.masks[0].size)
+        inside = np.stack([(pixels & mask.ravel()).sum(1) / np.maximum(1, pixels.sum(1)) for mask in masks])
         return found, inside
 
     model = tiny_model()
@@ -182,7 +179,7 @@ def test_a_perfect_model_gives_the_exact_sets_of_drawn_dialogues(told: Any) -> N
     """Composition adds no fault of its own, but where the grammar lacks a plural wording of what is left."""
     config, right = SyntheticConfig(), dict.fromkeys(OPERATIONS, 0)
     count = dict.fromkeys(OPERATIONS, 0)
-    for index in range(40):
+    for index in range(25):
         drawn = draw_scene(config, "val", index)
         for operation in OPERATIONS:
             dialogue = draw_dialogue(drawn.scene, random.Random(index), operation)
@@ -198,4 +195,112 @@ def test_a_perfect_model_gives_the_exact_sets_of_drawn_dialogues(told: Any) -> N
             right[operation] += exact
             count[operation] += 1
     shares = {operation: right[operation] / count[operation] for operation in OPERATIONS}
-    assert min(count.values()) > 25 and all(share >= 0.95 for share in shares.values()), (shares, count)
+    assert min(count.values()) > 18 and all(share >= 0.95 for share in shares.values()), (shares, count)
+
+
+def test_several_turns_and_two_that_are_one(told: Any) -> None:
+    scene = _scene((0, 0, 0, 0, 0), (0, 1, 20, 0, 0), (1, 0, 60, 0, 0), (1, 1, 60, 60, 3))
+    masks = np.zeros((4, 100, 100), bool)
+    for mask, item in zip(masks, scene.objects, strict=True):
+        x1, y1, x2, y2 = item.box
+        mask[y1:y2, x1:x2] = True
+    asked = told(scene, masks, np.zeros((100, 100, 3), np.uint8))
+
+    def said(text: str) -> list[int]:
+        asked.say(text)
+        return sorted(int(overlaps(mask[None], masks)[0].argmax()) for mask in asked.selected)
+
+    assert said("the circles") == [0, 1]
+    assert said("not the red one") == [1]
+    assert said("and the red square too") == [1, 2]
+    assert said("the others") == [0, 3]
+    assert said("and the one next to them") == [0, 1, 3]
+    assert said("only the orange ones") == [1, 3]
+    assert said("the leftmost one") == [1]
+    assert said("the square to the right of it") == [2]
+    assert said("only the stars") == [] and asked.say("the others").count == 4, "nothing was selected: all are others"
+    assert asked.history[0] == "the circles" and len(asked.history) == 10
+    other = asked.fork()
+    assert said("all squares") == [2, 3] and asked.operation == NEW and asked.history == ["all squares"]
+    assert len(other.selected) == 4 and len(other.history) == 10
+    asked.clear()
+    assert len(asked.selected) == 0 and asked.history == []
+    asked.say("the others")
+    assert asked.operation == NEW, "with nothing said before it is an expression of its own"
+    asked.select([masks[3]], kind="squares")
+    assert said("the other square") == [2] and said("the one next to it") == [1]
+    asked.select(boxes_xyxy=[[0, 0, 10, 10], [20, 0, 30, 10]])
+    assert said("without the one on the right") == [0]
+
+
+def test_without_proposals_sets_are_cut_pixel_by_pixel(told: Any) -> None:
+    """A red and an orange square touch, so that their answer is one piece; a circle stands apart."""
+    scene = _scene((1, 0, 10, 10, 0), (1, 1, 20, 10, 0), (0, 0, 60, 60, 0))
+    masks = np.zeros((3, 100, 100), bool)
+    for mask, item in zip(masks, scene.objects, strict=True):
+        x1, y1, x2, y2 = item.box
+        mask[y1:y2, x1:x2] = True
+    asked = told(scene, masks, np.zeros((100, 100, 3), np.uint8), proposes=False)
+    assert not asked.proposes and (asked.say("the squares").mask == masks[:2].any(0)).all() and len(asked.selected) == 1
+    assert (asked.say("not the red one").mask == masks[1]).all()
+    assert (asked.say("the others").mask == masks[[0, 2]].any(0)).all()
+    assert (asked.say("only the squares").mask == masks[0]).all()
+    assert (asked.say("the one next to it").mask == masks[1]).all()
+    assert (asked.say("and the circle too").mask == masks[1:].any(0)).all() and asked.say("the largest one").count == 1
+    assert [len(pieces(mask)) for mask in (masks.any(0), masks[0] & False)] == [2, 0]
+
+
+def test_the_face_of_a_session() -> None:
+    """With a real tiny model: a new expression is answered as the model does, follow-ups run, and wrong settings are told."""
+    model, image = tiny_model(), np.random.default_rng(0).integers(0, 255, (40, 56, 3), dtype=np.uint8)
+    asked = grex_mllm.Dialogue(model, image)
+    first, alone = asked.say("the red circle"), model.ground(image, "the red circle")
+    assert (first.mask == alone.mask).all() and first.count == alone.count and first.no_target_prob == pytest.approx(alone.no_target_prob)
+    for text in ("and the star too", "not the biggest one", "the one next to them", "the others", "only the red ones"):
+        answer = asked.say(text)
+        assert answer.mask.shape == (40, 56) and (answer.mask == np.any(asked.selected, axis=0)).all()
+        assert answer.no_target == (not len(asked.selected)) and len(answer.boxes_xyxy) == len(asked.selected)
+    assert Dialogue(model, image, threshold=0.0).say("the red circle").no_target
+    wrong = (({"resolve": "guess"}, "compose, model"), ({"resolve": "model"}, "data.train: dialogue"), ({"threshold": 2.0}, "2.0"))
+    for options, told_what in wrong:
+        with pytest.raises(GrexError, match=told_what):
+            Dialogue(model, image, **options)  # type: ignore[arg-type]
+    with pytest.raises(GrexError, match="empty"):
+        asked.say("  ")
+
+
+def test_a_model_that_was_trained_so_reads_what_was_said(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, image = tiny_model(), np.zeros((40, 56, 3), np.uint8)
+    model.config.data.train = "dialogue"
+    asked, texts = Dialogue(model, image, resolve="model"), []
+    plain = session.ask
+    monkeypatch.setattr(session, "ask", lambda net, encoded, said, *more: texts.append(said[0]) or plain(net, encoded, said, *more))
+    answer = [asked.say(text) for text in ("the red circle", "not the big one", "a green star")][1]
+    assert texts == ["the red circle", "the red circle | not the big one", "a green star"] and answer.expression == "not the big one"
+    assert joined(["a b", "c", "d"], lambda text: len(text) > 6) == "c | d" and joined(["too long"], lambda text: True) == "too long"
+    assert has_history(DataConfig(train="dialogue")) and not has_history(DataConfig(train="synthetic"))
+
+
+def test_a_source_of_dialogues_trains_with_exact_truth() -> None:
+    """Every follow-up's targets are those of its scene; the share is the knob's; a generator gets a plain expression for them."""
+    data = load_config(None, ["--data.train=dialogue", "--data.sources.dialogue.image_size=64", "--data.expressions_per_image=8"]).data
+    assert data.sources["dialogue"] == DialogueConfig(image_size=64)
+    samples, spoken, total = training_samples(data, 0, 100, TRAINING, generates=True), [], 0
+    for position in range(12):
+        sample, again = samples[position], samples[position]
+        assert [(e.raw, e.targets) for e in sample.expressions] == [(e.raw, e.targets) for e in again.expressions]
+        total += len(sample.expressions)
+        for record in (e for e in sample.expressions if SEPARATOR in e.raw):
+            spoken.append(record)
+            assert record.tags[0] in OPERATIONS and parse_follow_up(record.raw.split(SEPARATOR)[1]).operation == record.tags[0]
+            if record.targets:
+                assert check_expression(record.expression, sample, record.targets) == "exact"
+    assert 0.3 < len(spoken) / total < 0.6 and any(not record.targets for record in spoken)
+    assert {record.tags[0] for record in spoken} == set(OPERATIONS)
+    data.sources["dialogue"].follow_up_share = 0.0
+    assert all(SEPARATOR not in e.raw for e in training_samples(data, 0, 100)[0].expressions)
+    data.sources["dialogue"].follow_up_share = 1.5
+    with pytest.raises(GrexError, match="follow_up_share"):
+        training_samples(data, 0, 100)
+    data.sources["dialogue"].follow_up_share = 0.5
+    assert sum(SEPARATOR in line for line in training_text(data, 40)) == 20

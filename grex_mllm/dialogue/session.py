@@ -14,7 +14,7 @@ from grex_mllm.data.images import load_image
 from grex_mllm.dialogue.composition import chosen_by, fitting, neighbours
 from grex_mllm.dialogue.follow_ups import COMPLEMENT, DIFFERENCE, NEIGHBOUR, NEW, RESTRICTION, UNION, FollowUp, parse_follow_up
 from grex_mllm.dialogue.objects import ask, overlaps, pieces, proposed
-from grex_mllm.dialogue.phrases import Phrase, addressed, kind_of, read_phrase
+from grex_mllm.dialogue.phrases import LARGEST, SMALLEST, Phrase, addressed, kind_of, read_phrase
 from grex_mllm.errors import fault
 from grex_mllm.models.answer import EncodedImage, check_rules
 from grex_mllm.models.grex import GrexModel, check_expression
@@ -146,12 +146,18 @@ class Dialogue:
     def _addition(self, rest: str) -> list[int]:
         """Return what "and the dog too" adds: an expression of its own, of which as many objects are taken as it says."""
         phrase, text = read_phrase(rest, self._kind), addressed(rest, self._kind)
-        found, scores = self._ask([text, *(phrase.texts if phrase.order is None else ())])
-        if found[0].no_target:
+        found, scores = self._ask([text, *phrase.texts])
+        if np.mean([result.no_target for result in found]) > SAME:
             return []
-        if not self.proposes or phrase.order is not None:
-            return self._instances(found[0])
-        return fitting(scores.mean(0), range(len(self._objects)), phrase.number) or self._instances(found[0])
+        if not self.proposes:
+            return self._known(pieces(found[0].mask & ~np.any(self.selected, axis=0)))
+        everything = range(len(self._objects))
+        if phrase.order is None:
+            return fitting(scores.mean(0), everything, phrase.number) or self._instances(found[0])
+        if phrase.order[0] in (LARGEST, SMALLEST):  # what lies behind another object looks smaller: left to the model
+            return fitting(scores[0], everything, phrase.number)
+        members = scores[1:].mean(0) if phrase.texts else np.ones(len(self._objects))
+        return chosen_by(phrase, members, everything, self._boxes(), self._areas())
 
     def _part_of(self, phrase: Phrase, keep: bool) -> list[int]:
         """Return the selected objects that a phrase means, or the others of them."""
@@ -165,20 +171,14 @@ class Dialogue:
         fits = np.mean([result.mask for result in self._ask(phrase.texts)[0]], axis=0) >= SAME
         parts = [pieces(mask & (fits if keep else ~fits)) for mask in self.selected]
         left = [part for own, mask in zip(parts, self.selected, strict=True) for part in own if part.sum() >= LEAST_LEFT * mask.sum()]
-        if not left:
-            return []
-        self._objects = np.concatenate([self._objects, np.stack(left)])
-        return list(range(len(self._objects) - len(left), len(self._objects)))
+        return self._known(np.stack(left)) if left else []
 
     def _others(self, phrase: Phrase) -> list[int]:
         """Return the positions of the objects beside the selected ones; a decoder without proposals is asked for them."""
         if self.proposes:
             return [n for n in range(len(self._objects)) if n not in self._chosen]
         answers = np.stack([result.mask for result in self._ask(phrase.texts or EVERYTHING)[0]])
-        beside = np.mean(answers, axis=0) >= SAME
-        if self._chosen:
-            beside &= ~self.selected.any(0)
-        return [n for n in self._known(pieces(beside)) if n not in self._chosen]
+        return self._known(pieces((np.mean(answers, axis=0) >= SAME) & ~np.any(self.selected, axis=0)))
 
     def _scores(self, phrase: Phrase) -> np.ndarray:
         """Return float [N]: how surely each known object fits a phrase; 1 where it says nothing of its own."""
@@ -214,7 +214,10 @@ class Dialogue:
         return chosen or self._known(pieces(result.mask))
 
     def _known(self, masks: np.ndarray) -> list[int]:
-        """Return the positions of the objects that masks show; unknown ones join the known."""
+        """Return the positions of the objects that masks show; unknown ones join the known. Without proposals none is known."""
+        if not self.proposes:
+            self._objects = np.concatenate([self._objects, masks])
+            return list(range(len(self._objects) - len(masks), len(self._objects)))
         chosen = []
         for mask in masks:
             overlap = overlaps(mask[None], self._objects)[0] if len(self._objects) else np.zeros(0)
