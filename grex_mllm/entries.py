@@ -35,6 +35,7 @@ LISTENERS = {
 }
 SOURCES = {
     "synthetic": "grex_mllm.data.synthetic.source",
+    "dialogue": "grex_mllm.data.synthetic.dialogue_source",
 }
 CONTRACTS: dict[str, tuple[dict[str, str], tuple[str, ...]]] = {
     "model.decoder": (DECODERS, ("Config", "Decoder", "Criterion")),

@@ -40,6 +40,7 @@ class Asked(BaseModel):
     image: str = Field(max_length=64, description="the picture's id, from POST /images or POST /gallery/{number}")
     expressions: list[str] = Field(min_length=1, max_length=limits.MAX_EXPRESSIONS)
     threshold: float | None = Field(None, ge=0, le=1, description='"no target" is said above this probability')
+    history: list[str] | None = Field(None, max_length=limits.MAX_TURNS, description="said before: each expression may be a follow-up")
     ticket: Ticket = ""
 
 
@@ -187,15 +188,21 @@ def _add_pictures(app: FastAPI, rooms: Rooms) -> None:
 def _add_questions(app: FastAPI, rooms: Rooms) -> None:
     @app.post("/ground")
     async def ground(asked: Asked) -> dict[str, Any]:
-        """Ground expressions: a mask (COCO RLE), boxes, a count, and the probability that nothing is meant, for each."""
-        for text in asked.expressions:
+        """Ground expressions: a mask (COCO RLE), boxes, a count, and the probability that nothing is meant, for each.
+
+        With a history each expression comes next after it, and may refer to what was selected ("not the red one").
+        """
+        for text in [*(asked.history or []), *asked.expressions]:
             _check(text)
         held = await rooms.picture(asked.image)
-
-        def run(jobs: list[list[str]]) -> list[Any]:
-            return rooms.engine.ground(held, jobs, asked.threshold)
-
-        results = await rooms.ask(("ground", held.name, asked.threshold), run, asked.expressions, asked.ticket)
+        run: Callable[[list[Any]], list[Any]]
+        payload: Any
+        if asked.history is None:
+            run, kind, payload = (lambda jobs: rooms.engine.ground(held, jobs, asked.threshold)), "ground", asked.expressions
+        else:
+            run, kind = (lambda jobs: rooms.engine.follow(held, jobs, asked.threshold)), "follow"
+            payload = (asked.history, asked.expressions)
+        results = await rooms.ask((kind, held.name, asked.threshold), run, payload, asked.ticket)
         return {"image": held.name, "width": held.pixels.shape[1], "height": held.pixels.shape[0], "results": results}
 
     @app.post("/describe")

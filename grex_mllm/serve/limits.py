@@ -7,6 +7,7 @@ MAX_UPLOAD_PIXELS = 24_000_000  # twice a photograph of 4000x3000
 MAX_SIDE = 1280  # of the picture that is kept; larger ones are scaled down
 MAX_JSON_BYTES = 200_000
 MAX_EXPRESSIONS = 32  # of one request
+MAX_TURNS = 24  # of the history that a request carries
 MAX_OBJECTS = 64  # selected ones of one request
 MAX_CANDIDATES = 16
 MAX_WAITING = 64  # requests in line
