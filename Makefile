@@ -47,7 +47,7 @@ lint: setup
 
 docs: setup
 	$(BIN)/python -m pip install --quiet -e '.[docs]'
-	$(BIN)/python -m mkdocs build --strict
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict
 	@echo "built; open site/index.html"
 
 clean:
