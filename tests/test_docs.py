@@ -145,15 +145,27 @@ def serve_in_process(model: GrexModel, place: Path, monkeypatch: pytest.MonkeyPa
     monkeypatch.setattr(httpx2, "Client", lambda base_url, timeout: TestClient(app, base_url=base_url))
 
 
-def test_the_notebook_runs(place: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    """From a training of one step to scores; its numbers of steps and scenes are the cell with the tag `parameters`."""
+def test_the_notebook_runs(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """From drawn scenes to scores, with a model that is there; its numbers are in the cell with the tag `parameters`."""
+    run_notebook(place, {"MODEL": "runs/demo", "SCENES": 2})
+    scored(place, capsys.readouterr().out)
+
+
+@pytest.mark.long
+def test_the_notebook_trains_where_there_is_no_model(
+    place: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     from shrink import shrink_run
 
     monkeypatch.setattr("grex_mllm.training.run.CORPUS_LINES", 300)
     (place / "configs").mkdir()
     save_config(shrink_run(load_config(ROOT / "configs" / "demo.yaml")), place / "configs" / "demo.yaml")
     run_notebook(place, {"MODEL": "none", "STEPS": 1, "LANGUAGE_STEPS": 1, "SCENES": 2})
-    said = capsys.readouterr().out
+    scored(place, capsys.readouterr().out)
+    assert (place / "runs" / "notebook" / "model" / "model.safetensors").is_file()
+
+
+def scored(place: Path, said: str) -> None:
     assert "parameters" in said and "always_empty" in said.replace(" ", "_")
     results = json.loads((place / "runs" / "notebook" / "results.json").read_text(encoding="utf-8"))
     assert results["results"]["strict"]["gres"]["num_samples"] == 12
