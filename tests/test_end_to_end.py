@@ -19,6 +19,7 @@ from grex_mllm import GrexModel
 from grex_mllm.config import save_config
 from grex_mllm.data.synthetic.export import export
 from grex_mllm.data.synthetic.settings import SyntheticConfig
+from grex_mllm.report.page import SERVED_AT
 from grex_mllm.training.run import train_from_config
 
 SMALL = {
@@ -61,7 +62,8 @@ def test_demo_runs_from_data_to_report(tmp_path, few):
     assert "Pr@F1" in strict["grec"] and "accuracy" in strict["count"] and "official" in results["results"]
     assert results["baselines"]["oracle"] and results["baselines"]["always_empty"]
     page = (tmp_path / "run" / "report.html").read_text()
-    assert "data:image/jpeg" in page and "http://" not in page.replace("http://www.w3.org", "")
+    assert "data:image/jpeg" in page and "http://" not in page.replace("http://www.w3.org", "").replace(SERVED_AT, "")
+    assert "grex serve --model run</code>" in page
     rows = losses(tmp_path / "run")
     assert {name.split("/")[1] for _, terms in rows for name in terms} == {"ground", "generate", "total"}
     assert all(np.isfinite(v) for _, terms in rows for v in terms.values())

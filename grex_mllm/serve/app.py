@@ -23,9 +23,10 @@ from grex_mllm.models.grex import GrexModel, check_expression
 from grex_mllm.ops.masks import encode_rle
 from grex_mllm.serve import limits
 from grex_mllm.serve.engine import Engine, Selection
+from grex_mllm.serve.folder import Folder
 from grex_mllm.serve.gallery import NUM_SCENES, PREFIX, Gallery
 from grex_mllm.serve.guard import IMAGE_TYPES, App, Guard
-from grex_mllm.serve.held import Held, Pictures
+from grex_mllm.serve.held import Held, Pictures, new_name
 from grex_mllm.serve.worker import LineFull, Worker
 
 PAGE = Path(__file__).parent / "page"
@@ -52,6 +53,16 @@ class Chosen(BaseModel):
     objects: list[int] = Field([], max_length=limits.MAX_OBJECTS)
     boxes_xyxy: list[tuple[float, float, float, float]] = Field([], max_length=limits.MAX_OBJECTS, description="in pixels of the picture")
     candidates: int = Field(8, ge=1, le=limits.MAX_CANDIDATES)
+    ticket: Ticket = ""
+
+
+class Wanted(BaseModel):
+    """What to look for in the folder of images that the server was started with."""
+
+    model_config = ConfigDict(extra="forbid")
+    expression: str
+    top: int = Field(8, ge=1, le=limits.MAX_FOUND, description="at most so many images, best first")
+    masks: bool = Field(True, description="ground it in each of them: mask (COCO RLE), boxes, count; false: scores alone, sooner")
     ticket: Ticket = ""
 
 
@@ -104,11 +115,19 @@ class Rooms:
 
 
 def make_app(
-    model: GrexModel, name: str, *, num_pictures: int = 16, timeout_s: float = 60.0, token: str | None = None, loopback: bool = True
+    model: GrexModel,
+    name: str,
+    *,
+    num_pictures: int = 16,
+    timeout_s: float = 60.0,
+    token: str | None = None,
+    loopback: bool = True,
+    folder: Folder | None = None,
 ) -> App:
     """Return the application (ASGI): the page, its files, the API, all behind the guard.
 
     name: what the page calls the model.  num_pictures: held in memory.  token: demanded of every request.  loopback: see `Guard`.
+    folder: of images, indexed with this model, that POST /search ranks.
     """
     rooms = Rooms(model, name, num_pictures, timeout_s)
 
@@ -122,6 +141,7 @@ def make_app(
     _add_page(app)
     _add_pictures(app, rooms)
     _add_questions(app, rooms)
+    _add_search(app, rooms, folder)
     _add_errors(app)
     return Guard(app, token, loopback)  # type: ignore[arg-type]
 
@@ -212,6 +232,43 @@ def _add_questions(app: FastAPI, rooms: Rooms) -> None:
         selection = Selection(tuple(chosen.objects), tuple(chosen.boxes_xyxy), chosen.candidates)
         answer = await rooms.ask(None, lambda jobs: [rooms.engine.describe(held, job) for job in jobs], selection, chosen.ticket)
         return {"image": held.name, **answer}
+
+
+def _add_search(app: FastAPI, rooms: Rooms, given: Folder | None) -> None:
+    def folder() -> Folder:
+        if given is None:
+            raise HTTPException(404, "a server without a folder of images; expected one; start it with grex serve --images FOLDER")
+        return given
+
+    @app.get("/search")
+    async def about() -> dict[str, int]:
+        """Tell how many images are searched."""
+        return {"num_images": len(folder())}
+
+    @app.post("/search")
+    async def search(wanted: Wanted) -> dict[str, Any]:
+        """Rank the images of the server's folder that contain what is said, with masks. An image is named by its id."""
+        images = folder()
+        _check(wanted.expression)
+        num_found, results = await rooms.ask(("search",), images.rank, (wanted.expression, wanted.top), wanted.ticket)
+        for line in results if wanted.masks else ():
+
+            def run(jobs: list[str]) -> list[Any]:
+                return [images.ground(job, wanted.expression) for job in jobs]
+
+            line |= await rooms.ask(None, run, line["id"], wanted.ticket)
+        return {"expression": wanted.expression, "num_images": len(images), "num_found": num_found, "results": results}
+
+    @app.get("/search/{name}/pixels", responses={200: {"content": {"image/png": {}}}}, response_class=Response)
+    async def found(name: str) -> Response:
+        """Return the pixels of an image of the folder."""
+        return await asyncio.to_thread(lambda: _png(folder().picture(name).pixels))
+
+    @app.post("/search/{name}")
+    async def open_found(name: str, nothing: Annotated[dict[str, Any], Body(max_length=0)]) -> dict[str, Any]:
+        """Open an image of the folder (the body is {}). Like POST /images."""
+        images = folder()
+        return _told(await rooms.ask(None, lambda jobs: [rooms.engine.open(images.picture(job), new_name()) for job in jobs], name))
 
 
 def _add_errors(app: FastAPI) -> None:

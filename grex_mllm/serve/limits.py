@@ -10,6 +10,7 @@ MAX_EXPRESSIONS = 32  # of one request
 MAX_TURNS = 24  # of the history that a request carries
 MAX_OBJECTS = 64  # selected ones of one request
 MAX_CANDIDATES = 16
+MAX_FOUND = 24  # images of one search
 MAX_WAITING = 64  # requests in line
 BODY_TIMEOUT_S = 30.0  # for a request's body to arrive
 IDLE_S = 3600.0  # after which an unused picture is forgotten
