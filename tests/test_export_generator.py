@@ -23,7 +23,7 @@ from grex_mllm.export.folder import export_model
 from grex_mllm.models.grex import GrexModel
 from grex_mllm.models.lm_tokenizer import train_sentencepiece
 from grex_mllm.models.text import train_text_tokenizer
-from grex_mllm.ops.recordable import area_pool, stable_order
+from grex_mllm.ops.recordable import among_themselves, area_pool, stable_order
 
 pytest.importorskip("onnxruntime", reason="the extra `export` is not installed")
 pytest.importorskip("onnx", reason="the extra `export` is not installed")
@@ -186,12 +186,16 @@ def test_what_is_recorded_is_torch_by_another_way(monkeypatch: pytest.MonkeyPatc
     wanted = [stable_order(values, descending) for descending in (False, True)]
     pictures = torch.rand(2, 3, 20, 14)
     sizes = ((20, 14), (10, 7), (3, 5), (1, 1), (7, 13))
+    layer = torch.nn.TransformerEncoderLayer(16, 4, 32, 0.0, "gelu", batch_first=True, norm_first=True).eval()
+    tokens, mask = torch.randn(3, 5, 16), torch.arange(5) < torch.tensor([[5], [1], [3]])
+    mixed = among_themselves(layer, tokens, mask)
     pooled = [area_pool(pictures, size) for size in sizes]
     monkeypatch.setattr(recordable, "traced", lambda: True)
     for descending, order in zip((False, True), wanted):
         assert torch.equal(stable_order(values, descending), order)
     for size, pool in zip(sizes, pooled, strict=True):
         torch.testing.assert_close(area_pool(pictures, size), pool)
+    torch.testing.assert_close(among_themselves(layer, tokens, mask)[mask], mixed[mask])
 
 
 def test_generators_that_stay_are_refused(exported: tuple[GrexModel, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
+from grex_mllm.ops.attention import split_heads
 from grex_mllm.ops.paths import traced
 
 
@@ -27,6 +28,18 @@ def area_pool(values: Tensor, size: tuple[int, int]) -> Tensor:
         return F.adaptive_avg_pool2d(values, size)
     rows, columns = (_shares(values.shape[2 + i], size[i], values) for i in range(2))
     return rows @ values @ columns.transpose(0, 1)
+
+
+def among_themselves(layer: nn.TransformerEncoderLayer, tokens: Tensor, mask: Tensor) -> Tensor:
+    """Return what a pre-norm layer, without dropout, makes of tokens [E, P, D]; mask: bool [E, P], what is no padding."""
+    if not traced():
+        return layer(tokens, src_key_padding_mask=~mask)  # type: ignore[no-any-return]
+    attention = layer.self_attn  # as torch has it, its number of tokens would become a constant
+    joined = F.linear(layer.norm1(tokens), attention.in_proj_weight, attention.in_proj_bias)
+    query, key, value = (split_heads(part, attention.num_heads) for part in joined.chunk(3, dim=-1))
+    read = F.scaled_dot_product_attention(query, key, value, attn_mask=mask[:, None, None])
+    tokens = tokens + attention.out_proj(read.transpose(1, 2).flatten(2))
+    return tokens + layer.linear2(layer.activation(layer.linear1(layer.norm2(tokens))))  # type: ignore[no-any-return]
 
 
 def _shares(pixels: int, cells: int, like: Tensor) -> Tensor:

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from grex_mllm.errors import fault
 from grex_mllm.models.generators.region_tokens.comparison import compare
 from grex_mllm.ops.paths import traced
-from grex_mllm.ops.recordable import area_pool, stable_order
+from grex_mllm.ops.recordable import among_themselves, area_pool, stable_order
 from grex_mllm.ops.selection import boxes_to_masks, mask_boxes
 
 IMAGE, DISTRACTOR, TARGET = 0, 1, 2  # also the order in the prefix
@@ -177,7 +177,8 @@ class RegionTokens(nn.Module):
         tokens = torch.cat([image.to(tokens.dtype), tokens], 1)
         mask = torch.cat([kind.new_ones(image.shape[:2], dtype=torch.bool), kind <= TARGET], 1)
         for layer in self.context:
-            tokens = layer(tokens, src_key_padding_mask=~mask)
+            assert isinstance(layer, nn.TransformerEncoderLayer)
+            tokens = among_themselves(layer, tokens, mask)
         selected = (kind == TARGET).to(tokens.dtype)[..., None]
         number = selected.sum(1)
         mean = (tokens[:, image.shape[1] :] * selected).sum(1) / number.clamp(min=1)
