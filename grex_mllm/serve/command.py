@@ -16,7 +16,14 @@ NEEDED = ("fastapi", "uvicorn")
 
 
 def serve(
-    model: str, *, host: str = "127.0.0.1", port: int = 8000, device: str = "auto", pictures: int = 16, timeout_s: float = 60.0
+    model: str,
+    *,
+    host: str = "127.0.0.1",
+    port: int = 8000,
+    device: str = "auto",
+    pictures: int = 16,
+    timeout_s: float = 60.0,
+    segmenter: str | None = None,
 ) -> int:
     """Serve a page and an HTTP API: find objects from expressions, describe selected ones.
 
@@ -27,6 +34,7 @@ def serve(
         device: auto, cpu, cuda, cuda:1, ...
         pictures: how many to hold in memory; the one that was not used for longest goes first.
         timeout_s: after which a request is given up.
+        segmenter: folder or hub id of SAM or SAM 2, so that clicks and boxes find objects also where the model proposes none.
     """
     missing = [name for name in NEEDED if importlib.util.find_spec(name) is None]
     if missing:
@@ -41,10 +49,12 @@ def serve(
     from grex_mllm.models.grex import GrexModel
     from grex_mllm.precision import pick_device
     from grex_mllm.serve.app import make_app
+    from grex_mllm.zeroshot.segmenters import Prompted
 
+    prompted = Prompted(segmenter, device) if segmenter is not None else None
     loaded = GrexModel.from_pretrained(model, device=pick_device(device))
     name = Path(model).resolve().name if Path(model).is_dir() else model
-    app = make_app(loaded, name, num_pictures=pictures, timeout_s=timeout_s, token=token, loopback=is_loopback(host))
+    app = make_app(loaded, name, num_pictures=pictures, timeout_s=timeout_s, token=token, loopback=is_loopback(host), segmenter=prompted)
     config = uvicorn.Config(app, log_level="warning", timeout_keep_alive=15, limit_concurrency=200, timeout_graceful_shutdown=5)
     listener.listen(128)  # from here on nobody is turned away
     shown = f"[{host}]" if ":" in host else host
