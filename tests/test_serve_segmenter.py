@@ -28,16 +28,20 @@ from test_serve import HERE, opened, pixels
 from grex_mllm.serve.app import make_app
 
 
-@pytest.fixture(scope="module")
-def blind(tmp_path_factory: pytest.TempPathFactory) -> GrexModel:
-    """A random model with a generator whose decoder proposes no objects."""
+def blind_speaker(work: Path) -> GrexModel:
+    """A random model with a generator whose decoder proposes no objects; its tokenizer is written into the folder `work`."""
     torch.manual_seed(0)
     speaker = {"lm": "tiny", "hidden_size": 16, "num_heads": 2, "num_layers": 1, "intermediate_size": 32, "projector_width": 16}
     config = tiny_config(model__decoder__name="rela", model__decoder__minimap_side=4, model__decoder__feedforward=16,
                          model__generator__max_new_tokens=6, **{f"model__generator__{k}": v for k, v in speaker.items()})  # fmt: skip
     text = train_text_tokenizer(WORDS, 300)
     config.model.text.vocab_size = text.vocab_size
-    return GrexModel(config, text, train_sentencepiece(WORDS * 5, tmp_path_factory.mktemp("tokenizer"), 300)).eval()
+    return GrexModel(config, text, train_sentencepiece(WORDS * 5, work, 300)).eval()
+
+
+@pytest.fixture(scope="module")
+def blind(tmp_path_factory: pytest.TempPathFactory) -> GrexModel:
+    return blind_speaker(tmp_path_factory.mktemp("tokenizer"))
 
 
 @pytest.fixture(scope="module", params=[write_sam, write_sam2], ids=["sam", "sam2"])

@@ -23,7 +23,9 @@ from grex_mllm.models.grounding import GroundingModel, ImageFeatures
 from grex_mllm.types import GroundingOutput
 
 TOLERANCE = 1e-4  # of mask logits, exported against torch
-FACTOR = 2.0  # times torch's own error against float64 is what an exported model may err, where that is more than TOLERANCE
+# Times torch's own error against float64 is what an exported model may err, where that is more than TOLERANCE. ReLA behind Swin with random
+# weights, where mask logits of float32 are off by 0.7 to 4e-4: the exported one's by 1.7 to 2.9 times as much (four seeds).
+FACTOR = 4.0
 LARGE = 10.0  # logits above it are compared relative to their size
 SAID = ("the two red circles on the left", "a dog", "everyone but the kid in white")
 GENERATOR = "generator_logits"
