@@ -27,7 +27,8 @@ from grex_mllm.search import SearchIndex, open_index
 from grex_mllm.search import folder as folder_module
 from grex_mllm.search import index as index_module
 from grex_mllm.search import store as store_module
-from grex_mllm.search.scoring import MAX_ROW_BYTES, Part, from_rows, layout_of, row_bytes, to_rows
+from grex_mllm.search.parts import parts_of
+from grex_mllm.search.scoring import MAX_ROW_BYTES, SURENESS, Part, from_rows, layout_of, row_bytes, to_rows
 
 EXPRESSIONS = ["the red circle on the left", "two blue squares", "everything green"]
 
@@ -70,7 +71,10 @@ def test_the_index_scores_as_the_model_itself(model: GrexModel, images: Path) ->
         region = output.box_logits.amax(dim=-1).sigmoid().numpy()
         np.testing.assert_allclose(scores.no_target_prob[:, column], no_target, atol=2e-3)
         np.testing.assert_allclose(scores.region_score[:, column], region, atol=2e-3)
-        np.testing.assert_allclose(scores.score[:, column], (1 - no_target) * region, atol=2e-3)
+        chosen = output.box_logits.sigmoid().numpy()
+        counted = output.count_logits.softmax(dim=-1).numpy()[range(3), (chosen > 0.5).sum(axis=1).clip(max=6)]
+        sure = (counted * np.maximum(chosen, 1 - chosen).prod(axis=1)) ** SURENESS
+        np.testing.assert_allclose(scores.score[:, column], (1 - no_target) * region * sure, atol=2e-3, rtol=0.03)
         answers = model.ground(images / file, EXPRESSIONS)
         assert scores.no_target[:, column].tolist() == [answer.head_no_target for answer in answers]
 
@@ -84,6 +88,37 @@ def test_one_expression_is_scored_as_among_many(model: GrexModel, images: Path, 
     assert [hit.score for hit in hits] == sorted((hit.score for hit in hits), reverse=True) and len(hits) == 7
     assert [hit.file for hit in opened.search(EXPRESSIONS[1], top=3)] == [hit.file for hit in hits if not hit.no_target][:3]
     assert [len(found) for found in opened.search(EXPRESSIONS, top=2)] == [2, 2, 2]
+
+
+UNIONS = {
+    "the dog and two cats": ["the dog", "two cats"],
+    "The red circles and stars": ["The red circles", "The red stars"],
+    "two people and a dog on the left": ["two people", "a dog on the left"],
+    "the dog, the cat, and two birds": ["the dog", "the cat", "two birds"],
+    "a dog, a cat and birds": ["a dog", "a cat", "birds"],
+    "the dog on the bench and cats": ["the dog on the bench", "cats"],
+    "every small ring and circle": ["every small ring", "every small circle"],
+}
+WHOLE = ("green", "black and white dog", "the man between the dog and the cat", "everyone except the kid and the dog", "the dog and", "and",
+         "the a and b and c and d and e", "bread and butter", "the star, left", " ")  # fmt: skip
+
+
+def test_unions_are_divided() -> None:
+    for expression, parts in UNIONS.items():
+        assert parts_of(expression) == parts
+    for expression in WHOLE:
+        assert parts_of(expression) == [expression]
+
+
+def test_a_union_is_as_good_as_its_worst_part(model: GrexModel, images: Path) -> None:
+    opened = open_index(model, images)
+    union, *parts = "the red circle and two blue squares", "the red circle", "two blue squares"
+    every = opened.scores([union, *parts, "green"])
+    whole = opened._scores([union]).score[0]
+    np.testing.assert_allclose(every.score[0], np.minimum(whole, every.score[1:3].min(axis=0)), rtol=1e-4)
+    assert (every.score[0] < whole).any() and every.score.shape == (4, 7)
+    np.testing.assert_allclose(opened.scores(union).score[0], every.score[0], rtol=1e-4)
+    assert [hit.score for hit in opened.rank(union)] == sorted(every.score[0].tolist(), reverse=True)
 
 
 def test_images_without_a_target_are_left_out(images: Path) -> None:
@@ -236,8 +271,11 @@ def test_models_of_which_nothing_can_be_kept_are_refused(images: Path) -> None:
     plain = tiny_config(model__decoder__name="rela", model__decoder__minimap_side=4, model__decoder__feedforward=16)
     with pytest.raises(GrexError, match=r"image encoder reads the expression .model.vision.fusion: pwam."):
         open_index(GrexModel(fused, tokenizer).eval(), images)
-    with pytest.raises(GrexError, match="rela, which has no compact form"):
-        open_index(GrexModel(plain, tokenizer).eval(), images)
+    rela = GrexModel(plain, tokenizer).eval()
+    decoded = rela.encode(images / "1.png").features.decoded
+    numbers = sum(t.numel() for t in [*(t for pair in decoded.memory for t in pair), *decoded.mask_levels, decoded.mask_features])
+    with pytest.raises(GrexError, match=rf"rela, which has no compact form.* reads {numbers:,} numbers of each image"):
+        open_index(rela, images)
     assert not (images / ".grex_index").exists()
 
 

@@ -27,10 +27,13 @@ pytest.importorskip("playwright", reason="needs the extra dev (playwright)")
 
 import uvicorn
 from playwright.sync_api import Browser, Page, expect, sync_playwright
+from test_segmenters import write_sam
 from test_serve import encoded, pixels
+from test_serve_segmenter import blind_speaker, clicks
 
 from grex_mllm.serve.app import App, make_app
 from grex_mllm.serve.command import bind
+from grex_mllm.zeroshot.segmenters import Prompted
 
 pytestmark = pytest.mark.long
 FLAGS = ["--headless", "--no-sandbox", "--disable-gpu", "--disable-background-networking"]
@@ -277,6 +280,33 @@ def test_a_link_restores_the_state(browser: Browser, served: Running) -> None:
     scene = visit(browser, f"{served.url}#image=scene-4&e=people%20in%20white")
     expect(scene.locator("#rows .verdict").first).not_to_be_empty()
     assert scene.locator("#gallery button").nth(4).get_attribute("aria-pressed") == "true"
+
+
+def test_clicks_where_the_model_proposes_nothing(browser: Browser, tmp_path: Path, keep: Any) -> None:
+    """A segmenter makes objects of two clicks; one is taken back, and a link brings the other again."""
+    from grex_mllm.zeroshot.base import Picture
+
+    segmenter = Prompted(str(write_sam(tmp_path / "sam")), "cpu")
+    points = clicks(segmenter, 2)
+    with Running(make_app(blind_speaker(tmp_path), "blind", segmenter=segmenter)) as running:
+        page = visit(browser, running.url)
+        open_picture(page, encoded(pixels()))
+        expect(page.locator("#hint")).to_contain_text("Click objects")
+        for n, (x, y) in enumerate(points, start=1):
+            page.mouse.click(*at(page, x - 0.5, y - 0.5, 56, 40))
+            expect(page.get_by_role("button", name=f"Remove click {n}")).to_be_visible()
+        page.wait_for_selector("#candidates button")
+        keep(page, "clicked")
+        with page.expect_response(lambda answer: answer.url.endswith("/describe")) as again:
+            page.get_by_role("button", name="Remove click 2").click()
+        masks = [decode_rle(code) for code in again.value.json()["masks_rle"]]
+        sent = again.value.request.post_data_json["points_xy"]
+        assert len(masks) == len(sent) == 1 and np.abs(np.subtract(sent[0], points[0])).max() < 0.5
+        assert (masks[0] == segmenter.masks(Picture(pixels()), np.asarray(sent))[0]).all()
+        other = visit(browser, page.url)
+        other.wait_for_selector("#candidates button")
+        expect(other.get_by_role("button", name="Remove click 1")).to_be_visible()
+        assert quiet(page) and quiet(other), page.faults + other.faults  # type: ignore[attr-defined]
 
 
 def test_wrong_files_are_told_and_the_page_goes_on(browser: Browser, served: Running, keep: Any) -> None:

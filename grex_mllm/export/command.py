@@ -6,14 +6,14 @@ import json
 from pathlib import Path
 
 
-def export(model: str, out: str, *, format: str = "onnx", task: str = "ground") -> int:
+def export(model: str, out: str, *, format: str = "onnx", task: str = "all") -> int:
     """Write a model as a folder that runs without this package; its answers are compared with torch's first.
 
     Args:
         model: a model folder or hub id.
         out: the folder to write.
         format: onnx (runs with onnxruntime, without torch), or torch (programs of torch.export).
-        task: ground; the generator is not exported.
+        task: all (objects from expressions, and expressions from objects where the model has a generator), or ground.
     """
     from grex_mllm.export.folder import export_model
 

@@ -18,6 +18,7 @@ from grex_mllm.types import GroundingOutput
 ANSWERS = ("mask_logits", "no_target_logits", "boxes_norm", "box_logits", "count_logits")
 IS_TENSOR = object()  # in a list of leaves: a tensor stands here
 IMAGE, TEXT_IDS, TEXT_MASK = "image", "text_ids", "text_mask"
+MASKS, CHOSEN, SEEN = "masks", "chosen", "seen"  # of a generator: objects, sets of them, the size of the image without padding
 Graph = tuple[str, nn.Module, tuple[Tensor, ...], list[str], list[str]]  # name, module, example, inputs, outputs
 
 

@@ -74,15 +74,11 @@ class Model:
 
     def answer(self, logits, place, canvas):
         """Decide as the model's configuration (`predict`) says."""
-        rules, (height, width, rows, columns, top, left) = self.facts["rules"], place
-        mask = np.zeros((height, width), bool)
+        rules = self.facts["rules"]
+        mask = np.zeros(place[:2], bool)
         if rules["masks"]:
             shift = math.log(rules["mask_threshold"]) - math.log1p(-rules["mask_threshold"])
-            values = logits["mask_logits"][1] - logits["mask_logits"][0] - np.float32(shift)
-            low, high, share = cells(height, rows, canvas[0], values.shape[0], top)
-            values = values[low] * (1 - share)[:, None] + values[high] * share[:, None]
-            low, high, share = cells(width, columns, canvas[1], values.shape[1], left)
-            mask = values[:, low] * (1 - share) + values[:, high] * share > 0
+            mask = at_image(logits["mask_logits"][1] - logits["mask_logits"][0] - np.float32(shift), place, canvas) > 0
         by_pixels = rules["no_target"] == "pixels" or ("no_target_logits" not in logits and rules["masks"])
         probability, nothing = float(mask.sum() < rules["min_mask_pixels"]), bool(mask.sum() < rules["min_mask_pixels"])
         if not by_pixels:
@@ -129,6 +125,15 @@ def upright(image):
         layer = image.convert("RGBA")
         image = Image.alpha_composite(Image.new("RGBA", layer.size, (255, 255, 255, 255)), layer)
     return image.convert("RGB")
+
+
+def at_image(values, place, canvas):
+    """Resample values [h, w] over the network's input to the image's own size, bilinear."""
+    height, width, rows, columns, top, left = place
+    low, high, share = cells(height, rows, canvas[0], values.shape[0], top)
+    values = values[low] * (1 - share)[:, None] + values[high] * share[:, None]
+    low, high, share = cells(width, columns, canvas[1], values.shape[1], left)
+    return values[:, low] * (1 - share) + values[:, high] * share
 
 
 def cells(original, valid, total, number, margin):

@@ -41,8 +41,8 @@ class Prefix:
 
     def open(self, lm: Any, opener: int) -> tuple[Tensor, Tensor]:
         """Return (embeds [E, P + 1, D], mask [E, P + 1]) with the token that opens the expression."""
-        rows = len(self.embeds)
-        first = lm.get_input_embeddings()(torch.full((rows, 1), opener, device=self.embeds.device)).to(self.embeds.dtype)
+        rows = self.embeds.shape[0]
+        first = lm.get_input_embeddings()(torch.full((rows, 1), opener, dtype=torch.int64, device=self.embeds.device)).to(self.embeds.dtype)
         return torch.cat([self.embeds, first + self.summary[:, None]], 1), torch.cat([self.mask, self.mask.new_ones(rows, 1)], 1)
 
 

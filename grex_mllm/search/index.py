@@ -20,6 +20,7 @@ from grex_mllm.models.grex import GrexModel
 from grex_mllm.precision import pick_device
 from grex_mllm.progress import progress_bar
 from grex_mllm.search.folder import ImageFile, list_images, read_image, short_reason
+from grex_mllm.search.parts import parts_of
 from grex_mllm.search.scoring import (
     PAIRS_AT_ONCE,
     Scores,
@@ -103,8 +104,20 @@ class SearchIndex:
         return self.updated
 
     def scores(self, expressions: str | Sequence[str]) -> Scores:
-        """Score expressions against all images, in the order of `files`."""
-        text = encode_expressions(self.model, [expressions] if isinstance(expressions, str) else expressions)
+        """Score expressions against all images, in the order of `files`.
+
+        The score of a union ("the dog and two cats") is that of its worst part, or of the whole where that is worse.
+        """
+        asked = [expressions] if isinstance(expressions, str) else list(expressions)
+        parts = [parts_of(expression) for expression in asked]
+        texts = list(dict.fromkeys([*asked, *(part for some in parts for part in some)]))
+        scores = self._scores(texts)
+        rows = [texts.index(expression) for expression in asked]
+        worst = [scores.score[[row, *(texts.index(part) for part in some)]].min(axis=0) for row, some in zip(rows, parts, strict=True)]
+        return Scores(np.stack(worst), *(values[rows] for values in (scores.no_target_prob, scores.region_score, scores.no_target)))
+
+    def _scores(self, expressions: Sequence[str]) -> Scores:
+        text = encode_expressions(self.model, expressions)
         places = [entry.row for entry in self.store.indexed]
         found = []
         for some in in_batches(len(places), PAIRS_AT_ONCE):

@@ -15,17 +15,20 @@ import numpy as np
 import torch
 from torch import Tensor
 from torch.nn import functional as F
+from torch.utils import _pytree as tree
 
 from grex_mllm.data.transforms import resize_image
 from grex_mllm.errors import fault
 from grex_mllm.models.answer import above_threshold
 from grex_mllm.models.grex import GrexModel, check_expression
-from grex_mllm.types import GroundingOutput, TextFeatures
+from grex_mllm.types import NUM_COUNTS, GroundingOutput, TextFeatures
 
 MAX_ROW_BYTES = 20_000
 PAIRS_AT_ONCE = 512  # of an image and an expression
 WIDTHS = {"float32": 4, "float16": 2, "int8": 1}
 MAX_INT8 = 127
+# power of how sure the answer is of its number and of each region; chosen on drawn scenes of the split val
+SURENESS = 0.25
 
 
 @dataclass(frozen=True)
@@ -45,7 +48,8 @@ class Part:
 class Scores:
     """Answers for E expressions about B images, float32 or bool [E, B].
 
-    score: probability that there is a target, times that of the best region.  no_target_prob: 0 where the model has no such head.
+    score: how sure the model is of a whole answer that has a target, see `_probabilities`.  no_target_prob: 0 where the model has no such
+    head.  region_score: probability of the best region.
     """
 
     score: np.ndarray
@@ -65,7 +69,8 @@ def check_model(model: GrexModel) -> None:
         given = f"a model whose image encoder reads the expression (model.vision.fusion: {config.vision.fusion})"
         raise fault(given, "one without fusion: every image would be encoded anew for every expression", "train it with fusion: none")
     if not (hasattr(decoder, "compact") and hasattr(decoder, "restore")):
-        given = f"model.decoder.name {config.decoder.name}, which has no compact form of an image (compact, restore)"
+        size = f"its language part reads {language_free_numbers(model):,} numbers of each image, a byte each at the least"
+        given = f"model.decoder.name {config.decoder.name}, which has no compact form of an image (compact, restore): {size}"
         raise fault(given, f"one that keeps an image in {MAX_ROW_BYTES:,} bytes", "take a model whose decoder has one, or grex predict")
 
 
@@ -84,6 +89,14 @@ def layout_of(model: GrexModel) -> tuple[Part, ...]:
         if row_bytes(parts) <= MAX_ROW_BYTES:
             return parts
     raise fault(f"{row_bytes(parts):,} bytes an image", f"at most {MAX_ROW_BYTES:,}", "take a model of fewer or narrower regions")
+
+
+@torch.inference_mode()
+def language_free_numbers(model: GrexModel) -> int:
+    """Return how many numbers the language part of a model without language fusion reads of one image."""
+    side = model.config.data.image_size
+    features = model.grounding.encode_image(torch.zeros(1, 3, side, side, dtype=torch.uint8, device=model.device))
+    return sum(leaf.numel() for leaf in tree.tree_leaves(features.decoded) if isinstance(leaf, Tensor))
 
 
 def row_bytes(parts: Sequence[Part]) -> int:
@@ -176,19 +189,28 @@ def in_batches(number: int, size: int) -> Iterator[slice]:
 
 
 def _probabilities(output: GroundingOutput, threshold: float) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Return score, no_target_prob, region_score and no_target of pairs. Products are of logarithms, so that small ones stay apart."""
+    """Return score, no_target_prob, region_score and no_target of pairs. Products are of logarithms, so that small ones stay apart.
+
+    The score is the probability that there is a target, times that of the best region, times, to the power SURENESS, that of the number of
+    chosen regions and of every region's being chosen or not. A model trained on expressions that fit hesitates where one fits nearly: at
+    "the four circles" before five.
+    """
     if output.box_logits is not None:
-        best = output.box_logits.float().amax(dim=-1)
+        regions = output.box_logits.float()
     elif output.minimap_logits is not None:
-        best = (output.minimap_logits[..., 1] - output.minimap_logits[..., 0]).float().amax(dim=-1)
+        regions = (output.minimap_logits[..., 1] - output.minimap_logits[..., 0]).float()
     else:
-        best = torch.full((len(output.mask_logits),), torch.inf)
-    logit = output.no_target_logits
+        regions = torch.full((len(output.mask_logits), 1), torch.inf)
+    best, logit = regions.amax(dim=-1), output.no_target_logits
+    sure = F.logsigmoid(regions.abs()).sum(dim=-1)
+    if output.count_logits is not None:
+        number = (regions > 0).sum(dim=-1, keepdim=True).clamp(max=NUM_COUNTS - 1)
+        sure = sure + output.count_logits.float().log_softmax(dim=-1).gather(1, number).squeeze(1)
+    score = F.logsigmoid(best) + SURENESS * sure
     if logit is None:
-        return best.sigmoid(), torch.zeros_like(best), best.sigmoid(), best <= 0
+        return score.exp(), torch.zeros_like(best), best.sigmoid(), best <= 0
     there = (logit[:, 0] - logit[:, 1]).float()
-    score = (F.logsigmoid(there) + F.logsigmoid(best)).exp()
-    return score, torch.sigmoid(-there), best.sigmoid(), above_threshold(logit, threshold)
+    return (score + F.logsigmoid(there)).exp(), torch.sigmoid(-there), best.sigmoid(), above_threshold(logit, threshold)
 
 
 def _bytes(values: Tensor) -> Any:

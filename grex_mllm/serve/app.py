@@ -28,6 +28,7 @@ from grex_mllm.serve.gallery import NUM_SCENES, PREFIX, Gallery
 from grex_mllm.serve.guard import IMAGE_TYPES, App, Guard
 from grex_mllm.serve.held import Held, Pictures, new_name
 from grex_mllm.serve.worker import LineFull, Worker
+from grex_mllm.zeroshot.segmenters import Prompted
 
 PAGE = Path(__file__).parent / "page"
 PAGE_FILES = {"page.css": "text/css", "page.js": "text/javascript", "masks.js": "text/javascript", "docs.js": "text/javascript"}
@@ -46,12 +47,13 @@ class Asked(BaseModel):
 
 
 class Chosen(BaseModel):
-    """A set of objects to describe: positions among the picture's objects, drawn boxes, or both."""
+    """A set of objects to describe: positions among the picture's objects, drawn boxes, and clicked points."""
 
     model_config = ConfigDict(extra="forbid")
     image: str = Field(max_length=64)
     objects: list[int] = Field([], max_length=limits.MAX_OBJECTS)
     boxes_xyxy: list[tuple[float, float, float, float]] = Field([], max_length=limits.MAX_OBJECTS, description="in pixels of the picture")
+    points_xy: list[tuple[float, float]] = Field([], max_length=limits.MAX_OBJECTS, description="in pixels: the object under each is meant")
     candidates: int = Field(8, ge=1, le=limits.MAX_CANDIDATES)
     ticket: Ticket = ""
 
@@ -69,10 +71,10 @@ class Wanted(BaseModel):
 class Rooms:
     """What the routes share: the model's engine, the line before it, the pictures and the gallery."""
 
-    def __init__(self, model: GrexModel, name: str, num_pictures: int, timeout_s: float) -> None:
+    def __init__(self, model: GrexModel, name: str, num_pictures: int, timeout_s: float, segmenter: Prompted | None = None) -> None:
         self.name, self.timeout_s = name, timeout_s
         self.held = Pictures(num_pictures)
-        self.engine = Engine(model, self.held)
+        self.engine = Engine(model, self.held, segmenter)
         self.gallery = Gallery(model.config.data.sources.get("synthetic"))
         self.worker = Worker(timeout_s)
 
@@ -123,13 +125,15 @@ def make_app(
     token: str | None = None,
     loopback: bool = True,
     folder: Folder | None = None,
+    segmenter: Prompted | None = None,
 ) -> App:
     """Return the application (ASGI): the page, its files, the API, all behind the guard.
 
     name: what the page calls the model.  num_pictures: held in memory.  token: demanded of every request.  loopback: see `Guard`.
     folder: of images, indexed with this model, that POST /search ranks.
+    segmenter: see `Engine`.
     """
-    rooms = Rooms(model, name, num_pictures, timeout_s)
+    rooms = Rooms(model, name, num_pictures, timeout_s, segmenter)
 
     @asynccontextmanager
     async def life(app: FastAPI) -> AsyncIterator[None]:
@@ -167,7 +171,13 @@ def _add_pictures(app: FastAPI, rooms: Rooms) -> None:
     async def status() -> dict[str, Any]:
         """Tell what is served, and the limits."""
         size = {"max_upload_bytes": limits.MAX_UPLOAD_BYTES, "max_upload_pixels": limits.MAX_UPLOAD_PIXELS, "max_side": limits.MAX_SIDE}
-        rules = {"model": rooms.name, "describes": rooms.engine.describes, "scenes": NUM_SCENES, "types": list(IMAGE_TYPES)}
+        rules = {
+            "model": rooms.name,
+            "describes": rooms.engine.describes,
+            "segments": rooms.engine.segmenter is not None,
+            "scenes": NUM_SCENES,
+            "types": list(IMAGE_TYPES),
+        }
         threshold = rooms.engine.model.config.predict.no_target_threshold
         return {**rules, **size, "max_expressions": limits.MAX_EXPRESSIONS, "threshold": threshold, "waiting": rooms.worker.waiting}
 
@@ -229,7 +239,7 @@ def _add_questions(app: FastAPI, rooms: Rooms) -> None:
     async def describe(chosen: Chosen) -> dict[str, Any]:
         """Describe a set of objects by one expression, with candidates and the overlap (IoU) of what each leads back to with the set."""
         held = await rooms.picture(chosen.image)
-        selection = Selection(tuple(chosen.objects), tuple(chosen.boxes_xyxy), chosen.candidates)
+        selection = Selection(tuple(chosen.objects), tuple(chosen.boxes_xyxy), chosen.candidates, tuple(chosen.points_xy))
         answer = await rooms.ask(None, lambda jobs: [rooms.engine.describe(held, job) for job in jobs], selection, chosen.ticket)
         return {"image": held.name, **answer}
 

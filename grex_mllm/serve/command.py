@@ -25,6 +25,7 @@ def serve(
     timeout_s: float = 60.0,
     images: str | None = None,
     index: str | None = None,
+    segmenter: str | None = None,
 ) -> int:
     """Serve a page and an HTTP API: find objects from expressions, describe selected ones.
 
@@ -37,6 +38,7 @@ def serve(
         timeout_s: after which a request is given up.
         images: a folder whose images POST /search ranks; whoever reaches the server sees those images.
         index: folder of its index, as of grex search (default: .grex_index in the folder of images).
+        segmenter: folder or hub id of SAM or SAM 2, so that clicks and boxes find objects also where the model proposes none.
     """
     missing = [name for name in NEEDED if importlib.util.find_spec(name) is None]
     if missing:
@@ -57,12 +59,14 @@ def serve(
     from grex_mllm.search import open_index
     from grex_mllm.serve.app import make_app
     from grex_mllm.serve.folder import Folder
+    from grex_mllm.zeroshot.segmenters import Prompted
 
+    prompted = Prompted(segmenter, device) if segmenter is not None else None
     loaded = GrexModel.from_pretrained(model, device=pick_device(device))
     name = Path(model).resolve().name if Path(model).is_dir() else model
     folder = Folder(open_index(loaded, images, index)) if images is not None else None
     options = {"num_pictures": pictures, "timeout_s": timeout_s, "token": token, "loopback": is_loopback(host)}
-    app = make_app(loaded, name, **options, folder=folder)  # type: ignore[arg-type]
+    app = make_app(loaded, name, **options, folder=folder, segmenter=prompted)  # type: ignore[arg-type]
     config = uvicorn.Config(app, log_level="warning", timeout_keep_alive=15, limit_concurrency=200, timeout_graceful_shutdown=5)
     listener.listen(128)  # from here on nobody is turned away
     shown = f"[{host}]" if ":" in host else host

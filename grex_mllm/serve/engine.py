@@ -17,24 +17,28 @@ from grex_mllm.ops.selection import selection_masks
 from grex_mllm.serve.held import Held, Pictures, new_name
 from grex_mllm.serve.pictures import Picture, read_picture
 from grex_mllm.types import MORE_THAN_FIVE, Grounding
+from grex_mllm.zeroshot.base import Picture as Shown
+from grex_mllm.zeroshot.segmenters import Prompted
 
 DIALOGUES = 4  # of a picture; another history is said again
 
 
 @dataclass(frozen=True)
 class Selection:
-    """objects: positions among the picture's proposed objects.  boxes_xyxy: drawn ones, in pixels.  candidates: how many to choose from."""
+    """objects: positions among the picture's proposed objects.  boxes_xyxy: drawn ones, in pixels.  candidates: how many to choose from.
+    points_xy: clicked ones, in pixels."""
 
     objects: tuple[int, ...]
     boxes_xyxy: tuple[tuple[float, float, float, float], ...]
     candidates: int
+    points_xy: tuple[tuple[float, float], ...] = ()
 
 
 class Engine:
-    """One model and the pictures that it has encoded."""
+    """One model and the pictures that it has encoded. segmenter: finds the object under a click, and in a box, where the model does not."""
 
-    def __init__(self, model: GrexModel, held: Pictures) -> None:
-        self.model, self.held = model, held
+    def __init__(self, model: GrexModel, held: Pictures, segmenter: Prompted | None = None) -> None:
+        self.model, self.held, self.segmenter = model, held, segmenter
 
     @property
     def describes(self) -> bool:
@@ -96,7 +100,8 @@ class Engine:
         """Write one expression for a set of objects, with candidates and how well each leads back to the set.
 
         Raises:
-            GrexError: nothing chosen, an object that is not there, a box outside the picture, or a model without a generator.
+            GrexError: nothing chosen, an object that is not there, a box or point outside the picture, a point without an object, or a
+                model without a generator.
         """
         masks = self._chosen_masks(picture, chosen)
         options = {"candidates": chosen.candidates, "rerank": "listener"} if chosen.candidates > 1 else {}
@@ -123,13 +128,39 @@ class Engine:
         wrong = [n for n in chosen.objects if not 0 <= n < len(picture.objects)]
         if wrong:
             raise fault(f"object {wrong[0]}", f"one of the {len(picture.objects)} proposed objects", "choose from the picture's objects")
-        if not chosen.objects and not chosen.boxes_xyxy:
-            raise fault("no object", "at least one object or box", "click an object, or draw a box")
+        if not chosen.objects and not chosen.boxes_xyxy and not chosen.points_xy:
+            raise fault("no object", "at least one object, box or point", "click an object, or draw a box")
         parts = [picture.objects[list(dict.fromkeys(chosen.objects))]]
         if chosen.boxes_xyxy:
             full = selection_masks(height, width, None, [list(box) for box in chosen.boxes_xyxy]).numpy()
-            parts.append(masks_in_boxes(self.model, picture.encoded, full))
+            parts.append(self._in_boxes(picture, full, np.asarray(chosen.boxes_xyxy, np.float64)))
+        parts += [self._at_point(picture, point)[None] for point in dict.fromkeys(chosen.points_xy)]
         return np.concatenate(parts)
+
+    def _in_boxes(self, picture: Held, full: np.ndarray, boxes_xyxy: np.ndarray) -> np.ndarray:
+        """Return the object in each box: one that the model proposes, else the segmenter's, else the box itself."""
+        found = masks_in_boxes(self.model, picture.encoded, full)
+        open_ones = [n for n in range(len(full)) if (found[n] == full[n]).all()]
+        if self.segmenter is not None and open_ones:
+            for n, mask in zip(open_ones, self.segmenter.masks(Shown(picture.pixels), boxes_xyxy[open_ones]), strict=True):
+                found[n] = mask if mask.any() else full[n]
+        return found
+
+    def _at_point(self, picture: Held, point: tuple[float, float]) -> np.ndarray:
+        """Return the object under a point: the smallest that the model proposes there, else the segmenter's."""
+        (x, y), (height, width) = point, picture.pixels.shape[:2]
+        if not (0 <= x < width and 0 <= y < height):
+            raise fault(f"point {x:g}, {y:g}", f"0 <= x < {width} and 0 <= y < {height}", "click into the picture")
+        proposed = [mask for mask in picture.objects if mask[int(y), int(x)]]
+        if proposed:
+            return np.asarray(min(proposed, key=lambda mask: int(mask.sum())))
+        if self.segmenter is None:
+            given = f"point {x:g}, {y:g}, where the model proposes no object"
+            raise fault(given, "one on an object, or a server with --segmenter", "draw a box around the object")
+        mask = self.segmenter.masks(Shown(picture.pixels), np.asarray([[x, y]], np.float64))[0]
+        if not mask.any():
+            raise fault(f"point {x:g}, {y:g}, where the segmenter finds nothing", "one on an object", "click elsewhere, or draw a box")
+        return np.asarray(mask)
 
 
 def shown(result: Grounding) -> dict[str, Any]:

@@ -157,7 +157,7 @@ def attribute_tokens(tokens: RegionTokens, instance_masks: list[Tensor], attribu
     masks = [m.bool() for m in instance_masks]
     weight, device = tokens.kind.weight.dtype, tokens.kind.weight.device
     dtype = torch.promote_types(weight, torch.float32)
-    boxes, area, present, _ = tokens.describe_masks(masks, max(1, max(len(m) for m in masks)), dtype, device)
+    boxes, area, present, _ = tokens.describe_masks(masks, max(1, max(len(m) for m in masks)), dtype)
     height, width = masks[0].shape[1:]
     area_norm = area / (height * width)
     geometry = geometry_code(boxes / boxes.new_tensor([width, height, width, height]), area_norm)

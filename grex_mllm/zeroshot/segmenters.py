@@ -167,16 +167,19 @@ class Prompted:
     def segment(self, picture: Picture, parsed: Parsed) -> Segmented:
         height, width = picture.pixels.shape[:2]
         pointed = len(parsed.points) > 0
-        with self._lock:
-            masks = self._masks(picture, parsed.points if pointed else parsed.boxes_xyxy, pointed)
+        masks = self.masks(picture, parsed.points if pointed else parsed.boxes_xyxy)
         union = np.logical_or.reduce(masks, axis=0) if len(masks) else np.zeros((height, width), bool)
         if not pointed:
             return Segmented(union, parsed.boxes_xyxy)
         tight = np.asarray([mask_to_box_xyxy(mask) for mask in masks if mask.any()], np.float64).reshape(-1, 4)
         return Segmented(union, tight, ("empty_mask",) if len(tight) < len(masks) else ())
 
+    def masks(self, picture: Picture, prompts: np.ndarray) -> np.ndarray:
+        """Return bool [N, H, W]: what each of N boxes [N, 4] or points [N, 2], in pixels of the picture, points to. Some may be empty."""
+        with self._lock:
+            return self._masks(picture, prompts, pointed=prompts.shape[1] == 2)
+
     def _masks(self, picture: Picture, prompts: np.ndarray, pointed: bool) -> np.ndarray:
-        """Return bool [N, H, W] for boxes [N, 4] or points [N, 2] in pixels of the picture."""
         import torch
 
         encoded, sizes = self._encoded(picture)

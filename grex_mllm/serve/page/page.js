@@ -7,7 +7,7 @@ const FOLLOW_UPS = ["the others", "the one next to them", "only the biggest one"
 const HOW = { union: "added to", difference: "taken from", restriction: "kept of", neighbour: "next to", complement: "other than" };
 const PAUSE = 450; // ms after the last key before an expression is grounded
 const $ = (id) => document.getElementById(id);
-const state = { info: null, image: null, pixels: null, objects: [], rows: [], chosen: new Set(), boxes: [], lit: -1, draft: null, said: null, turn: null, serial: 0 };
+const state = { info: null, image: null, pixels: null, objects: [], rows: [], chosen: new Set(), boxes: [], points: [], lit: -1, draft: null, said: null, turn: null, serial: 0 };
 let pending = 0;
 
 // ---------------------------------------------------------------- talking to the server
@@ -96,7 +96,7 @@ async function show(opened, restored = null) {
   state.image = opened;
   state.objects = opened.objects.map((object) => prepared(decode(object.mask_rle), object.box_xyxy));
   state.chosen.clear();
-  state.boxes = []; state.lit = -1; state.said = null; state.draft = null;
+  state.boxes = []; state.points = []; state.lit = -1; state.said = null; state.draft = null;
   state.rows = []; state.turn = null;
   for (const { text, follows } of restored ?? []) { if (!follows) state.turn = null; state.rows.push(newRow(text)); }
   if (opened.scaled_from) note(`Scaled from ${opened.scaled_from.width} × ${opened.scaled_from.height} to ${opened.width} × ${opened.height}`, true);
@@ -281,6 +281,7 @@ function showObjects() {
   const { image, objects, info } = state;
   $("hint").textContent = !info.describes ? "This model only finds: it was trained without a generator."
     : !image ? "Open a picture, then click its objects."
+    : info.segments ? "Click objects in the picture, or drag boxes around them."
     : !image.proposes ? "Drag boxes around the objects in the picture: this model proposes none by itself."
     : !objects.length ? "The model sees no objects by itself here: drag boxes around what you mean."
     : `Click objects in the picture, or drag boxes around them. ${objects.length} found.`;
@@ -297,7 +298,12 @@ function showObjects() {
     button.type = "button"; button.ariaPressed = "true"; button.ariaLabel = `Remove box ${n + 1}`;
     button.onclick = () => { state.boxes.splice(n, 1); chosenChanged(); };
   });
-  if (state.chosen.size + state.boxes.length) {
+  state.points.forEach((_, n) => {
+    const button = make("button", "", `click ${n + 1} ×`, $("objects"));
+    button.type = "button"; button.ariaPressed = "true"; button.ariaLabel = `Remove click ${n + 1}`;
+    button.onclick = () => { state.points.splice(n, 1); chosenChanged(); };
+  });
+  if (numChosen()) {
     const clear = make("button", "clear", "clear", $("objects"));
     clear.type = "button"; clear.onclick = clearChosen;
   }
@@ -311,20 +317,21 @@ function light(n) {
 }
 
 function toggle(n) { if (!state.chosen.delete(n)) state.chosen.add(n); chosenChanged(); }
-function clearChosen() { state.chosen.clear(); state.boxes = []; chosenChanged(); }
+function clearChosen() { state.chosen.clear(); state.boxes = []; state.points = []; chosenChanged(); }
+function numChosen() { return state.chosen.size + state.boxes.length + state.points.length; }
 
 let describeTimer;
 function chosenChanged() {
   state.said = null;
   showObjects(); showAnswer(); draw(); keepLink();
   clearTimeout(describeTimer);
-  if (state.info.describes && state.chosen.size + state.boxes.length) describeTimer = setTimeout(describe, 300);
+  if (state.info.describes && numChosen()) describeTimer = setTimeout(describe, 300);
 }
 
-const chosenKey = () => JSON.stringify([state.image?.image, [...state.chosen], state.boxes]);
+const chosenKey = () => JSON.stringify([state.image?.image, [...state.chosen], state.boxes, state.points]);
 const describe = tried(async () => {
   const key = chosenKey();
-  const answer = await call("/describe", { json: { image: state.image.image, objects: [...state.chosen], boxes_xyxy: state.boxes } });
+  const answer = await call("/describe", { json: { image: state.image.image, objects: [...state.chosen], boxes_xyxy: state.boxes, points_xy: state.points } });
   if (key !== chosenKey()) return; // the selection changed meanwhile
   const set = union(answer.masks_rle.map(decode));
   state.said = { ...answer, text: answer.expression, set, taken: answer.masks_rle.slice(state.chosen.size).map((code) => prepared(decode(code))), result: null, drawn: null };
@@ -434,6 +441,10 @@ function paint(context, width, density) {
     edge(box, "rgb(0 0 0 / .8)", pen * 2); edge(box, "white", pen, [7 * density, 5 * density]);
   }
   context.setLineDash([]);
+  for (const [x, y] of state.points) {
+    context.beginPath(); context.arc(x, y, 4.5 * density / scale, 0, 7);
+    context.fillStyle = "white"; context.fill(); context.lineWidth = 2 * density / scale; context.strokeStyle = "#16181d"; context.stroke();
+  }
 }
 
 function plate(context, text, [x1, y1, x2], scale, density) {
@@ -482,6 +493,10 @@ stage.onpointerup = (event) => {
     else if (draft[2] - draft[0] >= 2 && draft[3] - draft[1] >= 2) { state.boxes.push(draft); chosenChanged(); }
     draw();
   } else if (n >= 0 && state.info.describes) toggle(n);
+  else if (state.info.describes && state.info.segments) {
+    const [x, y] = place(event).map((value) => Math.round(value * 10) / 10), { width, height } = state.image;
+    if (x >= 0 && y >= 0 && x < width && y < height) { state.points.push([x, y]); chosenChanged(); }
+  }
 };
 stage.onpointercancel = () => { start = state.draft = null; draw(); };
 stage.onpointerleave = () => { if (!start) light(-1); };
@@ -508,7 +523,7 @@ new ResizeObserver(layOut).observe(stage);
 
 function asJson() {
   const { image, width, height } = state.image, results = state.rows.filter((row) => row.result).map((row) => ({ ...row.result, ...(follows(row) ? { history: turns(row) } : {}) }));
-  const described = state.said && { expression: state.said.text, objects: [...state.chosen], boxes_xyxy: state.boxes, masks_rle: state.said.masks_rle, candidates: state.said.candidates };
+  const described = state.said && { expression: state.said.text, objects: [...state.chosen], boxes_xyxy: state.boxes, points_xy: state.points, masks_rle: state.said.masks_rle, candidates: state.said.candidates };
   return { image, width, height, results, ...(described ? { described } : {}) };
 }
 
@@ -542,6 +557,7 @@ function link() {
   const parts = [`image=${encodeURIComponent(state.image.image)}`, ...state.rows.filter((row) => row.text.trim()).map((row) => `${follows(row) ? "f" : "e"}=${encodeURIComponent(row.text.trim())}`)];
   if (state.chosen.size) parts.push(`o=${[...state.chosen].join(",")}`);
   for (const box of state.boxes) parts.push(`b=${box.join(",")}`);
+  for (const point of state.points) parts.push(`p=${point.join(",")}`);
   return `${location.origin}${location.pathname}#${parts.join("&")}`;
 }
 
@@ -580,7 +596,8 @@ async function restore() {
   await show(opened, said);
   for (const n of (wanted.get("o") ?? "").split(",").filter(Boolean).map(Number)) if (state.objects[n]) state.chosen.add(n);
   for (const box of wanted.getAll("b")) { const numbers = box.split(",").map(Number); if (numbers.length === 4 && numbers.every(Number.isFinite)) state.boxes.push(numbers); }
-  if (state.chosen.size + state.boxes.length) chosenChanged();
+  for (const point of wanted.getAll("p")) { const numbers = point.split(",").map(Number); if (numbers.length === 2 && numbers.every(Number.isFinite)) state.points.push(numbers); }
+  if (numChosen()) chosenChanged();
   await ground(state.rows);
 }
 

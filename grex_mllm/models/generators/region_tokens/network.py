@@ -122,14 +122,17 @@ class RegionTokenGenerator(nn.Module):
     ) -> Prefix:
         """Return what stands before the expression of E object sets of objects that are tokens already; arguments as in `prefix`."""
         member = membership(image_index, target_index, objects.present, num_objects, weight)
-        others = None if beside is None else positions_of(beside, member)
-        tokens, mask, summary = self.region_tokens.select(objects, image_index, member, others)
+        return self.framed(objects, image_index, member, None if beside is None else positions_of(beside, member))
+
+    def framed(self, objects: ObjectTokens, image_index: Tensor, member: Tensor, beside: Tensor | None = None) -> Prefix:
+        """Return what stands before the expression of E object sets. member, beside: bool [E, N], as `RegionTokens.select` has them."""
+        tokens, mask, summary = self.region_tokens.select(objects, image_index, member, beside)
         dtype = embedding_weight(self.lm).dtype
         embeds, summary = tokens.to(dtype), summary.to(dtype)
         if self.frame.before or self.frame.after:
-            before, after = (self._embeds(ids, len(embeds)) for ids in (self.frame.before, self.frame.after))
+            before, after = (self._embeds(ids, embeds.shape[0]) for ids in (self.frame.before, self.frame.after))
             ones = mask.new_ones
-            mask = torch.cat([ones(len(mask), before.shape[1]), mask, ones(len(mask), after.shape[1])], 1)
+            mask = torch.cat([ones(mask.shape[0], before.shape[1]), mask, ones(mask.shape[0], after.shape[1])], 1)
             embeds = torch.cat([before, embeds, after], 1)
         alike = 0 if len(self.region_tokens.context) else objects.image.shape[1]  # in context, image tokens see the set's objects
         return Prefix(embeds, mask, summary, objects, Shared(len(self.frame.before), alike, image_index))

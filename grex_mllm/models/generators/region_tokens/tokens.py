@@ -19,6 +19,8 @@ from torch import Tensor, nn
 
 from grex_mllm.errors import fault
 from grex_mllm.models.generators.region_tokens.comparison import compare
+from grex_mllm.ops.paths import traced
+from grex_mllm.ops.recordable import among_themselves, area_pool, stable_order
 from grex_mllm.ops.selection import boxes_to_masks, mask_boxes
 
 IMAGE, DISTRACTOR, TARGET = 0, 1, 2  # also the order in the prefix
@@ -119,12 +121,12 @@ class RegionTokens(nn.Module):
         dtype = torch.promote_types(weight, torch.float32)  # bfloat16 weights must not round positions and areas
         if valid_sizes is None:
             valid_sizes = torch.tensor([[height, width]], device=device).expand(len(masks), 2)
-        num = max(1, max(len(m) for m in masks))
-        boxes, area, present, shape = self.describe_masks(masks, num, dtype, device)
+        num = max(1, max(m.shape[0] for m in masks))
+        boxes, area, present, shape = self.describe_masks(masks, num, dtype)
         weights = _downsample(masks, num, max(((f.shape[-2], f.shape[-1]) for f in features), key=math.prod), dtype)
         pooled = []
         for feature, norm in zip(features, self.norms):
-            level = F.adaptive_avg_pool2d(weights, (feature.shape[-2], feature.shape[-1])).flatten(2)
+            level = area_pool(weights, (feature.shape[-2], feature.shape[-1])).flatten(2)
             level = level / level.sum(-1, keepdim=True).clamp(min=1e-12)
             values = torch.bmm(level.to(feature.dtype), feature.flatten(2).transpose(1, 2))
             pooled.append(norm(values.to(weight)))
@@ -154,12 +156,14 @@ class RegionTokens(nn.Module):
         other = objects.present[image_index] if beside is None else objects.present[image_index] & beside
         other = other.gather(1, order) & ~target
         area = objects.area[image_index].gather(1, order).masked_fill(~other, -1.0)
-        rank = area.argsort(dim=1, descending=True, stable=True).argsort(dim=1)
+        rank = stable_order(stable_order(area, descending=True))
         other = other & (rank < self.max_distractors)
         if self.training and self.distractor_dropout > 0:
             other = other & (torch.rand(len(other), 1) >= self.distractor_dropout).to(other.device)
         kind = torch.where(target, TARGET, torch.where(other, DISTRACTOR, TARGET + 1))
-        place = kind.argsort(dim=1, stable=True)[:, : int((kind <= TARGET).sum(1).max())]
+        place = stable_order(kind)
+        if not traced():  # a recorded prefix keeps its padding, which is masked: the length of this one would become a constant
+            place = place[:, : int((kind <= TARGET).sum(1).max())]
         kind, source = kind.gather(1, place), order.gather(1, place)
         tokens = objects.tokens[image_index[:, None], source] + self.kind(kind.clamp(max=TARGET))
         among_others: Tensor | float = 0.0
@@ -173,7 +177,8 @@ class RegionTokens(nn.Module):
         tokens = torch.cat([image.to(tokens.dtype), tokens], 1)
         mask = torch.cat([kind.new_ones(image.shape[:2], dtype=torch.bool), kind <= TARGET], 1)
         for layer in self.context:
-            tokens = layer(tokens, src_key_padding_mask=~mask)
+            assert isinstance(layer, nn.TransformerEncoderLayer)
+            tokens = among_themselves(layer, tokens, mask)
         selected = (kind == TARGET).to(tokens.dtype)[..., None]
         number = selected.sum(1)
         mean = (tokens[:, image.shape[1] :] * selected).sum(1) / number.clamp(min=1)
@@ -188,26 +193,19 @@ class RegionTokens(nn.Module):
             assert isinstance(norm, nn.LayerNorm)
             norm.weight.fill_(token_scale)
 
-    def describe_masks(
-        self, masks: list[Tensor], num: int, dtype: torch.dtype, device: torch.device
-    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    def describe_masks(self, masks: list[Tensor], num: int, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """Boxes xyxy [B, N, 4] in pixels, areas [B, N] in pixels, present [B, N], flattened small pictures [B, N, S * S]."""
-        shape = (len(masks), num)
-        boxes, area = torch.zeros(*shape, 4, dtype=dtype, device=device), torch.zeros(shape, dtype=dtype, device=device)
-        picture = torch.zeros(*shape, self.shape_side**2, dtype=dtype, device=device)
-        for b, mask in enumerate(masks):
-            if len(mask) == 0:
-                continue
+        boxes, area, pictures = [], [], []
+        for mask in masks:
             found = mask_boxes(mask).to(dtype)
-            boxes[b, : len(mask)] = found
-            area[b, : len(mask)] = mask.sum((1, 2)).to(dtype)
-            if self.shape_side:
-                rows = interval_weights(found[:, 1], found[:, 3], self.shape_side, mask.shape[1])
-                columns = interval_weights(found[:, 0], found[:, 2], self.shape_side, mask.shape[2])
-                with torch.autocast(mask.device.type, enabled=False):
-                    small = torch.bmm(torch.bmm(rows, mask.to(dtype)), columns.transpose(1, 2))
-                picture[b, : len(mask)] = small.flatten(1)
-        return boxes, area, area > 0, picture
+            boxes.append(found)
+            area.append(mask.sum((1, 2)).to(dtype))
+            rows = interval_weights(found[:, 1], found[:, 3], self.shape_side, mask.shape[1])
+            columns = interval_weights(found[:, 0], found[:, 2], self.shape_side, mask.shape[2])
+            with torch.autocast(mask.device.type, enabled=False):
+                pictures.append(torch.bmm(torch.bmm(rows, mask.to(dtype)), columns.transpose(1, 2)).flatten(1))
+        areas = _together(area, num)
+        return _together(boxes, num), areas, areas > 0, _together(pictures, num)
 
     def _image_tokens(self, features: list[Tensor], valid_sizes: Tensor, size: tuple[int, int]) -> Tensor:
         """Pool the unpadded part of the image over a grid: [B, G, hidden]."""
@@ -296,16 +294,19 @@ def _fill_empty(masks: Tensor, boxes_norm: Tensor) -> Tensor:
 
 def _downsample(masks: list[Tensor], num: int, cells: tuple[int, int], dtype: torch.dtype) -> Tensor:
     """Return [B, N, h, w]: the covered share of every cell. Area-weighted, so an object smaller than a cell keeps a weight above zero."""
-    out = torch.zeros(len(masks), num, *cells, dtype=dtype, device=masks[0].device)
-    for b, mask in enumerate(masks):
-        if len(mask):
-            out[b, : len(mask)] = F.adaptive_avg_pool2d(mask.to(dtype)[None], cells)[0]
-    return out
+    return _together([area_pool(mask.to(dtype)[None], cells)[0] for mask in masks], num)
+
+
+def _together(parts: list[Tensor], num: int) -> Tensor:
+    """Return [B, num, ...] of B tensors [N_b, ...], filled up with zeros."""
+    if len(parts) == 1 and parts[0].shape[0] == num:  # one image, also one that is recorded: the number of its objects may vary
+        return parts[0][None]
+    return torch.stack([F.pad(part, (0, 0) * (part.dim() - 1) + (0, num - part.shape[0])) for part in parts])
 
 
 def left_to_right(boxes: Tensor, area: Tensor, present: Tensor) -> Tensor:
     """Return int64 [B, N]: objects by centre x, then centre y, then area; absent ones last."""
-    order = area.argsort(dim=1, stable=True)
+    order = stable_order(area)
     for key in (boxes[..., 1] + boxes[..., 3], (boxes[..., 0] + boxes[..., 2]).masked_fill(~present, math.inf)):
-        order = order.gather(1, key.gather(1, order).argsort(dim=1, stable=True))
+        order = order.gather(1, stable_order(key.gather(1, order)))
     return order

@@ -1,0 +1,137 @@
+"""Whether an exported folder answers as torch does: on images, sizes and numbers of expressions that it was not recorded with.
+
+Two float32 programs differ by rounding, and some models make much of it: then each is held against torch in float64, and the exported one
+must err no more than torch's float32 errs itself, but for a factor.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+
+from grex_mllm.errors import fault
+from grex_mllm.export import ground as runner
+from grex_mllm.export.graphs import IMAGE, TEXT_IDS, TEXT_MASK
+from grex_mllm.models.grounding import GroundingModel, ImageFeatures
+from grex_mllm.types import GroundingOutput
+
+TOLERANCE = 1e-4  # of mask logits, exported against torch
+# Times torch's own error against float64 is what an exported model may err, where that is more than TOLERANCE. ReLA behind Swin with random
+# weights, where mask logits of float32 are off by 0.7 to 4e-4: the exported one's by 1.7 to 2.9 times as much (four seeds).
+FACTOR = 4.0
+LARGE = 10.0  # logits above it are compared relative to their size
+SAID = ("the two red circles on the left", "a dog", "everyone but the kid in white")
+GENERATOR = "generator_logits"
+
+
+class SizeError(ValueError):
+    """Answers that differ where the image size is open: one size alone may still do."""
+
+
+class Case(NamedTuple):
+    """Answers to one question by name: exported, torch's, and torch's in float64, {} where they are not asked for."""
+
+    exported: dict[str, np.ndarray]
+    torch: dict[str, np.ndarray]
+    exact: dict[str, np.ndarray]
+
+
+@torch.no_grad()
+def check_folder(model: Any, folder: Path, facts: dict[str, Any]) -> dict[str, float]:
+    """Run the folder and return the largest differences from torch by name; in facts["float64"], where needed, errors against float64.
+
+    Raises:
+        GrexError: mask logits, or another answer, that differ by more than TOLERANCE and err more than FACTOR times what torch errs.
+        SizeError: the same where the image size is open.
+    """
+    size, stride = facts["image_size"], facts["stride"]
+    sizes = [None, *([(size + stride, size + 2 * stride)] if facts["any_size"] else [])]
+    images = [example_image(model, seed, given) for seed, given in enumerate(sizes, start=1)]
+    largest = largest_differences((case.exported, case.torch) for case in _cases(model, None, folder, facts, images))
+    facts.pop("float64", None)
+    if max(largest.values()) <= TOLERANCE:
+        return largest
+    cases = _cases(model, copy.deepcopy(model).double(), folder, facts, images)
+    exported = largest_differences((case.exported, case.exact) for case in cases)
+    own = largest_differences((case.torch, case.exact) for case in cases)
+    wrong = [name for name in largest if exported[name] > max(TOLERANCE, FACTOR * own[name])]
+    facts["float64"] = {name: {"exported": exported[name], "torch": own[name]} for name in largest}
+    if wrong:
+        given = f"an exported model whose {wrong[0]} differs by {largest[wrong[0]]:.2g}, from float64 by {exported[wrong[0]]:.2g}"
+        if facts["any_size"]:
+            raise SizeError(given)
+        wanted = f"at most {TOLERANCE:g}, or {FACTOR:g} times torch's own error, {own[wrong[0]]:.2g}"
+        raise fault(given, wanted, "use another format, or the model in Python")
+    return largest
+
+
+def largest_differences(pairs: Any) -> dict[str, float]:
+    """Return name -> the largest `difference` of pairs of answers by name."""
+    largest: dict[str, float] = {}
+    for given, wanted in pairs:
+        for name in given:
+            largest[name] = max(largest.get(name, 0.0), difference(given[name], wanted[name]))
+    return largest
+
+
+def difference(given: np.ndarray, wanted: np.ndarray) -> float:
+    """Return the largest difference of two arrays, of numbers above LARGE relative to their size; infinite for another shape or NaN."""
+    if given.shape != wanted.shape or not np.isfinite(given).all():
+        return float("inf")
+    return float((np.abs(given - wanted) / np.maximum(1, np.abs(wanted) / LARGE)).max(initial=0.0))
+
+
+def torch_answers(grounding: GroundingModel, image: Tensor, ids: Tensor, mask: Tensor) -> GroundingOutput:
+    """Return what torch answers about a normalised image [1, 3, H, W]."""
+    features = grounding.encode_normalised(ImageFeatures(image, (int(image.shape[-2]), int(image.shape[-1]))))
+    return grounding.ground(features, torch.zeros_like(ids[:, 0]), ids, mask)
+
+
+def example_image(model: Any, seed: int, size: tuple[int, int] | None = None) -> Tensor:
+    """Return a normalised image [1, 3, H, W] of smooth colours, at the model's own size or another."""
+    height, width = size or (model.config.data.image_size,) * 2
+    coarse = np.random.default_rng(seed).integers(0, 255, (6, 7, 3), dtype=np.uint8)
+    pixels = np.asarray(Image.fromarray(coarse).resize((width, height), Image.Resampling.BICUBIC)).copy()
+    image: Tensor = model.grounding.normalise(torch.from_numpy(pixels).permute(2, 0, 1)[None])
+    return image
+
+
+def graphs_of(folder: Path, facts: dict[str, Any]) -> dict[str, Callable[[dict[str, np.ndarray]], dict[str, np.ndarray]]]:
+    """Return the graphs of a folder as functions, in the order in which they run."""
+    if facts["format"] == "onnx":
+        return runner.onnx_graphs(folder, facts)
+    from grex_mllm.export.programs import run_programs
+
+    return run_programs(folder, facts)
+
+
+def _cases(model: Any, exact: Any, folder: Path, facts: dict[str, Any], images: list[Tensor]) -> list[Case]:
+    """Ask all questions. exact: the model in float64, or None."""
+    graphs, names = graphs_of(folder, facts), list(facts["graphs"].values())[-1]["outputs"]
+    cases = []
+    for image in images:
+        for said in (SAID[2:], *([SAID] if facts["expressions_at_once"] > 1 else [])):
+            ids, mask = model.encode_text(said)
+            arrays = {IMAGE: image.numpy(), TEXT_IDS: ids.numpy(), TEXT_MASK: mask.numpy()}
+            for run in graphs.values():
+                arrays |= run(arrays)
+            wanted = _by_name(torch_answers(model.grounding, image, ids, mask), names)
+            precise = {} if exact is None else _by_name(torch_answers(exact.grounding, image.double(), ids, mask), names)
+            cases.append(Case({name: arrays[name] for name in names}, wanted, precise))
+    if "generator" in facts:
+        from grex_mllm.export.generator_folder import compared_logits
+
+        rows = compared_logits(model, exact, folder, facts["generator"], images)
+        cases += [Case(*({} if logits is None else {GENERATOR: logits} for logits in row)) for row in rows]
+    return cases
+
+
+def _by_name(output: GroundingOutput, names: list[str]) -> dict[str, np.ndarray]:
+    return {name: getattr(output, name).numpy() for name in names}
