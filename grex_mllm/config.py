@@ -79,6 +79,8 @@ class LossConfig:
     ground: float = 1.0
     generate: float = 1.0
     contrast: float = 0.0  # object sets and their expressions meet in one space (`models/contrast.py`); needs both parts; 0 = not
+    distill: float = 0.0  # what the model `train.teacher` answers is learned as well (`models/distillation.py`); 0 = not
+    distill_temperature: float = 2.0  # that softens the probabilities of both
     generate_start: float = 0.0  # share of the training before the expressions are learned; see the generator's `forward`
 
 
@@ -138,6 +140,7 @@ class TrainConfig:
     generator's projector alone, everything else frozen: a first run, whose folder is the joint one's `start`).
     save_every, log_every: in steps; a checkpoint is also made at the end.  keep: how many checkpoints stay.
     start: a model folder whose weights the training starts from; heads that it lacks start as built.
+    teacher: a model folder whose answers are learned as well (`loss.distill`); it stays as it is.
     resume: go on from the newest complete checkpoint in `out` if there is one; batch_images, accumulation, the number of processes and
     deepspeed may be others then.  deepspeed: a JSON of deepspeed_configs/, or None.
     num_threads: CPU threads of each process, 0 = torch's choice.
@@ -149,6 +152,7 @@ class TrainConfig:
     seed: int = 0
     out: str = "runs/train"
     start: str | None = None
+    teacher: str | None = None
     steps: int = 10000
     batch_images: int = 8
     accumulation: int = 1

@@ -29,13 +29,20 @@ from grex_mllm.training.run import batch_stream
 from grex_mllm.training.step import Step, tasks_of
 from grex_mllm.types import Sample
 
+SWIN = {"name": "swin", "embed_width": 8, "swin_depths": [1, 1, 1, 1], "swin_heads": [1, 1, 2, 2], "window": 4, "fusion": "pwam"}
+LAVT: dict[str, Any] = {f"model__vision__{name}": value for name, value in SWIN.items()} | {"model__pixel_decoder__name": "top_down"}
 ATTRIBUTES = "{shape: 7, colour: 6}"
 CASES: dict[str, dict[str, object]] = {
     "instance_selection": {"model__decoder__attribute_classes": ATTRIBUTES, "model__generator__attribute_classes": ATTRIBUTES},
     "rela": {"model__decoder__name": "rela", "model__decoder__num_layers": 2, "model__decoder__minimap_side": 4},
     "generate": {"train__tasks": "generate"},
     "contrast": {"loss__contrast": 0.5},
-}
+    # every option that compares the processes' masks or regions, and a teacher
+    "options": {"model__decoder__name": "rela", "model__decoder__num_layers": 2, "model__decoder__minimap_side": 4,
+                "model__decoder__region_sides": [2, 4], "model__decoder__complexity": [0.1], "model__decoder__loss__hard__pixels": 0.5,
+                "model__decoder__loss__hard__masks": 0.5, "model__decoder__loss__hard__focal_gamma": 2.0, "loss__distill": 0.5},
+    "hard objects": {"model__decoder__loss__hard__masks": 0.5},
+}  # fmt: skip
 IMAGES, WORLD = 4, 2
 
 
@@ -47,6 +54,10 @@ def built(case: str, work: Path, **changes: object) -> tuple[GrexModel, BatchStr
                          train__batch_images=IMAGES, **CASES[case], **changes)  # fmt: skip
     text = train_text_tokenizer(WORDS, 300)
     config.model.text.vocab_size = text.vocab_size
+    if config.loss.distill:
+        config.train.teacher = str(work / "teacher")
+        torch.manual_seed(1)
+        GrexModel(tiny_config(model__decoder__name="lavt", **LAVT), text).save_pretrained(work / "teacher")
     torch.manual_seed(0)
     model = GrexModel(config, text, train_sentencepiece(WORDS * 5, work, 300))
     with torch.no_grad():  # what starts at zero would hide what lies before it
