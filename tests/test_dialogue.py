@@ -269,6 +269,16 @@ def test_the_face_of_a_session() -> None:
         asked.say("  ")
 
 
+def test_a_picture_in_which_no_object_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is selected then is what the answers show."""
+    monkeypatch.setattr(session, "proposed", lambda net, encoded: np.zeros((0, 40, 56), bool))
+    asked = Dialogue(tiny_model(), np.random.default_rng(0).integers(0, 255, (40, 56, 3), dtype=np.uint8), threshold=1.0)
+    assert asked.say("the red circle").mask.any() and len(asked.selected) > 0
+    for text in ("and the star too", "not the biggest one", "the one next to them", "the others", "only the red ones"):
+        answer = asked.say(text)
+        assert (answer.mask == np.any(asked.selected, axis=0)).all() and len(answer.boxes_xyxy) == len(asked.selected), text
+
+
 def test_a_model_that_was_trained_so_reads_what_was_said(monkeypatch: pytest.MonkeyPatch) -> None:
     model, image = tiny_model(), np.zeros((40, 56, 3), np.uint8)
     model.config.data.train = "dialogue"

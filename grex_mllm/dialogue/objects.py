@@ -69,7 +69,7 @@ def pieces(mask: np.ndarray) -> np.ndarray:
 
 def overlaps(first: np.ndarray, second: np.ndarray) -> np.ndarray:
     """Return float [N, M]: the intersection over union of masks bool [N, H, W] and [M, H, W]."""
-    one, other = first.reshape(len(first), -1).astype(np.float32), second.reshape(len(second), -1).astype(np.float32)
+    one, other = (masks.reshape(len(masks), first.shape[1] * first.shape[2]).astype(np.float32) for masks in (first, second))
     both = one @ other.T
     either = one.sum(1)[:, None] + other.sum(1)[None] - both
     return both / np.maximum(either, 1)

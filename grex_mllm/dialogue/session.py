@@ -188,7 +188,7 @@ class Dialogue:
         return np.array([mask_to_box_xyxy(mask) for mask in self._objects]).reshape(-1, 4)
 
     def _areas(self) -> np.ndarray:
-        return self._objects.reshape(len(self._objects), -1).sum(1).astype(float)
+        return self._objects.sum((1, 2)).astype(float)
 
     def _grounding(self, text: str, chosen: list[int]) -> Grounding:
         """Return a composed set as an answer. It has no doubt of its own: the probability of "no target" is 0 or 1."""
@@ -209,7 +209,7 @@ class Dialogue:
             return []
         if not self.proposes:
             return self._known(pieces(result.mask))
-        inside = (self._objects & result.mask).reshape(len(self._objects), -1).sum(1)
+        inside = (self._objects & result.mask).sum((1, 2))
         chosen = [n for n, area in enumerate(self._areas()) if inside[n] > SAME * area]
         return chosen or self._known(pieces(result.mask))
 
