@@ -204,6 +204,7 @@ def shrink_run(config: Config) -> Config:
     scenes.image_size = 64
     config.data.expressions_per_image, config.data.num_workers = min(config.data.expressions_per_image, 3), 0
     train.steps, train.batch_images, train.accumulation, train.precision, train.save_every = 1, 2, 1, "fp32", 1
+    train.num_threads = min(train.num_threads, 1)
     if train.pretraining is not None:
         stages = train.pretraining
         stages.steps, stages.scenes, stages.batch = min(stages.steps, 1), min(stages.scenes, 1), 8

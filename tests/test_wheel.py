@@ -64,7 +64,7 @@ def test_everything_runs_from_an_empty_folder(wheel: Path, tmp_path: Path) -> No
     (tmp_path / "empty").mkdir()
     check = tmp_path / "wheel_check.py"  # away from the repository
     check.write_bytes((ROOT / "tests" / "wheel_check.py").read_bytes())
-    shown = call(sys.executable, check, cwd=tmp_path / "empty", PYTHONPATH=str(tmp_path / "installed"), OMP_NUM_THREADS="2")
+    shown = call(sys.executable, check, cwd=tmp_path / "empty", PYTHONPATH=str(tmp_path / "installed"), OMP_NUM_THREADS="1")
     assert f"package: {tmp_path / 'installed'}" in shown and "a shrunken demo ran" in shown and "protocols scored" in shown
 
 
