@@ -16,7 +16,8 @@ from pathlib import Path
 # The demo's own configuration with few steps; the scenes and candidates of its test split are module constants.
 SHRUNKEN = [
     "--train.steps=2", "--train.batch_images=2", "--train.save_every=2", "--train.pretraining.steps=1", "--train.pretraining.scenes=1",
-    "--train.precision=fp32", "--train.num_threads=1", "--model.decoder.image_layers=1", "--model.decoder.language_layers=1", "--model.generator.num_layers=1",
+    "--train.precision=fp32", "--train.num_threads=1", "--model.decoder.image_layers=1", "--model.decoder.language_layers=1",
+    "--model.generator.num_layers=1",
     "--model.generator.max_new_tokens=6", "--train.optim.average_decay=0",
 ]  # fmt: skip
 CONSTANTS = {"demo": {"TEST_SCENES": 3, "EXPRESSIONS_PER_SCENE": 2, "LISTENER_CANDIDATES": 2}, "training.run": {"CORPUS_LINES": 400}}
