@@ -63,7 +63,7 @@ def asked(name: str, text: str) -> str:
     return find_prompt("grec", family).render(family.view(90, 60), expression=text)[1]
 
 
-@pytest.mark.parametrize("name", mostly("paligemma", "florence2", "kosmos2"))
+@pytest.mark.parametrize("name", mostly("paligemma", "kosmos2"))
 def test_a_question_is_what_the_makers_processor_writes(name: str, opened: Open) -> None:
     words = opened(name).chat
     assert isinstance(words, TaskWords)
@@ -84,7 +84,7 @@ def test_a_question_is_what_the_makers_processor_writes(name: str, opened: Open)
             words.question(wrong)
 
 
-@pytest.mark.parametrize("name", mostly("florence2", "kosmos2"))
+@pytest.mark.parametrize("name", mostly("kosmos2"))
 def test_answers_do_not_depend_on_the_batch_and_keep_their_places(name: str, opened: Open) -> None:
     made = [request(f"{n}", asked(name, text), picture(n // 2), max_tokens=10) for n, text in enumerate(TEXTS)]
     together, alone = replies(opened(name, batch=4), made), replies(opened(name, batch=1), made)
@@ -164,13 +164,17 @@ def test_what_they_cannot_do_is_refused_with_a_reason(name: str, opened: Open, t
     assert not (tmp_path / "x.jsonl").exists()
 
 
-def test_paligemma_counts_and_tells_whether_there_is_any(opened: Open, tmp_path: Path) -> None:
+def test_questions_about_numbers_and_about_whether_there_is_any() -> None:
     family = find_family("paligemma")
     view = family.view(640, 480)
     assert find_prompt("count", family).render(view, expression="men in red")[1] == "answer en how many men in red are in the image?"
     assert find_prompt("exists", family).render(view, expression="a dog")[1].startswith("answer en is there a dog")
     other = find_prompt("count", "kosmos2")
     assert other.render(view, expression="men in red")[1] == "Question: How many men in red are in this image? Answer:"
+
+
+@pytest.mark.long
+def test_paligemma_counts_and_asks_twice_from_the_command_line(opened: Open, tmp_path: Path) -> None:
     data, folder = make_dataset(tmp_path / "d"), opened("paligemma").model.name_or_path
     words = ["predict", "--model", f"paligemma:{folder}", "--data", str(data), "--split", "val", "--device", "cpu", "--tasks", "ground"]
     for n, flag in enumerate(("--ask.task=count", "--ask.reject=probability:0.5")):
