@@ -7,8 +7,8 @@ judged in all of them (`grex_mllm.data.synthetic.evaluate`): an image is right w
 denotes nothing, and has no truth where the scene leaves it undetermined ("the four circles" among five, "the star" of two, places within a
 margin). Only queries that are right for at least ten images and for at most half of them are asked. precision_at_10 counts undetermined
 images as wrong, judged_precision_at_10 leaves them out of the ranking ("condensed lists", Sakai, "Alternatives to Bpref", SIGIR 2007).
-Chance is the share of right images, of all and of the judged ones; "regions_alone" ranks by the best region, "target_and_region" by its
-probability times that of a target. --table adds a line for each query. CPU seconds are those of the process.
+Chance is the share of right images, of all and of the judged ones; "regions_alone" ranks by the best region of the whole expression,
+"target_and_region" by its probability times that of a target. --table adds a line for each query. CPU seconds are those of the process.
 """
 
 from __future__ import annotations
@@ -76,7 +76,8 @@ def measure(opened: SearchIndex, queries: list[str], truth: np.ndarray) -> tuple
         times.append(time.perf_counter() - start)
         busy.append(time.process_time() - started)
         scores = opened.scores(text)
-        score, region, there = scores.score[0], scores.region_score[0], 1 - scores.no_target_prob[0]
+        score, whole = scores.score[0], opened.scores(text, divide=False)
+        region, there = whole.region_score[0], 1 - whole.no_target_prob[0]
         first = judged[np.argsort(-score, kind="stable")[:TOP]]
         row = {"precision_at_10": precision(score, judged), "judged_precision_at_10": precision(score, judged, condensed=True)}
         row |= {"target_and_region": precision(there * region, judged), "regions_alone": precision(region, judged)}

@@ -18,8 +18,9 @@ from tiny import WORDS, tiny_config, tiny_speaker
 
 from grex_mllm.cli import main
 from grex_mllm.errors import GrexError
-from grex_mllm.export.checking import TOLERANCE, check_folder
+from grex_mllm.export.checking import TOLERANCE, check_folder, difference, example_image
 from grex_mllm.export.folder import export_model
+from grex_mllm.export.generator_folder import compared_logits, write_generator
 from grex_mllm.models.grex import GrexModel
 from grex_mllm.models.lm_tokenizer import train_sentencepiece
 from grex_mllm.models.text import train_text_tokenizer
@@ -158,9 +159,13 @@ def test_small_masks_and_padded_pictures(exported: tuple[GrexModel, Path], tmp_p
         (folder / "export.json").write_text(json.dumps(facts, indent=2) + "\n", encoding="utf-8")
 
 
+@pytest.mark.long
 def test_other_parts_of_a_generator_leave(tmp_path: Path) -> None:
-    """Image tokens, context among tokens, words around them, attributes, several heads for a key, more objects than distractors."""
-    config = tiny_config(model__generator__lm="tiny", model__generator__hidden_size=16, model__generator__num_heads=2,
+    """Image tokens, context among tokens, words around them, attributes, more objects than distractors; a decoder without proposals; an
+    image size that is no multiple of the stride, open and fixed."""
+    config = tiny_config(model__decoder__name="rela", model__decoder__minimap_side=4, model__decoder__feedforward=16,
+                         model__decoder__boxes="false", data__image_size=72,
+                         model__generator__lm="tiny", model__generator__hidden_size=16, model__generator__num_heads=2,
                          model__generator__num_layers=2, model__generator__intermediate_size=32, model__generator__projector_width=16,
                          model__generator__max_new_tokens=4, model__generator__image_grid=2, model__generator__context_layers=1,
                          model__generator__prompt="Name {regions} now: ", model__generator__max_distractors=2,
@@ -175,6 +180,10 @@ def test_other_parts_of_a_generator_leave(tmp_path: Path) -> None:
     image, masks = np.asarray(picture(1, 64, 64)), objects(1, 7, 64, 64)
     sets = [[0], [1, 2], [3, 4, 5], list(range(7))]
     assert told_by_script(tmp_path / "onnx", tmp_path, [(image, masks, sets)])[0] == told_by_torch(model, image, masks, sets)
+    with torch.no_grad():
+        fixed = write_generator(model, tmp_path, example_image(model, 0), varies=False)
+    rows = compared_logits(model, None, tmp_path, fixed, {(72, 72): example_image(model, 1)})
+    assert len(rows) == 10 and max(difference(given, wanted) for given, wanted, _ in rows) <= TOLERANCE
 
 
 def test_what_is_recorded_is_torch_by_another_way(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -113,12 +113,16 @@ def test_unions_are_divided() -> None:
 def test_a_union_is_as_good_as_its_worst_part(model: GrexModel, images: Path) -> None:
     opened = open_index(model, images)
     union, *parts = "the red circle and two blue squares", "the red circle", "two blue squares"
-    every = opened.scores([union, *parts, "green"])
-    whole = opened._scores([union]).score[0]
-    np.testing.assert_allclose(every.score[0], np.minimum(whole, every.score[1:3].min(axis=0)), rtol=1e-4)
-    assert (every.score[0] < whole).any() and every.score.shape == (4, 7)
-    np.testing.assert_allclose(opened.scores(union).score[0], every.score[0], rtol=1e-4)
-    assert [hit.score for hit in opened.rank(union)] == sorted(every.score[0].tolist(), reverse=True)
+    found = opened.scores([union, *parts, "green"])
+    assert found.score.shape == found.no_target.shape == (4, 7)
+    np.testing.assert_array_equal(found.score[0], found.score[1:3].min(axis=0))
+    np.testing.assert_array_equal(found.region_score[0], found.region_score[1:3].min(axis=0))
+    np.testing.assert_array_equal(found.no_target_prob[0], found.no_target_prob[1:3].max(axis=0))
+    np.testing.assert_array_equal(found.no_target[0], found.no_target[1] | found.no_target[2])
+    assert (found.score[0] < found.score[1]).any() or (found.score[0] < found.score[2]).any()
+    np.testing.assert_allclose(opened.scores(union).score[0], found.score[0], rtol=1e-4)
+    assert (np.abs(opened.scores(union, divide=False).score[0] / found.score[0] - 1) > 1e-3).any()
+    assert [hit.score for hit in opened.rank(union)] == pytest.approx(sorted(found.score[0].tolist(), reverse=True), rel=1e-4)
 
 
 def test_images_without_a_target_are_left_out(images: Path) -> None:

@@ -52,8 +52,8 @@ def check_folder(model: Any, folder: Path, facts: dict[str, Any]) -> dict[str, f
         SizeError: the same where the image size is open.
     """
     size, stride = facts["image_size"], facts["stride"]
-    sizes = [None, *([(size + stride, size + 2 * stride)] if facts["any_size"] else [])]
-    images = [example_image(model, seed, given) for seed, given in enumerate(sizes, start=1)]
+    sizes = [(size, size), *([(size + stride, size + 2 * stride)] if facts["any_size"] else [])]
+    images = {given: example_image(model, seed, given) for seed, given in enumerate(sizes, start=1)}
     largest = largest_differences((case.exported, case.torch) for case in _cases(model, None, folder, facts, images))
     facts.pop("float64", None)
     if max(largest.values()) <= TOLERANCE:
@@ -95,7 +95,7 @@ def torch_answers(grounding: GroundingModel, image: Tensor, ids: Tensor, mask: T
 
 
 def example_image(model: Any, seed: int, size: tuple[int, int] | None = None) -> Tensor:
-    """Return a normalised image [1, 3, H, W] of smooth colours, at the model's own size or another."""
+    """Return a normalised and padded image [1, 3, H, W] of smooth colours, at the model's own size or another (height, width)."""
     height, width = size or (model.config.data.image_size,) * 2
     coarse = np.random.default_rng(seed).integers(0, 255, (6, 7, 3), dtype=np.uint8)
     pixels = np.asarray(Image.fromarray(coarse).resize((width, height), Image.Resampling.BICUBIC)).copy()
@@ -112,11 +112,11 @@ def graphs_of(folder: Path, facts: dict[str, Any]) -> dict[str, Callable[[dict[s
     return run_programs(folder, facts)
 
 
-def _cases(model: Any, exact: Any, folder: Path, facts: dict[str, Any], images: list[Tensor]) -> list[Case]:
-    """Ask all questions. exact: the model in float64, or None."""
+def _cases(model: Any, exact: Any, folder: Path, facts: dict[str, Any], images: dict[tuple[int, int], Tensor]) -> list[Case]:
+    """Ask all questions. exact: the model in float64, or None.  images: normalised, by their sizes before padding."""
     graphs, names = graphs_of(folder, facts), list(facts["graphs"].values())[-1]["outputs"]
     cases = []
-    for image in images:
+    for image in images.values():
         for said in (SAID[2:], *([SAID] if facts["expressions_at_once"] > 1 else [])):
             ids, mask = model.encode_text(said)
             arrays = {IMAGE: image.numpy(), TEXT_IDS: ids.numpy(), TEXT_MASK: mask.numpy()}

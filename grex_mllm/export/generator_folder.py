@@ -52,18 +52,20 @@ def write_generator(model: Any, work: Path, image: Tensor, varies: bool) -> dict
 
 
 @torch.no_grad()
-def compared_logits(model: Any, exact: Any, folder: Path, facts: dict[str, Any], images: list[Tensor]) -> list[tuple[Any, ...]]:
+def compared_logits(
+    model: Any, exact: Any, folder: Path, facts: dict[str, Any], images: dict[tuple[int, int], Tensor]
+) -> list[tuple[Any, ...]]:
     """Return logits [E, V] of the first tokens that torch writes for objects of some images: exported, torch's, and `exact`'s or None.
 
-    exact: the model in float64, or None.
+    exact: the model in float64, or None.  images: normalised, by their sizes before padding.
     """
     graphs, rows = onnx_graphs(folder, facts), []
     see, prefix, step = SeeGraph(model.grounding), PrefixGraph(model.generator), StepGraph(model.generator.lm)
-    for seed, image in enumerate(images, start=1):
+    for seed, (size, image) in enumerate(images.items(), start=1):
         seen_by = graphs[SEE]({IMAGE: image.numpy()})
         maps = see(image)[2 * see.proposes :]
         for num, sets in OBJECTS_AND_SETS:
-            masks, chosen, seen = example_objects(image, seed, num, sets)
+            masks, chosen, seen = example_objects(size, seed, num, sets)
             out = graphs[PREFIX](seen_by | {MASKS: masks.numpy(), CHOSEN: chosen.numpy(), SEEN: seen.numpy()})
             wanted = prefix(masks, chosen, seen, *maps)
             precise = None

@@ -141,7 +141,7 @@ def generator_facts(generator: RegionTokenGenerator) -> dict[str, Any]:
 def generator_graphs(model: Any, image: Tensor, varies: bool) -> list[tuple[Graph, dict[str, dict[int, str]]]]:
     """Return the graphs, to be recorded on one image, each with its axes that vary. varies: whether the image's size is one of them."""
     see, prefix = SeeGraph(model.grounding).eval(), PrefixGraph(model.generator).eval()
-    masks, chosen, seen = example_objects(image, 0)
+    masks, chosen, seen = example_objects((model.config.data.image_size,) * 2, 0)
     given = see(image)
     maps = [f"map_{n}" for n in range(len(given) - 2 * see.proposes)]
     made = prefix(masks, chosen, seen, *given[len(given) - len(maps) :])
@@ -163,9 +163,9 @@ def generator_graphs(model: Any, image: Tensor, varies: bool) -> list[tuple[Grap
     ]
 
 
-def example_objects(image: Tensor, seed: int, num: int = 5, sets: int = 3) -> tuple[Tensor, Tensor, Tensor]:
-    """Return masks bool [num, H, W] of rectangles, chosen bool [sets, num] and the image's size int64 [1, 2], without padding."""
-    height, width = image.shape[-2:]
+def example_objects(size: tuple[int, int], seed: int, num: int = 5, sets: int = 3) -> tuple[Tensor, Tensor, Tensor]:
+    """Return masks bool [num, H, W] of rectangles, chosen bool [sets, num] and the size int64 [1, 2]. size: of the image before padding."""
+    height, width = size
     random = np.random.default_rng(seed)
     masks, chosen = np.zeros((num, height, width), bool), random.random((sets, num)) < 0.4
     for mask in masks:

@@ -103,18 +103,22 @@ class SearchIndex:
         self.updated = Update(len(todo) - changed, changed, len(gone), len(there) - len(todo), refused)
         return self.updated
 
-    def scores(self, expressions: str | Sequence[str]) -> Scores:
+    def scores(self, expressions: str | Sequence[str], *, divide: bool = True) -> Scores:
         """Score expressions against all images, in the order of `files`.
 
-        The score of a union ("the dog and two cats") is that of its worst part, or of the whole where that is worse.
+        A union ("the dog and two cats") is as good as its worst part: an image that lacks one does not contain what is said.
+        divide: False asks for it as a whole.
         """
         asked = [expressions] if isinstance(expressions, str) else list(expressions)
-        parts = [parts_of(expression) for expression in asked]
-        texts = list(dict.fromkeys([*asked, *(part for some in parts for part in some)]))
-        scores = self._scores(texts)
-        rows = [texts.index(expression) for expression in asked]
-        worst = [scores.score[[row, *(texts.index(part) for part in some)]].min(axis=0) for row, some in zip(rows, parts, strict=True)]
-        return Scores(np.stack(worst), *(values[rows] for values in (scores.no_target_prob, scores.region_score, scores.no_target)))
+        parts = [parts_of(expression) if divide else [expression] for expression in asked]
+        texts = list(dict.fromkeys(part for some in parts for part in some))
+        scores, rows = self._scores(texts), [[texts.index(part) for part in some] for some in parts]
+        return Scores(
+            score=np.stack([scores.score[some].min(axis=0) for some in rows]),
+            no_target_prob=np.stack([scores.no_target_prob[some].max(axis=0) for some in rows]),
+            region_score=np.stack([scores.region_score[some].min(axis=0) for some in rows]),
+            no_target=np.stack([scores.no_target[some].any(axis=0) for some in rows]),
+        )
 
     def _scores(self, expressions: Sequence[str]) -> Scores:
         text = encode_expressions(self.model, expressions)
