@@ -230,7 +230,7 @@ def test_a_conversation(browser: Browser, served: Running, keep: Any) -> None:
         verdicts.nth(2)
     ).not_to_be_empty()
     assert sent[-1]["history"] == ["the red circle on the left", "and the star too"]
-    assert page.evaluate("document.querySelector('#panel').scrollWidth <= document.querySelector('#panel').clientWidth"), "nothing is cut off"
+    assert page.locator("#panel").evaluate("panel => panel.scrollWidth <= panel.clientWidth"), "nothing is cut off"
     keep(page, "conversation")
     page.locator("#rows input").first.fill("green")
     page.locator("#rows input").first.press("Enter")
