@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import random
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from tiny import tiny_model
+from tiny import tiny_config, tiny_model
 
 import grex_mllm
 from grex_mllm.config import DataConfig, load_config
@@ -26,6 +27,7 @@ from grex_mllm.dialogue.objects import overlaps, pieces
 from grex_mllm.dialogue.phrases import Phrase, addressed, kind_of, plural_of, read_phrase, singular_of
 from grex_mllm.errors import GrexError
 from grex_mllm.models.grex import GrexModel
+from grex_mllm.training import run
 from grex_mllm.types import Grounding
 
 FOLLOW_UPS = {
@@ -305,7 +307,7 @@ def test_a_source_of_dialogues_trains_with_exact_truth() -> None:
             assert record.tags[0] in OPERATIONS and parse_follow_up(record.raw.split(SEPARATOR)[1]).operation == record.tags[0]
             if record.targets:
                 assert check_expression(record.expression, sample, record.targets) == "exact"
-    assert 0.3 < len(spoken) / total < 0.6 and any(not record.targets for record in spoken)
+    assert 0.25 < len(spoken) / total < 0.5 and any(not record.targets for record in spoken)
     assert {record.tags[0] for record in spoken} == set(OPERATIONS)
     data.sources["dialogue"].follow_up_share = 0.0
     assert all(SEPARATOR not in e.raw for e in training_samples(data, 0, 100)[0].expressions)
@@ -314,3 +316,18 @@ def test_a_source_of_dialogues_trains_with_exact_truth() -> None:
         training_samples(data, 0, 100)
     data.sources["dialogue"].follow_up_share = 0.5
     assert sum(SEPARATOR in line for line in training_text(data, 40)) == 20
+
+
+def test_a_training_on_dialogues_gives_a_model_that_reads_them(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two steps and back from the folder: the separator has a token of its own, and a follow-up is asked with what was said before."""
+    training: dict[str, object] = {
+        "data__train": "dialogue", "data__sources__dialogue__image_size": 64, "data__expressions_per_image": 4, "train__steps": 2,
+        "train__batch_images": 2, "train__precision": "fp32", "train__num_threads": 1, "train__out": tmp_path / "run",
+    }  # fmt: skip
+    monkeypatch.setattr(run, "CORPUS_LINES", 400)
+    run.train_from_config(tiny_config(**training))
+    model = GrexModel.from_pretrained(tmp_path / "run")
+    assert SEPARATOR.strip() in model.text_tokenizer.vocabulary and model.config.data.train == "dialogue"
+    asked = Dialogue(model, np.zeros((64, 64, 3), np.uint8), resolve="model")
+    asked.say("the red circles")
+    assert asked.say("not the big one").mask.shape == (64, 64) and asked.operation == DIFFERENCE

@@ -13,25 +13,27 @@ from pathlib import Path
 from grex_mllm.config import DataConfig
 from grex_mllm.data.history import SEPARATOR, joined
 from grex_mllm.data.synthetic.canonical import canonical_expression
-from grex_mllm.data.synthetic.dialogues import OPERATIONS, RESTRICTION, draw_dialogue
+from grex_mllm.data.synthetic.dialogues import OPERATIONS, RESTRICTION, follow_up_of
 from grex_mllm.data.synthetic.meaning import scene_from_record
-from grex_mllm.data.synthetic.scenes import bits, held_out_pairs
+from grex_mllm.data.synthetic.scenes import HeldOut, Scene, bits, held_out_pairs
 from grex_mllm.data.synthetic.settings import DialogueConfig as Config
 from grex_mllm.data.synthetic.source import TrainingStream
 from grex_mllm.data.synthetic.source import export_for_prediction as export_scenes
 from grex_mllm.data.synthetic.source import text as text_of_scenes
 from grex_mllm.data.synthetic.source import training_samples as samples_of_scenes
 from grex_mllm.errors import fault
-from grex_mllm.types import Sample
+from grex_mllm.types import ExpressionRecord, Sample
 
 __all__ = ["HISTORY", "Config", "DialogueStream", "export_for_prediction", "text", "training_samples"]
 
 HISTORY = True  # a model that was trained on this source reads what was said before
 NOTHING_LEFT = 0.3  # of the restrictions: no selected object fits
+TRIES = 4  # of an operation for one expression
+MOST_SPOKEN = 600  # dialogues of a text: they have few words of their own
 
 
 class DialogueStream:
-    """Samples by position, as those of a `TrainingStream`, with `share` of the expressions replaced by dialogues. A pure function of it."""
+    """Samples by position, as those of a `TrainingStream`, with a share of the expressions turned into dialogues. A pure function of it."""
 
     def __init__(self, stream: TrainingStream, config: Config, generates: bool) -> None:
         if not 0 <= config.follow_up_share <= 1:
@@ -46,18 +48,28 @@ class DialogueStream:
         sample = self.stream[position]
         scene, rng, held = scene_from_record(sample.record), random.Random(position), held_out_pairs(self.config)
         for record in sample.expressions:
-            if rng.random() >= self.config.follow_up_share:
-                continue
-            operation = OPERATIONS[int(rng.random() * len(OPERATIONS))]
-            drawn = draw_dialogue(scene, rng, operation, held, operation == RESTRICTION and rng.random() < NOTHING_LEFT)
-            plain = canonical_expression(scene, bits(drawn.result)) if drawn is not None and self.generates else None
-            if drawn is None or (self.generates and drawn.result and plain is None):
-                continue
-            record.raw = joined([drawn.first, drawn.follow_up])  # what the text encoder reads
-            record.expression = record.raw if plain is None else plain
-            record.targets = [f"{record.image_id}:{k}" for k in bits(drawn.result)]
-            record.tags = [operation] if drawn.result else [operation, "no_target"]
+            if rng.random() < self.config.follow_up_share and record.targets:
+                self._follow(record, scene, rng, held)
         return sample
+
+    def _follow(self, record: ExpressionRecord, scene: Scene, rng: random.Random, held: HeldOut) -> None:
+        """Let a follow-up come after an expression, where some operation lends itself to one."""
+        targets = sum(1 << int(name.rpartition(":")[2]) for name in record.targets)
+        for operation in rng.sample(OPERATIONS, len(OPERATIONS)):
+            nothing = operation == RESTRICTION and rng.random() < NOTHING_LEFT
+            tries = (follow_up_of(scene, rng, operation, targets, held, nothing) for _ in range(TRIES))
+            found = next((drawn for drawn in tries if drawn is not None), None)
+            if found is None:
+                continue
+            text, result, _ = found
+            plain = canonical_expression(scene, bits(result)) if self.generates else None
+            if self.generates and result and plain is None:
+                continue
+            record.raw = joined([record.raw, text])  # what the text encoder reads
+            record.expression = record.raw if plain is None else plain
+            record.targets = [f"{record.image_id}:{k}" for k in bits(result)]
+            record.tags = [operation] if result else [operation, "no_target"]
+            return
 
 
 def training_samples(data: DataConfig, config: Config, purpose: str, positions: int, generates: bool) -> DialogueStream | TrainingStream:
@@ -67,13 +79,14 @@ def training_samples(data: DataConfig, config: Config, purpose: str, positions: 
 
 
 def text(data: DataConfig, config: Config, num_lines: int, generation: bool) -> list[str]:
-    """Return lines of the grammar, half of them dialogues; generation: as the generator shall write them, without any."""
+    """Return lines of the grammar and some dialogues; generation: as the generator shall write them, without any."""
     lines = text_of_scenes(data, config, num_lines, generation)
     if generation:
         return lines
     stream = DialogueStream(samples_of_scenes(data, config, "training", 0, False), config, False)
     spoken = (record.raw for position in range(num_lines) for record in stream[position].expressions if SEPARATOR in record.raw)
-    return [*lines[: num_lines - num_lines // 2], *islice(spoken, num_lines // 2)]
+    number = min(num_lines // 2, MOST_SPOKEN)
+    return [*lines[: num_lines - number], *islice(spoken, number)]
 
 
 def export_for_prediction(config: Config, split: str, length: int | None, folder: Path) -> None:

@@ -67,11 +67,18 @@ def draw_dialogue(
         first = word_expression(tree, rng)
         if first is None:
             continue
-        found = _BUILDERS[operation](scene, rng, targets, held) if not empty else _nothing_left(scene, rng, targets, held)
+        found = follow_up_of(scene, rng, operation, targets, held, empty)
         if found is not None:
             follow_up, result, form = found
             return DrawnDialogue(first, targets, follow_up, result, operation, form)
     return None
+
+
+def follow_up_of(
+    scene: Scene, rng: random.Random, operation: str, targets: int, held: HeldOut | None = None, empty: bool = False
+) -> tuple[str, int, str] | None:
+    """Try once to draw a follow-up about selected objects (a bit mask); return its text, its result and its form, or None."""
+    return _nothing_left(scene, rng, targets, held) if empty else _BUILDERS[operation](scene, rng, targets, held)
 
 
 def _union(scene: Scene, rng: random.Random, targets: int, held: HeldOut | None) -> tuple[str, int, str] | None:
