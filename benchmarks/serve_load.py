@@ -6,8 +6,8 @@ Every client uploads its picture, asks one expression (the first answer), then f
 model describes, and begins anew, without a pause. All pictures are drawn scenes of different sizes. What each client must be told was
 computed by the model in this process before: masks and pixels of another client's picture are noticed. Printed: latencies of the
 clients, the model's own time for the same work in one thread, and the resident memory of the server along the way. Status 1: an error, an
-answer that belongs to somebody else, or memory that grows by more than MAX_GROWTH once the server holds as many pictures as it may: the last
-third of the time since then against the first (null: too few pictures came to tell).
+answer that belongs to somebody else, or memory that grows by more than MAX_GROWTH once the server holds all pictures that it may (the last
+third of the time since then against the first; null: too few pictures came to tell).
 """
 
 from __future__ import annotations
