@@ -6,7 +6,8 @@ Every client uploads its picture, asks one expression (the first answer), then f
 model describes, and begins anew, without a pause. All pictures are drawn scenes of different sizes. What each client must be told was
 computed by the model in this process before: masks and pixels of another client's picture are noticed. Printed: latencies of the
 clients, the model's own time for the same work in one thread, and the resident memory of the server along the way. Status 1: an error, an
-answer that belongs to somebody else, or memory that grows by more than MAX_GROWTH from the first third to the last.
+answer that belongs to somebody else, or memory that grows by more than MAX_GROWTH once the server holds all pictures that it may (the last
+third of the time since then against the first; null: too few pictures came to tell).
 """
 
 from __future__ import annotations
@@ -46,7 +47,7 @@ BOX = (8.0, 8.0, 40.0, 40.0)
 FIRST, MORE, DESCRIBED = "first answer (upload and one expression)", "further expression of the same picture", "description of a box"
 MAX_GROWTH = 1.05
 SAMPLED_S = 0.5
-WARM_UP = 0.2  # of the time: before it the server's memory still fills with pictures
+MIN_SAMPLES = 6  # of the memory
 
 
 @dataclass
@@ -61,19 +62,23 @@ class Case:
 
 @dataclass
 class Found:
-    """seconds: of each kind of request.  errors, mixed: texts, empty where all is well.  memory_mib: (second, MiB of the server)."""
+    """seconds: of each kind of request.  errors, mixed: texts, empty where all is well.  uploads: pictures that the server has taken.
+
+    memory_mib: (uploads by then, MiB of the server).
+    """
 
     seconds: dict[str, list[float]] = field(default_factory=lambda: defaultdict(list))
     errors: list[str] = field(default_factory=list)
     mixed: list[str] = field(default_factory=list)
-    memory_mib: list[tuple[float, float]] = field(default_factory=list)
+    uploads: int = 0
+    memory_mib: list[tuple[int, float]] = field(default_factory=list)
 
-    def growth(self, whole_s: float) -> float:
-        """Return the server's memory in the last third, divided by that of the first third after the warm-up (medians)."""
-        span = (1 - WARM_UP) * whole_s / 3
-        first = [mib for second, mib in self.memory_mib if WARM_UP * whole_s <= second < WARM_UP * whole_s + span]
-        last = [mib for second, mib in self.memory_mib if second >= whole_s - span]
-        return statistics.median(last) / statistics.median(first)
+    def growth(self, held: int) -> float | None:
+        """Return the server's memory in the last third of the time in which it held all the pictures that it may, divided by that in the
+        first third (medians); None where that time is too short."""
+        full = [mib for uploads, mib in self.memory_mib if uploads > held]
+        third = len(full) // 3
+        return statistics.median(full[-third:]) / statistics.median(full[:third]) if len(full) >= MIN_SAMPLES else None
 
 
 def make_cases(model: GrexModel, number: int) -> list[Case]:
@@ -149,6 +154,8 @@ def client(address: str, case: Case, describes: bool, until: float, found: Found
             try:
                 start = time.perf_counter()
                 opened = ask("/images", content=case.png, headers={"content-type": "image/png"})
+                with lock:
+                    found.uploads += 1
                 ground(opened["image"], 0)
                 taken.append((FIRST, time.perf_counter() - start))
                 if (opened["height"], opened["width"]) != case.pixels.shape[:2]:
@@ -179,7 +186,7 @@ def load(address: str, process: psutil.Process, cases: list[Case], describes: bo
     with ThreadPoolExecutor(len(cases)) as pool:
         asked = [pool.submit(client, address, case, describes, start + seconds, found, lock) for case in cases]
         while time.monotonic() < start + seconds:
-            found.memory_mib.append((time.monotonic() - start, process.memory_info().rss / 2**20))
+            found.memory_mib.append((found.uploads, process.memory_info().rss / 2**20))
             time.sleep(min(SAMPLED_S, seconds / 20))
         for one in asked:
             one.result()
@@ -209,17 +216,23 @@ def main(arguments: list[str] | None = None) -> int:
     describes = model.generator is not None
     cases = make_cases(model, options.clients)
     own = own_time(model, cases)
-    with server(options.model, 2 * options.clients, options.threads) as (address, process):
+    held = 2 * options.clients
+    with server(options.model, held, options.threads) as (address, process):
         found = load(address, process, cases, describes, options.seconds)
-    growth = found.growth(options.seconds)
+    growth = found.growth(held)
     print(table(found, own))
     first, last = found.memory_mib[0][1], found.memory_mib[-1][1]
-    told = {"errors": len(found.errors), "mixed": len(found.mixed), "answers": sum(map(len, found.seconds.values()))}
-    told |= {"memory_mib": [round(first), round(last)], "memory_growth": round(growth, 3)}
+    told = {
+        "errors": len(found.errors),
+        "mixed": len(found.mixed),
+        "answers": sum(map(len, found.seconds.values())),
+        "pictures": found.uploads,
+    }
+    told |= {"memory_mib": [round(first), round(last)], "memory_growth": None if growth is None else round(growth, 3)}
     print(json.dumps(told))
     for text in [*found.errors[:5], *found.mixed[:5]]:
         print(text, file=sys.stderr)
-    return int(bool(found.errors or found.mixed) or growth > MAX_GROWTH)
+    return int(bool(found.errors or found.mixed) or (growth is not None and growth > MAX_GROWTH))
 
 
 if __name__ == "__main__":

@@ -67,6 +67,7 @@ BENCHMARK_SIZES["race.py"] = ["--seconds", "0.01", "--threads", "1", "--seeds", 
 BENCHMARK_SIZES["propagation.py"] = ["--side", "5", "--width", "16", "--repeats", "1"]
 BENCHMARK_SIZES["joint_ablation.py"] = ["--steps", "2", "--scenes", "2", "--seeds", "0", "--variants", "contrast"]
 BENCHMARK_SIZES["dialogue.py"] = ["--scenes", "2"]
+BENCHMARK_SIZES["serve_load.py"] = ["--clients", "3", "--seconds", "3"]
 BENCHMARK_SIZES["search.py"] = ["--images", "12", "--queries", "2"]
 DECODER_SIZES = {"num_layers": 3, "kept_regions": 6, "roi_channels": 8, "grid_side": 4, "segmentation_width": 16, "refinement_width": 8}
 DECODER_SIZES |= {"encoder_feedforward": 16}

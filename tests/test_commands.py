@@ -52,10 +52,12 @@ TOO_LONG += (
     "benchmarks/photo_causes.py",
     "benchmarks/race.py",
     "benchmarks/shared_image.py",
+    "benchmarks/serve_load.py",
     "data_prep/photos.py",
     "configs/demo_long.yaml",
 )
 
+SERVED_TWICE = "grex serve --model runs/demo"  # docs/serve.md serves it with a folder of images, in make test
 TRIED_ROWS = ("ablation_vlt_tile", "ablation_m3att_mask_responses", "ablation_isfp_iem")
 
 
@@ -66,6 +68,7 @@ def is_long(command: str) -> bool:
     row = re.search(r"configs/(ablation_(?:vlt|m3att|isfp)_\w+)\.yaml", command)
     return (
         any(name in command for name in (*TOO_LONG, "runs/no_metadata"))
+        or command == SERVED_TWICE
         or (family is not None and not family[0].endswith("qwen2.5_7b"))
         or (row is not None and row[1] not in TRIED_ROWS)
     )

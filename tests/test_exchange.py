@@ -242,7 +242,14 @@ def test_supervision() -> None:
     assert fields["mask"].shape == (4, HEIGHT, WIDTH) and fields["confidence"].shape == (4,)
     assert detections_fields([grounding(no_target=True)])["xyxy"].shape == (0, 4)
     package = pytest.importorskip("supervision", reason="supervision is not installed: only the fields that it takes were tested")
-    assert isinstance(to_supervision([grounding()]), package.Detections)
+    found = to_supervision([grounding(), grounding(no_target=True), grounding()])
+    assert isinstance(found, package.Detections) and len(found) == 4
+    assert found.xyxy.tolist() == BOXES * 2 and np.allclose(found.confidence, [0.9, 0.7] * 2)
+    second = found[found.class_id == 2]
+    assert second.data["expression"].tolist() == ["both"] * 2 and (np.any(second.mask, axis=0) == TWO).all()
+    drawn = package.MaskAnnotator().annotate(np.zeros((HEIGHT, WIDTH, 3), np.uint8), found)
+    assert (drawn.any(axis=2) == TWO).all()
+    assert to_supervision([grounding(no_target=True)]).is_empty() and to_supervision([]).is_empty()
 
 
 def test_fiftyone(monkeypatch: pytest.MonkeyPatch) -> None:
