@@ -2,8 +2,9 @@
 
 The thesis and LAVT have batch normalisation. Its statistics in training are those of all maps of a batch on one process, their padding
 included, and running means answer afterwards: an answer depends on neither its batch nor other processes, but the losses of a training do,
-so one process and several learn differently, and a batch of few expressions makes them coarse. Groups of channels know no batch. What
-normalises tokens and regions is a layer norm in either case: padded words have no place in statistics.
+so one process and several learn differently, and a batch of few expressions makes them coarse. A running average of the weights
+(`train.optim.average_decay`) answers with the statistics of the weights themselves. Groups of channels know no batch. What normalises
+tokens and regions is a layer norm in either case: padded words have no place in statistics.
 """
 
 from __future__ import annotations
