@@ -35,6 +35,8 @@ class ModelConfig:
     pixel_decoder: PixelDecoderConfig = field(default_factory=PixelDecoderConfig)
     decoder: Any = None  # of the entry that `name` chooses (default rela)
     generator: Any = None  # of the entry that `name` chooses (default region_tokens); None = grounding alone
+    # group | batch: of maps in the pixel decoders fpn, fpn_levels and top_down and in the decoders; see `grex_mllm/models/norms.py`
+    map_norm: str = "group"
 
     def __post_init__(self) -> None:
         if self.decoder is None:

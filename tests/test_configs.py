@@ -188,6 +188,7 @@ def test_options_change_what_they_name() -> None:
         ("hard_pixels", "gres_rela_swin_base", {"model.decoder.loss.hard.pixels": 0.25}),
         ("hard_masks", "gres_rela_swin_base", {"model.decoder.loss.hard.masks": 0.5}),
         ("regions_by_image", "gres_rela_swin_base", {"model.decoder.minimap_side": 16, "model.decoder.region_sides": [4, 8, 16]}),
+        ("batch_norm", "res_vlt_darknet53", {"model.map_norm": "batch"}),
         ("distill", "gres_rela_r50", {"loss.distill": 1.0, "train.teacher": "models/rela-swin-base"}),
     ):
         row, plain = load_config(FOLDER / f"option_{name}.yaml"), load_config(FOLDER / f"{full}.yaml")

@@ -11,7 +11,8 @@ from torch import Tensor, nn
 
 from grex_mllm.config import PixelDecoderConfig
 from grex_mllm.errors import fault
-from grex_mllm.models.feature_pyramid import NUM_LEVELS, num_groups, upsample_to
+from grex_mllm.models.feature_pyramid import NUM_LEVELS, upsample_to
+from grex_mllm.models.norms import num_groups
 from grex_mllm.models.positions import sine_positions
 from grex_mllm.ops.attention import softmax_of_few
 from grex_mllm.ops.deform_attn import Shapes, deformable_attention

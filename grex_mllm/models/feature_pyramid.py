@@ -8,15 +8,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from grex_mllm.config import PixelDecoderConfig
+from grex_mllm.models.norms import map_norm
 from grex_mllm.types import PixelFeatures
 
 NUM_LEVELS = 3  # that a pixel decoder gives beside the mask features
-GROUPS = 8
-
-
-def num_groups(channels: int, wanted: int) -> int:
-    """Return the largest number of groups up to `wanted` that divides the channels."""
-    return max(g for g in range(1, wanted + 1) if channels % g == 0)
 
 
 def upsample_to(x: Tensor, like: Tensor) -> Tensor:
@@ -45,7 +40,7 @@ class LevelPyramid(nn.Module):
 
 
 class FeaturePyramid(nn.Module):
-    """Feature pyramid (Lin et al. 2017): 1x1 lateral, upsample and add, 3x3 with group norm; the finest map becomes the mask features.
+    """Feature pyramid (Lin et al. 2017): 1x1 lateral, upsample and add, 3x3 with normalisation; the finest map becomes the mask features.
 
     The finest map is only `mask_width` wide, so a fine stride stays cheap.
     """
@@ -84,4 +79,4 @@ def pyramid_levels(maps: list[Tensor], laterals: nn.ModuleList, smooths: nn.Modu
 
 
 def _smooth(width: int) -> nn.Module:
-    return nn.Sequential(nn.Conv2d(width, width, 3, padding=1, bias=False), nn.GroupNorm(num_groups(width, GROUPS), width), nn.ReLU())
+    return nn.Sequential(nn.Conv2d(width, width, 3, padding=1, bias=False), map_norm(width), nn.ReLU())

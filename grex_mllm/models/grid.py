@@ -1,7 +1,8 @@
 """Parts of systems that work on one square grid of cells (VLT, M3Att): maps summed on the grid, attention layers, the way back to a mask.
 
-The thesis has batch normalisation in all of these; here GroupNorm on maps and LayerNorm on tokens, because small batches, accumulation
-and padded words break batch statistics. Words that are padding are masked everywhere, which the papers leave open.
+The thesis has batch normalisation in all of these; here GroupNorm on maps, unless `model.map_norm` wants that of the batch, and LayerNorm
+on tokens, because small batches, accumulation and padded words break batch statistics. Words that are padding are masked everywhere, which
+the papers leave open.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from torch import Tensor, nn
 
 from grex_mllm.errors import fault
 from grex_mllm.models.decoders.rela.network import Feedforward
-from grex_mllm.models.feature_pyramid import GROUPS, num_groups
+from grex_mllm.models.norms import map_norm
 from grex_mllm.models.positions import sine_positions
 from grex_mllm.ops.attention import attend, split_heads
 from grex_mllm.ops.upsampled_conv import upsampled_conv
@@ -29,7 +30,7 @@ class ConvReluNorm(nn.Module):
     def __init__(self, channels: int, out: int, kernel: int = 3) -> None:
         super().__init__()
         self.conv = nn.Conv2d(channels, out, kernel, padding=kernel // 2)
-        self.norm = nn.GroupNorm(num_groups(out, GROUPS), out)
+        self.norm = map_norm(out)
 
     def forward(self, x: Tensor, upsampled: bool = False) -> Tensor:
         """upsampled: upsample by two (nearest) first."""
@@ -42,7 +43,7 @@ class ConvNormRelu(nn.Module):
     def __init__(self, channels: int, out: int, kernel: int = 3) -> None:
         super().__init__()
         self.conv = nn.Conv2d(channels, out, kernel, padding=kernel // 2, bias=False)
-        self.norm = nn.GroupNorm(num_groups(out, GROUPS), out)
+        self.norm = map_norm(out)
 
     def forward(self, x: Tensor, upsampled: bool = False) -> Tensor:
         """upsampled: upsample by two (nearest) first."""

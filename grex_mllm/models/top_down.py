@@ -13,12 +13,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from grex_mllm.config import PixelDecoderConfig
-from grex_mllm.models.feature_pyramid import GROUPS, num_groups
+from grex_mllm.models.norms import map_norm
 from grex_mllm.types import PixelFeatures
 
 
 def _conv(before: int, after: int) -> list[nn.Module]:
-    return [nn.Conv2d(before, after, 3, padding=1, bias=False), nn.GroupNorm(num_groups(after, GROUPS), after), nn.ReLU()]
+    return [nn.Conv2d(before, after, 3, padding=1, bias=False), map_norm(after), nn.ReLU()]
 
 
 class TopDown(nn.Module):

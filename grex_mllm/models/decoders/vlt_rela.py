@@ -23,8 +23,8 @@ from grex_mllm.models.decoders.rela.network import Rela
 from grex_mllm.models.decoders.vlt.config import VltConfig
 from grex_mllm.models.decoders.vlt.fusion import FusionImages, ImageFusion
 from grex_mllm.models.decoders.vlt.network import FusedEncoder
-from grex_mllm.models.feature_pyramid import GROUPS, num_groups
 from grex_mllm.models.grid import ConvReluNorm, GridSum
+from grex_mllm.models.norms import map_norm
 from grex_mllm.types import DecoderInputs, GroundingOutput, PixelFeatures, TextFeatures
 
 __all__ = ["Config", "Criterion", "Decoder"]
@@ -61,7 +61,7 @@ class Levels(nn.Module):
     def __init__(self, width: int) -> None:
         super().__init__()
         self.coarser = nn.Conv2d(width, width, 3, 2, 1)
-        self.coarser_norm = nn.GroupNorm(num_groups(width, GROUPS), width)
+        self.coarser_norm = map_norm(width)
         self.same, self.finer, self.finest = (ConvReluNorm(width, width) for _ in range(3))
         self.mask = nn.Conv2d(width, width, 1)
 

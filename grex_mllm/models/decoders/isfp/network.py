@@ -5,7 +5,7 @@ features, whose relations a recurrence models; a 1x1 convolution says for each c
 masks. The chosen mask is refined with the image. What needs no language is the pixel decoder and the product's visual side.
 
 Beyond the thesis, which knows single targets: `selection: union`, and the heads of GREx over the propagated features. Where it has batch
-norm, maps here have group norm and cells layer norm, so that an answer does not depend on its batch.
+norm, maps here have group norm (or `model.map_norm: batch`) and cells layer norm, so that an answer does not depend on its batch.
 """
 
 from __future__ import annotations
@@ -22,12 +22,12 @@ from grex_mllm.errors import fault
 from grex_mllm.models.decoders.isfp.config import IsfpConfig
 from grex_mllm.models.decoders.isfp.propagation import SLOPE, Propagation
 from grex_mllm.models.decoders.isfp.truth import Truth, cells_of_centres, nearest_centres
-from grex_mllm.models.feature_pyramid import NUM_LEVELS, num_groups, upsample_to
+from grex_mllm.models.feature_pyramid import NUM_LEVELS, upsample_to
 from grex_mllm.models.grex_heads import GrexHeads, GrexHeadsConfig, HeadAnswers, dense_answer
+from grex_mllm.models.norms import map_norm
 from grex_mllm.models.resnet import append_coordinates
 from grex_mllm.types import DecoderInputs, GroundingOutput, PixelFeatures, TextFeatures
 
-GROUPS = 8
 IDENTIFICATIONS = ("propagation", "convolution", "none")
 SELECTIONS = ("union", "argmax")
 REFINED_AT = 4  # the stride at which the refinement reads image and mask
@@ -51,10 +51,10 @@ class IsfpExtra(NamedTuple):
 
 
 def convolution(before: int, after: int, kernel: int = 3, dilation: int = 1) -> nn.Sequential:
-    """Return convolution, group norm, leaky ReLU."""
+    """Return convolution, normalisation, leaky ReLU."""
     padding = kernel // 2 * dilation
     conv = nn.Conv2d(before, after, kernel, padding=padding, dilation=dilation, bias=False)
-    return nn.Sequential(conv, nn.GroupNorm(num_groups(after, GROUPS), after), nn.LeakyReLU(SLOPE))
+    return nn.Sequential(conv, map_norm(after), nn.LeakyReLU(SLOPE))
 
 
 class ImagePart(nn.Module):

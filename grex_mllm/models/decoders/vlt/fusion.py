@@ -9,8 +9,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from grex_mllm.errors import fault
-from grex_mllm.models.feature_pyramid import GROUPS, num_groups
 from grex_mllm.models.grid import ConvReluNorm, TokenReluNorm
+from grex_mllm.models.norms import map_norm
 from grex_mllm.types import TextFeatures
 
 SPATIAL, TILE, TILE_CONVOLUTIONS = FUSIONS = ("spatial", "tile", "tile_convolutions")
@@ -52,7 +52,7 @@ class LanguageFusion(nn.Module):
         self.key = TokenReluNorm(width, width, shift=False) if fusion == SPATIAL else None
         self.value = TokenReluNorm(width, width)
         self.fuse = nn.Conv2d(width, width, 3, padding=1, bias=False)
-        self.norm = nn.GroupNorm(num_groups(width, GROUPS), width)
+        self.norm = map_norm(width)
         self.more = nn.ModuleList(ConvReluNorm(width, width) for _ in range(MORE_CONVOLUTIONS if fusion == TILE_CONVOLUTIONS else 0))
 
     def forward(self, images: FusionImages, image_index: Tensor, text: TextFeatures) -> Tensor:
