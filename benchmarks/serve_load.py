@@ -135,7 +135,7 @@ def server(model: str, pictures: int, threads: int) -> Iterator[tuple[str, psuti
 
 
 def client(address: str, case: Case, describes: bool, until: float, found: Found, lock: threading.Lock) -> None:
-    """Ask until the time is over; note how long each answer took, and whether it is this client's own."""
+    """Ask until the time is over, at least one round; note how long each answer took, and whether it is this client's own."""
     with httpx2.Client(base_url=address, timeout=120) as http:
 
         def ask(path: str, **given: Any) -> Any:
@@ -149,7 +149,8 @@ def client(address: str, case: Case, describes: bool, until: float, found: Found
             if (result["expression"], result["mask_rle"]) != (case.expressions[n], case.answers[n]):
                 found.mixed.append(f"{name}: mask of {result['mask_rle']['size']} for {case.pixels.shape[:2]}: {result['expression']}")
 
-        while time.monotonic() < until:
+        over = False
+        while not over:
             taken = []
             try:
                 start = time.perf_counter()
@@ -178,6 +179,7 @@ def client(address: str, case: Case, describes: bool, until: float, found: Found
             with lock:
                 for kind, seconds in taken:
                     found.seconds[kind].append(seconds)
+            over = time.monotonic() >= until
 
 
 def load(address: str, process: psutil.Process, cases: list[Case], describes: bool, seconds: float) -> Found:

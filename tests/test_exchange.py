@@ -266,6 +266,16 @@ def test_fiftyone(monkeypatch: pytest.MonkeyPatch) -> None:
     assert len(to_fiftyone("a.png", [grounding()])["grounding"]) == 2
 
 
+def test_fiftyone_itself(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("FIFTYONE_DO_NOT_TRACK", "true")
+    package = pytest.importorskip("fiftyone", reason="fiftyone is not installed: the calls were tested with a stand-in of it")
+    sample = to_fiftyone(str(tmp_path / "a.png"), [grounding(), grounding(no_target=True)])
+    assert isinstance(sample, package.Sample)
+    first, second = sample["grounding"].detections
+    assert first.bounding_box == pytest.approx([2 / WIDTH, 3 / HEIGHT, 10 / WIDTH, 10 / HEIGHT]) and first.label == "both"
+    assert second.mask.shape == (10, 10) and second.mask.all() and second.confidence == pytest.approx(0.7)
+
+
 @pytest.mark.parametrize("name", ["supervision", "fiftyone"])
 def test_missing_packages_are_named(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
     monkeypatch.setitem(sys.modules, name, None)
