@@ -1,5 +1,6 @@
 # setup: .venv with everything, from nothing.  demo: train, predict, score and report on synthetic scenes.
 # photos: the same on photographs of your own, with pre-trained parts that pip brings: make photos COCO=FOLDER.  test, lint: what .ci/run runs.
+# docs: the documentation as a site, into site/.
 # test-long: what takes longer than make test may (10 minutes on two cores): kills at every moment, load, long runs.
 PYTHON ?= python3
 # Installed first and pinned, so that no later request of pip brings another build of it.
@@ -9,7 +10,7 @@ TEST_PROCESSES ?= 2
 BIN := .venv/bin
 STAMP := .venv/.installed
 
-.PHONY: setup demo photos photos-given test test-long lint clean
+.PHONY: setup demo photos photos-given test test-long lint docs clean
 
 setup: $(STAMP)
 
@@ -44,5 +45,10 @@ lint: setup
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy grex_mllm
 
+docs: setup
+	$(BIN)/python -m pip install --quiet -e '.[docs]'
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict
+	@echo "built; open site/index.html"
+
 clean:
-	rm -rf .venv .pytest_cache .mypy_cache .ruff_cache .hypothesis build dist *.egg-info
+	rm -rf site .venv .pytest_cache .mypy_cache .ruff_cache .hypothesis build dist *.egg-info

@@ -9,14 +9,15 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 __version__ = "0.1.0"
-__all__ = ["GrexModel", "__version__", "load_config", "metrics"]
+__all__ = ["Dialogue", "GrexModel", "__version__", "load_config", "metrics"]
 
 if TYPE_CHECKING:
     from grex_mllm import metrics
     from grex_mllm.config import load_config
+    from grex_mllm.dialogue.session import Dialogue
     from grex_mllm.models.grex import GrexModel
 
-_HOMES = {"GrexModel": "grex_mllm.models.grex", "load_config": "grex_mllm.config"}
+_HOMES = {"Dialogue": "grex_mllm.dialogue.session", "GrexModel": "grex_mllm.models.grex", "load_config": "grex_mllm.config"}
 
 
 def __getattr__(name: str) -> Any:

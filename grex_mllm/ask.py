@@ -116,6 +116,8 @@ def describe_objects(
     if answer.fields.get("candidates"):
         options = answer.fields["candidates"]
         printed["candidates"] = [{"expression": t} | ({"listener_score": round(v, 4)} if v == v else {}) for t, v in options]
+    if answer.fields.get("costs"):
+        printed["listener_costs"] = answer.fields["costs"]
     return printed
 
 

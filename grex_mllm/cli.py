@@ -10,24 +10,11 @@ from pathlib import Path
 from typing import Annotated, get_type_hints
 
 from grex_mllm.arguments import AS_WRITTEN, Place, Places, parsed, split_overrides
+from grex_mllm.demo import demo
 from grex_mllm.errors import GrexError, fault
 from grex_mllm.export.command import card, export
 from grex_mllm.search.verb import search
 from grex_mllm.serve.command import serve
-
-
-def demo(out: str = "runs/demo", config: str | None = None, overrides: list[str] | None = None) -> int:
-    """Train the joint model on synthetic scenes, predict and score the test split, and write a report.
-
-    Args:
-        out: the run's folder.
-        config: another configuration than the demo's own.
-        overrides: fields to change, as --a.b=c.
-    """
-    from grex_mllm.demo import run_demo
-
-    run_demo(Path(out), config, overrides or [])
-    return 0
 
 
 def train(config: str | None = None, overrides: list[str] | None = None) -> int:
@@ -200,7 +187,7 @@ def describe(
         masks: the objects as mask PNGs of the image's size.
         mode: greedy, beam or sample.
         candidates: how many to draw for the reranking.
-        rerank: listener = choose the candidate that the model itself grounds best; own = by the generator's own likelihoods (mllm).
+        rerank: listener = choose the candidate that the model grounds best; of mllm also own (likelihoods), own_grounding (its own boxes).
         seed: of the sampling.
         device: auto, cpu, cuda.
     """

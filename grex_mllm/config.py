@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import difflib
 from dataclasses import asdict, dataclass, field, fields, is_dataclass
+from functools import cache
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -78,6 +79,8 @@ class LossConfig:
     ground: float = 1.0
     generate: float = 1.0
     contrast: float = 0.0  # object sets and their expressions meet in one space (`models/contrast.py`); needs both parts; 0 = not
+    distill: float = 0.0  # what the model `train.teacher` answers is learned as well (`models/distillation.py`); 0 = not
+    distill_temperature: float = 2.0  # that softens the probabilities of both
     generate_start: float = 0.0  # share of the training before the expressions are learned; see the generator's `forward`
 
 
@@ -137,6 +140,7 @@ class TrainConfig:
     generator's projector alone, everything else frozen: a first run, whose folder is the joint one's `start`).
     save_every, log_every: in steps; a checkpoint is also made at the end.  keep: how many checkpoints stay.
     start: a model folder whose weights the training starts from; heads that it lacks start as built.
+    teacher: a model folder whose answers are learned as well (`loss.distill`); it stays as it is.
     resume: go on from the newest complete checkpoint in `out` if there is one; batch_images, accumulation, the number of processes and
     deepspeed may be others then.  deepspeed: a JSON of deepspeed_configs/, or None.
     num_threads: CPU threads of each process, 0 = torch's choice.
@@ -148,6 +152,7 @@ class TrainConfig:
     seed: int = 0
     out: str = "runs/train"
     start: str | None = None
+    teacher: str | None = None
     steps: int = 10000
     batch_images: int = 8
     accumulation: int = 1
@@ -181,6 +186,7 @@ class PredictConfig:
     min_mask_pixels: int = 50
     # none | location | mask: the ground truth in place of a branch of the decoder, to see what the others lose (isfp; `grex predict` alone)
     oracle: str = "none"
+    rerank: str = "listener"  # of the candidates of `--listener`: listener | own (mllm) | own_grounding (mllm; docs in models/describe.py)
     precision: str = "auto"  # auto | fp32 | bf16
 
 
@@ -274,15 +280,14 @@ def parsed(kind: Any, data: dict[str, Any], changes: list[str], where: str, sour
     Raises:
         GrexError: unknown key (with a suggestion), or a value of the wrong type.
     """
-    from jsonargparse import ArgumentError, ArgumentParser
+    from jsonargparse import ArgumentError
 
     check_keys(data, kind, where, source)
     start = f"--{where}." if where else "--"
     flags = [f"--{item.removeprefix(start)}" for item in changes]
     for item in flags:
         check_keys(_nest(item.removeprefix("--").partition("=")[0]), kind, where, "command line")
-    parser = ArgumentParser(exit_on_error=False)
-    parser.add_class_arguments(kind, as_group=False)
+    parser = _parser_of(kind)
     try:
         values = parser.parse_object(data)
         if flags:
@@ -291,6 +296,16 @@ def parsed(kind: Any, data: dict[str, Any], changes: list[str], where: str, sour
     except ArgumentError as error:
         raise GrexError(f"{source}: {where and where + ': '}{error}; expected a value of the field's type; fix the value") from None
     return kind(**{f.name: made[f.name] for f in fields(kind)})
+
+
+@cache
+def _parser_of(kind: Any) -> Any:
+    """Return the parser of a dataclass's fields; building it takes most of the time of reading a configuration."""
+    from jsonargparse import ArgumentParser
+
+    parser = ArgumentParser(exit_on_error=False)
+    parser.add_class_arguments(kind, as_group=False)
+    return parser
 
 
 def _take(data: dict[str, Any], field_name: str) -> Any:

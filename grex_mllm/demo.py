@@ -1,8 +1,12 @@
-"""The main job on the embedded default: data, joint training, prediction, scores and report, all by what any other user calls."""
+"""The main job on the embedded default: data, joint training, prediction, scores and report, all by what any other user calls.
+
+The verb `grex demo` stands here, too; what is heavy is imported when it runs.
+"""
 
 from __future__ import annotations
 
 import time
+import webbrowser
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +16,32 @@ from grex_mllm.job import DATA, PREDICTIONS, PROTOCOL, RESULTS, WEIGHTS, announc
 DEMO_CONFIG = CONFIG_FOLDER / "demo.yaml"
 TEST_SCENES, EXPRESSIONS_PER_SCENE, LISTENER_CANDIDATES = 250, 8, 16
 PREDICTION_STEPS, SCORING_S = 120, 15.0  # time of the prediction in joint training steps, and of scores and report; for the announcement
+
+
+def demo(out: str = "runs/demo", config: str | None = None, open: bool = False, overrides: list[str] | None = None) -> int:
+    """Train the joint model on synthetic scenes, predict and score the test split, and write a report.
+
+    Args:
+        out: the run's folder.
+        config: another configuration than the demo's own.
+        open: show the report in the browser at the end.
+        overrides: fields to change, as --a.b=c.
+    """
+    done = run_demo(Path(out), config, overrides or [])
+    if done and open:
+        from grex_mllm.report.page import REPORT
+
+        open_report(Path(out) / REPORT)
+    return 0
+
+
+def open_report(page: Path) -> None:
+    """Show a page in the browser of this machine; say where it is where there is none."""
+    try:
+        opened = webbrowser.open(page.resolve().as_uri())
+    except (webbrowser.Error, OSError):
+        opened = False
+    say(f"opened in the browser: {page}" if opened else f"no browser found here; open this file in one: {page.resolve()}")
 
 
 def run_demo(out: Path, config_file: str | None, overrides: list[str]) -> dict[str, Any]:

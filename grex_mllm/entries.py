@@ -30,8 +30,12 @@ GENERATORS = {
 PRETRAINING = {
     "tiny_lm": "grex_mllm.training.pretraining",
 }
+LISTENERS = {
+    "own_grounding": "grex_mllm.zeroshot.own_grounding",
+}
 SOURCES = {
     "synthetic": "grex_mllm.data.synthetic.source",
+    "dialogue": "grex_mllm.data.synthetic.dialogue_source",
 }
 CONTRACTS: dict[str, tuple[dict[str, str], tuple[str, ...]]] = {
     "model.decoder": (DECODERS, ("Config", "Decoder", "Criterion")),

@@ -134,6 +134,11 @@ def _sampled(data: str, split: str, number: int | None, way: str, out: Path, *, 
 def _tasks_of(predictor: Predictor, model: str, tasks: list[str]) -> list[str]:
     """Return the tasks that the predictor can do."""
     possible = [task for task in tasks if task in predictor.can.tasks]
+    why = [predictor.can.lacks[task] for task in tasks if task in predictor.can.lacks]
+    if why and not possible:
+        raise fault(f"{model} cannot do {tasks[0]} ({why[0]})", "a model that can", f"use --tasks {predictor.can.tasks[0]}")
+    for reason in why:
+        print(f"left out: {reason}", file=sys.stderr, flush=True)
     if not possible and "generate" in tasks:
         raise fault(f"{model} has no generator", "a model with one for task generate", "use --tasks ground")
     if not possible:

@@ -129,7 +129,8 @@ class Batch:
     target_index: E tensors int64 [n_e], positions of the targets among the image's instances.
     generation: what the generator's own `collate` made; None without a generator.
     too_long: ids of expressions that the generator would have learned from, but for their length.
-    geometries: B.  expression_ids: E.  image_ids: B.  views: B names, see `Sample`, or empty.
+    geometries: B.  expression_ids, expressions: E, the latter as the text encoder reads them.  image_ids: B.
+    views: B names, see `Sample`, or empty.
     """
 
     image: Tensor
@@ -150,6 +151,7 @@ class Batch:
     generation: Any = None
     too_long: list[str] = field(default_factory=list)
     views: list[str | None] = field(default_factory=list)
+    expressions: list[str] = field(default_factory=list)
 
     @property
     def input_sizes(self) -> list[tuple[int, int]]:
@@ -209,6 +211,7 @@ class GroundingOutput(NamedTuple):
     boxes_norm: float [E, Q, 4] cxcywh.  box_logits: float [E, Q].  count_logits: float [E, 7] over {0..5, >5}.
     minimap_prob: float [E, P, P] for pictures.
     extra: a named tuple of the decoder's own, which only its `Criterion` reads.
+    active_regions: bool [E, Q], which of the Q rows are regions: the first P_e * P_e of an expression with a grid of its own; None = all.
     """
 
     mask_logits: Tensor
@@ -219,6 +222,7 @@ class GroundingOutput(NamedTuple):
     count_logits: Tensor | None = None
     minimap_prob: Tensor | None = None
     extra: Any = None
+    active_regions: Tensor | None = None
 
 
 class Proposals(NamedTuple):

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -31,6 +33,21 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Put the files of EARLY in front; within a file the order stays."""
     place = {name: n for n, name in enumerate(EARLY)}
     items.sort(key=lambda item: place.get(item.path.stem, len(EARLY)))
+
+
+@contextmanager
+def no_java() -> Iterator[None]:
+    """Score without the metrics that need Java, as where it is not installed: each run of METEOR reads paraphrases for eight seconds."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("grex_mllm.metrics.language.java_missing", lambda: "left out: it takes seconds")
+        yield
+
+
+@pytest.fixture
+def without_java() -> Iterator[None]:
+    """See `no_java`."""
+    with no_java():
+        yield
 
 
 @pytest.fixture(scope="session")

@@ -52,6 +52,7 @@ PLACEHOLDERS = {"FOLDER": "data/grefcoco", "SPLIT": "val", "MODEL_FOLDER": "runs
 PLACEHOLDERS |= {"PREDICTIONS": "runs/mine/predictions.jsonl", "GENERATED.jsonl": "runs/mine/predictions.jsonl", "$k": "0"}
 STEPS = re.compile(r"(--train\.(?:text\.)?(?:steps|scenes)=)(\d+)")
 DEMO_SIZES = {"demo.TEST_SCENES": 3, "demo.EXPRESSIONS_PER_SCENE": 2, "demo.LISTENER_CANDIDATES": 2, "training.run.CORPUS_LINES": 300}
+DEMO_SIZES["training.pretraining.TEXT_LINES"] = 300
 BENCHMARK_SIZES = {"rela_forward.py": ["--models", "r50", "--size", "64", "--repeats", "1", "--inner", "1", "--baseline", str(ROOT)]}
 BENCHMARK_SIZES["train_step.py"] = ["--batch", "1", "--steps", "1", "--repeats", "1", "--set=--data.image_size=64"]
 LANGUAGE_MODELS = {"Qwen2.5-0.5B-Instruct": "qwen2", "Qwen2.5-1.5B-Instruct": "qwen2", "Qwen2.5-7B-Instruct": "qwen2"}
@@ -65,6 +66,7 @@ BENCHMARK_SIZES["photo_comparison.py"] = ["--seconds", "0.01", "--seeds", "0", "
 BENCHMARK_SIZES["race.py"] = ["--seconds", "0.01", "--threads", "1", "--seeds", "0", "--scenes", "2", "--systems", "LAVT"]
 BENCHMARK_SIZES["propagation.py"] = ["--side", "5", "--width", "16", "--repeats", "1"]
 BENCHMARK_SIZES["joint_ablation.py"] = ["--steps", "2", "--scenes", "2", "--seeds", "0", "--variants", "contrast"]
+BENCHMARK_SIZES["dialogue.py"] = ["--scenes", "2"]
 BENCHMARK_SIZES["search.py"] = ["--images", "12", "--queries", "2"]
 DECODER_SIZES = {"num_layers": 3, "kept_regions": 6, "roi_channels": 8, "grid_side": 4, "segmentation_width": 16, "refinement_width": 8}
 DECODER_SIZES |= {"encoder_feedforward": 16}

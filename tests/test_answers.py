@@ -102,7 +102,8 @@ def mutate(count: int, seed: int) -> Iterator[tuple[dict[str, Any], str]]:
     texts = [case for case in ANSWERS if case["text"]]
     for _ in range(count):
         case, other = rng.choice(texts), rng.choice(texts)
-        changed = {**case, "family": rng.choice((case, other))["family"], "answer": rng.choice(("boxes", "boxes", "points", "polygons"))}
+        kind = rng.choice(("boxes", "boxes", "points", "polygons", "masks"))
+        changed = {**case, "family": rng.choice((case, other))["family"], "answer": kind}
         yield {**changed, "finish": rng.choice(("stop", "stop", "length"))}, mutated(rng, case["text"], other["text"])
 
 

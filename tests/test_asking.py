@@ -19,9 +19,8 @@ from grex_mllm.predictors.protocol import Answer, Item, set_key
 from grex_mllm.zeroshot.asking import Asking
 from grex_mllm.zeroshot.base import Conversation, Picture, RawAnswer, Request, View
 from grex_mllm.zeroshot.families import find_family
-from grex_mllm.zeroshot.parsing import Parsed
 from grex_mllm.zeroshot.prompts import Prompt, Sampling
-from grex_mllm.zeroshot.rejection import Rejection, agreed, parse_rejection
+from grex_mllm.zeroshot.rejection import Rejection, parse_rejection
 from grex_mllm.zeroshot.segmenters import Boxes, Polygons, box_mask
 from grex_mllm.zeroshot.shots import choose_shots, shot_turns
 
@@ -238,28 +237,8 @@ def test_votes_of_samples(items: list[Item]) -> None:
     height, width = item.image.shape[:2]
     np.testing.assert_allclose(answer.grounding.boxes_xyxy, [[0, 0, width / 2, height / 2]], atol=1e-3)
     assert [raw["text"] for raw in answer.fields["raw"]] == texts
-    with pytest.raises(GrexError, match="consistency"):
-        Asking(QWEN3, prompt("gres", "x", answer="polygons"), segmenter=Polygons(), rejection=Rejection("consistency"))
     with pytest.raises(GrexError, match="count"):
         Asking(QWEN3, COUNT, exists=EXISTS, rejection=Rejection("twice"))
-
-
-def test_what_samples_agree_on() -> None:
-    def some(*boxes: tuple[float, ...]) -> Parsed:
-        return Parsed("ok", boxes_xyxy=np.array(boxes, float).reshape(-1, 4))
-
-    nothing, lost = Parsed("ok", no_target=True), Parsed("unparsable", "why")
-    a, b, c = (0, 0, 10, 10), (20, 0, 30, 10), (0, 50, 10, 60)
-    assert agreed([lost, lost]) is lost
-    assert (
-        agreed([nothing, nothing, some(a)]).no_target and not agreed([some(a), nothing]).no_target and agreed([nothing, some(a)]).no_target
-    )
-    assert agreed([lost, nothing, lost]).no_target
-    assert agreed([some(a, b), some(b, a), some(c)]).boxes_xyxy.tolist() == [list(a), list(b)]
-    assert agreed([some(a), some(b)]).boxes_xyxy.tolist() == [list(a), list(b)]  # no majority: what most have
-    same = agreed([some(a, a), some(a)])
-    assert same.boxes_xyxy.tolist() == [list(a)]  # one sample has one vote for an object
-    assert agreed([some((0, 0, 10, 10)), some((0, 0, 12, 10)), some((2, 0, 10, 10))]).boxes_xyxy.tolist() == [[0, 0, 10, 10]]
 
 
 def test_polygons_become_masks(items: list[Item]) -> None:

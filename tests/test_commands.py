@@ -11,11 +11,12 @@ import signal
 import socket
 import subprocess
 import sys
+from contextlib import nullcontext
 from pathlib import Path
 from urllib.request import urlopen
 
 import pytest
-from conftest import ROOT
+from conftest import ROOT, no_java
 from fake_server import FakeServer
 from shrink import (
     DEMO_SIZES,
@@ -39,7 +40,9 @@ DOCUMENTS = [
         ROOT / folder / "README.md"
         for folder in (".", "configs", "configs/cluster", "deepspeed_configs", "data_prep", "benchmarks", "eval", "eval/protocols")
     ),
+    *sorted((ROOT / "docs").glob("*.md")),
 ]
+WITH_JAVA = "GENERATED"  # of the commands that score, the one that has METEOR computed
 LAUNCHERS = ("torchrun", "deepspeed", "accelerate")
 FOUND = {file.relative_to(ROOT).as_posix(): commands(file) for file in DOCUMENTS}
 ALL = [(name, command) for command, name in {c: name for name in reversed(FOUND) for c in FOUND[name]}.items()]  # each once
@@ -48,6 +51,7 @@ TOO_LONG += (
     "benchmarks/photo_comparison.py",
     "benchmarks/photo_causes.py",
     "benchmarks/race.py",
+    "benchmarks/shared_image.py",
     "data_prep/photos.py",
     "configs/demo_long.yaml",
 )
@@ -69,7 +73,8 @@ def is_long(command: str) -> bool:
 
 @pytest.fixture(scope="module")
 def template(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make_stage(tmp_path_factory.mktemp("stage"))
+    with no_java():
+        return make_stage(tmp_path_factory.mktemp("stage"))
 
 
 @pytest.fixture
@@ -140,6 +145,11 @@ def serve_once(words: list[str]) -> None:
 
 def try_command(command: str, stage: Path) -> None:
     """Run one command. A launcher's flags are read by its parser; what it launches runs in this process."""
+    with nullcontext() if WITH_JAVA in command else no_java():
+        run_command(command, stage)
+
+
+def run_command(command: str, stage: Path) -> None:
     words = shrunken(command)
     if words[0] in LAUNCHERS:
         module, own, num_processes = launched(words)
@@ -173,7 +183,7 @@ def test_documented_command_runs(document: str, command: str, stage: Path) -> No
 
 
 def test_the_documents_have_commands() -> None:
-    assert all(FOUND[name] for name in FOUND if name != "eval/README.md"), FOUND
+    assert all(FOUND[name] for name in FOUND if name != "eval/README.md" and not name.startswith("docs/")), FOUND
     assert len(ALL) > 50
     assert {shrunken(command)[0] for _, command in ALL} >= {"grex", "python", "torchrun", "deepspeed", "accelerate", "make"}
 

@@ -181,6 +181,27 @@ def test_ablations_change_what_they_name() -> None:
     assert row == full
 
 
+def test_options_change_what_they_name() -> None:
+    """Each differs from the full model in the option alone, which is off there."""
+    for name, full, changes in (
+        ("focal", "gres_rela_swin_base", {"model.decoder.loss.hard.focal_gamma": 2.0}),
+        ("hard_pixels", "gres_rela_swin_base", {"model.decoder.loss.hard.pixels": 0.25}),
+        ("hard_masks", "gres_rela_swin_base", {"model.decoder.loss.hard.masks": 0.5}),
+        ("regions_by_image", "gres_rela_swin_base", {"model.decoder.minimap_side": 16, "model.decoder.region_sides": [4, 8, 16]}),
+        ("distill", "gres_rela_r50", {"loss.distill": 1.0, "train.teacher": "models/rela-swin-base"}),
+    ):
+        row, plain = load_config(FOLDER / f"option_{name}.yaml"), load_config(FOLDER / f"{full}.yaml")
+        assert row != plain
+        for field, value in changes.items():
+            *path, last = field.split(".")
+            ours, theirs = row, plain
+            for part in path:
+                ours, theirs = getattr(ours, part), getattr(theirs, part)
+            assert getattr(ours, last) == value
+            setattr(ours, last, getattr(theirs, last))
+        assert row == plain
+
+
 def test_the_table_names_every_configuration() -> None:
     table = (FOLDER / "README.md").read_text(encoding="utf-8")
     assert [file.name for file in FILES if f"`{file.name}`" not in table] == []

@@ -19,6 +19,7 @@ from grex_mllm import GrexModel
 from grex_mllm.config import save_config
 from grex_mllm.data.synthetic.export import export
 from grex_mllm.data.synthetic.settings import SyntheticConfig
+from grex_mllm.report.page import SERVED_AT
 from grex_mllm.training.run import train_from_config
 
 SMALL = {
@@ -43,6 +44,7 @@ def few(monkeypatch):
     monkeypatch.setattr(demo, "EXPRESSIONS_PER_SCENE", 3)
     monkeypatch.setattr(demo, "LISTENER_CANDIDATES", 2)
     monkeypatch.setattr("grex_mllm.training.run.CORPUS_LINES", 300)
+    monkeypatch.setattr("grex_mllm.training.pretraining.TEXT_LINES", 300)
 
 
 def losses(out: Path) -> list[tuple]:
@@ -50,6 +52,7 @@ def losses(out: Path) -> list[tuple]:
     return [(row["step"], {k: v for k, v in row.items() if k.startswith("loss/")}) for row in rows]
 
 
+@pytest.mark.usefixtures("without_java")
 def test_demo_runs_from_data_to_report(tmp_path, few):
     config = tmp_path / "small.yaml"
     save_config(small(), config)
@@ -59,7 +62,8 @@ def test_demo_runs_from_data_to_report(tmp_path, few):
     assert "Pr@F1" in strict["grec"] and "accuracy" in strict["count"] and "official" in results["results"]
     assert results["baselines"]["oracle"] and results["baselines"]["always_empty"]
     page = (tmp_path / "run" / "report.html").read_text()
-    assert "data:image/jpeg" in page and "http://" not in page.replace("http://www.w3.org", "")
+    assert "data:image/jpeg" in page and "http://" not in page.replace("http://www.w3.org", "").replace(SERVED_AT, "")
+    assert "grex serve --model run</code>" in page
     rows = losses(tmp_path / "run")
     assert {name.split("/")[1] for _, terms in rows for name in terms} == {"ground", "generate", "total"}
     assert all(np.isfinite(v) for _, terms in rows for v in terms.values())

@@ -11,12 +11,15 @@ import pytest
 from PIL import Image
 
 from grex_mllm.errors import GrexError
+from grex_mllm.models.multimodal.families import FAMILIES as LOCAL_FAMILIES
+from grex_mllm.models.multimodal.task_words import KINDS
 from grex_mllm.ops.boxes import box_iou
 from grex_mllm.ops.frames import FRAMES, boxes_from_pixels, boxes_to_pixels, points_from_pixels, points_to_pixels, step
 from grex_mllm.zeroshot.base import RawAnswer, View
-from grex_mllm.zeroshot.families import FAMILIES, Limits, find_family
+from grex_mllm.zeroshot.families import FAMILIES, Limits, family_of_type, find_family
 from grex_mllm.zeroshot.families.sizes import fitted, longest_then_tiles, padded_square, patch_budget, smart, smart_resize, tiles
 from grex_mllm.zeroshot.parsing import parse_grounding
+from grex_mllm.zeroshot.prompts import TASKS
 
 SIZES = 50
 RED, GREEN = (220, 30, 30), (30, 200, 60)
@@ -90,6 +93,23 @@ def test_boxes_come_back(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", FAMILIES)
+def test_boxes_at_the_edges_of_pictures_of_any_size_come_back(name: str) -> None:
+    """The first and the last pixel are places like all others, also where a step is many pixels long."""
+    family, rng = find_family(name), np.random.default_rng(12)
+    for width, height in [(97, 61), (640, 480), (2049, 1500), (4000, 3001), (9000, 6000), (3000, 12000)]:
+        view, ends = family.view(width, height), np.array([width, height])
+        inner = np.sort(rng.uniform(0.1, 0.9, (4, 2, 2)), axis=1) * ends + np.array([[0.0, 0.0], [0.1, 0.1]]) * ends
+        boxes = np.concatenate([inner.reshape(4, 4), [[0, 0, width, height]], [[*(0.93 * ends), *ends]], [[0, 0, *(0.07 * ends)]]])
+        boxes[0, 0], boxes[1, 3], boxes[2, 1], boxes[3, 2] = 0, height, 0, width
+        boxes = np.round(boxes)
+        if family.answer == "boxes":
+            near(back(name, family.write(boxes, view, "x"), view, "boxes").boxes_xyxy, boxes, family.frame, view)
+        if family.write_points is not None:
+            points = np.concatenate([boxes[:5, :2], [ends], [[width, 0]]])
+            near(back(name, family.write_points(points, view, "x"), view, "points").points, points, family.frame, view)
+
+
+@pytest.mark.parametrize("name", FAMILIES)
 def test_what_the_model_sees_is_written_and_comes_back(name: str) -> None:
     """The box is read off the resized picture, where a model would see it; half a sent pixel may be lost there."""
     family, rng = find_family(name), np.random.default_rng(8)
@@ -135,6 +155,17 @@ def test_a_family_is_whole(name: str) -> None:
     assert family.answer in family.formats and family.patterns == tuple(pattern for pattern in family.patterns if re.compile(pattern))
     assert (family.write_points is not None) == ("points" in family.formats)
     assert (family.write_polygons is not None) == ("polygons" in family.formats)
+    assert (family.write_masks is not None) == ("masks" in family.formats)
+
+
+def test_every_model_that_runs_here_has_one_family() -> None:
+    """By its type in transformers; what a family lacks is a task with a reason."""
+    types = [kind for name in FAMILIES for kind in find_family(name).model_types]
+    assert len(set(types)) == len(types) and {*LOCAL_FAMILIES, *KINDS} == set(types)
+    assert all(family_of_type(kind).model_types.count(kind) == 1 for kind in types)
+    for family in map(find_family, FAMILIES):
+        assert set(family.lacks) <= set(TASKS) and all(family.lacks.values()) and not {"grec", "gres"} & set(family.lacks)
+        assert not family.lacks or set(family.model_types) <= set(KINDS)
 
 
 def test_steps_and_edges() -> None:

@@ -21,12 +21,13 @@ from test_segmenters import write_sam
 from grex_mllm.cli import main
 from grex_mllm.data.records import Dataset, load_dataset
 from grex_mllm.ops.frames import boxes_from_pixels, boxes_to_pixels, points_from_pixels, points_to_pixels
-from grex_mllm.ops.masks import encode_rle, segmentation_to_mask
+from grex_mllm.ops.masks import encode_rle, mask_to_box_xyxy, segmentation_to_mask
 from grex_mllm.score import score
 from grex_mllm.types import Instance
 from grex_mllm.zeroshot.base import Picture, View
 from grex_mllm.zeroshot.families import FAMILIES, Family, find_family
 from grex_mllm.zeroshot.parsing import Parsed
+from grex_mllm.zeroshot.parsing.pictures import MaskPicture
 from grex_mllm.zeroshot.segmenters import open_segmenter
 
 SIZES = ((640, 480), (333, 500), (900, 301), (97, 120))
@@ -89,8 +90,12 @@ def outline(instance: Instance) -> np.ndarray:
     return np.asarray(instance.segmentation[0], float).reshape(-1, 2)
 
 
+def drawn(instance: Instance, view: View) -> np.ndarray:
+    return segmentation_to_mask(instance.segmentation, view.height, view.width)
+
+
 def says(data: Dataset, family: Family, kind: str) -> Any:
-    """Return the script of a server whose model knows everything. kind: boxes, points or polygons."""
+    """Return the script of a server whose model knows everything. kind: boxes, points, polygons or masks."""
     originals = [np.asarray(Image.open(data.image_root / f"{i}.png")) for i in range(len(SIZES))]
 
     def script(body: dict[str, Any]) -> Reply:
@@ -104,6 +109,9 @@ def says(data: Dataset, family: Family, kind: str) -> Any:
         if kind == "points":
             assert family.write_points is not None
             return completion(family.write_points(np.stack([inside(i) for i in found]), view, "it"))
+        if kind == "masks":
+            assert family.write_masks is not None
+            return completion(family.write_masks([drawn(i, view) for i in found], "it"))
         if kind == "polygons":
             assert family.write_polygons is not None
             return completion(family.write_polygons([outline(i) for i in found], view, "it"))
@@ -157,6 +165,12 @@ def directly(data: Dataset, family: Family, kind: str, sam: Path) -> Iterator[di
             polygons = [np.clip(points_to_pixels(numbers, family.frame, view), 0, ends[:2]) for numbers in numbers_of]
             boxes = np.array([[*p.min(axis=0), *p.max(axis=0)] for p in polygons])
             mask = segmentation_to_mask([p.reshape(-1).tolist() for p in polygons], view.height, view.width)
+        for mine in (drawn(i, view) for i in found) if kind == "masks" else ():
+            x1, y1, x2, y2 = (int(edge) for edge in mask_to_box_xyxy(mine))
+            numbers = boxes_from_pixels(np.array([[x1, y1, x2, y2]], float), family.frame, view)
+            box = boxes_to_pixels(numbers, family.frame, view)
+            boxes = np.concatenate([boxes, box])
+            mask |= MaskPicture(box[0], np.where(mine[y1:y2, x1:x2], 255, 0).astype(np.uint8)).placed(view.height, view.width)
         line = {"expression_id": record.expression_id, "mask_rle": encode_rle(mask), "boxes_xyxy": np.round(boxes, 3).tolist()}
         line |= {"box_scores": [1.0] * len(boxes), "count": len(found), "no_target": not found, "no_target_prob": float(not found)}
         yield line
@@ -164,6 +178,7 @@ def directly(data: Dataset, family: Family, kind: str, sam: Path) -> Iterator[di
 
 WAYS = [(name, "points" if name in POINTS else "boxes") for name in FAMILIES]
 WAYS += [(name, "points") for name in ("qwen2.5-vl", "qwen3-vl", "gemini")] + [(n, "polygons") for n in ("florence2", "gpt", "qwen2.5-vl")]
+WAYS += [("gemini", "masks")]
 
 
 @pytest.mark.parametrize(("name", "kind"), WAYS)
@@ -174,7 +189,9 @@ def test_a_perfect_model_scores_what_its_answers_score(place: Path, tmp_path: Pa
         flags += [f"--ask.masks=sam:{place / 'sam'}", "--ask.mask_device=cpu"]
     if kind == "polygons":
         flags += ["--ask.masks=polygon"]
-    if kind == "boxes" or name in (*POINTS, "florence2"):
+    if kind == "masks":
+        flags += ["--ask.masks=mask", "--ask.prompt=native_gemini_masks"]
+    elif kind == "boxes" or name in (*POINTS, "florence2"):
         flags += [] if kind != "points" else ["--ask.prompt=uniform_points"]
     else:
         flags += [f"--ask.prompt=uniform_{kind}"]

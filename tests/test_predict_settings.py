@@ -126,6 +126,7 @@ def test_the_judge_of_synthetic_scenes_reads_dataset_json(model: Path, tmp_path:
     assert generated and not any("judgement" in line for line in generated)
 
 
+@pytest.mark.usefixtures("without_java")
 def test_synthetic_data_from_the_command_line(
     model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

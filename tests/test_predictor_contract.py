@@ -22,6 +22,8 @@ from grex_mllm.predictors import PREDICTORS, open_predictor
 from grex_mllm.predictors.protocol import STATUSES, TASKS, Abilities, Answer, Item, Options, set_key
 from grex_mllm.score import score
 
+pytestmark = pytest.mark.usefixtures("without_java")
+
 
 @pytest.fixture(scope="module")
 def place(tmp_path_factory: pytest.TempPathFactory) -> Path:

@@ -13,7 +13,7 @@ from grex_mllm.shipped import PROMPT_FOLDER
 from grex_mllm.zeroshot.families import FAMILIES, find_family
 from grex_mllm.zeroshot.prompts import MARKINGS, SCHEMAS, TASKS, find_prompt, load_prompt, prompt_names
 
-SHIPPED = sorted(PROMPT_FOLDER.rglob("*.yaml"))
+SHIPPED = sorted(path for path in PROMPT_FOLDER.rglob("*.yaml") if path.parent.name != "generator")  # test_instructions
 WORDS = {"expression": "the men in red", "objects": "[1, 2, 3, 4]", "numbers": "1 and 2", "colours": "red", "count": 2}
 GOOD = """# mine
 task: grec
@@ -110,7 +110,7 @@ def test_a_file_of_the_user(tmp_path: Path) -> None:
         ("max_tokens: 100", "max_tokens: 100\nmax_tokns: 3", 'key "max_tokns".*did you mean "max_tokens"'),
         ("frame: family", "frame: k100", 'frame "k100"'),
         ("order: family", "order: yx", 'order "yx"'),
-        ("answer: family", "answer: masks", 'answer "masks"'),
+        ("answer: family", "answer: voxels", 'answer "voxels"'),
         ("{expression}", "{expresion}", 'place "expresion".*did you mean "expression"'),
         ("user:", "sampling: {temperature: 3}\nuser:", "temperature is 3"),
         ("user:", "sampling: {temprature: 0}\nuser:", 'sampling "temprature"'),

@@ -45,6 +45,7 @@ LAYERS = {
     "predictors": 2,
     "zeroshot": 2,
     "ask": 3,
+    "dialogue": 3,
     "convert": 3,
     "exchange": 3,
     "export": 3,

@@ -78,6 +78,19 @@ def test_page_is_whole_and_fetches_nothing(page_text: str) -> None:
     assert policies and "default-src 'none'" in str(policies[0]) and "sha256-" in str(policies[0])
 
 
+def test_the_page_tells_how_its_model_is_asked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where there is a model: a command and a link, and no path of this machine."""
+    monkeypatch.chdir(tmp_path)
+    run = make_run(tmp_path / "my runs" / "a & b")
+    assert "grex serve" not in write_report(run).read_text(encoding="utf-8")
+    (run / "model.safetensors").write_bytes(b"")
+    for given, command in ((run, "grex serve --model 'a & b'"), (run.relative_to(tmp_path), "grex serve --model 'my runs/a & b'")):
+        text = write_report(given).read_text(encoding="utf-8")
+        page = Page(text)
+        assert command in page.text and str(tmp_path) not in text
+        assert [a["href"] for a in page.attributes("a") if not str(a["href"]).startswith("#")] == ["http://127.0.0.1:8000/"]
+
+
 def test_pictures_have_words_and_decode(page_text: str) -> None:
     import base64
     import io

@@ -50,6 +50,7 @@ def test_what_cannot_be_drawn_is_refused(number: int, way: str, message: str) ->
         draw(records({("a", 1): 100}), number, way)
 
 
+@pytest.mark.usefixtures("without_java")
 def test_predict_and_score_a_sample(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     make_dataset(tmp_path / "d")
     words = ["predict", "--model", "oracle", "--data", f"{tmp_path / 'd'}", "--split", "val", "--out", f"{tmp_path / 'x.jsonl'}"]

@@ -13,6 +13,7 @@ from grex_mllm.report import tables
 from grex_mllm.score import print_results, score
 from grex_mllm.score.results import mean_of
 
+pytestmark = pytest.mark.usefixtures("without_java")
 NUM_SETS = {"refcoco": 3, "made": 12}  # image 0 is of refcoco, images 1 to 4 are of made; sets of one, two and three squares
 
 

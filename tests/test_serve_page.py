@@ -215,6 +215,52 @@ def _take_along(page: Page, tmp_path: Path, places: list[Any], image: str) -> No
     assert f"image={image}" in link and "e=a%20green%20star" in link
 
 
+def test_a_conversation(browser: Browser, served: Running, keep: Any) -> None:
+    """A follow-up refers to the selected set, which is shown; editing, removing, clearing and a link keep what refers to what."""
+    page, sent = visit(browser, served.url), []
+    page.on("request", lambda request: sent.append(request.post_data_json) if request.url.endswith("/ground") else None)
+    open_picture(page, encoded(pixels(3, 48, 64)))
+    expect(page.locator("#selected")).to_be_hidden()
+    find(page, "the red circle on the left")
+    expect(page.locator("#selected")).to_contain_text("the red circle on the left")
+    find(page, "and the star too")
+    verdicts = page.locator("#rows .verdict")
+    expect(verdicts.nth(1)).to_contain_text("added to “the red circle on the left”")
+    expect(page.locator("#selected")).to_contain_text("the red circle on the left › and the star too")
+    assert [body.get("history") for body in sent] == [None, ["the red circle on the left"]]
+    page.get_by_role("button", name="the others", exact=True).click()
+    expect(verdicts.nth(2)).to_contain_text("other than") if "object" in verdicts.nth(2).inner_text() else expect(
+        verdicts.nth(2)
+    ).not_to_be_empty()
+    assert sent[-1]["history"] == ["the red circle on the left", "and the star too"]
+    panel = "document.querySelector('#panel')"
+    assert page.evaluate(f"{panel}.scrollWidth <= {panel}.clientWidth"), "nothing is cut off"
+    keep(page, "conversation")
+    page.locator("#rows input").first.fill("green")
+    page.locator("#rows input").first.press("Enter")
+    expect(verdicts.nth(1)).to_contain_text("added to “green”")
+    assert [body.get("history") for body in sent[3:]] == [None, ["green"], ["green", "and the star too"]]
+    assert "e=green&f=and%20the%20star%20too&f=the%20others" in page.url
+    page.locator("#rows .remove").nth(2).click()
+    page.reload()
+    expect(page.locator("#selected")).to_contain_text("green › and the star too")
+    page.click("#forget")
+    expect(page.locator("#selected")).to_be_hidden()
+    find(page, "the others")
+    assert "history" not in sent[-1] and page.url.endswith("&e=the%20others"), "after clearing it refers to nothing"
+    assert quiet(page), page.faults  # type: ignore[attr-defined]
+
+
+def test_two_users_of_one_scene_have_a_conversation_each(browser: Browser, served: Running) -> None:
+    pages = [visit(browser, f"{served.url}#image=scene-2&e={text}") for text in ("the%20red%20circle", "green")]
+    for page in pages:
+        expect(page.locator("#selected")).to_be_visible()
+    for page, before in zip(pages, ("the red circle", "green"), strict=True):
+        find(page, "and the star too")
+        expect(page.locator("#selected")).to_contain_text(f"{before} › and the star too")
+        assert quiet(page), page.faults  # type: ignore[attr-defined]
+
+
 def test_a_link_restores_the_state(browser: Browser, served: Running) -> None:
     page = visit(browser, served.url)
     image = open_picture(page, encoded(pixels(5, 40, 40)))

@@ -1,6 +1,6 @@
 """One step, one graph: one process and several have the same losses and gradients, and no weight is ever without a gradient.
 
-Run as a program it is one of several processes: `python test_step.py CASE RANK WORLD PORT OUT`.
+Run as a program it is one of several processes: `python test_step.py RANK WORLD PORT OUT`; it does all cases, one after the other.
 """
 
 from __future__ import annotations
@@ -29,13 +29,20 @@ from grex_mllm.training.run import batch_stream
 from grex_mllm.training.step import Step, tasks_of
 from grex_mllm.types import Sample
 
+SWIN = {"name": "swin", "embed_width": 8, "swin_depths": [1, 1, 1, 1], "swin_heads": [1, 1, 2, 2], "window": 4, "fusion": "pwam"}
+LAVT: dict[str, Any] = {f"model__vision__{name}": value for name, value in SWIN.items()} | {"model__pixel_decoder__name": "top_down"}
 ATTRIBUTES = "{shape: 7, colour: 6}"
 CASES: dict[str, dict[str, object]] = {
     "instance_selection": {"model__decoder__attribute_classes": ATTRIBUTES, "model__generator__attribute_classes": ATTRIBUTES},
     "rela": {"model__decoder__name": "rela", "model__decoder__num_layers": 2, "model__decoder__minimap_side": 4},
     "generate": {"train__tasks": "generate"},
     "contrast": {"loss__contrast": 0.5},
-}
+    # every option that compares the processes' masks or regions, and a teacher
+    "options": {"model__decoder__name": "rela", "model__decoder__num_layers": 2, "model__decoder__minimap_side": 4,
+                "model__decoder__region_sides": [2, 4], "model__decoder__complexity": [0.1], "model__decoder__loss__hard__pixels": 0.5,
+                "model__decoder__loss__hard__masks": 0.5, "model__decoder__loss__hard__focal_gamma": 2.0, "loss__distill": 0.5},
+    "hard objects": {"model__decoder__loss__hard__masks": 0.5},
+}  # fmt: skip
 IMAGES, WORLD = 4, 2
 
 
@@ -47,6 +54,10 @@ def built(case: str, work: Path, **changes: object) -> tuple[GrexModel, BatchStr
                          train__batch_images=IMAGES, **CASES[case], **changes)  # fmt: skip
     text = train_text_tokenizer(WORDS, 300)
     config.model.text.vocab_size = text.vocab_size
+    if config.loss.distill:
+        config.train.teacher = str(work / "teacher")
+        torch.manual_seed(1)
+        GrexModel(tiny_config(model__decoder__name="lavt", **LAVT), text).save_pretrained(work / "teacher")
     torch.manual_seed(0)
     model = GrexModel(config, text, train_sentencepiece(WORDS * 5, work, 300))
     with torch.no_grad():  # what starts at zero would hide what lies before it
@@ -77,10 +88,20 @@ def gradients(model: Any) -> dict[str, Tensor]:
     return {name: p.grad.clone() for name, p in trained.items()}
 
 
-def one_of_several(case: str, rank: int, world: int, port: str, out: Path) -> None:
+def one_of_several(rank: int, world: int, port: str, out: Path) -> None:
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
     torch.distributed.init_process_group("gloo", rank=rank, world_size=world)
-    model, batches = built(case, out / f"lm{rank}")
+    for case in CASES:
+        found = share_of(case, rank, world, out)
+        if rank == 0:
+            torch.save(found, out / f"{case}.pt")
+    torch.distributed.barrier()
+    torch.distributed.destroy_process_group()
+
+
+def share_of(case: str, rank: int, world: int, out: Path) -> list[tuple[dict[str, Tensor], dict[str, Tensor]]]:
+    """Return the losses of all processes together, and the gradients, of two steps."""
+    model, batches = built(case, out / f"{case}_lm{rank}")
     wrapped = torch.nn.parallel.DistributedDataParallel(Step(model, model.config).train())  # without find_unused_parameters
     found = []
     for progress in (0.0, 1.0):
@@ -93,24 +114,27 @@ def one_of_several(case: str, rank: int, world: int, port: str, out: Path) -> No
         for value in values.values():
             torch.distributed.all_reduce(value)
         found.append((values, gradients(model)))
-    if rank == 0:
-        torch.save(found, out / "found.pt")
-    torch.distributed.barrier()
-    torch.distributed.destroy_process_group()
+    return found
 
 
-@pytest.mark.parametrize("case", list(CASES))
-def test_two_processes_have_the_loss_and_the_gradients_of_one(case: str, tmp_path: Path) -> None:
+@pytest.fixture(scope="module")
+def several(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Do all cases in two processes and return the folder of what they found."""
+    out = tmp_path_factory.mktemp("several")
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = str(free.getsockname()[1])
     environment = {**os.environ, "PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}", "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, __file__, case]
-    running = [subprocess.Popen([*command, str(r), str(WORLD), port, str(tmp_path)], env=environment) for r in range(WORLD)]
+    running = [subprocess.Popen([sys.executable, __file__, str(r), str(WORLD), port, str(out)], env=environment) for r in range(WORLD)]
     assert [process.wait(timeout=300) for process in running] == [0] * WORLD
+    return out
+
+
+@pytest.mark.parametrize("case", list(CASES))
+def test_two_processes_have_the_loss_and_the_gradients_of_one(case: str, several: Path, tmp_path: Path) -> None:
     model, batches = built(case, tmp_path / "lm")
     step = Step(model, model.config).train()
-    for progress, (terms, theirs) in zip((0.0, 1.0), torch.load(tmp_path / "found.pt", weights_only=True), strict=True):
+    for progress, (terms, theirs) in zip((0.0, 1.0), torch.load(several / f"{case}.pt", weights_only=True), strict=True):
         model.zero_grad()
         ours = step(batches.at(0), progress)
         ours["total"].backward()
@@ -142,4 +166,4 @@ def test_what_is_not_learned_has_no_gradient(tmp_path: Path) -> None:
 
 
 if __name__ == "__main__":
-    one_of_several(sys.argv[1], int(sys.argv[2]), int(sys.argv[3]), sys.argv[4], Path(sys.argv[5]))
+    one_of_several(int(sys.argv[1]), int(sys.argv[2]), sys.argv[3], Path(sys.argv[4]))

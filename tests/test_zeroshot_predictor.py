@@ -102,6 +102,26 @@ def test_raw_answers_are_read_again_without_asking(data: Path) -> None:
     assert all(line["status"] == "error" and "has no answer" in line["reason"] for line in read_lines(data.parent / "w.jsonl"))
 
 
+def test_expressions_are_chosen_by_the_models_own_grounding(data: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    flags = ["--ask.rerank=own_grounding:2@1", "--tasks=generate"]
+    with FakeServer(box_or_phrase) as server:
+        assert predict(data, "x.jsonl", server.url, "--dry-run", *flags) == 0
+        told = json.loads(capsys.readouterr().out)["tasks"]["generate"]
+        assert (told["calls"]["at_least"], told["calls"]["at_most"]) == (4 * told["questions"], 6 * told["questions"])
+        assert predict(data, "x.jsonl", server.url, *flags) == 0
+    lines = read_lines(data.parent / "x.jsonl")
+    assert len(lines) == told["questions"] and all("+own_grounding:2@1" in line["by"] for line in lines)
+    answered = [line for line in lines if line["status"] == "ok"]
+    assert answered and all(
+        line["candidates"][0] == line["expression"] and len(line["scores"]) == len(line["candidates"]) for line in answered
+    )
+    assert {raw["step"] for line in answered for raw in line["raw"]} == {"describe", "candidates", "locate"}
+    assert predict(data, "y.jsonl", "", "--ask.family=qwen3-vl", *flags, model=f"reparse:{data.parent / 'x.jsonl'}") == 0
+    assert (data.parent / "y.jsonl").read_bytes() == (data.parent / "x.jsonl").read_bytes()
+    assert main(["score", str(data.parent / "x.jsonl"), "--data", str(data), "--split", "val", "--out", str(data.parent / "s.json")]) == 0
+    assert "unknown" not in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     ("words", "message"),
     [

@@ -44,7 +44,8 @@ def collate(
     prepared = [prepare(sample, image_size, resize) for sample in pairs]
     targets = [_target_index(expression, ready) for ready, sample in zip(prepared, pairs, strict=True) for expression in sample.expressions]
     owners = [index for index, sample in enumerate(pairs) for _ in sample.expressions]
-    text_ids, text_mask = encode_text([expression.raw for expression in expressions])
+    texts = [expression.raw for expression in expressions]
+    text_ids, text_mask = encode_text(texts)
     batch = Batch(
         image=torch.from_numpy(np.ascontiguousarray(np.stack([ready.image for ready in prepared]).transpose(0, 3, 1, 2))),
         image_index=torch.tensor(owners, dtype=torch.int64),
@@ -62,6 +63,7 @@ def collate(
         image_ids=[sample.record.image_id for sample in pairs],
         instance_attributes=_attributes([ready.instances for ready in prepared]),
         views=[sample.view for sample in pairs],
+        expressions=texts,
     )
     if collate_generation is not None:
         images = [GenerationImage(s.image, s.record, p.geometry, p.instance_masks) for s, p in zip(pairs, prepared, strict=True)]

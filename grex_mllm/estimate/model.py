@@ -56,6 +56,9 @@ def standing_alone(config: Config) -> tuple[Config, list[str]]:
         else:
             notes.append(f"text encoder: sizes from the configuration, because {model.text.path} is not there")
     model.vision.weights = model.text.path = None
+    if config.train.teacher is not None:
+        notes.append("the teacher (train.teacher) is not counted: its weights and the memory of its answers come on top")
+        config.train.teacher, config.loss.distill = None, 0.0
     lm = getattr(model.generator, "lm", "tiny")
     if lm != "tiny" and not (Path(lm) / "config.json").is_file():
         notes.append(f"language model: shape from grex_mllm/models/shapes/{shape_file(lm).name}, because {lm} is not there")

@@ -8,8 +8,9 @@ listener errs, too, and of two candidates that it finds alike the likelier one i
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
+from importlib import import_module
 from typing import Any, Protocol
 
 import numpy as np
@@ -19,13 +20,14 @@ from torch.nn import functional as F
 
 from grex_mllm.data.images import load_image
 from grex_mllm.data.transforms import input_masks, mask_to_original
+from grex_mllm.entries import LISTENERS
 from grex_mllm.errors import fault
 from grex_mllm.models.answer import EncodedImage
 from grex_mllm.ops.boxes import box_iou
 from grex_mllm.ops.selection import mask_boxes, selection_masks
 from grex_mllm.types import GroundingOutput
 
-RERANKERS = (None, "listener", "own")
+RERANKERS = (None, "listener", "own", *LISTENERS)
 MAX_OVERLAP = 0.5
 SURE, UNSURE = 0.5, 0.2  # objectness of an object that is there anyway, and of one where a user says that there is one
 LEAST_FIT = 0.5  # IoU of a given box with the extent of the object in it
@@ -53,11 +55,13 @@ class Describing(Protocol):
 @dataclass
 class Description:
     """expression: the chosen text.  score: agreement in [0, 1], see `rerank_by_grounding`; None without re-ranking.
-    candidates: (expression, score) of all, best first, where candidates were drawn."""
+    candidates: (expression, score) of all, best first, where candidates were drawn.
+    costs: calls and tokens of a listener of LISTENERS, of all sets of the image; they stand with the first one."""
 
     expression: str
     score: float | None = None
     candidates: list[tuple[str, float]] = field(default_factory=list)
+    costs: dict[str, int] = field(default_factory=dict)
 
 
 def describe(
@@ -81,7 +85,8 @@ def describe(
     objects. A box stands for the object that the grounding model finds in it, see `masks_in_boxes`.
     object_sets: lists of positions in masks or boxes; the objects that a set leaves out are its distractors.
     mode: greedy | beam | sample.  candidates, rerank: draw that many (`greedy` then samples, and adds the greedy answer) and let the model
-    itself choose: by its grounding ("listener"), or by the likelihoods of a generator that can tell sets apart ("own").
+    itself choose: by its grounding ("listener"), by the likelihoods of a generator that can tell sets apart ("own"), or by the grounding
+    of the generator's own multimodal model ("own_grounding").
     temperature: of the samples; None = 1, and 0.7 for candidates that are re-ranked.
     details: return `Description` objects instead of strings.
 
@@ -90,10 +95,7 @@ def describe(
     """
     if model.generator is None:
         raise fault("a model without a generator", "one trained with model.generator", "train with a generator, or use ground")
-    if rerank not in RERANKERS:
-        raise fault(f'rerank "{rerank}"', 'None, "listener" or "own"', "fix the call")
-    if rerank == "own" and not hasattr(model.generator, "agreements"):
-        raise fault('rerank "own" with a generator that cannot tell sets apart', "model.generator.name: mllm", 'use "listener"')
+    check_reranker(model.generator, rerank)
     if candidates > 1 and rerank is None and mode == "greedy":
         raise fault(f"{candidates} candidates with mode greedy", 'rerank="listener", or mode beam or sample', "change one of them")
     array = image if isinstance(image, EncodedImage) else load_image(image)
@@ -118,6 +120,20 @@ def describe(
     )
     given: list[Any] = list(results) if details else [r.expression for r in results]
     return given[0] if object_sets is None else given
+
+
+def check_reranker(generator: Any, rerank: str | None) -> None:
+    """Raise on a way of re-ranking that does not exist, or that a generator cannot do.
+
+    Raises:
+        GrexError: names the ways.
+    """
+    if rerank not in RERANKERS:
+        raise fault(f'rerank "{rerank}"', f"None, {', '.join(map(str, RERANKERS[1:]))}", "fix the call")
+    if rerank == "own" and not hasattr(generator, "agreements"):
+        raise fault('rerank "own" with a generator that cannot tell sets apart', "model.generator.name: mllm", 'use "listener"')
+    if rerank in LISTENERS and not hasattr(generator, "without_adapters"):
+        raise fault(f'rerank "{rerank}" with a generator that sees no picture', "model.generator.name: mllm", 'use "listener"')
 
 
 @torch.inference_mode()
@@ -157,6 +173,12 @@ def describe_encoded(
         options = [list(dict.fromkeys(text for text in some if text.strip())) for some in texts]
         found = model.generator.agreements(features, encoded, masks, sets, options)
         return [_ranked(some, dict(zip(own, values, strict=True))) for some, own, values in zip(texts, options, found, strict=True)]
+    if rerank in LISTENERS:
+        heard = import_module(LISTENERS[rerank]).listener(model)
+        options = [list(dict.fromkeys(text for text in some if text.strip())) for some in texts]
+        found = heard.agreements(encoded, masks, sets, options)
+        ranked = [_ranked(some, dict(zip(own, values, strict=True))) for some, own, values in zip(texts, options, found, strict=True)]
+        return [replace(ranked[0], costs=heard.costs), *ranked[1:]] if ranked else []
     at_input = input_masks(masks, encoded.geometry, encoded.features.input_size).to(model.device)
     return rerank_by_grounding(model, encoded, at_input, sets, texts)
 

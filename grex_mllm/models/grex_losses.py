@@ -8,13 +8,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from grex_mllm.errors import fault
+from grex_mllm.models.hard_examples import HardConfig, check_hard, hardest_masks, pixel_losses
 from grex_mllm.ops.losses import count_cross_entropy, focal_sum, giou_each, matched_boxes, shared_count
 from grex_mllm.ops.matching import MatchCost, Matches, match
 from grex_mllm.types import Batch, GroundingOutput
@@ -42,16 +43,22 @@ class GrexLossConfig:
     match_score: float = 2.0  # weights of the pairing cost of boxes and queries
     match_l1: float = 5.0
     match_giou: float = 2.0
+    hard: HardConfig = field(default_factory=HardConfig)  # hard pixels and masks count more; of `mask` (isfp: of its own mask terms, too)
 
 
-def mask_cross_entropy(mask_logits: Tensor, gt_masks: Tensor, class_weights: Tensor) -> Tensor:
+def mask_cross_entropy(mask_logits: Tensor, gt_masks: Tensor, class_weights: Tensor, hard: HardConfig | None = None) -> Tensor:
     """Compute the weighted two-class cross-entropy of masks, a scalar.
 
     The logits [E, 2, h, w] are resized bilinearly to the masks' size [E, H, W]; the mean is over all pixels of the batch, weighted by class
     (sum of w_y ce over sum of w_y), as released. Samples without target have all-background masks and count like any other.
+    hard: the focal loss in its place, or a mean over the hardest pixels and masks alone.
     """
     logits = F.interpolate(mask_logits.float(), size=gt_masks.shape[-2:], mode="bilinear", align_corners=False)
-    return _weighted_cross_entropy(logits, gt_masks.long(), class_weights)
+    if hard is None or hard.off:
+        return _weighted_cross_entropy(logits, gt_masks.long(), class_weights)
+    each, weight = pixel_losses((logits[:, 1] - logits[:, 0]).flatten(1), gt_masks.flatten(1), hard, class_weights)
+    each, weight = hardest_masks(each, weight, hard)
+    return each.sum() / shared_count(weight.sum(), each, least=LEAST_WEIGHT)
 
 
 def minimap_target(gt_masks: Tensor, side: int, kind: str) -> Tensor:
@@ -72,13 +79,27 @@ def minimap_target(gt_masks: Tensor, side: int, kind: str) -> Tensor:
     raise fault(f'model.decoder.loss.minimap_target is "{kind}"', '"area" or "truncated"', "choose one of them")
 
 
-def minimap_cross_entropy(minimap_logits: Tensor, target: Tensor, class_weights: Tensor) -> Tensor:
+def own_minimap_target(gt_masks: Tensor, active: Tensor, kind: str) -> Tensor:
+    """Return `minimap_target` where each expression has a grid of its own, float32 [E, Q], 0 behind its last region.
+
+    active: bool [E, Q], the first P_e * P_e of each row True.
+    """
+    sides = [math.isqrt(num) for num in active.sum(dim=1).tolist()]
+    found = torch.zeros(active.shape, device=active.device)
+    for side in sorted(set(sides)):
+        own = torch.tensor([e for e, other in enumerate(sides) if other == side], device=active.device)
+        found[own, : side * side] = minimap_target(gt_masks[own], side, kind)
+    return found
+
+
+def minimap_cross_entropy(minimap_logits: Tensor, target: Tensor, class_weights: Tensor, active: Tensor | None = None) -> Tensor:
     """Compute the weighted two-class cross-entropy of the minimap, a scalar.
 
     minimap_logits: [E, Q, 2].  target: [E, Q] in [0, 1]; a share counts for both classes. The weighted mean equals the hard one for 0 and
-    1.
+    1.  active: bool [E, Q], the regions that count; None = all.
     """
     share = torch.stack([1 - target, target], dim=-1) * class_weights.to(target)
+    share = share if active is None else share * active[..., None]
     return -(share * minimap_logits.float().log_softmax(-1)).sum() / shared_count(share.sum(), share, least=LEAST_WEIGHT)
 
 
@@ -99,22 +120,22 @@ def box_giou(boxes_norm: Tensor, gt_boxes_norm: Sequence[Tensor], matches: Match
     return (1 - giou).sum() / shared_count(len(matches), boxes_norm)
 
 
-def box_score(box_logits: Tensor, matches: Matches, kind: str) -> Tensor:
+def box_score(box_logits: Tensor, matches: Matches, kind: str, active: Tensor | None = None) -> Tensor:
     """Score every query [E, Q]: 1 where it was matched, 0 elsewhere, so that no target means all low.
 
     focal: Lin et al. 2017 (alpha 0.25, gamma 2), summed, over the matches or the expressions, whichever are more (the mean over queries
     would drown the few matched ones; division by the matches alone explodes in a batch with few targets). bce: the plain mean. The papers
-    give no loss for scores; a score is needed to rank boxes for the N_O best.
+    give no loss for scores; a score is needed to rank boxes for the N_O best.  active: bool [E, Q], queries that there are; None = all.
 
     Raises:
         GrexError: unknown kind.
     """
     logits = box_logits.float()
     target = matches.indicator(logits.shape[1]).to(logits)
-    num_expressions = shared_count(logits.shape[0], logits)
     if kind == "bce":
         entropy = F.binary_cross_entropy_with_logits(logits, target, reduction="sum")
-        return entropy / (num_expressions * logits.shape[1])
+        return entropy / shared_count(logits.numel() if active is None else active.sum(), logits)
+    num_expressions = shared_count(logits.shape[0], logits)
     if kind != "focal":
         raise fault(f'model.decoder.loss.box_score_kind is "{kind}"', '"focal" or "bce"', "choose one of them")
     return focal_sum(logits, target, FOCAL_ALPHA) / shared_count(len(matches), logits).maximum(num_expressions)
@@ -133,6 +154,7 @@ class GrexLosses:
         self.weights = {name: float(getattr(config, name)) for name in TERMS}
         if len(class_weights) != 2:
             raise fault(f"model.decoder.loss.class_weights is {class_weights}", "two numbers, for background and target", "give both")
+        check_hard(config.hard)
         self.class_weights = torch.tensor(class_weights)
         self.cost = MatchCost(score=config.match_score, box_l1=config.match_l1, box_giou=config.match_giou)
 
@@ -157,13 +179,15 @@ class GrexLosses:
             if batch.gt_masks is None:
                 raise fault("a batch without masks", "masks, for model.decoder.loss.mask and minimap", "set both to 0 for box-only data")
             if weight["mask"]:
-                terms["mask"] = mask_cross_entropy(output.mask_logits, batch.gt_masks, self.class_weights)
+                terms["mask"] = mask_cross_entropy(output.mask_logits, batch.gt_masks, self.class_weights, self.config.hard)
             if weight["minimap"]:
                 if output.minimap_logits is None:
                     raise _headless("minimap", f"{self.where}.minimap")
+                active, kind = output.active_regions, self.config.minimap_target
                 side = math.isqrt(output.minimap_logits.shape[1])
-                target = minimap_target(batch.gt_masks, side, self.config.minimap_target)
-                terms["minimap"] = minimap_cross_entropy(output.minimap_logits, target, self.class_weights)
+                masks = batch.gt_masks
+                target = minimap_target(masks, side, kind) if active is None else own_minimap_target(masks, active, kind)
+                terms["minimap"] = minimap_cross_entropy(output.minimap_logits, target, self.class_weights, active)
         if weight["no_target"]:
             if output.no_target_logits is None:
                 raise _headless("no_target", f"{self.where}.no_target")
@@ -180,11 +204,11 @@ class GrexLosses:
         if output.boxes_norm is None or output.box_logits is None:
             raise _headless("box_l1, box_giou, box_score", f"{self.where}.boxes")
         boxes, gt = output.boxes_norm, batch.gt_boxes_norm
-        matches = match(boxes, gt, logits=output.box_logits, cost=self.cost)
+        matches = _matches(output, gt, self.cost)
         made = {
             "box_l1": lambda: box_l1(boxes, gt, matches),
             "box_giou": lambda: box_giou(boxes, gt, matches),
-            "box_score": lambda: box_score(output.box_logits, matches, self.config.box_score_kind),
+            "box_score": lambda: box_score(output.box_logits, matches, self.config.box_score_kind, output.active_regions),
         }
         return {name: make() for name, make in made.items() if self.weights[name]}
 
@@ -195,6 +219,18 @@ def _weighted_cross_entropy(logits: Tensor, target: Tensor, class_weights: Tenso
     positive = target.sum()
     count = weights[0] * (target.numel() - positive) + weights[1] * positive
     return F.cross_entropy(logits, target, weight=weights, reduction="sum") / shared_count(count, logits, least=LEAST_WEIGHT)
+
+
+def _matches(output: GroundingOutput, gt_boxes_norm: Sequence[Tensor], cost: MatchCost) -> Matches:
+    """Pair the targets' boxes with regions; a row that is no region is never paired."""
+    assert output.boxes_norm is not None
+    active = output.active_regions
+    if active is None:
+        return match(output.boxes_norm, gt_boxes_norm, logits=output.box_logits, cost=cost)
+    nowhere = output.boxes_norm.detach().masked_fill(~active[..., None], math.nan)  # the worst cost
+    found = match(nowhere, gt_boxes_norm, logits=output.box_logits, cost=cost)
+    real = active[found.problem, found.query]
+    return replace(found, problem=found.problem[real], query=found.query[real], target=found.target[real])
 
 
 def _headless(terms: str, field: str) -> Exception:

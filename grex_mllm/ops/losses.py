@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -14,6 +15,7 @@ from grex_mllm.ops.boxes import cxcywh_to_xyxy, generalized_iou
 from grex_mllm.ops.matching import Matches
 from grex_mllm.types import MORE_THAN_FIVE
 
+ROUNDING = 1e-6  # that a share of a whole number may be off
 _ALONE: ContextVar[bool] = ContextVar("alone", default=False)
 
 
@@ -34,10 +36,39 @@ def shared_count(count: Tensor | float, like: Tensor, least: float = 1.0) -> Ten
     batch. Every process must call it the same number of times in a step, but within `alone`.  least: of the count over all processes.
     """
     total = torch.as_tensor(count, dtype=torch.float32, device=like.device).detach().clone()
-    if _ALONE.get() or not (torch.distributed.is_available() and torch.distributed.is_initialized()):
+    if not _together():
         return total.clamp(min=least)
     torch.distributed.all_reduce(total)
     return total.clamp(min=least) / torch.distributed.get_world_size()
+
+
+@torch.no_grad()
+def hardest(values: Tensor, share: float) -> Tensor:
+    """Return bool [M]: which values of this process are among the largest `share` of those of all processes, rounded up.
+
+    values: float [M], M may differ between the processes and be 0. Of equal ones those of the first process come first, and within it
+    those that stand first, so that exactly so many are chosen. Every process must call it the same number of times in a step, but within
+    `alone`.
+    """
+    own = values.detach().float()
+    rank, sizes = 0, [len(own)]
+    if _together():
+        rank, world = torch.distributed.get_rank(), torch.distributed.get_world_size()
+        lengths = [torch.zeros(1, dtype=torch.int64, device=own.device) for _ in range(world)]
+        torch.distributed.all_gather(lengths, torch.tensor([len(own)], device=own.device))
+        sizes = [int(length) for length in lengths]
+        rows = [own.new_zeros(max(sizes)) for _ in range(world)]
+        torch.distributed.all_gather(rows, F.pad(own, (0, max(sizes) - len(own))))
+        own = torch.cat([row[:size] for row, size in zip(rows, sizes, strict=True)])
+    chosen = own.sort(descending=True, stable=True).indices[: math.ceil(share * len(own) - ROUNDING)]
+    kept = torch.zeros(len(own), dtype=torch.bool, device=own.device)
+    kept[chosen] = True
+    return kept.split(sizes)[rank]
+
+
+def _together() -> bool:
+    """Tell whether other processes compute losses with this one."""
+    return not _ALONE.get() and torch.distributed.is_available() and torch.distributed.is_initialized()
 
 
 def focal_sum(logits: Tensor, target: Tensor, alpha: float) -> Tensor:

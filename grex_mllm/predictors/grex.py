@@ -16,7 +16,7 @@ from grex_mllm.config import load_config, to_dict
 from grex_mllm.data.transforms import input_masks
 from grex_mllm.errors import fault
 from grex_mllm.models.answer import EncodedImage, check_rules
-from grex_mllm.models.describe import Description, describe_among_found, describe_encoded
+from grex_mllm.models.describe import Description, check_reranker, describe_among_found, describe_encoded
 from grex_mllm.models.grex import CONFIG, MAX_EXPRESSION_CHARACTERS, GrexModel
 from grex_mllm.precision import autocast, pick_device, resolve_precision
 from grex_mllm.predictors.lines import round_trip_fields
@@ -50,6 +50,8 @@ class GrexPredictor:
         self.rules = replace(config.predict, **{key: value for key, value in given.items() if value is not None})
         config = self.net.config = replace(config, predict=self.rules)
         check_rules(self.rules)
+        if self.net.generator is not None:
+            check_reranker(self.net.generator, self.rules.rerank)
         self.chosen = resolve_precision(self.rules.precision, place)
         tasks = ("ground",) if self.net.generator is None else ("ground", "generate")
         how = f"in {self.chosen.precision} on {place} ({self.chosen.reason})"
@@ -60,12 +62,13 @@ class GrexPredictor:
         self._last: tuple[Item, EncodedImage] | None = None
 
     def fingerprint(self) -> str:
-        """Return a hash of weights, rules, precision and listener."""
+        """Return a hash of weights, rules, precision, listener and the wording of the generator's instruction."""
         weights = hashlib.sha256()
         for name, value in self.net.saved_state().items():
             weights.update(name.encode())
             weights.update(value.flatten()[:64].float().numpy().tobytes())
         settings = [weights.hexdigest(), self.listener, self.chosen.precision, to_dict(self.rules)]
+        settings += [wording] if (wording := getattr(self.net.generator, "wording", "")) else []
         return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()
 
     def ground(self, items: Iterable[Item]) -> Iterator[Answer]:
@@ -137,9 +140,9 @@ def describe_sets(net: GrexModel, item: Item, encoded: EncodedImage, sets: list[
     greedy = describe_encoded(net, encoded, item.masks, positions, mode="greedy", candidates=1, rerank=None)
     reranked: list[Description | None] = [None] * len(sets)
     if listener:
-        texts = [answer.expression for answer in greedy]
+        texts, rerank = [answer.expression for answer in greedy], net.config.predict.rerank
         reranked = list(
-            describe_encoded(net, encoded, item.masks, positions, mode="sample", candidates=listener, rerank="listener", greedy=texts)
+            describe_encoded(net, encoded, item.masks, positions, mode="sample", candidates=listener, rerank=rerank, greedy=texts)
         )
     among_found: Sequence[str | None] = describe_among_found(net, encoded, item.masks, positions) or [None] * len(sets)
     answers = []
@@ -150,6 +153,7 @@ def describe_sets(net: GrexModel, item: Item, encoded: EncodedImage, sets: list[
         if best is not None:
             fields["listener"] = {"score": round(best.score or 0.0, 5), **_said(net, encoded, best.expression)}
             fields["candidates"] = [text for text, _ in best.candidates]
+            fields |= {"listener_costs": best.costs} if best.costs else {}
         answers.append(Answer(set_key(item.record.image_id, targets), expression=first.expression, status=fields["status"], fields=fields))
     return answers
 
@@ -159,7 +163,7 @@ def _described(net: GrexModel, item: Item, targets: ObjectSet, speech: dict[str,
     chosen = [instance for instance in item.instances if instance.annotation_id in targets]
     boxes = [instance.box_xyxy for instance in chosen if instance.mask is None]
     result = net.describe(item.image, boxes_xyxy=boxes or None, masks=None if boxes else [i.mask for i in chosen], details=True, **speech)
-    fields = {"score": result.score, "candidates": result.candidates}
+    fields = {"score": result.score, "candidates": result.candidates, "costs": result.costs}
     return Answer(set_key(item.record.image_id, targets), expression=result.expression, fields=fields)
 
 

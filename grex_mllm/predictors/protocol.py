@@ -7,7 +7,7 @@ one `Answer` for every open question of every item. Where a task is left out of 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -119,6 +119,7 @@ class Abilities:
     takes: first names of the overrides that are the predictor's own (--ask.prompt=..., --server.concurrency=...).
     asks_again: questions that ended in an error are open again when an interrupted run goes on.
     finish: called once, after the last answer or when the run stops.  preview: what it would send, instead of answers (`--dry-run`).
+    lacks: task -> why it cannot do it, where that is known.
     """
 
     tasks: tuple[str, ...] = ("ground",)
@@ -131,6 +132,7 @@ class Abilities:
     asks_again: bool = False
     finish: Callable[[], None] = lambda: None
     preview: Callable[[Iterable[Item], list[str]], dict[str, Any]] | None = None
+    lacks: Mapping[str, str] = field(default_factory=dict)
 
 
 @dataclass

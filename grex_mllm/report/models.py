@@ -218,16 +218,7 @@ def _lines_of(run: Run, results: Path, notes: list[str]) -> dict[str, dict[str, 
 def _grounding_card(sample: Sample, expression_id: str, lines: list[dict[str, Any]], names: list[str]) -> str:
     record = next(found for found in sample.expressions if found.expression_id == expression_id)
     wanted = target_instances(sample.record, record.targets)
-    truth = draw.overlay(
-        sample.image,
-        cases.union_mask(sample.record, record.targets),
-        [instance.box_xyxy for instance in wanted],
-        len(wanted),
-        no_target=not wanted,
-        colour=draw.TRUTH,
-        factor=pictures.panel_factor(sample),
-        spotlight=True,
-    )
+    truth = pictures.truth_picture(sample, record)
     panels, badges = [pictures.panel(truth, "ground truth", f"Ground truth: {len(wanted)} objects")], []
     for name, line in zip(names, (line[expression_id] for line in lines), strict=True):
         score = cases.judge_grounding(sample, record, line).score

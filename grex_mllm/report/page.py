@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import hashlib
 import random
+import shlex
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -22,6 +23,7 @@ REPORT = "report.html"
 MAX_IMAGES = 2000
 MAX_VALUE_CHARACTERS = 90
 BREAKDOWN_LEAD = "Strict protocol, in percent; the weakest phenomena first."
+SERVED_AT = "http://127.0.0.1:8000/"  # of `grex serve`, where no other place is given
 CURVES_LEAD = "Pale: as logged. Strong: smoothed, with its last value beside the name."
 
 
@@ -56,7 +58,7 @@ def write_report(
     run.notes += [str(note) for note in (provenance.get("notes") or [] if isinstance(provenance, dict) else [])]
     notes = "".join(f"<li>{escape(note)}</li>" for note in run.notes)
     sections = [
-        Section("summary", "Summary", tables.tiles(run.results, modules) + _data_line(run.results), _lead(run)),
+        Section("summary", "Summary", tables.tiles(run.results, modules) + _data_line(run.results) + _ask_line(run_dir), _lead(run)),
         Section("results", "Results", tables.result_tables(run.results, run.published, modules), "In percent, except counts and errors."),
         Section("breakdown", "By targets and phenomenon", _breakdowns(run.results, modules), BREAKDOWN_LEAD),
         *sheets,
@@ -155,6 +157,17 @@ def _data_line(results: dict[str, Any]) -> str:
         return ""
     none = f", {100 * shares[0]:.1f} % of them without target" if shares else ""
     return f'<p class="note">{number_text("num_samples", size)} expressions{none}.</p>'
+
+
+def _ask_line(run_dir: Path) -> str:
+    """Say how the model of the run is asked on a page of its own, where the run has one. No path of this machine stands in the report."""
+    if not (run_dir / "model.safetensors").is_file():
+        return ""
+    folder = shlex.quote(run_dir.name if run_dir.is_absolute() else run_dir.as_posix())
+    return (
+        f'<p class="note">Ask this model about pictures of your own: run <code>grex serve --model {escape(folder)}</code>, '
+        f'then open <a href="{SERVED_AT}">{SERVED_AT}</a>.</p>'
+    )
 
 
 def _breakdowns(results: dict[str, Any], modules: set[str]) -> str:

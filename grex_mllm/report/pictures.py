@@ -18,12 +18,10 @@ MAX_TEXT = 320
 MAX_REFERENCES = 6
 
 
-def grounding_card(sample: Sample, record: ExpressionRecord, line: dict[str, Any], case: cases.GroundingCase) -> str:
-    """Return one card: ground truth, answer and minimap, the expression, and the numbers of the case."""
+def truth_picture(sample: Sample, record: ExpressionRecord) -> Image.Image:
+    """Return the image with the targets of an expression marked."""
     wanted = target_instances(sample.record, record.targets)
-    answer = cases.answer_mask(sample.record, line)
-    none_said = cases.says_none(line, answer)
-    truth = draw.overlay(
+    return draw.overlay(
         sample.image,
         cases.union_mask(sample.record, record.targets),
         [instance.box_xyxy for instance in wanted],
@@ -33,6 +31,14 @@ def grounding_card(sample: Sample, record: ExpressionRecord, line: dict[str, Any
         factor=panel_factor(sample),
         spotlight=True,
     )
+
+
+def grounding_card(sample: Sample, record: ExpressionRecord, line: dict[str, Any], case: cases.GroundingCase) -> str:
+    """Return one card: ground truth, answer and minimap, the expression, and the numbers of the case."""
+    wanted = target_instances(sample.record, record.targets)
+    answer = cases.answer_mask(sample.record, line)
+    none_said = cases.says_none(line, answer)
+    truth = truth_picture(sample, record)
     panels = [panel(truth, "ground truth", f"Ground truth: {_objects(len(wanted))} marked")]
     panels.append(panel(draw_answer(sample, line), "answer", f"Answer of the model: {_said(line, none_said)}"))
     if line.get("minimap"):

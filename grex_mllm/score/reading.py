@@ -28,7 +28,7 @@ STATUSES = ("ok", "unparsable", "refused", "error")
 ANSWERS = ("mask_rle", "mask_rle_input", "boxes_xyxy", "count", "no_target", "no_target_prob")
 GROUNDING_KEYS = {"expression_id", "image_id", "expression", "box_scores", "minimap", "status", "reason", "reads_truth", *ANSWERS, *ASKED}
 GENERATION_KEYS = {"image_id", "targets", "ref_id", "expression", "candidates", "round_trip", "judgement", "status", "reason", *OTHER_WAYS}
-GENERATION_KEYS |= {"reads_truth", *ASKED}
+GENERATION_KEYS |= {"reads_truth", "scores", "listener_costs", *ASKED}
 
 
 @dataclass

@@ -23,9 +23,10 @@ from grex_mllm.models.grex import GrexModel, check_expression
 from grex_mllm.ops.masks import encode_rle
 from grex_mllm.serve import limits
 from grex_mllm.serve.engine import Engine, Selection
+from grex_mllm.serve.folder import Folder
 from grex_mllm.serve.gallery import NUM_SCENES, PREFIX, Gallery
 from grex_mllm.serve.guard import IMAGE_TYPES, App, Guard
-from grex_mllm.serve.held import Held, Pictures
+from grex_mllm.serve.held import Held, Pictures, new_name
 from grex_mllm.serve.worker import LineFull, Worker
 from grex_mllm.zeroshot.segmenters import Prompted
 
@@ -41,6 +42,7 @@ class Asked(BaseModel):
     image: str = Field(max_length=64, description="the picture's id, from POST /images or POST /gallery/{number}")
     expressions: list[str] = Field(min_length=1, max_length=limits.MAX_EXPRESSIONS)
     threshold: float | None = Field(None, ge=0, le=1, description='"no target" is said above this probability')
+    history: list[str] | None = Field(None, max_length=limits.MAX_TURNS, description="said before: each expression may be a follow-up")
     ticket: Ticket = ""
 
 
@@ -53,6 +55,16 @@ class Chosen(BaseModel):
     boxes_xyxy: list[tuple[float, float, float, float]] = Field([], max_length=limits.MAX_OBJECTS, description="in pixels of the picture")
     points_xy: list[tuple[float, float]] = Field([], max_length=limits.MAX_OBJECTS, description="in pixels: the object under each is meant")
     candidates: int = Field(8, ge=1, le=limits.MAX_CANDIDATES)
+    ticket: Ticket = ""
+
+
+class Wanted(BaseModel):
+    """What to look for in the folder of images that the server was started with."""
+
+    model_config = ConfigDict(extra="forbid")
+    expression: str
+    top: int = Field(8, ge=1, le=limits.MAX_FOUND, description="at most so many images, best first")
+    masks: bool = Field(True, description="ground it in each of them: mask (COCO RLE), boxes, count; false: scores alone, sooner")
     ticket: Ticket = ""
 
 
@@ -112,11 +124,13 @@ def make_app(
     timeout_s: float = 60.0,
     token: str | None = None,
     loopback: bool = True,
+    folder: Folder | None = None,
     segmenter: Prompted | None = None,
 ) -> App:
     """Return the application (ASGI): the page, its files, the API, all behind the guard.
 
     name: what the page calls the model.  num_pictures: held in memory.  token: demanded of every request.  loopback: see `Guard`.
+    folder: of images, indexed with this model, that POST /search ranks.
     segmenter: see `Engine`.
     """
     rooms = Rooms(model, name, num_pictures, timeout_s, segmenter)
@@ -131,6 +145,7 @@ def make_app(
     _add_page(app)
     _add_pictures(app, rooms)
     _add_questions(app, rooms)
+    _add_search(app, rooms, folder)
     _add_errors(app)
     return Guard(app, token, loopback)  # type: ignore[arg-type]
 
@@ -203,15 +218,21 @@ def _add_pictures(app: FastAPI, rooms: Rooms) -> None:
 def _add_questions(app: FastAPI, rooms: Rooms) -> None:
     @app.post("/ground")
     async def ground(asked: Asked) -> dict[str, Any]:
-        """Ground expressions: a mask (COCO RLE), boxes, a count, and the probability that nothing is meant, for each."""
-        for text in asked.expressions:
+        """Ground expressions: a mask (COCO RLE), boxes, a count, and the probability that nothing is meant, for each.
+
+        With a history each expression comes next after it, and may refer to what was selected ("not the red one").
+        """
+        for text in [*(asked.history or []), *asked.expressions]:
             _check(text)
         held = await rooms.picture(asked.image)
-
-        def run(jobs: list[list[str]]) -> list[Any]:
-            return rooms.engine.ground(held, jobs, asked.threshold)
-
-        results = await rooms.ask(("ground", held.name, asked.threshold), run, asked.expressions, asked.ticket)
+        run: Callable[[list[Any]], list[Any]]
+        payload: Any
+        if asked.history is None:
+            run, kind, payload = (lambda jobs: rooms.engine.ground(held, jobs, asked.threshold)), "ground", asked.expressions
+        else:
+            run, kind = (lambda jobs: rooms.engine.follow(held, jobs, asked.threshold)), "follow"
+            payload = (asked.history, asked.expressions)
+        results = await rooms.ask((kind, held.name, asked.threshold), run, payload, asked.ticket)
         return {"image": held.name, "width": held.pixels.shape[1], "height": held.pixels.shape[0], "results": results}
 
     @app.post("/describe")
@@ -221,6 +242,43 @@ def _add_questions(app: FastAPI, rooms: Rooms) -> None:
         selection = Selection(tuple(chosen.objects), tuple(chosen.boxes_xyxy), chosen.candidates, tuple(chosen.points_xy))
         answer = await rooms.ask(None, lambda jobs: [rooms.engine.describe(held, job) for job in jobs], selection, chosen.ticket)
         return {"image": held.name, **answer}
+
+
+def _add_search(app: FastAPI, rooms: Rooms, given: Folder | None) -> None:
+    def folder() -> Folder:
+        if given is None:
+            raise HTTPException(404, "a server without a folder of images; expected one; start it with grex serve --images FOLDER")
+        return given
+
+    @app.get("/search")
+    async def about() -> dict[str, int]:
+        """Tell how many images are searched."""
+        return {"num_images": len(folder())}
+
+    @app.post("/search")
+    async def search(wanted: Wanted) -> dict[str, Any]:
+        """Rank the images of the server's folder that contain what is said, with masks. An image is named by its id."""
+        images = folder()
+        _check(wanted.expression)
+        num_found, results = await rooms.ask(("search",), images.rank, (wanted.expression, wanted.top), wanted.ticket)
+        for line in results if wanted.masks else ():
+
+            def run(jobs: list[str]) -> list[Any]:
+                return [images.ground(job, wanted.expression) for job in jobs]
+
+            line |= await rooms.ask(None, run, line["id"], wanted.ticket)
+        return {"expression": wanted.expression, "num_images": len(images), "num_found": num_found, "results": results}
+
+    @app.get("/search/{name}/pixels", responses={200: {"content": {"image/png": {}}}}, response_class=Response)
+    async def found(name: str) -> Response:
+        """Return the pixels of an image of the folder."""
+        return await asyncio.to_thread(lambda: _png(folder().picture(name).pixels))
+
+    @app.post("/search/{name}")
+    async def open_found(name: str, nothing: Annotated[dict[str, Any], Body(max_length=0)]) -> dict[str, Any]:
+        """Open an image of the folder (the body is {}). Like POST /images."""
+        images = folder()
+        return _told(await rooms.ask(None, lambda jobs: [rooms.engine.open(images.picture(job), new_name()) for job in jobs], name))
 
 
 def _add_errors(app: FastAPI) -> None:

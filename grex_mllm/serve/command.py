@@ -23,6 +23,8 @@ def serve(
     device: str = "auto",
     pictures: int = 16,
     timeout_s: float = 60.0,
+    images: str | None = None,
+    index: str | None = None,
     segmenter: str | None = None,
 ) -> int:
     """Serve a page and an HTTP API: find objects from expressions, describe selected ones.
@@ -34,6 +36,8 @@ def serve(
         device: auto, cpu, cuda, cuda:1, ...
         pictures: how many to hold in memory; the one that was not used for longest goes first.
         timeout_s: after which a request is given up.
+        images: a folder whose images POST /search ranks; whoever reaches the server sees those images.
+        index: folder of its index, as of grex search (default: .grex_index in the folder of images).
         segmenter: folder or hub id of SAM or SAM 2, so that clicks and boxes find objects also where the model proposes none.
     """
     missing = [name for name in NEEDED if importlib.util.find_spec(name) is None]
@@ -42,19 +46,27 @@ def serve(
     for name, value in (("--pictures", pictures), ("--timeout_s", timeout_s)):
         if value <= 0:
             raise fault(f"{name} {value}", "a number above 0", "give another one")
+    if index is not None and images is None:
+        raise fault(f"--index {index} without --images", "the folder of images that it is an index of", "add --images FOLDER")
+    if images is not None and not Path(images).is_dir():
+        raise fault(f"--images {images}, which is no folder", "a folder of images", "check the path")
     token = checked_token(host)
     listener = bind(host, port)
     import uvicorn
 
     from grex_mllm.models.grex import GrexModel
     from grex_mllm.precision import pick_device
+    from grex_mllm.search import open_index
     from grex_mllm.serve.app import make_app
+    from grex_mllm.serve.folder import Folder
     from grex_mllm.zeroshot.segmenters import Prompted
 
     prompted = Prompted(segmenter, device) if segmenter is not None else None
     loaded = GrexModel.from_pretrained(model, device=pick_device(device))
     name = Path(model).resolve().name if Path(model).is_dir() else model
-    app = make_app(loaded, name, num_pictures=pictures, timeout_s=timeout_s, token=token, loopback=is_loopback(host), segmenter=prompted)
+    folder = Folder(open_index(loaded, images, index)) if images is not None else None
+    options = {"num_pictures": pictures, "timeout_s": timeout_s, "token": token, "loopback": is_loopback(host)}
+    app = make_app(loaded, name, **options, folder=folder, segmenter=prompted)  # type: ignore[arg-type]
     config = uvicorn.Config(app, log_level="warning", timeout_keep_alive=15, limit_concurrency=200, timeout_graceful_shutdown=5)
     listener.listen(128)  # from here on nobody is turned away
     shown = f"[{host}]" if ":" in host else host

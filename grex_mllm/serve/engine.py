@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from grex_mllm.dialogue.session import Dialogue
 from grex_mllm.errors import fault
 from grex_mllm.models.describe import UNSURE, masks_in_boxes, other_objects
 from grex_mllm.models.grex import GrexModel
@@ -18,6 +19,8 @@ from grex_mllm.serve.pictures import Picture, read_picture
 from grex_mllm.types import MORE_THAN_FIVE, Grounding
 from grex_mllm.zeroshot.base import Picture as Shown
 from grex_mllm.zeroshot.segmenters import Prompted
+
+DIALOGUES = 4  # of a picture; another history is said again
 
 
 @dataclass(frozen=True)
@@ -62,6 +65,35 @@ class Engine:
         texts = list(dict.fromkeys(text for expressions in asked for text in expressions))
         found = {result.expression: shown(result) for result in self.model.ground(picture.encoded, texts, threshold=threshold)}
         return [[found[text] for text in expressions] for expressions in asked]
+
+    def follow(self, picture: Held, asked: list[tuple[list[str], list[str]]], threshold: float | None) -> list[list[dict[str, Any]]]:
+        """Answer requests that are pairs of a history and expressions: each expression comes next after what was said in its history."""
+        answers = []
+        for history, expressions in asked:
+            before = self._after(picture, tuple(history), threshold)
+            rows = []
+            for text in expressions:
+                turn = before.fork()
+                result = turn.say(text)
+                rows.append({**shown(result), "operation": turn.operation})
+            answers.append(rows)
+        return answers
+
+    def _after(self, picture: Held, history: tuple[str, ...], threshold: float | None) -> Dialogue:
+        """Return the session after a history, going on from what is held of it; it must be forked before anything is said."""
+        held = picture.dialogues
+        found = held.get((threshold, history))
+        if found is None:
+            if history:
+                found = self._after(picture, history[:-1], threshold).fork()
+                found.say(history[-1])
+            else:
+                found = Dialogue(self.model, picture.encoded, threshold=threshold)
+            held[threshold, history] = found
+        held.move_to_end((threshold, history))
+        while len(held) > DIALOGUES:
+            held.popitem(last=False)
+        return found
 
     @torch.inference_mode()
     def describe(self, picture: Held, chosen: Selection) -> dict[str, Any]:

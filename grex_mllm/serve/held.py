@@ -6,10 +6,12 @@ import secrets
 import threading
 import time
 from collections import OrderedDict
+from collections.abc import Hashable
 from dataclasses import dataclass, field
 
 import numpy as np
 
+from grex_mllm.dialogue.session import Dialogue
 from grex_mllm.errors import fault
 from grex_mllm.models.answer import EncodedImage
 from grex_mllm.serve.limits import IDLE_S
@@ -17,7 +19,10 @@ from grex_mllm.serve.limits import IDLE_S
 
 @dataclass
 class Held:
-    """One picture, encoded.  objects: bool [N, H, W], proposed by the model, with boxes_xyxy.  given: (width, height) of the upload."""
+    """One picture, encoded.  objects: bool [N, H, W], proposed by the model, with boxes_xyxy.  given: (width, height) of the upload.
+
+    dialogues: sessions by all that was said in them, so equal histories of several people share one and different ones never meet.
+    """
 
     name: str
     encoded: EncodedImage
@@ -26,6 +31,7 @@ class Held:
     boxes_xyxy: list[list[float]]
     given: tuple[int, int]
     proposes: bool
+    dialogues: OrderedDict[Hashable, Dialogue] = field(default_factory=OrderedDict)
     used: float = field(default_factory=time.monotonic)
 
 

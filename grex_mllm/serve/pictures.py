@@ -50,6 +50,14 @@ def read_picture(data: bytes) -> Picture:
         ) from None
 
 
+def kept(pixels: np.ndarray) -> Picture:
+    """Return a picture of uint8 [H, W, 3] as an upload is kept: scaled to a longer side of MAX_SIDE."""
+    height, width = pixels.shape[:2]
+    if max(height, width) > MAX_SIDE:
+        pixels = load_image(_smaller(Image.fromarray(pixels)))
+    return Picture(pixels, (width, height))
+
+
 def _still(image: Image.Image) -> Picture:
     if image.width * image.height > MAX_UPLOAD_PIXELS:
         raise _too_large(f"{image.width}x{image.height}")

@@ -6,7 +6,8 @@ from grex_mllm.config import Config
 from grex_mllm.entries import entry
 from grex_mllm.errors import fault
 from grex_mllm.training.engine import stage_of
-from grex_mllm.training.step import GENERATE, tasks_of
+from grex_mllm.training.step import GENERATE, GROUND, tasks_of
+from grex_mllm.training.teacher import check_teacher
 
 
 def check_combinations(config: Config) -> None:
@@ -20,6 +21,7 @@ def check_combinations(config: Config) -> None:
     if check is not None:
         check(config.model)
     tasks = tasks_of(config)
+    check_teacher(config, GROUND in tasks)
     if GENERATE in tasks:
         _check_generation(config)
     elif config.train.pretraining is not None:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from functools import partial
+from functools import cache, partial
 
 import torch
 import torch.nn.functional as F
@@ -69,22 +69,22 @@ def stages(config: WholeConfig, make_batches: Callable[[int, int], BatchSource])
         )
     found = []
     if own.steps:
-        found.append(Stage("language model on text", own.steps, partial(_learn_text, config)))
+        lines = cache(partial(training_text, config.data, TEXT_LINES, generation=True))  # the forecast asks for them, and then the training
+        found.append(Stage("language model on text", own.steps, partial(_learn_text, config, lines)))
     if own.scenes:
         batches = make_batches(own.num_generation_targets, own.scenes)
         found.append(Stage("attribute pre-training", own.scenes, partial(pretrain_on_attributes, config, batches)))
     return found
 
 
-def _learn_text(config: WholeConfig, model: GrexModel, steps: int, progress: Progress) -> None:
+def _learn_text(config: WholeConfig, lines: Callable[[], list[str]], model: GrexModel, steps: int, progress: Progress) -> None:
     own: Config = config.train.pretraining
     precision = resolve_precision(config.train.precision, model.device).precision
-    lines = training_text(config.data, TEXT_LINES, generation=True)
     with model.generator.text_only() as lm:
         train_language_model(
             lm,
             model.generator.tokenizer,
-            lines,
+            lines(),
             steps=steps,
             batch=own.batch,
             lr=own.lr,

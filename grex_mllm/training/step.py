@@ -15,9 +15,11 @@ from torch import Tensor, nn
 from grex_mllm.config import Config
 from grex_mllm.entries import entry
 from grex_mllm.errors import fault
+from grex_mllm.models.distillation import distillation
 from grex_mllm.models.grex import GrexModel
 from grex_mllm.precision import autocast
 from grex_mllm.training.kept_maps import KeptMaps
+from grex_mllm.training.teacher import teacher_of
 from grex_mllm.types import Batch
 
 TASKS = ("all", "ground", "generate", "align")
@@ -35,6 +37,7 @@ class Step(nn.Module):
         self.model, self.precision, self.loss = model, precision, config.loss
         self.tasks = tasks_of(config)
         self.kept_maps = KeptMaps(config.data.feature_cache) if config.data.feature_cache else None
+        self.teacher = teacher_of(config)
         self.criterion = entry("model.decoder", config.model.decoder.name).Criterion(config.model.decoder)
         freeze_unused(model, self.tasks)
         if config.train.tasks == ALIGN:
@@ -42,16 +45,15 @@ class Step(nn.Module):
         freeze_named(model, config.train.optim.frozen)
 
     def forward(self, batch: Batch, progress: float = 1.0) -> dict[str, Tensor]:
-        """Return the named loss terms, float32 scalars: "ground/<term>", "generate/<term>", "contrast" where it is learned,
-        and "total", which is minimised.
+        """Return the named loss terms, float32 scalars: "ground/<term>", "generate/<term>", "contrast" and "distill"
+        where they are learned, and "total", which is minimised.
 
         progress: share of the training that is done, from 0 to 1; see `loss.generate_start`.
         """
         with autocast(self.precision, batch.image.device.type):
             terms = {name: value.float() for name, value in self._terms(batch, progress).items()}
         parts = [terms[f"{task}/total"] * getattr(self.loss, task) for task in self.tasks]
-        if "contrast" in terms:
-            parts.append(terms["contrast"] * self.loss.contrast)
+        parts += [terms[name] * getattr(self.loss, name) for name in ("contrast", "distill") if name in terms]
         return terms | {"total": torch.stack(parts).sum()}
 
     def _terms(self, batch: Batch, progress: float) -> dict[str, Tensor]:
@@ -67,6 +69,9 @@ class Step(nn.Module):
             found = self.criterion(output, batch)
             found["total"] = found["total"] + nothing_of(output)
             terms |= {f"{GROUND}/{name}": value for name, value in found.items()}
+            if self.teacher is not None:
+                answer = self.teacher(batch, features.padded_size)
+                terms["distill"] = distillation(output, answer, self.loss.distill_temperature)
         if GENERATE in self.tasks:
             found = self.model.generator(grounding.language_free(features), batch, early=progress < self.loss.generate_start)
             terms |= {f"{GENERATE}/{name}": value for name, value in found.items()}

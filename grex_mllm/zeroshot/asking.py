@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -19,8 +19,9 @@ from grex_mllm.predictors.protocol import Answer, Item, ObjectSet, set_key
 from grex_mllm.types import MORE_THAN_FIVE, ExpressionRecord, Grounding
 from grex_mllm.zeroshot.base import Conversation, Picture, Turn, View
 from grex_mllm.zeroshot.families import Family
-from grex_mllm.zeroshot.marks import crops, mark_picture, mark_words, parse_ways, shown_objects
-from grex_mllm.zeroshot.parsing import Parsed, parse_count, parse_expression
+from grex_mllm.zeroshot.listening import Reranking, best_of, listen, listening_prompt
+from grex_mllm.zeroshot.marks import Shown, crops, mark_picture, mark_words, parse_ways, shown_objects
+from grex_mllm.zeroshot.parsing import Parsed, ParsedExpression, parse_count, parse_expression
 from grex_mllm.zeroshot.prompts import Prompt
 from grex_mllm.zeroshot.rejection import Outcome, Rejection, check_rejection, grounded
 from grex_mllm.zeroshot.segmenters import Segmenter, check_segmenter
@@ -42,6 +43,7 @@ class Asking:
     segmenter: None = boxes alone.  rejection: see `rejection`.  view: of the backend: size of the picture that the model sees.
     shots: turns of examples by "task/name" of a prompt (`shots.shot_turns`).  shown: ids of their images; no question about one is asked.
     seed: of all sampling.  structured: ask for JSON by schema.
+    rerank: how an expression is chosen among candidates; None = the greedy one is taken.
 
     Raises:
         GrexError: prompts, segmenter and rejection that do not go together.
@@ -58,6 +60,7 @@ class Asking:
     shown: set[str] = field(default_factory=set)
     seed: int = 0
     structured: bool = False
+    rerank: Reranking | None = None
 
     def __post_init__(self) -> None:
         if self.locate is not None:
@@ -76,6 +79,7 @@ class Asking:
         if self.segmenter is not None:
             parts.append(self.segmenter.name)
         parts += [self.rejection.name] * (self.rejection.kind != "none") + ["structured"] * self.structured
+        parts += [] if self.rerank is None else [self.rerank.name]
         shown = max((sum(turn.role == "assistant" for turn in turns) for turns in self.shots.values()), default=0)
         return "+".join(parts + [f"{shown}-shot"] * (shown > 0))
 
@@ -87,6 +91,7 @@ class Asking:
         }
         segmenter = None if self.segmenter is None else self.segmenter.fingerprint()
         known = [self.family.name, prompts, segmenter, self.rejection.name, shots, self.seed, self.structured]
+        known += [] if self.rerank is None else [self.rerank.name, self._heard_by.sha256]
         return hashlib.sha256(json.dumps(known, sort_keys=True).encode()).hexdigest()
 
     def ground(self, item: Item, record: ExpressionRecord) -> Conversation:
@@ -111,8 +116,32 @@ class Asking:
         ((raw, _),) = yield from talk.ask("describe", prompt)
         read = parse_expression(raw)
         talk.note(read.flags)
+        if self.rerank is not None and read.status != "error":
+            return (yield from self._chosen(talk, read, prompt, shown_objects(item, targets), Picture(item.image)))
         text = read.text if read.status == "ok" else ""
         return Answer(talk.key, expression=text, status=read.status, reason=read.reason, fields=talk.fields())
+
+    @property
+    def _heard_by(self) -> Prompt:
+        return listening_prompt(self.family, self.locate)
+
+    def _chosen(self, talk: Talk, greedy: ParsedExpression, prompt: Prompt, objects: Sequence[Shown], picture: Picture) -> Conversation:
+        """Draw candidates beside the greedy expression; take the one that leads the model back to the objects best."""
+        assert self.rerank is not None
+        drawn = yield from talk.ask("candidates", prompt, samples=self.rerank.samples, temperature=self.rerank.temperature)
+        read = [greedy, *(parse_expression(raw) for raw, _ in drawn)]
+        texts = [one.text for one in read if one.status == "ok"]
+        if not texts:
+            return Answer(talk.key, expression="", status=greedy.status, reason=greedy.reason, fields=talk.fields())
+        options = list(dict.fromkeys(texts))
+        heard = [
+            Talk(f"{talk.key}#listen.{n}", (picture,), talk.view, {"expression": text}, {}, self.seed, self.structured, talk.raw)
+            for n, text in enumerate(options)
+        ]
+        scores = yield from listen(heard, self._heard_by, objects)
+        ranked = best_of(texts, dict(zip(options, scores, strict=True)))
+        fields = talk.fields() | {"candidates": [text for text, _ in ranked], "scores": [round(score, 4) for _, score in ranked]}
+        return Answer(talk.key, expression=ranked[0][0], fields=fields)
 
     def view_of(self, width: int, height: int) -> View:
         """Return the view of an original of this size: the backend's, where it knows it, else by the family's rule."""

@@ -11,19 +11,21 @@ import json
 import sys
 import time
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from grex_mllm.errors import GrexError, fault
-from grex_mllm.models.multimodal import Chat, ModelChoice, load_multimodal
+from grex_mllm.models.multimodal import Chat, ModelChoice, load_chat, load_multimodal
 from grex_mllm.models.multimodal.decoding import Answers, Read, read_batch, write_after
 from grex_mllm.models.multimodal.sharing import SharedReader
+from grex_mllm.models.multimodal.task_words import TaskWords, answer_tasks
 from grex_mllm.models.placement import Placement, placed
-from grex_mllm.precision import autocast, pick_device, resolve_precision
+from grex_mllm.precision import Resolved, autocast, pick_device, resolve_precision
 from grex_mllm.predictors.protocol import Answer
 from grex_mllm.zeroshot.base import Conversation, Picture, RawAnswer, Request
 from grex_mllm.zeroshot.local_settings import LocalSettings
@@ -69,17 +71,27 @@ class Local:
             raise fault(f"batch {settings.batch}", "at least 1 request", "give another number")
         if (settings.min_pixels is None) != (settings.max_pixels is None):
             raise fault("one of min_pixels and max_pixels", "both or none", "give the other one, too")
-        self.settings, self.name = settings, Path(name).name
         place = torch.device(pick_device(device))
         if place.index is not None and place.type == "cuda":
             torch.cuda.set_device(place)
-        self.precision = resolve_precision(settings.precision, place)
+        precision = resolve_precision(settings.precision, place)
         pixels = None if settings.min_pixels is None or settings.max_pixels is None else (settings.min_pixels, settings.max_pixels)
-        self.chat = Chat.load(name, pixels=pixels, tiles=settings.max_tiles)
-        with placed(Placement(place, self.precision.precision)):
-            self.model = load_multimodal(ModelChoice(name, settings.dtype, settings.quantisation, settings.attn_implementation))
-        self._shared = SharedReader(self.model, self.chat)
-        self._done: Counter[str] = Counter()
+        chat = load_chat(name, pixels=pixels, tiles=settings.max_tiles)
+        with placed(Placement(place, precision.precision)):
+            model = load_multimodal(ModelChoice(name, settings.dtype, settings.quantisation, settings.attn_implementation))
+        self._begin(Path(name).name, model, chat, settings, precision)
+
+    @classmethod
+    def around(cls, model: Any, chat: Chat | TaskWords, settings: LocalSettings, precision: Resolved) -> Local:
+        """Return the backend of a model that is loaded already."""
+        made = cls.__new__(cls)
+        made._begin(type(model).__name__, model, chat, settings, precision)
+        return made
+
+    def _begin(self, name: str, model: Any, chat: Chat | TaskWords, settings: LocalSettings, precision: Resolved) -> None:
+        self.name, self.model, self.chat, self.settings, self.precision = name, model, chat, settings, precision
+        self._shared = SharedReader(self.model, self.chat) if isinstance(self.chat, Chat) else None
+        self.done: Counter[str] = Counter()
         self._seconds = 0.0
 
     def fingerprint(self) -> str:
@@ -88,9 +100,14 @@ class Local:
         for key, value in self.model.state_dict().items():
             found.update(key.encode())
             found.update(value.flatten()[:64].float().cpu().numpy().tobytes())
-        known = [self.chat.tokenizer.chat_template, self.chat.family.processor.to_dict(), self.precision.precision, vars(self.settings)]
+        known = [*self.chat.known(), self.precision.precision, vars(self.settings)]
         found.update(json.dumps(known, sort_keys=True, default=str).encode())
         return found.hexdigest()
+
+    @property
+    def chats(self) -> bool:
+        """Whether the model takes chats; else it is asked by task words, one question at a time."""
+        return isinstance(self.chat, Chat)
 
     def view(self, width: int, height: int) -> tuple[int, int] | None:
         """Return the size of the picture that the model sees of an original of this size."""
@@ -121,12 +138,12 @@ class Local:
 
     def remarks(self) -> list[str]:
         """Return what the run took so far."""
-        if not self._done["calls"]:
+        if not self.done["calls"]:
             return []
-        told = f"{self._done['calls']} calls in {self._seconds:.0f} s, {self._done['completion_tokens']} tokens written"
-        share = self._done["cached_tokens"] / max(1, self._done["prompt_tokens"])
+        told = f"{self.done['calls']} calls in {self._seconds:.0f} s, {self.done['completion_tokens']} tokens written"
+        share = self.done["cached_tokens"] / max(1, self.done["prompt_tokens"])
         where = f"{self.precision.precision} on {self.model.device} ({self.precision.reason})"
-        return [f"{told}, {self._done['prompt_tokens']} read, {share:.0%} of them once for several", where]
+        return [f"{told}, {self.done['prompt_tokens']} read, {share:.0%} of them once for several", where]
 
     def _go_on(self, opened: _Open, waiting: list[_Waiting]) -> Answer | None:
         """Send the replies of a round, or begin; queue the requests of the next round, in front, or return the answer."""
@@ -179,22 +196,44 @@ class Local:
         self._seconds += spent
         for raw in found:
             raw.seconds = spent / len(batch)
-            self._done.update({"calls": 1} | raw.usage)
+            self.done.update({"calls": 1} | raw.usage)
         return found
 
     def _batch(self, batch: Sequence[_Waiting]) -> list[RawAnswer]:
+        if self._shared is None:
+            return self._by_task_words(batch)
         if not self.settings.share_prefix or len({one.pictures for one in batch}) > 1:
             return self._written(batch, self._read_apart(batch))
         rows = self._shared.rows([one.request.turns for one in batch], batch[0].pictures)
         if not self._shared.pads and len({len(row) for row in rows}) > 1:
-            lengths = [len(row) for row in rows]
-            parts = [[n for n, length in enumerate(lengths) if length == wanted] for wanted in sorted(set(lengths))]
-            answers = {n: raw for part in parts for n, raw in zip(part, self._batch([batch[n] for n in part]))}
-            return [answers[n] for n in range(len(batch))]
+            return self._by_length(batch, [len(row) for row in rows], self._batch)
         self._check_length(max(map(len, rows)))
         return self._written(batch, self._shared.read(rows) or self._read_apart(batch))
 
+    def _by_length(
+        self, batch: Sequence[_Waiting], lengths: list[int], answered: Callable[[Sequence[_Waiting]], list[RawAnswer]]
+    ) -> list[RawAnswer]:
+        """Answer the questions of each length by themselves."""
+        parts = [[n for n, length in enumerate(lengths) if length == wanted] for wanted in sorted(set(lengths))]
+        answers = {n: raw for part in parts for n, raw in zip(part, answered([batch[n] for n in part]))}
+        return [answers[n] for n in range(len(batch))]
+
+    def _by_task_words(self, batch: Sequence[_Waiting]) -> list[RawAnswer]:
+        assert isinstance(self.chat, TaskWords)
+        inputs = self.chat.inputs([one.request.turns for one in batch])
+        lengths = inputs["attention_mask"].sum(1).tolist()
+        if not self.chat.kind.padding and len(set(lengths)) > 1:
+            return self._by_length(batch, lengths, self._by_task_words)
+        self._check_length(max(lengths))
+        given = {k: v.to(self.model.device, self.model.dtype if v.is_floating_point() else None) for k, v in inputs.items()}
+        temperature, top_p, most = batch[0].sampling
+        most = min(most, self._places - (1 if self.chat.kind.apart else max(lengths)))
+        made = answer_tasks(self.model, self.chat, given, most, temperature=temperature, top_p=top_p, seeds=_seeds(batch, temperature))
+        found = Read(None, made.first, inputs["attention_mask"], None, lengths, [0] * len(batch))
+        return [self._raw(one.request, made, found, n) for n, one in enumerate(batch)]
+
     def _read_apart(self, batch: Sequence[_Waiting]) -> Read:
+        assert isinstance(self.chat, Chat)
         inputs = self.chat.inputs([one.request.turns for one in batch])
         self._check_length(inputs["input_ids"].shape[1])
         return read_batch(self.model, {name: value.to(self.model.device) for name, value in inputs.items()})
@@ -203,7 +242,7 @@ class Local:
         """Write the answers of chats that are read."""
         temperature, top_p, most = batch[0].sampling
         most = min(most, self._places - max(found.lengths))
-        seeds = [int(one.request.digest[:15], 16) for one in batch] if temperature > 0 else []
+        seeds = _seeds(batch, temperature)
         made = write_after(self.model, found, self.chat.ends, most, temperature=temperature, top_p=top_p, seeds=seeds)
         return [self._raw(one.request, made, found, n) for n, one in enumerate(batch)]
 
@@ -249,6 +288,11 @@ class Local:
         """Refuse a question that leaves no place for an answer; `_answers` makes it an error of single requests."""
         if length >= self._places:
             raise ValueError(f"a question of {length} tokens; the model has places for {self._places}, with the answer")
+
+
+def _seeds(batch: Sequence[_Waiting], temperature: float) -> list[int]:
+    """Return a seed for each request of a batch that is sampled."""
+    return [int(one.request.digest[:15], 16) for one in batch] if temperature > 0 else []
 
 
 def _out_of_memory(error: Exception) -> bool:

@@ -8,7 +8,7 @@ better parser never costs a second run: `reparse:FILE` reads the raw answers of 
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack
 from itertools import islice
 from pathlib import Path
@@ -19,6 +19,7 @@ from grex_mllm.predictors.protocol import Abilities, Answer, Item, Options, cost
 from grex_mllm.zeroshot.asking import Asking
 from grex_mllm.zeroshot.base import Backend, Conversation, Request
 from grex_mllm.zeroshot.families import FAMILIES, Family, find_family
+from grex_mllm.zeroshot.listening import parse_reranking
 from grex_mllm.zeroshot.prompts import find_prompt
 from grex_mllm.zeroshot.rejection import parse_rejection
 from grex_mllm.zeroshot.segmenters import open_segmenter
@@ -41,11 +42,14 @@ class ZeroShot:
         self.backend, self.family, self.settings, self.options = backend, family, settings, options
         ask = settings.ask
         rejection = parse_rejection(ask.reject)
+        lacks = {} if getattr(backend, "chats", True) else family.lacks
+        self._check_tasks(lacks, rejection.asks_existence)
         self.asking = Asking(
             family,
             locate=find_prompt(ask.task, family, ask.prompt or ""),
-            describe=find_prompt("greg", family, ask.describe or ""),
+            describe=None if "greg" in lacks else find_prompt("greg", family, ask.describe or ""),
             exists=find_prompt("exists", family, ask.exists or "") if rejection.asks_existence else None,
+            rerank=parse_reranking(ask.rerank),
             segmenter=None if ask.task == "count" else open_segmenter(ask.masks, ask.mask_device),
             rejection=rejection,
             view=backend.view,
@@ -56,7 +60,8 @@ class ZeroShot:
             self._add_shots()
         self.by = f"{backend.name}, {self.asking.name}"
         self.can = Abilities(
-            ("ground", "generate"),
+            ("ground",) if "greg" in lacks else ("ground", "generate"),
+            lacks={"generate": f"{family.name}: {lacks['greg']}"} if "greg" in lacks else {},
             how=f"by {self.by}",
             remarks=lambda _: self.backend.remarks(),
             takes=ROOTS,
@@ -64,6 +69,17 @@ class ZeroShot:
             finish=getattr(backend, "close", lambda: None),
             preview=self.preview,
         )
+
+    def _check_tasks(self, lacks: Mapping[str, str], asks_existence: bool) -> None:
+        """Refuse what a model that takes no chat cannot be asked."""
+        ask = self.settings.ask
+        wanted = {"greg": f"ask.describe {ask.describe}" if ask.describe else "", "count": "ask.task count" if ask.task == "count" else ""}
+        wanted["exists"] = f"ask.reject {ask.reject}" if asks_existence else ""
+        for task, given in wanted.items():
+            if given and task in lacks:
+                raise fault(f"{given} with {self.family.name}: {lacks[task]}", "what its tasks allow", "leave it out")
+        if ask.shots and not getattr(self.backend, "chats", True):
+            raise fault(f"ask.shots {ask.shots} with {self.family.name}, which takes no chat", "no examples", "leave them out")
 
     def _add_shots(self) -> None:
         ask, asking = self.settings.ask, self.asking

@@ -27,7 +27,7 @@ def preview(
             continue
         part = estimate(requests, settings.server, lambda width, height: image_tokens(asking.family, width, height))
         share = numbers[task] / len(some)
-        least, most = asking.rejection.calls if task == "ground" else (1, 1)
+        least, most = asking.rejection.calls if task == "ground" else (1, 1) if asking.rerank is None else asking.rerank.calls
         found["tasks"][task] = {
             "questions": numbers[task],
             "calls": {"at_least": least * numbers[task], "at_most": most * numbers[task]},

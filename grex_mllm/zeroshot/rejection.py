@@ -2,28 +2,26 @@
 
 - `none`: the prompt itself says how to answer with nothing.
 - `twice`: first "is there ...?", and only after a yes the places.
-- `consistency:K@T`: K samples at temperature T; they vote on whether there is a target, then on its boxes (arXiv 2203.11171).
+- `consistency:K@T`: K samples at temperature T; they vote on whether there is a target, then on its objects (`voting`).
 - `probability:P`: the probability of "no" as the first token of "is there ...?", against that of "yes"; from P on nothing matches, below it
   the places are asked for. The only variant that gives a `no_target_prob` between 0 and 1.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+import math
+from dataclasses import dataclass
 
-import numpy as np
-
-from grex_mllm.errors import GrexError, fault
-from grex_mllm.ops.boxes import box_iou
+from grex_mllm.errors import fault
 from grex_mllm.zeroshot.base import RawAnswer, View
 from grex_mllm.zeroshot.parsing import Parsed, parse_expression, parse_grounding, parse_yes_no
 from grex_mllm.zeroshot.prompts import Prompt
 from grex_mllm.zeroshot.talk import Asked, Talk
+from grex_mllm.zeroshot.voting import agreed
 
 KINDS = ("none", "twice", "consistency:K@T", "probability:P")
 YES, NO = "yes", "no"
 SAMPLES, TEMPERATURE, THRESHOLD = 5, 0.7, 0.5
-SAME_IOU = 0.5  # of boxes of two samples that stand for one object
 MAX_SAMPLES = 100
 
 
@@ -106,49 +104,12 @@ def grounded(talk: Talk, prompt: Prompt, exists: Prompt | None, rejection: Rejec
             absent, probability = yield from _improbable(talk, exists, rejection.threshold)
         if absent is not None:
             return Outcome(absent, probability)
-    parsed = yield from _located(talk, prompt)
+    parsed = yield from located(talk, prompt)
     return Outcome(parsed[0], probability)
 
 
-def agreed(samples: list[Parsed]) -> Parsed:
-    """Return what samples with boxes agree on.
-
-    Those that are not ok have no vote; where none is, the first one's status stands. A draw between targets and none is decided by the
-    first sample. Boxes of different samples with an IoU of SAME_IOU or more stand for one object (greedily, in the order of the samples);
-    an object stays if more than half of the samples with targets have it (if none does, those that most have), as the median of its boxes.
-    """
-    able = [sample for sample in samples if sample.status == "ok"]
-    if not able:
-        return samples[0]
-    found = [sample for sample in able if not sample.no_target]
-    absent = [sample for sample in able if sample.no_target]
-    if len(absent) > len(found) or (len(absent) == len(found) and able[0].no_target):
-        return replace(absent[0], flags=())
-    clusters: list[list[tuple[int, np.ndarray]]] = []
-    for n, sample in enumerate(found):
-        for box in sample.boxes_xyxy:
-            _join(clusters, n, box)
-    most = max((len(cluster) for cluster in clusters), default=0)
-    least = len(found) // 2 + 1 if most > len(found) / 2 else most
-    boxes = [np.median([box for _, box in cluster], axis=0) for cluster in clusters if len(cluster) >= least]
-    return Parsed("ok", boxes_xyxy=np.asarray(boxes, np.float64).reshape(-1, 4))
-
-
-def _join(clusters: list[list[tuple[int, np.ndarray]]], n: int, box: np.ndarray) -> None:
-    """Put a box of sample n into the cluster that it overlaps most, or begin one; a sample has one box in a cluster."""
-    best, place = 0.0, None
-    for cluster in clusters:
-        if n not in (number for number, _ in cluster):
-            overlap = float(box_iou(box[None], np.median([other for _, other in cluster], axis=0)[None])[0, 0])
-            if overlap >= SAME_IOU and overlap > best:
-                best, place = overlap, cluster
-    if place is None:
-        clusters.append([(n, box)])
-    else:
-        place.append((n, box))
-
-
-def _located(talk: Talk, prompt: Prompt, samples: int = 1, temperature: float | None = None) -> Asked[list[Parsed]]:
+def located(talk: Talk, prompt: Prompt, samples: int = 1, temperature: float | None = None) -> Asked[list[Parsed]]:
+    """Ask where the targets are, `samples` times in one round; return what each answer says."""
     answers = yield from talk.ask("locate", prompt, samples=samples, temperature=temperature)
     found = [_parsed(raw, prompt, view) for raw, view in answers]
     for parsed in found:
@@ -157,8 +118,8 @@ def _located(talk: Talk, prompt: Prompt, samples: int = 1, temperature: float | 
 
 
 def _consistent(talk: Talk, prompt: Prompt, rejection: Rejection) -> Asked[Parsed]:
-    samples = yield from _located(talk, prompt, rejection.samples, rejection.temperature)
-    return agreed(samples)
+    samples = yield from located(talk, prompt, rejection.samples, rejection.temperature)
+    return agreed(samples, prompt.answer, math.hypot(talk.view.width, talk.view.height))
 
 
 def _denied(talk: Talk, exists: Prompt) -> Asked[Parsed | None]:
@@ -198,14 +159,7 @@ def check_rejection(rejection: Rejection, prompt: Prompt) -> None:
     """Refuse a variant that has no meaning for a prompt.
 
     Raises:
-        GrexError: voting about anything but boxes, or any variant for counting.
+        GrexError: any variant for counting.
     """
-    if rejection.kind == "none":
-        return
-    wrong: GrexError | None = None
-    if prompt.task == "count":
-        wrong = fault(f"rejection {rejection.name} for the task count", "none: a count of 0 says that nothing matches", "leave it out")
-    elif rejection.kind == "consistency" and prompt.answer != "boxes":
-        wrong = fault(f"rejection {rejection.name} for answers with {prompt.answer}", "answers with boxes", "choose another prompt")
-    if wrong is not None:
-        raise wrong
+    if prompt.task == "count" and rejection.kind != "none":
+        raise fault(f"rejection {rejection.name} for the task count", "none: a count of 0 says that nothing matches", "leave it out")

@@ -21,7 +21,7 @@ from grex_mllm.ops.masks import mask_to_box_xyxy, segmentation_to_mask
 from grex_mllm.zeroshot.base import Picture
 from grex_mllm.zeroshot.parsing import Parsed
 
-SEGMENTERS = ("none", "box", "polygon", "sam:PATH")
+SEGMENTERS = ("none", "box", "polygon", "mask", "sam:PATH")
 KEPT_PICTURES = 8  # whose encodings are kept: conversations about a few images run side by side
 PROMPTS_AT_ONCE = 16  # masks of 1024 x 1024 before they are brought to the original size
 
@@ -48,7 +48,7 @@ class Segmenter(Protocol):
 
 
 def open_segmenter(name: str, device: str = "auto") -> Segmenter | None:
-    """Return the segmenter of a name: "none" (boxes alone), "box", "polygon", or "sam:" with a folder or hub id.
+    """Return the segmenter of a name: "none" (boxes alone), "box", "polygon", "mask", or "sam:" with a folder or hub id.
 
     Raises:
         GrexError: an unknown name, or a segmenter that cannot be read.
@@ -60,6 +60,8 @@ def open_segmenter(name: str, device: str = "auto") -> Segmenter | None:
         return Boxes()
     if name == "polygon":
         return Polygons()
+    if name == "mask":
+        return Masks()
     if kind == "sam" and path:
         return Prompted(path, device)
     raise fault(f'segmenter "{name}"', f"one of {', '.join(SEGMENTERS)}", "fix the name")
@@ -71,9 +73,9 @@ def check_segmenter(segmenter: Segmenter | None, answer: str) -> None:
     Raises:
         GrexError: points without a segmenter that takes them, or any other combination without a meaning.
     """
-    if answer not in (("boxes", "polygons") if segmenter is None else segmenter.answers):
+    if answer not in (("boxes", "polygons", "masks") if segmenter is None else segmenter.answers):
         given = f"answers with {answer} and segmenter {'none' if segmenter is None else segmenter.name}"
-        raise fault(given, "a segmenter that takes them: sam:PATH for points", "choose another segmenter or another prompt")
+        raise fault(given, "a segmenter that takes them: sam:PATH for points, mask for masks", "choose another segmenter or another prompt")
 
 
 def box_mask(boxes_xyxy: np.ndarray, height: int, width: int) -> np.ndarray:
@@ -89,7 +91,7 @@ class Boxes:
     """Fills the boxes."""
 
     name = "box"
-    answers: tuple[str, ...] = ("boxes", "polygons")
+    answers: tuple[str, ...] = ("boxes", "polygons", "masks")
 
     def fingerprint(self) -> str:
         return self.name
@@ -116,6 +118,25 @@ class Polygons:
         if alone:
             mask |= box_mask(np.stack(alone), height, width)
         return Segmented(mask, parsed.boxes_xyxy, ("filled_box",) if alone else ())
+
+
+class Masks:
+    """Takes the masks that the model itself wrote (Gemini 2.5); a box without one is filled (flag "filled_box")."""
+
+    name = "mask"
+    answers: tuple[str, ...] = ("masks",)
+
+    def fingerprint(self) -> str:
+        return self.name
+
+    def segment(self, picture: Picture, parsed: Parsed) -> Segmented:
+        height, width = picture.pixels.shape[:2]
+        alone = [box for box, mask in zip(parsed.boxes_xyxy, parsed.masks, strict=True) if mask is None]
+        union = box_mask(np.asarray(alone, np.float64).reshape(-1, 4), height, width)
+        for mask in parsed.masks:
+            if mask is not None:
+                union |= mask.placed(height, width)
+        return Segmented(union, parsed.boxes_xyxy, ("filled_box",) if alone else ())
 
 
 class Prompted:

@@ -22,8 +22,11 @@ class AskSettings:
     task: of the question about an expression: grec (boxes), gres (what becomes masks: points, polygons) or count (a number alone).
     prompt, describe, exists: names of prompts of `eval/prompts`, or paths of your own: of that task, of greg, and of "is there ...?";
     None = the family's native one, else uniform.
-    masks: what turns an answer into a mask: box, polygon, sam:FOLDER, or none (boxes alone).  mask_device: of the segmenter.
+    masks: what turns an answer into a mask: box, polygon, mask (as the model wrote it), sam:FOLDER, or none (boxes alone).
+    mask_device: of the segmenter.
     reject: none, twice, consistency:K@T or probability:P (`zeroshot/rejection.py`).
+    rerank: of generated expressions: none, or own_grounding:K@T: K candidates beside the greedy one, of which the model chooses by
+    grounding them itself (`zeroshot/listening.py`).
     shots: examples from `shots_split`.  structured: answers by a JSON schema, where the server offers it.
     seed: of sampling, and of the choice of examples.
     """
@@ -36,6 +39,7 @@ class AskSettings:
     masks: str = "box"
     mask_device: str = "auto"
     reject: str = "none"
+    rerank: str = "none"
     shots: int = 0
     shots_split: str = "train"
     structured: bool = False

@@ -111,6 +111,8 @@ def _answer(shot: Shot, targets: tuple[str, ...], prompt: Prompt, family: Family
         return family.write_points(np.asarray([_deepest(shown) for shown in objects], np.float64), view, shot.record.raw)
     if prompt.answer == "polygons" and family.write_polygons is not None:
         return family.write_polygons([_outline(shown, shot.item, target) for shown, target in zip(objects, targets)], view, shot.record.raw)
+    if prompt.answer == "masks" and family.write_masks is not None:
+        return family.write_masks([shown.mask for shown in objects], shot.record.raw)
     if prompt.answer == "boxes":
         return family.write(np.asarray([shown.box_xyxy for shown in objects], np.float64), view, shot.record.raw)
     raise fault(f"examples with {prompt.answer} for {family.name}", "a kind of answer that the family writes", "choose another prompt")

@@ -40,7 +40,7 @@ def sample_expression(
         build = BUILDERS[kind]
         for _ in range(_TRIES):
             tree = build(scene, r, empty)
-            if tree is None or _mentions_held_out(tree, scene, held):
+            if tree is None or mentions_held_out(tree, scene, held):
                 continue
             mask = denoted(tree, scene)
             if mask is None or (mask == 0) != empty or (mask and scene.focus and not mask & scene.focus):
@@ -70,7 +70,8 @@ def draw_kind(r: Draw, kind_weights: Mapping[str, float] | None) -> str:
     return next(kind for kind, weight in kind_weights.items() if weight > 0)
 
 
-def _mentions_held_out(tree: Expression, scene: Scene, held: HeldOut | None) -> bool:
+def mentions_held_out(tree: Expression, scene: Scene, held: HeldOut | None) -> bool:
+    """Tell whether an expression names an attribute pair that the split does not show."""
     if held is None or scene.focus:
         return False
     pairs = {COLOUR: held.colours, TEXTURE: held.textures}

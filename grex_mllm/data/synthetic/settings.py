@@ -23,3 +23,10 @@ class SyntheticConfig:
     held_out: list[str] = field(
         default_factory=lambda: ["red star", "blue triangle", "green ring", "yellow square", "purple circle", "orange cross", "dotted bar"]
     )
+
+
+@dataclass
+class DialogueConfig(SyntheticConfig):
+    """Synthetic scenes with dialogues. follow_up_share: of the expressions, those that become a dialogue of two turns as one text."""
+
+    follow_up_share: float = 0.5

@@ -16,6 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from grex_mllm.errors import fault
 from grex_mllm.models.decoders.rela.config import RelaConfig
 from grex_mllm.models.decoders.rela.criterion import RelaCriterion as Criterion
 from grex_mllm.models.decoders.rela.network import Rela
@@ -101,5 +102,8 @@ class Decoder(nn.Module):
 
     def __init__(self, config: Config, inputs: DecoderInputs) -> None:
         super().__init__()
+        if config.region_sides:
+            given = f"model.decoder.region_sides is {config.region_sides} with vlt_rela"
+            raise fault(given, "one grid: its regions read what was fused, not the image", "leave region_sides empty")
         self.answers_boxes = config.boxes
         self.image_part, self.language_part = ImagePart(config, inputs), LanguagePart(config, inputs)

@@ -28,6 +28,12 @@ OF_PLACES = re.compile(
     r"</?\|?/?(object_ref|box|quad|ref|det|grounding|phrase|object|point|delimiter_of_multi_objects|patch_index_|loc|seg)[\w]*/?\|?>"
 )
 ANSWER, SPACE = "⟪answer⟫", "⟪space⟫"
+_TASKS = ", which is asked by task words and takes no chat (`grex predict` can ask it)"
+WHY_NOT = {
+    **dict.fromkeys(("paligemma", "florence2", "kosmos-2"), _TASKS),
+    "molmo2": ", whose image processor needs torchvision",
+    "deepseek_vl": ", the first generation, which does not ground (DeepSeek-VL2 has no class in transformers: use a server)",
+}
 
 
 class Turn(Protocol):
@@ -57,11 +63,12 @@ class Chat:
     """The tokenizer, chat template and picture rules of one multimodal model.
 
     tokenizer: of transformers.  family: how pictures are taken.  config: the model's.  ends: ids that end an answer, the chat template's
-    own first.
+    own first.  extras: name -> text of further files that `save` writes.
     """
 
     def __init__(self, config: Any, tokenizer: Any, processor: Any, settings: dict[str, Any], extra_ends: Sequence[int] = ()) -> None:
         self.config, self.tokenizer, self.settings = config, tokenizer, settings
+        self.extras: dict[str, str] = {}
         self.family: Family = FAMILIES[config.model_type](config, processor, settings, tokenizer)
         self.pad_id = int(tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id)
         own = self._answer_end()
@@ -80,28 +87,19 @@ class Chat:
         Raises:
             GrexError: no such model, one of a family that is not known, without a chat template, or a limit that its family lacks.
         """
-        from transformers import AutoConfig, AutoTokenizer
-
-        try:
-            config = AutoConfig.from_pretrained(str(name))
-            tokenizer = AutoTokenizer.from_pretrained(str(name))
-        except (OSError, ValueError, KeyError) as error:
-            raise fault(
-                f"multimodal model {name}: {_line(error)}", "a folder with config.json and a tokenizer, or a hub id", "fix the path"
-            ) from None
+        config, tokenizer, given, settings, ends = read_parts(name)
         if config.model_type not in FAMILIES:
             raise fault(
-                f"multimodal model {name} of type {config.model_type}", f"one of {', '.join(FAMILIES)}", "use a model of these families"
+                f"multimodal model {name} of type {config.model_type}{WHY_NOT.get(config.model_type, '')}",
+                f"one of {', '.join(FAMILIES)}",
+                "use a model of these families",
             )
         if not getattr(tokenizer, "chat_template", None):
             tokenizer.chat_template = _json(name, LEGACY_TEMPLATE).get("chat_template") or _json(name, PROCESSOR).get("chat_template")
         if not tokenizer.chat_template:
             raise fault(f"multimodal model {name} without a chat template", "chat_template.jinja in its folder", "use an instruct model")
-        settings = _json(name, PROCESSOR)
-        given = settings.pop("image_processor", None) or _json(name, PREPROCESSOR)
-        ends = _json(name, "generation_config.json").get("eos_token_id") or []
         processor = picture_settings(config.model_type, given, pixels, tiles)
-        return cls(config, tokenizer, processor, settings, ends if isinstance(ends, list) else [ends])
+        return cls(config, tokenizer, processor, settings, ends)
 
     def save(self, folder: str | Path) -> None:
         """Write what `load` reads: tokenizer, template, picture settings and the model's configuration, without weights."""
@@ -111,11 +109,17 @@ class Chat:
         self.config.save_pretrained(str(target))
         self.family.processor.save_pretrained(str(target))
         (target / PROCESSOR).write_text(json.dumps({**self.settings, **self._saved_processor(target)}), encoding="utf-8")
+        for file, text in self.extras.items():
+            (target / file).write_text(text, encoding="utf-8")
         (target / "generation_config.json").write_text(json.dumps({"eos_token_id": self.ends}), encoding="utf-8")
 
     def _saved_processor(self, folder: Path) -> dict[str, Any]:
         saved = folder / PREPROCESSOR
         return {"image_processor": json.loads(saved.read_text(encoding="utf-8"))}
+
+    def known(self) -> list[Any]:
+        """Return what decides the inputs, as JSON holds it."""
+        return [self.tokenizer.chat_template, self.family.processor.to_dict()]
 
     def render(self, turns: Sequence[Turn], generation: bool = True) -> str:
         """Return the text of a chat as the template writes it, one token a picture; with the opening of the answer, if `generation`."""
@@ -187,9 +191,7 @@ class Chat:
 
     def decode(self, ids: Sequence[int], special: bool = False) -> str:
         """Return the text of an answer up to what ends it. special: keep special tokens, with which some families write boxes."""
-        kept = [int(i) for i in ids]
-        at = next((n for n, i in enumerate(kept) if i in self.ends), len(kept))
-        return str(self.tokenizer.decode(kept[:at], skip_special_tokens=not special, clean_up_tokenization_spaces=False)).strip()
+        return decoded(self.tokenizer, ids, self.ends, special)
 
     def sent_size(self, width: int, height: int) -> tuple[int, int]:
         """Return width and height of the picture that the model sees of an original of this size, without padding."""
@@ -220,6 +222,34 @@ class Chat:
         behind = self.tokenizer(text.partition(ANSWER)[2], add_special_tokens=False)["input_ids"]
         special = {*self.tokenizer.all_special_ids, *self.tokenizer.added_tokens_decoder}
         return next((int(token) for token in behind if token in special), int(self.tokenizer.eos_token_id))
+
+
+def read_parts(name: str | Path) -> tuple[Any, Any, dict[str, Any], dict[str, Any], list[int]]:
+    """Return a model's configuration, tokenizer, settings of pictures and of its processor, and further ids that end an answer.
+
+    Raises:
+        GrexError: no such model.
+    """
+    from transformers import AutoConfig, AutoTokenizer
+
+    try:
+        config = AutoConfig.from_pretrained(str(name))
+        tokenizer = AutoTokenizer.from_pretrained(str(name))
+    except (OSError, ValueError, KeyError) as error:
+        raise fault(
+            f"multimodal model {name}: {_line(error)}", "a folder with config.json and a tokenizer, or a hub id", "fix the path"
+        ) from None
+    settings = _json(name, PROCESSOR)
+    pictures = settings.pop("image_processor", None) or _json(name, PREPROCESSOR)
+    ends = _json(name, "generation_config.json").get("eos_token_id") or []
+    return config, tokenizer, pictures, settings, ends if isinstance(ends, list) else [ends]
+
+
+def decoded(tokenizer: Any, ids: Sequence[int], ends: Sequence[int], special: bool) -> str:
+    """Return the text of an answer up to what ends it. special: keep special tokens."""
+    kept = [int(i) for i in ids]
+    at = next((n for n, i in enumerate(kept) if i in ends), len(kept))
+    return str(tokenizer.decode(kept[:at], skip_special_tokens=not special, clean_up_tokenization_spaces=False)).strip()
 
 
 def is_picture(part: Any) -> bool:

@@ -100,7 +100,7 @@ def write_after(
         if temperature <= 0:
             return logits.argmax(-1)
         chance = [float(torch.rand((), generator=generators[int(row)], dtype=torch.float64)) for row in rows]
-        return _sampled(logits.float() / temperature, top_p, torch.tensor(chance, dtype=torch.float64, device=logits.device))
+        return sampled(logits.float() / temperature, top_p, torch.tensor(chance, dtype=torch.float64, device=logits.device))
 
     tokens = write_on(
         model, begun.cache, begun.first, begun.mask, ends=list(ends), steps=max_new_tokens, choose=choose, deltas=begun.deltas
@@ -181,7 +181,7 @@ def _step(model: Any, cache: Any, token: Tensor, mask: Tensor, deltas: Tensor | 
     return logits
 
 
-def _sampled(logits: Tensor, top_p: float, chance: Tensor) -> Tensor:
+def sampled(logits: Tensor, top_p: float, chance: Tensor) -> Tensor:
     """Return int64 [B]: the token at `chance` [B] of the cumulative distribution over the likeliest tokens that hold `top_p` of it."""
     share, order = logits.softmax(-1).double().sort(dim=-1, descending=True, stable=True)
     before = share.cumsum(-1) - share

@@ -6,6 +6,7 @@ document.getElementById("example").textContent = [
   `curl -s -H 'Content-Type: image/jpeg' --data-binary @photo.jpg ${location.origin}/images`,
   `curl -s -H 'Content-Type: application/json' -d '{"image": "ID", "expressions": ["the two people on the left"]}' ${location.origin}/ground`,
   `curl -s -H 'Content-Type: application/json' -d '{"image": "ID", "boxes_xyxy": [[10, 12, 40, 44]]}' ${location.origin}/describe`,
+  `curl -s -H 'Content-Type: application/json' -d '{"expression": "two people on a bench", "top": 5}' ${location.origin}/search`,
 ].join("\n");
 const answer = await fetch("/openapi.json", { headers: token ? { Authorization: `Bearer ${token}` } : {} });
 const routes = document.getElementById("routes");

@@ -3,9 +3,11 @@ import { decode, facts, outline, overlap, stencil, union } from "/page/masks.js"
 
 const COLOURS = [[230, 159, 0], [86, 180, 233], [0, 158, 115], [204, 121, 167], [240, 228, 66], [213, 94, 0], [0, 114, 178]];
 const SAID = [255, 64, 129]; // what the described expression leads back to
+const FOLLOW_UPS = ["the others", "the one next to them", "only the biggest one"]; // to try
+const HOW = { union: "added to", difference: "taken from", restriction: "kept of", neighbour: "next to", complement: "other than" };
 const PAUSE = 450; // ms after the last key before an expression is grounded
 const $ = (id) => document.getElementById(id);
-const state = { info: null, image: null, pixels: null, objects: [], rows: [], chosen: new Set(), boxes: [], points: [], lit: -1, draft: null, said: null, serial: 0 };
+const state = { info: null, image: null, pixels: null, objects: [], rows: [], chosen: new Set(), boxes: [], points: [], lit: -1, draft: null, said: null, turn: null, serial: 0 };
 let pending = 0;
 
 // ---------------------------------------------------------------- talking to the server
@@ -95,8 +97,8 @@ async function show(opened, restored = null) {
   state.objects = opened.objects.map((object) => prepared(decode(object.mask_rle), object.box_xyxy));
   state.chosen.clear();
   state.boxes = []; state.points = []; state.lit = -1; state.said = null; state.draft = null;
-  state.rows = [];
-  for (const text of restored ?? []) state.rows.push(newRow(text));
+  state.rows = []; state.turn = null;
+  for (const { text, follows } of restored ?? []) { if (!follows) state.turn = null; state.rows.push(newRow(text)); }
   if (opened.scaled_from) note(`Scaled from ${opened.scaled_from.width} × ${opened.scaled_from.height} to ${opened.width} × ${opened.height}`, true);
   for (const button of $("gallery").children) button.ariaPressed = String(opened.image === `scene-${button.dataset.number}`);
   $("examples").replaceChildren();
@@ -124,7 +126,53 @@ function tint(item, colour, opacity) {
 
 function newRow(text) {
   const used = new Set(state.rows.map((row) => row.colour)), colour = COLOURS.findIndex((_, n) => !used.has(n));
-  return { text, colour: colour < 0 ? state.serial % COLOURS.length : colour, result: null, drawn: null, hidden: false, error: "", id: state.serial++ };
+  const row = { text, colour: colour < 0 ? state.serial % COLOURS.length : colour, result: null, drawn: null, hidden: false, error: "", id: state.serial++, after: state.turn };
+  state.turn = row; // what the next expression may refer to
+  return row;
+}
+
+// What was said before a row, the oldest first: its row's own predecessors, back to the expression that began the set.
+function turns(row) {
+  const before = [];
+  for (let at = row.after; at; at = begins(at) ? null : at.after) if (at.text.trim()) before.unshift(at.text.trim());
+  return before;
+}
+const begins = (row) => !row.after || row.result?.operation === "new";
+const follows = (row) => Boolean(row.result?.operation) && row.result.operation !== "new";
+
+function withFollowers(row) { // and the rows that refer to it
+  const found = [row];
+  for (const other of state.rows) if (found.includes(other.after) && follows(other)) found.push(other);
+  return found;
+}
+
+function removeRow(row) {
+  const [, ...others] = withFollowers(row), before = begins(row) ? null : row.after;
+  state.rows.splice(state.rows.indexOf(row), 1);
+  for (const other of state.rows) if (other.after === row) other.after = before;
+  if (state.turn === row) state.turn = before;
+  showRows(); draw(); keepLink();
+  ground(others);
+}
+
+function forgetTurn() { state.turn = null; showSelected(); document.querySelector("#new").focus(); }
+
+function showSelected() { // the set that a follow-up refers to
+  const row = state.turn, place = $("selected"), found = row?.result && !row.result.no_target;
+  place.hidden = !found;
+  $("new").placeholder = found ? "and the red one too" : state.rows.length ? "and another expression" : "the two people on the left";
+  if (!found) return;
+  place.replaceChildren();
+  const chip = make("span", "set", "", place), count = row.result.count ?? row.result.boxes_xyxy?.length;
+  make("i", "swatch", "", chip).style.setProperty("--colour", `rgb(${COLOURS[row.colour]})`);
+  make("b", "", count === undefined || count === null ? "Selected" : `${count} selected`, chip);
+  make("span", "", (follows(row) ? [...turns(row), row.text.trim()] : [row.text.trim()]).join(" › "), chip);
+  const clear = make("button", "plain", "×", chip);
+  clear.type = "button"; clear.id = "forget"; clear.ariaLabel = "Clear the selected set: the next expression refers to nothing"; clear.onclick = forgetTurn;
+  for (const text of FOLLOW_UPS) {
+    const button = make("button", "chip", text, place);
+    button.type = "button"; button.onclick = () => ground([addRow(text)]);
+  }
 }
 
 function addRow(text) {
@@ -139,10 +187,9 @@ const ground = tried(async (rows) => {
   rows = rows.filter((row) => row.text.trim());
   const asked = rows.map((row) => row.text.trim()), image = state.image;
   if (!asked.length) return;
-  for (let start = 0; start < rows.length; start += state.info.max_expressions) {
-    const part = rows.slice(start, start + state.info.max_expressions);
+  for (const { part, start, history } of batches(rows)) {
     let answer;
-    try { answer = await call("/ground", { json: { image: image.image, expressions: part.map((row) => row.text.trim()) } }); }
+    try { answer = await call("/ground", { json: { image: image.image, expressions: part.map((row) => row.text.trim()), ...(history.length ? { history } : {}) } }); }
     catch (error) { for (const row of part) { row.result = row.drawn = null; row.error = error.message.split("; ")[0]; } showResults(); draw(); throw error; }
     if (image !== state.image) return;
     part.forEach((row, n) => {
@@ -154,6 +201,16 @@ const ground = tried(async (rows) => {
   showResults(); draw(); keepLink();
 });
 
+function batches(rows) { // neighbouring rows with the same history go in one request
+  const found = [];
+  rows.forEach((row, start) => {
+    const history = turns(row), last = found.at(-1);
+    if (last && JSON.stringify(last.history) === JSON.stringify(history) && last.part.length < state.info.max_expressions) last.part.push(row);
+    else found.push({ part: [row], start, history });
+  });
+  return found;
+}
+
 function showRows() {
   $("rows").replaceChildren();
   for (const row of state.rows) {
@@ -164,15 +221,15 @@ function showRows() {
     swatch.onclick = () => { row.hidden = !row.hidden; swatch.ariaPressed = String(!row.hidden); draw(); };
     input.type = "text"; input.value = row.text; input.spellcheck = false; input.ariaLabel = "Expression";
     let timer;
-    input.oninput = () => { row.text = input.value; clearTimeout(timer); timer = setTimeout(() => ground([row]), PAUSE); };
-    input.onkeydown = (event) => { if (event.key === "Enter") { clearTimeout(timer); ground([row]); document.querySelector("li.new input").focus(); } };
+    input.oninput = () => { row.text = input.value; clearTimeout(timer); timer = setTimeout(() => ground(withFollowers(row)), PAUSE); };
+    input.onkeydown = (event) => { if (event.key === "Enter") { clearTimeout(timer); ground(withFollowers(row)); document.querySelector("li.new input").focus(); } };
     const remove = make("button", "plain remove", "×", item);
     remove.type = "button"; remove.ariaLabel = "Remove this expression";
-    remove.onclick = () => { state.rows.splice(state.rows.indexOf(row), 1); showRows(); draw(); keepLink(); };
+    remove.onclick = () => removeRow(row);
     make("p", "verdict", "", item);
   }
   const item = make("li", "new", "", $("rows")), input = (make("span", "swatch", "", item), make("input", "", "", item));
-  input.type = "text"; input.placeholder = state.rows.length ? "and another expression" : "the two people on the left"; input.spellcheck = false;
+  input.type = "text"; input.spellcheck = false;
   input.ariaLabel = "New expression"; input.id = "new";
   let timer, added = false; // the field that is left and taken away tells of it again
   const add = (focus) => {
@@ -190,7 +247,7 @@ function showRows() {
   showResults();
 }
 
-function verdict(place, result, error = "") {
+function verdict(place, result, error = "", said = "") {
   place.replaceChildren();
   place.className = "verdict";
   if (error) { place.classList.add("none"); make("b", "", capital(error), place); return; }
@@ -202,14 +259,16 @@ function verdict(place, result, error = "") {
   }
   const count = result.count ?? (result.boxes_xyxy ? result.boxes_xyxy.length : null);
   make("b", "", count === null ? "Found" : `${count} ${count === 1 ? "object" : "objects"}`, place);
-  place.append(` · nothing here: ${percent(result.no_target_prob)}`);
+  if (HOW[result.operation]) place.append(` · ${HOW[result.operation]} “${said}”`);
+  else place.append(` · nothing here: ${percent(result.no_target_prob)}`);
 }
 
 function showResults() {
   for (const row of state.rows) {
     const item = document.querySelector(`li[data-id="${row.id}"]`);
-    if (item) verdict(item.querySelector(".verdict"), row.result, row.error);
+    if (item) verdict(item.querySelector(".verdict"), row.result, row.error, row.after?.text.trim());
   }
+  showSelected();
   const some = state.rows.some((row) => row.result) || state.said !== null;
   for (const id of ["copy-json", "save-coco"]) $(id).disabled = !some;
   for (const id of ["save-png", "copy-link"]) $(id).disabled = !state.image;
@@ -463,13 +522,13 @@ new ResizeObserver(layOut).observe(stage);
 // ---------------------------------------------------------------- take it with you
 
 function asJson() {
-  const { image, width, height } = state.image, results = state.rows.filter((row) => row.result).map((row) => row.result);
+  const { image, width, height } = state.image, results = state.rows.filter((row) => row.result).map((row) => ({ ...row.result, ...(follows(row) ? { history: turns(row) } : {}) }));
   const described = state.said && { expression: state.said.text, objects: [...state.chosen], boxes_xyxy: state.boxes, points_xy: state.points, masks_rle: state.said.masks_rle, candidates: state.said.candidates };
   return { image, width, height, results, ...(described ? { described } : {}) };
 }
 
 function asCoco() {
-  const { width, height } = state.image, found = state.rows.filter((row) => row.result).map((row) => [row.text.trim(), row.result, row.drawn]);
+  const { width, height } = state.image, found = state.rows.filter((row) => row.result).map((row) => [(follows(row) ? [...turns(row), row.text.trim()] : [row.text.trim()]).join(" | "), row.result, row.drawn]);
   if (state.said?.drawn) found.push([state.said.text.trim(), state.said.result, state.said.drawn]);
   const annotations = found.filter(([, result]) => !result.no_target).map(([text, result, drawn], n) => {
     const [x1, y1, x2, y2] = facts(drawn.mask).box;
@@ -495,7 +554,7 @@ async function copy(text, what) {
 }
 
 function link() {
-  const parts = [`image=${encodeURIComponent(state.image.image)}`, ...state.rows.filter((row) => row.text.trim()).map((row) => `e=${encodeURIComponent(row.text.trim())}`)];
+  const parts = [`image=${encodeURIComponent(state.image.image)}`, ...state.rows.filter((row) => row.text.trim()).map((row) => `${follows(row) ? "f" : "e"}=${encodeURIComponent(row.text.trim())}`)];
   if (state.chosen.size) parts.push(`o=${[...state.chosen].join(",")}`);
   for (const box of state.boxes) parts.push(`b=${box.join(",")}`);
   for (const point of state.points) parts.push(`p=${point.join(",")}`);
@@ -533,7 +592,8 @@ async function restore() {
   let opened;
   try { opened = scene ? await call(`/gallery/${scene[1]}`, { json: {} }) : await call(`/images/${encodeURIComponent(image)}`); }
   catch (error) { history.replaceState(null, "", location.pathname); throw error; }
-  await show(opened, wanted.getAll("e"));
+  const said = [...wanted].filter(([key]) => key === "e" || key === "f").map(([key, text]) => ({ text, follows: key === "f" }));
+  await show(opened, said);
   for (const n of (wanted.get("o") ?? "").split(",").filter(Boolean).map(Number)) if (state.objects[n]) state.chosen.add(n);
   for (const box of wanted.getAll("b")) { const numbers = box.split(",").map(Number); if (numbers.length === 4 && numbers.every(Number.isFinite)) state.boxes.push(numbers); }
   for (const point of wanted.getAll("p")) { const numbers = point.split(",").map(Number); if (numbers.length === 2 && numbers.every(Number.isFinite)) state.points.push(numbers); }

@@ -13,7 +13,7 @@ from importlib import import_module
 from grex_mllm.errors import fault
 from grex_mllm.zeroshot.families.base import RELEASED, Family, Limits
 
-__all__ = ["FAMILIES", "RELEASED", "Family", "Limits", "find_family"]
+__all__ = ["FAMILIES", "RELEASED", "Family", "Limits", "family_of_type", "find_family"]
 
 _HERE = "grex_mllm.zeroshot.families"
 FAMILIES = {
@@ -57,6 +57,18 @@ def find_family(model: str) -> Family:
     near = difflib.get_close_matches(name, FAMILIES, n=1)
     action = f'did you mean "{near[0]}"?' if near else 'name the family; "generic" asks for JSON with coordinates from 0 to 1000'
     raise fault(f'model or family "{model}"', f"one of {', '.join(FAMILIES)}, or a name that contains one", action)
+
+
+def family_of_type(model_type: str) -> Family:
+    """Return the family of a model by its type in transformers (`config.model_type`).
+
+    Raises:
+        GrexError: no family has this type.
+    """
+    found = next((family for name in FAMILIES if model_type in (family := _load(name)).model_types), None)
+    if found is None:
+        raise fault(f'model type "{model_type}"', "one of the families in zeroshot/families", "name it there, in its family's model_types")
+    return found
 
 
 @cache

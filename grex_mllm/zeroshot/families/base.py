@@ -9,8 +9,9 @@ import numpy as np
 
 from grex_mllm.zeroshot.base import View
 
-ANSWERS = ("boxes", "points", "polygons")
+ANSWERS = ("boxes", "points", "polygons", "masks")
 Write = Callable[[np.ndarray, View, str], str]
+WriteMasks = Callable[[Sequence[np.ndarray], str], str]
 WritePolygons = Callable[[Sequence[np.ndarray], View, str], str]
 
 
@@ -43,8 +44,11 @@ class Family:
     frame, order: of `FRAMES` and `ORDERS` in `ops/frames.py`; of its answers and of coordinates in a prompt.
     patterns: regular expressions, found in lower-case names of models that belong to it; the longest match of all families wins.
     write: boxes, with a label, as the family answers them (few-shot examples, tests).  write_nothing: its answer where nothing matches.
+    write_masks: masks bool [H, W] of the original, of families that answer with pictures of them.
     mention: boxes as text within a prompt.  formats: kind of answer -> sentence that asks for it, for prompts that serve every family.
     sent: size of the picture that the model sees, without padding; of an original (width, height) under `Limits`.
+    model_types: of its models in transformers (`config.model_type`).
+    lacks: task -> why its models cannot do it, of families that are asked by task words instead of chats; a server may know more.
     answer: what it answers with, of ANSWERS.  empty_answer: what an answer without text means: "unparsable" or "no_target".
     """
 
@@ -59,9 +63,12 @@ class Family:
     sent: Callable[[int, int, Limits], tuple[int, int]] = original_size
     write_points: Write | None = None
     write_polygons: WritePolygons | None = None
+    write_masks: WriteMasks | None = None
     answer: str = "boxes"
     empty_answer: str = "unparsable"
     limits: Limits = field(default=RELEASED)
+    lacks: Mapping[str, str] = field(default_factory=dict)
+    model_types: tuple[str, ...] = ()
 
     def view(self, width: int, height: int, sent: tuple[int, int] | None = None, limits: Limits | None = None) -> View:
         """Return the View of an original; sent: size that a backend reports, None = by the family's own rule."""

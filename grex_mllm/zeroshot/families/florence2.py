@@ -1,4 +1,9 @@
-"""Florence-2: 1,000 location bins of the original, boxes and polygons; the picture is squashed to a square of 768 pixels."""
+"""Florence-2: 1,000 location bins of the original, boxes and polygons; the picture is squashed to a square of 768 pixels.
+
+Asked by task words, which its processor of transformers replaces by a sentence: <CAPTION_TO_PHRASE_GROUNDING>,
+<OPEN_VOCABULARY_DETECTION>, <REFERRING_EXPRESSION_SEGMENTATION> (`eval/prompts/*/native_florence2*.yaml`). Its makers search with three
+beams; here it is greedy.
+"""
 
 from __future__ import annotations
 
@@ -41,4 +46,10 @@ FAMILY = Family(
     formats={"boxes": "Locate each of them.", "polygons": "Segment each of them."},
     sent=square(768),
     empty_answer="no_target",
+    lacks={
+        "greg": "it describes a picture or one region, it has no task for several marked objects",
+        "count": "it has no task for numbers",
+        "exists": "it has no task for yes and no",
+    },
+    model_types=("florence2",),
 )

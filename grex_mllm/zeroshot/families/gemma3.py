@@ -5,4 +5,4 @@ from __future__ import annotations
 from grex_mllm.zeroshot.families.json_format import json_family
 from grex_mllm.zeroshot.families.sizes import square
 
-FAMILY = json_family("gemma3", "k1000", "xyxy", (r"gemma-?3n?",), sent=square(896))
+FAMILY = json_family("gemma3", "k1000", "xyxy", (r"gemma-?3n?",), sent=square(896), model_types=("gemma3",))

@@ -36,4 +36,5 @@ FAMILY = Family(
         "Answer with the list alone, and with [] if there is none."
     },
     sent=tiles(448, 12),
+    model_types=("internvl",),
 )

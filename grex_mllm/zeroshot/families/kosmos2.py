@@ -1,4 +1,8 @@
-"""Kosmos-2: cells of a 32 x 32 grid over the original, top left and bottom right; the picture is squashed to a square of 224 pixels."""
+"""Kosmos-2: cells of a 32 x 32 grid over the original, top left and bottom right; the picture is squashed to a square of 224 pixels.
+
+It continues `<grounding><phrase> ...</phrase>` with the cells, and answers `Question: ... Answer:` (model card of
+microsoft/kosmos-2-patch14-224; `eval/prompts/*/native_kosmos2.yaml`).
+"""
 
 from __future__ import annotations
 
@@ -30,4 +34,8 @@ FAMILY = Family(
     mention=patches,
     formats={"boxes": "Locate each of them."},
     sent=square(224),
+    lacks={
+        "greg": "it describes a picture or one region, it has no task for several marked objects",
+    },
+    model_types=("kosmos-2",),
 )

@@ -24,4 +24,5 @@ FAMILY = Family(
         "Answer with the boxes alone, and with [] if there is none."
     },
     sent=padded_square(336),
+    model_types=("llava", "vipllava"),
 )

@@ -22,4 +22,5 @@ FAMILY = Family(
         "Answer with the boxes alone, and with [] if there is none."
     },
     sent=fitted((w * TILE, h * TILE) for h in range(1, 7) for w in range(1, 7)),
+    model_types=("llava_onevision",),
 )

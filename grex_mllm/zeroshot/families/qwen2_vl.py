@@ -36,4 +36,5 @@ FAMILY = Family(
         "Answer with the boxes alone, and with [] if there is none."
     },
     sent=smart(28, 56 * 56, 16384 * 28 * 28),
+    model_types=("qwen2_vl",),
 )

@@ -22,7 +22,7 @@ _END = re.compile(
     r"|<[|｜](?:end|begin)▁of▁sentence[|｜]>|\[/?INST\]",
     re.IGNORECASE,
 )
-_PICTURES = re.compile(r"(data:image/[a-z]{1,10};base64,)[A-Za-z0-9+/=]++")  # masks of Gemini: nothing here reads them
+_PICTURES = re.compile(r"(data:image/[a-z]{1,10};base64,)[A-Za-z0-9+/=]++")  # where they are wanted, `pictures` took them out
 _DECIMALS = re.compile(r"[\[(]\s?[01],\d++(?:\s?;\s?[01],\d++){3}\s?[\])]")  # [0,10; 0,25; 0,50; 1,00]
 _EMPHASIS = re.compile(r"\*\*+|(?<![\w\"'])__(?=\S)|(?<=\S)__(?![\w\"'])|(?<!`)`(?!`)")
 

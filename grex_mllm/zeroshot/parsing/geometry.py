@@ -29,9 +29,13 @@ def frame_of(found: Found, frame: str) -> tuple[str, tuple[str, ...]]:
     return frame, ()
 
 
-def boxes_in(items: Iterable[Item], frame: str, order: str, view: View) -> tuple[np.ndarray, int, tuple[str, ...]]:
-    """Return boxes [N, 4] inside the picture, how many items were faulty, and flags."""
+Whole = tuple[Item, np.ndarray]  # an item, and its upright box, maybe over the edge
+
+
+def boxes_in(items: Iterable[Item], frame: str, order: str, view: View) -> tuple[np.ndarray, int, tuple[str, ...], list[Whole]]:
+    """Return boxes [N, 4] inside the picture, how many items were faulty, flags, and what each box comes from."""
     kept: list[np.ndarray] = []
+    whole: list[Whole] = []
     kept_array = np.zeros((0, 4))
     faulty, flags = 0, set()
     for item in items:
@@ -53,8 +57,9 @@ def boxes_in(items: Iterable[Item], frame: str, order: str, view: View) -> tuple
             flags.add("many")
             break
         kept.append(inside)
+        whole.append((item, upright))
         kept_array = np.stack(kept)
-    return kept_array, faulty, tuple(sorted(flags))
+    return kept_array, faulty, tuple(sorted(flags)), whole
 
 
 def points_in(items: Iterable[Item], frame: str, order: str, view: View) -> tuple[np.ndarray, int, tuple[str, ...]]:

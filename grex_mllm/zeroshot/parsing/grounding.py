@@ -10,7 +10,7 @@ read. S: numbers in prose are boxes in groups of exactly four only.
 
 from __future__ import annotations
 
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 
@@ -20,6 +20,7 @@ from grex_mllm.zeroshot.parsing.geometry import all_zero, bounds, boxes_in, fram
 from grex_mllm.zeroshot.parsing.items import Found, Item
 from grex_mllm.zeroshot.parsing.parsed import Parsed
 from grex_mllm.zeroshot.parsing.payload import Payload, read_payload
+from grex_mllm.zeroshot.parsing.pictures import MaskPicture, read_mask, take_out
 from grex_mllm.zeroshot.parsing.values import Number
 from grex_mllm.zeroshot.parsing.words import denies, refuses, says_none
 
@@ -36,6 +37,7 @@ FLAGS = {
     "closest": "numbers beside a denial were not read",
     "bounds": "bounds of polygons taken as boxes",
     "rectangles": "boxes taken as polygons",
+    "no_mask": "a box without a mask that can be read, where masks were asked for",
     "empty": "an answer without text was declared to mean no target",
 }
 
@@ -53,7 +55,8 @@ def parse_grounding(
         return refused
     if raw.sent is not None and min(raw.sent) > 0:
         view = replace(view, sent_width=raw.sent[0], sent_height=raw.sent[1])
-    text = clean(raw.text or "")
+    told, pictures = take_out(raw.text or "") if answer == "masks" else (raw.text or "", [])
+    text = clean(told)
     flags = ("thinking",) if text.thinking else ()
     if text.unclosed:
         return Parsed("unparsable", "the answer's reasoning never ends", flags=flags)
@@ -61,8 +64,10 @@ def parse_grounding(
         if empty_answer == "no_target" and raw.finish == "stop":
             return Parsed("ok", no_target=True, flags=(*flags, "empty"))
         return Parsed("unparsable", "an empty answer", flags=flags)
-    payload = read_payload(text, answer, frame)
+    payload = read_payload(text, "boxes" if answer == "masks" else answer, frame)
     parsed = _decide(payload, text, answer, frame, order, view)
+    if answer == "masks" and parsed.status == "ok":
+        parsed = _with_masks(parsed, pictures)
     cut = raw.finish == "length" or text.cut or (parsed.status == "ok" and payload.found.cut > 0)
     return replace(parsed, flags=(*flags, *(("truncated",) if cut else ()), *parsed.flags))
 
@@ -102,6 +107,7 @@ def _objects(found: Found, answer: str, frame: str, order: str, view: View) -> P
     faulty = found.faulty
     boxes, points = np.zeros((0, 4)), np.zeros((0, 2))
     polygons: list[np.ndarray] = []
+    numbers: list[tuple[int | None, np.ndarray]] = []
     if answer == "points":
         if not found.points:
             return Parsed("unparsable", f"{'boxes' if found.boxes else 'polygons'} where points were asked for")
@@ -112,15 +118,33 @@ def _objects(found: Found, answer: str, frame: str, order: str, view: View) -> P
             return Parsed("unparsable", "points where polygons were asked for")
         polygons, wrong, more = polygons_in(items, frame, order, view)
         boxes = bounds(polygons)
-        more = (*more, "bounds") if answer == "boxes" else (*more, *(() if found.polygons else ("rectangles",)))
+        more = (*more, "bounds") if answer in ("boxes", "masks") else (*more, *(() if found.polygons else ("rectangles",)))
     else:
         if not found.boxes:
             return Parsed("unparsable", "points where boxes were asked for")
-        boxes, wrong, more = boxes_in(found.boxes, frame, order, view)
+        boxes, wrong, more, whole = boxes_in(found.boxes, frame, order, view)
+        numbers = [(item.picture, box) for item, box in whole]
     if not len(boxes) + len(points):
         return Parsed("unparsable", "no object lies inside the picture and has an area" if wrong else "no object could be read")
     flags = (*flags, *more, *(("faulty",) if faulty + wrong else ()))
-    return Parsed("ok", boxes_xyxy=boxes, points=points, polygons=polygons, flags=flags)
+    return _Numbered("ok", boxes_xyxy=boxes, points=points, polygons=polygons, flags=flags, numbers=numbers)
+
+
+@dataclass(eq=False)
+class _Numbered(Parsed):
+    """numbers: for each box the number of its picture, and the whole box, as it was answered."""
+
+    numbers: list[tuple[int | None, np.ndarray]] = field(default_factory=list)
+
+
+def _with_masks(parsed: Parsed, pictures: list[str]) -> Parsed:
+    """Return the answer with the mask of each box that has one; those without are flagged."""
+    numbers = parsed.numbers if isinstance(parsed, _Numbered) else []
+    values = [read_mask(pictures[n]) if n is not None and n < len(pictures) else None for n, _ in numbers]
+    masks = [None if one is None else MaskPicture(box, one) for one, (_, box) in zip(values, numbers, strict=True)]
+    masks += [None] * (len(parsed.boxes_xyxy) - len(masks))
+    flags = (*parsed.flags, *(("no_mask",) if None in masks else ()))
+    return Parsed("ok", no_target=parsed.no_target, boxes_xyxy=parsed.boxes_xyxy, polygons=parsed.polygons, masks=masks, flags=flags)
 
 
 def _outline(item: Item) -> Item:

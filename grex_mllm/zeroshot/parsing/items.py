@@ -6,6 +6,7 @@ import re
 from dataclasses import dataclass, field
 
 from grex_mllm.zeroshot.parsing.keys import ABSENT, AXES, AXIS_NAMES, COUNTS, IGNORED, PRESENT, ROLES, corner_of, normal
+from grex_mllm.zeroshot.parsing.pictures import number_of
 from grex_mllm.zeroshot.parsing.values import NUMBER, Node, Number, number, values
 from grex_mllm.zeroshot.parsing.words import says_no, says_none, says_yes
 
@@ -22,12 +23,13 @@ class Item:
     """A box, point or polygon as the answer gives it.
 
     order: xyxy, yxyx, xywh or cxcywh of a box; "" = as declared. Numbers with named axes are x before y.
-    frame: of tokens that bring their own; "" = as declared.
+    frame: of tokens that bring their own; "" = as declared.  picture: number of the mask that stands beside a box (`pictures.take_out`).
     """
 
     numbers: list[Number]
     order: str = ""
     frame: str = ""
+    picture: int | None = None
 
 
 @dataclass
@@ -151,6 +153,7 @@ class _Walk:
             self.found.nothing += 1
             return True
         before = self.found.faulty, self.found.cut, self.found.nothing, len(self.found.boxes) + len(self.found.points)
+        first = len(self.found.boxes)
         used = self.axes(named, node) or self.corners(named, node)
         for key, value in node.pairs:
             name = normal(key)
@@ -160,6 +163,8 @@ class _Walk:
                 self.value(value, ROLES[name] or role)
             elif isinstance(value, Node | str) or value is None:
                 self.value(value, "any")
+        if len(self.found.boxes) == first + 1 and (picture := number_of(named.get("mask"))) is not None:
+            self.found.boxes[-1].picture = picture
         none = [value for name in COUNTS if isinstance(value := named.get(name), Number) and value.value == 0]
         same = before == (self.found.faulty, self.found.cut, self.found.nothing, len(self.found.boxes) + len(self.found.points))
         if same and none and not node.items:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
+from grex_mllm.models.hard_examples import HardConfig
+
 
 @dataclass
 class InstanceLossConfig:
@@ -21,6 +23,7 @@ class InstanceLossConfig:
     target: float = 1.0
     no_target: float = 0.5
     count: float = 0.5
+    hard: HardConfig = field(default_factory=HardConfig)  # hard pixels and objects count more; of `mask_bce`
 
 
 @dataclass

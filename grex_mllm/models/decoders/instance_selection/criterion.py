@@ -14,6 +14,7 @@ from torch.nn import functional as F
 
 from grex_mllm.models.decoders.instance_selection.config import InstanceSelectionConfig
 from grex_mllm.models.decoders.instance_selection.regions import Regions, box_area, gather, grid_boxes
+from grex_mllm.models.hard_examples import HardConfig, check_hard, hardest_masks, pixel_losses
 from grex_mllm.ops.losses import count_cross_entropy, focal_sum, giou_each, matched_boxes, shared_count
 from grex_mllm.ops.matching import match
 from grex_mllm.types import Batch, GroundingOutput
@@ -60,7 +61,7 @@ def heat_terms(regions: Regions, batch: Batch) -> dict[str, Tensor]:
     }
 
 
-def region_terms(regions: Regions, batch: Batch) -> tuple[dict[str, Tensor], Tensor]:
+def region_terms(regions: Regions, batch: Batch, hard: HardConfig | None = None) -> tuple[dict[str, Tensor], Tensor]:
     """Return the regions' terms (box and score: means over the image layers) and int64 [B, K]: the instance each region stands for, or -1.
 
     A region that overlaps its match too little stands for nothing.
@@ -83,8 +84,11 @@ def region_terms(regions: Regions, batch: Batch) -> tuple[dict[str, Tensor], Ten
             owner[matches.problem, matches.query] = torch.where(close, matches.target, -1)
     terms = {name: value / num_layers for name, value in terms.items()}
     masks = matches.pick([_at_size(m, regions.mask_map) for m in batch.instance_masks]) if len(matches) else regions.mask_map.new_zeros(0)
-    bce, dice = _mask_terms(regions.mask_embeddings[-1][matches.problem, matches.query], matches.problem, regions.mask_map, wanted, masks)
-    return terms | {"mask_bce": bce / count, "mask_dice": dice / count}, owner
+    hard = hard or HardConfig()
+    embeddings = regions.mask_embeddings[-1][matches.problem, matches.query]
+    bce, dice, num = _mask_terms(embeddings, matches.problem, regions.mask_map, wanted, masks, hard)
+    learned = count if hard.masks == 1 else shared_count(num, regions.mask_map)
+    return terms | {"mask_bce": bce / learned, "mask_dice": dice / count}, owner
 
 
 def attribute_terms(regions: Regions, batch: Batch, owner: Tensor) -> dict[str, Tensor]:
@@ -122,12 +126,14 @@ class InstanceSelectionCriterion:
     """Named terms of `instance_selection` and their weighted total. A weight of 0 leaves the term out."""
 
     def __init__(self, config: InstanceSelectionConfig) -> None:
-        self.weights = asdict(config.loss)
+        self.hard = config.loss.hard
+        check_hard(self.hard)
+        self.weights = {name: value for name, value in asdict(config.loss).items() if name != "hard"}
 
     def __call__(self, output: GroundingOutput, batch: Batch) -> dict[str, Tensor]:
         """Return name -> unweighted scalar, and "total"."""
         regions: Regions = output.extra.regions
-        terms, owner = region_terms(regions, batch)
+        terms, owner = region_terms(regions, batch, self.hard)
         terms |= heat_terms(regions, batch)
         terms |= attribute_terms(regions, batch, owner)
         terms |= selection_terms(output, batch, owner)
@@ -151,18 +157,27 @@ def _at_size(masks: Tensor, mask_map: Tensor) -> Tensor:
     return F.interpolate(masks[:, None].float(), size=size, mode="area")[:, 0]
 
 
-def _mask_terms(embeddings: Tensor, image: Tensor, mask_map: Tensor, boxes: Tensor, masks: Tensor) -> tuple[Tensor, Tensor]:
-    """Return sums over M regions of BCE and dice inside the true boxes with a margin; embeddings [M, D], masks float [M, H, W]."""
+def _mask_terms(
+    embeddings: Tensor, image: Tensor, mask_map: Tensor, boxes: Tensor, masks: Tensor, hard: HardConfig
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Return sums over M regions of BCE and dice inside the true boxes with a margin, and how many of them the BCE learned.
+
+    embeddings: [M, D].  masks: float [M, H, W].
+    """
     if not len(embeddings):
         nothing = embeddings.float().sum() + mask_map.float().sum() * 0.0
-        return nothing, nothing
+        empty = mask_map.new_zeros(0, 1)
+        hardest_masks(empty, empty, hard)  # the other processes may have regions, and wait for this one
+        return nothing, nothing, torch.zeros_like(nothing)
     height, width = mask_map.shape[-2:]
     inside = box_area(boxes, height, width, margin=0.25).flatten(1)
     sizes = torch.bincount(image, minlength=len(mask_map)).tolist()
     maps = mask_map.flatten(2).unbind(0)  # the gradient of unbind is one stack; that of indexing would be a sum of full-size maps
     parts = [part @ pixels for part, pixels in zip(embeddings.split(sizes), maps, strict=True) if len(part)]
     logits, goal = torch.cat(parts).float(), masks.flatten(1)
-    bce = F.binary_cross_entropy_with_logits(logits, goal, reduction="none").masked_fill(~inside, 0.0).sum(-1) / inside.sum(-1).clamp(min=1)
+    each, weight = hardest_masks(*pixel_losses(logits, goal, hard, inside=inside), hard)
+    num = weight.sum(-1)
+    bce = each.sum(-1) / num.clamp(min=1)
     prob = logits.sigmoid().masked_fill(~inside, 0.0)
     dice = 1.0 - (2.0 * (prob * goal).sum(-1) + 1.0) / (prob.sum(-1) + goal.sum(-1) + 1.0)
-    return bce.sum(), dice.sum()
+    return bce.sum(), dice.sum(), (num > 0).sum()

@@ -25,6 +25,10 @@ class RelaConfig:
     num_layers: int = 9
     feedforward: int = 2048
     minimap_side: int = 10
+    # P by the image: 4, 8 and 16, say, the largest as minimap_side; empty = minimap_side for all. The next side is taken where the share of
+    # pixels on an edge passes the next limit of `complexity`; the defaults part 80 COCO photographs at 480 pixels into thirds
+    region_sides: list[int] = field(default_factory=list)
+    complexity: list[float] = field(default_factory=lambda: [0.09, 0.15])
     boxes: bool = True
     count: bool = True
     ria: str = "attention"  # attention | pooled (hard split in the decoder); the hard split of the image is model.vision.patches

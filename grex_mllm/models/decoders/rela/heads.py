@@ -29,6 +29,22 @@ class Mlp(nn.Module):
         return self.layers[-1](x)
 
 
+def box_start(side: int) -> Tensor:
+    """Return what is added to the boxes of a grid's regions before the sigmoid, float32 [side * side, 4]: a square at the cell's centre."""
+    cells = (torch.arange(side) + 0.5) / side
+    start = torch.full((side, side, 4), BOX_START_SIZE)
+    start[..., 0], start[..., 1] = cells[None, :], cells[:, None]
+    return torch.logit(start.flatten(0, 1), BOX_EPS)
+
+
+def mean_over(values: Tensor, active: Tensor | None) -> Tensor:
+    """Return the mean [E, C] of values [E, Q, C] over the regions, or over those that are active, bool [E, Q]."""
+    if active is None:
+        return values.mean(dim=1)
+    share = active.to(values)[..., None]
+    return (values * share).sum(dim=1) / share.sum(dim=1)
+
+
 class RegionHeads(nn.Module):
     """The heads over normalised region features [E, Q, C] (GRES paper, section 4.1; GREx article for boxes and count).
 
@@ -49,27 +65,27 @@ class RegionHeads(nn.Module):
         self.box = Mlp(width, width, 4, 3) if boxes else None
         self.box_score = nn.Linear(width, 1) if boxes else None
         self.count = Mlp(width, width, NUM_COUNTS, 2) if count else None
-        cells = (torch.arange(side) + 0.5) / side
-        start = torch.full((side, side, 4), BOX_START_SIZE)
-        start[..., 0], start[..., 1] = cells[None, :], cells[:, None]
-        self.register_buffer("box_start", torch.logit(start.flatten(0, 1), BOX_EPS), persistent=False)
+        self.register_buffer("box_start", box_start(side), persistent=False)
         if self.box is not None:
             for parameter in self.box.layers[-1].parameters():
                 nn.init.zeros_(parameter)
 
-    def predict_boxes(self, regions: Tensor) -> tuple[Tensor | None, Tensor | None]:
-        """Return boxes_norm [E, Q, 4] cxcywh and box_logits [E, Q], or None twice."""
+    def predict_boxes(self, regions: Tensor, start: Tensor | None = None) -> tuple[Tensor | None, Tensor | None]:
+        """Return boxes_norm [E, Q, 4] cxcywh and box_logits [E, Q], or None twice.
+
+        start: what `box_start` is for the regions [E, Q, 4] of other grids; None = of the grid that the heads were built for.
+        """
         if self.box is None or self.box_score is None:
             return None, None
-        return (self.box(regions) + self.box_start).sigmoid(), self.box_score(regions).squeeze(-1)
+        return (self.box(regions) + (self.box_start if start is None else start)).sigmoid(), self.box_score(regions).squeeze(-1)
 
-    def predict_count(self, regions: Tensor) -> Tensor | None:
-        """Return count_logits [E, 7], or None."""
-        return None if self.count is None else self.count(regions).mean(dim=1)
+    def predict_count(self, regions: Tensor, active: Tensor | None = None) -> Tensor | None:
+        """Return count_logits [E, 7], or None. active: bool [E, Q], regions that are averaged; None = all."""
+        return None if self.count is None else mean_over(self.count(regions), active)
 
-    def predict_no_target(self, regions: Tensor) -> Tensor | None:
-        """Return no_target_logits [E, 2], or None."""
-        return None if self.no_target is None else self.no_target(regions).mean(dim=1)
+    def predict_no_target(self, regions: Tensor, active: Tensor | None = None) -> Tensor | None:
+        """Return no_target_logits [E, 2], or None. active: bool [E, Q], regions that are averaged; None = all."""
+        return None if self.no_target is None else mean_over(self.no_target(regions), active)
 
     def predict_minimap(self, regions: Tensor) -> Tensor | None:
         """Return minimap_logits [E, Q, 2], or None."""

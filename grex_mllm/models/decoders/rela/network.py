@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from grex_mllm.errors import fault
+from grex_mllm.models.decoders.rela.adaptive import OwnGrids, check_sides, chosen_sides, grid_rows, own_grids
 from grex_mllm.models.decoders.rela.config import RelaConfig
 from grex_mllm.models.decoders.rela.grouping import Grouping, group
 from grex_mllm.models.decoders.rela.heads import RegionHeads
@@ -113,11 +114,13 @@ class RegionImages(NamedTuple):
 
     memory: per layer, what the regions read: (keys, values) float [B, S, C], or (pooled features [B, Q, C],).
     mask_levels: mask features resized to each level, float [B, C, S].  mask_features: float [B, C, h, w].
+    side: int64 [B], P of each image where it differs; None = minimap_side.
     """
 
     memory: list[tuple[Tensor, ...]]
     mask_levels: list[Tensor]
     mask_features: Tensor
+    side: Tensor | None = None
 
 
 class RelaExtra(NamedTuple):
@@ -137,6 +140,7 @@ class ImagePart(nn.Module):
         super().__init__()
         layers, width = range(config.num_layers), config.width
         self.side, self.attends = config.minimap_side, config.ria == "attention"
+        self.sides, self.limits = config.region_sides, config.complexity
         self.level_embed = nn.Embedding(NUM_LEVELS, width)
         if self.attends:
             self.keys = nn.ModuleList(projection(width) for _ in layers)
@@ -144,8 +148,11 @@ class ImagePart(nn.Module):
         else:
             self.pooled = nn.ModuleList(nn.Linear(width, width) for _ in layers)
 
-    def forward(self, maps: list[Tensor], pixels: PixelFeatures) -> RegionImages:
-        """Do the language-free work of B images once; the image encoder's own `maps` are not read."""
+    def forward(self, maps: list[Tensor], pixels: PixelFeatures, image: Tensor | None = None) -> RegionImages:
+        """Do the language-free work of B images once; the image encoder's own `maps` are not read.
+
+        image: float [B, 3, H, W] normalised, where `region_sides` choose the number of regions by it.
+        """
         embeds = rows(self.level_embed)[:, :, None, None]
         levels = [level + embed for level, embed in zip(pixels.levels, embeds, strict=True)]
         if not self.attends:
@@ -162,7 +169,8 @@ class ImagePart(nn.Module):
         mask_levels = [
             F.interpolate(pixels.mask_features, size=level.shape[-2:], mode="bilinear", align_corners=False).flatten(2) for level in levels
         ]
-        return RegionImages(memory, mask_levels, pixels.mask_features)
+        side = None if image is None else chosen_sides(image, self.sides, self.limits)
+        return RegionImages(memory, mask_levels, pixels.mask_features, side)
 
 
 class LanguagePart(nn.Module):
@@ -196,14 +204,17 @@ class LanguagePart(nn.Module):
         image_index: int64 [E], image of each.  text: tokens [E, L, C_text].
         `extra`: `RelaExtra`, with the earlier layers' answers in training with deep supervision.
         """
-        tokens, position = self.language_projection(text.tokens), rows(self.region_positions)
-        num_images = len(images.mask_features)
-        start = rows(self.region_features).expand(num_images, -1, -1)
+        tokens, num_images = self.language_projection(text.tokens), len(images.mask_features)
+        start, position, grids = self._regions(images, num_images)
         start = self._read_image(0, start, images.memory[0], images.mask_levels, Grouping(num_images, 1), position)
         groups = group(image_index, num_images)
         mask_levels, mask_features = [groups.of_image(m) for m in images.mask_levels], groups.of_image(images.mask_features)
         kept = groups.of_image if self.attends else partial(torch.index_select, dim=0, index=image_index)
         x = start.index_select(0, image_index)
+        seen = None
+        if grids is not None:
+            grids, position = grids.of(image_index), position.index_select(0, image_index)
+            seen = grids.active[:, None, None]
         earlier = []
         for i in range(len(self.region_image)):
             if i > 0:
@@ -211,11 +222,19 @@ class LanguagePart(nn.Module):
             x = self._read_text(i, x, tokens, text.mask)
             if len(self.region_region):
                 query = x + position
-                x = self.region_region[i](x, query, query, x)
+                x = self.region_region[i](x, query, query, x, seen)
             x = self.feedforward[i](x)
             if self.config.loss.deep_supervision and self.training and i + 1 < len(self.region_image):
-                earlier.append(self._answer(x, mask_features, groups, []))
-        return self._answer(x, mask_features, groups, earlier)
+                earlier.append(self._answer(x, mask_features, groups, grids, []))
+        return self._answer(x, mask_features, groups, grids, earlier)
+
+    def _regions(self, images: RegionImages, num_images: int) -> tuple[Tensor, Tensor, OwnGrids | None]:
+        """Return features of the regions [B, Q, C], their positions, and the grids of images that have their own; None = one for all."""
+        features, positions = rows(self.region_features), rows(self.region_positions)
+        if images.side is None:
+            return features.expand(num_images, -1, -1), positions, None
+        grids = own_grids(images.side, self.config.region_sides)
+        return grid_rows(features, grids), grid_rows(positions, grids), grids
 
     def _read_image(
         self, i: int, x: Tensor, memory: tuple[Tensor, ...], mask_levels: list[Tensor], groups: Grouping, position: Tensor
@@ -250,23 +269,30 @@ class LanguagePart(nn.Module):
         read = self.region_language[i](x, x, tokens, tokens, allowed)
         return x + self.config.language_scale * self.language_weight.sigmoid() * read
 
-    def _answer(self, x: Tensor, mask_features: Tensor, groups: Grouping, earlier: list[GroundingOutput]) -> GroundingOutput:
+    def _answer(
+        self, x: Tensor, mask_features: Tensor, groups: Grouping, grids: OwnGrids | None, earlier: list[GroundingOutput]
+    ) -> GroundingOutput:
         regions = self.norm(x)
         embeddings = self.heads.mask(regions)
         minimap = self.heads.minimap(regions)
-        mask = groups.unfold(groups.fold(minimap.transpose(1, 2) @ embeddings) @ mask_features.flatten(2))
-        boxes, scores = self.heads.predict_boxes(regions)
-        side = self.config.minimap_side
-        return GroundingOutput(
+        weight, active, start = minimap, None, None
+        if grids is not None:
+            active, start = grids.active, grids.box_starts().to(regions)
+            weight = minimap * active[..., None]
+        mask = groups.unfold(groups.fold(weight.transpose(1, 2) @ embeddings) @ mask_features.flatten(2))
+        boxes, scores = self.heads.predict_boxes(regions, start)
+        prob, side = minimap.softmax(dim=-1)[..., 1], self.config.minimap_side
+        answer = GroundingOutput(
             mask_logits=mask.unflatten(2, mask_features.shape[-2:]),
             minimap_logits=minimap,
-            no_target_logits=self.heads.predict_no_target(regions),
+            no_target_logits=self.heads.predict_no_target(regions, active),
             boxes_norm=boxes,
             box_logits=scores,
-            count_logits=self.heads.predict_count(regions),
-            minimap_prob=minimap.softmax(dim=-1)[..., 1].unflatten(1, (side, side)),
+            count_logits=self.heads.predict_count(regions, active),
+            minimap_prob=prob.unflatten(1, (side, side)) if grids is None else grids.spread(prob),
             extra=RelaExtra(embeddings, earlier),
         )
+        return answer if grids is None else grids.filled(answer)
 
 
 class Rela(nn.Module):
@@ -282,6 +308,7 @@ class Rela(nn.Module):
             raise fault(given, "the same width for rela", "fix model.decoder.width")
         if config.ria not in RIA or config.rla not in RLA:
             raise fault(f'model.decoder.ria "{config.ria}", rla "{config.rla}"', f"ria of {RIA}, rla of {RLA}", "fix the names")
-        self.answers_boxes = config.boxes
+        check_sides(config)
+        self.answers_boxes, self.reads_image = config.boxes, bool(config.region_sides)
         self.image_part = ImagePart(config)
         self.language_part = LanguagePart(config, inputs.mask_width, inputs.text_width)

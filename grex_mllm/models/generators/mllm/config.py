@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass, field
 
 from grex_mllm.errors import fault
@@ -38,7 +39,9 @@ class MllmConfig(AdaptedConfig):
     context_layers: int = 0  # self-attention among the tokens of an object set
     # text
     system: str = ""  # system turn; empty: none of our own
-    prompt: str = ""  # instruction with {objects} once, for example "{objects} Name exactly these."; empty: one of our own (showing.py)
+    # instruction: a name of eval/prompts/generator, a .yaml file, or a text with {objects} once ("{objects} Name exactly these.");
+    # empty: the file named like the way to show objects
+    prompt: str = ""
     max_expression_tokens: int = 64
     max_new_tokens: int = 40
     max_rows: int = 32  # sequences decoded at once
@@ -47,5 +50,6 @@ class MllmConfig(AdaptedConfig):
         for name, known in (("objects", OBJECTS), ("mark_style", MARKS), ("maps", MAPS)):
             if getattr(self, name) not in known:
                 raise fault(f'model.generator.{name} "{getattr(self, name)}"', f"one of {', '.join(known)}", "fix the value")
-        if self.prompt and self.prompt.count("{objects}") != 1:
+        named = re.fullmatch(r"[\w.-]*", self.prompt) or self.prompt.endswith((".yaml", ".yml"))
+        if not named and self.prompt.count("{objects}") != 1:
             raise fault(f"model.generator.prompt {self.prompt!r}", "{objects} once, where the objects are named", "fix the prompt")

@@ -8,7 +8,7 @@ template, and the loss is on the answer alone. The image is encoded once for all
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from itertools import accumulate
 from typing import Any
 
@@ -21,6 +21,7 @@ from grex_mllm.data.transforms import input_masks
 from grex_mllm.errors import fault
 from grex_mllm.models.generators.mllm.adapters import adapted_layers
 from grex_mllm.models.generators.mllm.config import MllmConfig
+from grex_mllm.models.generators.mllm.instructions import INSTRUCTION
 from grex_mllm.models.generators.mllm.parts import MllmPart, Questions, SetOf, questions_of
 from grex_mllm.models.generators.mllm.pooling import pool_objects
 from grex_mllm.models.generators.region_tokens.network import check_mode
@@ -76,6 +77,11 @@ class MllmGenerator(nn.Module):
     def base(self) -> Any:
         """The multimodal model itself, with the adapters in its layers."""
         return self.lm.get_base_model() if hasattr(self.lm, "get_base_model") else self.lm
+
+    @property
+    def wording(self) -> str:
+        """The text of the instruction's file."""
+        return self.tokenizer.extras.get(INSTRUCTION, "")
 
     @property
     def projector(self) -> RegionTokens | None:
@@ -312,6 +318,12 @@ class MllmGenerator(nn.Module):
                 f"at most the language model's {limit} positions",
                 "lower max_pixels, max_tiles, crops, max_distractors or max_new_tokens",
             )
+
+    @contextmanager
+    def without_adapters(self) -> Iterator[Any]:
+        """Give the multimodal model as its makers trained it: adapters off, nothing learned."""
+        with self._evaluated(), self.lm.disable_adapter() if self.cfg.lora_rank else nullcontext():
+            yield self.base
 
     @contextmanager
     def _evaluated(self) -> Iterator[None]:

@@ -14,6 +14,7 @@ from torch import Tensor
 from grex_mllm.data.transforms import instance_mask, selectable_instances
 from grex_mllm.errors import fault
 from grex_mllm.models.generators.mllm.config import MllmConfig
+from grex_mllm.models.generators.mllm.instructions import INSTRUCTION, instruction_text
 from grex_mllm.models.generators.mllm.showing import ask
 from grex_mllm.models.multimodal.chat import Chat
 from grex_mllm.types import GenerationImage, GenerationItem, Geometry
@@ -148,7 +149,9 @@ def make_tokenizer(config: MllmConfig, lines: Callable[[], list[str]], folder: P
     """Write tokenizer, chat template and picture settings of the model into a folder."""
     if not config.lm:
         raise fault("model.generator.lm is not set", "a folder or hub id of a multimodal language model", "set it")
-    read_chat(config).save(folder)
+    chat = read_chat(config)
+    chat.extras[INSTRUCTION] = instruction_text(config)
+    chat.save(folder)
 
 
 def read_chat(config: MllmConfig) -> Chat:
@@ -163,4 +166,7 @@ def pixel_limits(config: MllmConfig) -> tuple[int, int] | None:
 
 def load_tokenizer(config: MllmConfig, folder: Path) -> Chat:
     """Read what `make_tokenizer` or a model folder wrote."""
-    return Chat.load(folder)
+    chat = Chat.load(folder)
+    kept = folder / INSTRUCTION
+    chat.extras[INSTRUCTION] = kept.read_text(encoding="utf-8") if kept.is_file() else instruction_text(config)
+    return chat

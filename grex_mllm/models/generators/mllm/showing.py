@@ -14,18 +14,11 @@ import numpy as np
 from grex_mllm.errors import fault
 from grex_mllm.marks import Shown, crops, mark_picture, mark_words
 from grex_mllm.models.generators.mllm.config import MllmConfig
+from grex_mllm.models.generators.mllm.instructions import INSTRUCTION, instruction_text, read_instruction
 from grex_mllm.models.multimodal.chat import Chat, Message, Space
 from grex_mllm.ops.frames import DECIMALS, FRAMES, boxes_from_pixels
 from grex_mllm.ops.masks import mask_to_box_xyxy
 
-END = "in one short expression."
-INSTRUCTIONS = {
-    "tokens": f"{{objects}}\nName exactly the marked objects of the image {END}",
-    "numbers": f"Name exactly the objects marked {{objects}} in the image {END}",
-    "outlines": f"Name exactly the objects outlined in {{objects}} in the image {END}",
-    "coordinates": f"Name exactly the objects at {{objects}} in the image {END}",
-}
-CROPS = "The pictures after the first show them alone. "
 # the frame in which each family writes places, and how it writes a box (pixels of the original where nothing is known)
 FAMILY_FRAMES = {"qwen2_vl": "k1000", "qwen2_5_vl": "px_sent", "qwen3_vl": "k1000", "qwen3_vl_moe": "k1000", "internvl": "k1000",
                  "llava": "unit_pad", "vipllava": "unit_pad", "llava_onevision": "unit", "gemma3": "k1000", "idefics3": "k1000",
@@ -64,7 +57,7 @@ def ask(cfg: MllmConfig, chat: Chat, original: np.ndarray, masks: Sequence[np.nd
     places; none: nothing is selected (a stand-in).  places: number of tokens of `objects: tokens`.
     """
     objects = shown(masks) if cfg.objects != "tokens" or cfg.crops else []
-    picture, style = original, cfg.objects if cfg.objects != "marks" else cfg.mark_style
+    picture = original
     parts: list[Any] = []
     if cfg.objects == "tokens":
         parts = [Space(places)]
@@ -74,8 +67,8 @@ def ask(cfg: MllmConfig, chat: Chat, original: np.ndarray, masks: Sequence[np.nd
     else:
         parts = [box_words(cfg, chat, original.shape[:2], objects)]
     aside = [crop for crop in crops(picture, objects[: cfg.crops])] if cfg.crops else []
-    before, after = (cfg.prompt or INSTRUCTIONS[style]).split("{objects}")
-    words = [text for text in ((CROPS if aside else "") + before, *parts, after) if text != ""]
+    before, after, apart = read_instruction(chat.extras.get(INSTRUCTION) or instruction_text(cfg))
+    words = [text for text in ((apart if aside else "") + before, *parts, after) if text != ""]
     pictures = [picture, *aside]
     system = [Message("system", (cfg.system,))] if cfg.system else []
     return Asked([*system, Message("user", (*pictures, *words))], pictures, cfg.objects != "marks" and not aside)
