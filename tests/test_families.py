@@ -93,23 +93,6 @@ def test_boxes_come_back(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", FAMILIES)
-def test_boxes_at_the_edges_of_pictures_of_any_size_come_back(name: str) -> None:
-    """The first and the last pixel are places like all others, also where a step is many pixels long."""
-    family, rng = find_family(name), np.random.default_rng(12)
-    for width, height in [(97, 61), (640, 480), (2049, 1500), (4000, 3001), (9000, 6000), (3000, 12000)]:
-        view, ends = family.view(width, height), np.array([width, height])
-        inner = np.sort(rng.uniform(0.1, 0.9, (4, 2, 2)), axis=1) * ends + np.array([[0.0, 0.0], [0.1, 0.1]]) * ends
-        boxes = np.concatenate([inner.reshape(4, 4), [[0, 0, width, height]], [[*(0.93 * ends), *ends]], [[0, 0, *(0.07 * ends)]]])
-        boxes[0, 0], boxes[1, 3], boxes[2, 1], boxes[3, 2] = 0, height, 0, width
-        boxes = np.round(boxes)
-        if family.answer == "boxes":
-            near(back(name, family.write(boxes, view, "x"), view, "boxes").boxes_xyxy, boxes, family.frame, view)
-        if family.write_points is not None:
-            points = np.concatenate([boxes[:5, :2], [ends], [[width, 0]]])
-            near(back(name, family.write_points(points, view, "x"), view, "points").points, points, family.frame, view)
-
-
-@pytest.mark.parametrize("name", FAMILIES)
 def test_what_the_model_sees_is_written_and_comes_back(name: str) -> None:
     """The box is read off the resized picture, where a model would see it; half a sent pixel may be lost there."""
     family, rng = find_family(name), np.random.default_rng(8)

@@ -10,7 +10,7 @@ Numbers are always in the order x, y here (a family's order y, x is the parser's
 | unit | fraction of the original | two decimals |
 | unit_pad | fraction of the square on which the original is centred | two decimals |
 | pct | percent of the original | one decimal |
-| loc1024 | 1/1023 of the original: 1,024 places, both edges among them | location tokens, 0 to 1023 |
+| loc1024 | 1/1024 of the original | location tokens, 0 to 1023 |
 | loc1000 | bin of the original; its centre is meant, cut to a whole pixel | location tokens, 0 to 999 |
 | patch32 | column or row of 32; the cell's centre is meant, whole cells where both corners lie in one row or column | patch tokens |
 """
@@ -42,7 +42,7 @@ FRAMES = ("px", "px_sent", "k1000", "k999", "unit", "unit_pad", "pct", "loc1024"
 ORDERS = ("xyxy", "yxyx")
 CELLS = 32
 DECIMALS = {"unit": 2, "unit_pad": 2, "pct": 1}
-_PARTS = {"k1000": 1000.0, "k999": 999.0, "unit": 1.0, "pct": 100.0, "loc1024": 1023.0, "loc1000": 1000.0, "patch32": float(CELLS)}
+_PARTS = {"k1000": 1000.0, "k999": 999.0, "unit": 1.0, "pct": 100.0, "loc1024": 1024.0, "loc1000": 1000.0, "patch32": float(CELLS)}
 
 
 def points_to_pixels(numbers: np.ndarray, frame: str, view: View) -> np.ndarray:
@@ -81,7 +81,7 @@ def points_from_pixels(points_xy: np.ndarray, frame: str, view: View) -> np.ndar
     if frame in DECIMALS:
         return np.round(numbers, DECIMALS[frame])
     if frame == "loc1024":
-        return np.clip(np.round(numbers), 0, parts)
+        return np.clip(np.round(numbers), 0, 1023)
     if frame in ("loc1000", "patch32"):
         return np.clip(np.floor(numbers), 0, parts - 1)
     return np.round(numbers)
@@ -96,7 +96,10 @@ def boxes_from_pixels(boxes_xyxy: np.ndarray, frame: str, view: View) -> np.ndar
 
 
 def step(frame: str, view: View) -> tuple[float, float]:
-    """Return the quantisation step of the frame in pixels of the original, along x and y."""
+    """Return the quantisation step of the frame in pixels of the original, along x and y.
+
+    At the far edge loc1024 is off by a whole step: it has no number for the edge itself.
+    """
     size, parts = np.array([view.width, view.height], float), _parts(frame, view)
     if frame == "unit_pad":
         size = np.full(2, size.max())

@@ -1,8 +1,7 @@
-"""PaliGemma 1 and 2: 1,024 location tokens over the original, y first; the picture is squashed to 224, 448 or 896 pixels.
+"""PaliGemma 1 and 2: location tokens of 1/1024 of the original, y first; the picture is squashed to 224, 448 or 896 pixels.
 
-Tokens are read as 1/1023, as the authors wrote and scored them (google-research/big_vision, pp/proj/paligemma/segmentation.py and
-evaluators/proj/paligemma/transfers/segmentation.py). Some readers divide by 1024: then the far edge of a picture has no token, and a
-box that ends there is off by a whole step. Asked by prefixes, which only the "mix" checkpoints know without tuning: `detect`, `answer en`.
+The far edge has no token of its own: there a box is off by a whole step of 1/1024, as with all readers that divide by 1024 (the authors'
+own evaluation divides by 1023). Asked by prefixes, which only the "mix" checkpoints know without tuning: `detect`, `answer en`.
 """
 
 from __future__ import annotations

@@ -38,7 +38,7 @@ def tokens_of(text: str, answer: str, frame: str) -> Found:
 
 
 def _locations(text: str, answer: str) -> Found:
-    """<loc0256> (PaliGemma, 1/1023, y first), <loc_256> (Florence-2, 1/1000, x first); four in a row are a box."""
+    """<loc0256> (PaliGemma, 1/1024, y first), <loc_256> (Florence-2, 1/1000, x first); four in a row are a box."""
     found = Found()
     runs: list[list[re.Match[str]]] = []
     for match in _LOC.finditer(text):
