@@ -31,7 +31,7 @@ from grex_mllm.errors import GrexError, fault
 from grex_mllm.job import DATA, PREDICTIONS, RESULTS, SHEET, predict_once, report_run, run_job, say, score_once, timed
 
 PROGRAM = "data_prep/photos.py"
-STAGES = ["configs/photos_ground.yaml", "configs/photos_align.yaml", "configs/photos.yaml"]
+STAGES = [f"configs/{name}.yaml" for name in ("photos_ground", "photos_finer", "photos_align", "photos")]
 SPLITS, EXPRESSIONS = "train=0.8,val=0.05,test=0.15", "train=24,val=24,test=24"
 HUMAN = "human"
 LAYOUT = "instances*.json or .json.gz, and a folder images; or sub-folders of that form, one for each source"

@@ -196,7 +196,7 @@ MORE = [
 
 
 @pytest.mark.parametrize("piece", [*HUGE, *(pytest.param(piece, marks=pytest.mark.long) for piece in MORE)])
-def test_a_megabyte_takes_less_than_a_second(piece: str) -> None:
+def test_a_megabyte_takes_seconds_at_most(piece: str) -> None:
     """Processor time, so that other work on the machine does not count; each kind of repetition that could make a search quadratic."""
     raw = RawAnswer(piece * (LENGTH // len(piece)), "length")
     family = find_family("generic")
@@ -208,4 +208,4 @@ def test_a_megabyte_takes_less_than_a_second(piece: str) -> None:
     ):
         start = time.process_time()
         parse()
-        assert time.process_time() - start < 1.0
+        assert time.process_time() - start < 4.0, "about half a second where nothing is quadratic; minutes where something is"

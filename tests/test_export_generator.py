@@ -95,6 +95,7 @@ def wordy(model: GrexModel) -> GrexModel:
 @pytest.fixture(scope="module")
 def exported(tmp_path_factory: pytest.TempPathFactory) -> tuple[GrexModel, Path]:
     work = tmp_path_factory.mktemp("speaker")
+    torch.manual_seed(0)
     wordy(tiny_speaker(work / "tokenizer")).save_pretrained(work / "model")
     assert main(["export", "--model", str(work / "model"), "--out", str(work / "onnx")]) == 0
     return GrexModel.from_pretrained(work / "model"), work / "onnx"

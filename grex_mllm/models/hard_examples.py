@@ -21,8 +21,8 @@ LEAST_ERROR = 1e-6  # below which the slope of a root is no number
 
 @dataclass
 class HardConfig:
-    """What counts more in the mask terms: hard pixels, hard masks. A mask is that of an expression (isfp: or of a cell; instance_selection:
-    of an object)."""
+    """What counts more in the mask terms: hard pixels, hard masks. A mask is that of an expression; of a cell or an object where a
+    decoder has masks of them."""
 
     focal_gamma: float = 0.0  # the cross-entropy of a pixel times its error to this power (2 in the paper); 0 = the cross-entropy itself
     # weight of a target's pixels, 1 - alpha of the others (0.25 in the paper); null = as without focal loss. A factor that is the same for
