@@ -21,7 +21,7 @@ from grex_mllm.zeroshot.asking import Asking
 from grex_mllm.zeroshot.base import Picture, RawAnswer
 from grex_mllm.zeroshot.families import find_family
 from grex_mllm.zeroshot.parsing import Parsed, parse_grounding
-from grex_mllm.zeroshot.parsing.pictures import MAX_PICTURES, MaskPicture, number_of, read_mask, take_out, write_mask
+from grex_mllm.zeroshot.parsing.pictures import MAX_PICTURES, MAX_SIDE, MaskPicture, number_of, read_mask, take_out, write_mask
 from grex_mllm.zeroshot.prompts import find_prompt
 from grex_mllm.zeroshot.rejection import Rejection
 from grex_mllm.zeroshot.segmenters import Boxes, Masks, Polygons, box_mask, check_segmenter
@@ -166,3 +166,10 @@ def test_masks_through_a_conversation_and_by_votes(item: Item) -> None:  # noqa:
                 check_segmenter(segmenter, "masks")
         else:
             check_segmenter(segmenter, "masks")
+
+
+def test_a_mask_larger_than_the_bound_is_not_read() -> None:
+    """A line of pixels is small in bytes; its side alone decides."""
+    for side, read in ((MAX_SIDE, True), (MAX_SIDE + 1, False)):
+        letters = write_mask(np.ones((1, side), bool)).partition(",")[2]
+        assert (read_mask(letters) is not None) == read
