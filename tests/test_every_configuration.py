@@ -23,6 +23,9 @@ The rule by which a configuration is made tiny, and free of chance, for this (`e
 9. The refinement of ISFP learns from every choice; with random weights all are wrong, and it would get no gradient.
 10. Losses agree within EXACT; with language fusion in Swin within FUSED: its normalisation over positions multiplies the rounding of
    maps that are almost constant, as those of drawn scenes are (float32 and float64 differ there by 1e-5 in the first fusion already).
+11. In bfloat16 all terms of a loss agree within IN_BF16 of their sum, and the gradient's norm within IN_BF16 of itself. Rounding decides
+   much more there (hundreds of probabilities of masked attention lie at 0.5 exactly), and Muon makes of a direction in a rounded gradient
+   a step as long as any. Measured: sums up to 0.037, norms up to 0.26; one process in bfloat16 and in float32 differ by 0.056 and 0.38.
 
 As a program: `python test_every_configuration.py CONFIG.yaml ...` trains one after the other, also as several processes.
 """
@@ -61,7 +64,8 @@ from grex_mllm.training.run import train_from_config
 pytest.importorskip("deepspeed")
 FILES = {file.stem: file for file in sorted((ROOT / "configs").glob("*.yaml"))}
 SCENES, STEPS, CORPUS_LINES = 16, 10, 300
-EXACT, FUSED, IN_BF16 = 1e-5, 3e-5, 0.02  # bounds of the relative difference of a loss; NORM times as much for the gradient's norm
+EXACT, FUSED = 1e-5, 3e-5  # bounds of the relative difference of a loss; NORM times as much for the gradient's norm
+IN_BF16 = {"loss": 0.06, "norm": 0.4}
 NORM, NEAR, DECIDED_BY_ROUNDING, KINK = 3, {"attention": 1e-6, "relu": 2e-5}, 1e-3, 0.02
 MOMENTS = ("exp_avg", "momentum_buffer")  # Adam's, Muon's: in front of a weight's name in a checkpoint of the optimizer
 # no gradient: Swin's gates, as released zero on both sides of a ReLU; heads whose loss has weight 0, with what they alone read
@@ -210,9 +214,9 @@ def worst_differences(ours: Path, theirs: Path) -> dict[str, float]:
     return worst
 
 
-def bounds_of(name: str, bound: float) -> dict[str, float]:
-    """Return what the differences of a configuration may be at most."""
-    most = max(bound, FUSED) if load_config(FILES[name]).model.vision.fusion != "none" else bound
+def bounds_of(name: str) -> dict[str, float]:
+    """Return what the differences of a configuration may be at most in float32."""
+    most = FUSED if load_config(FILES[name]).model.vision.fusion != "none" else EXACT
     return {"loss": most, "norm": NORM * most, "decided loss": max(most, DECIDED_BY_ROUNDING), "decided norm": max(NORM * most, KINK)}
 
 
@@ -227,15 +231,26 @@ def unreached(name: str, out: Path) -> list[str]:
     return sorted(key for key in missed - unasked if not DEAD.fullmatch(key))
 
 
-def compare(
-    cases: list[tuple[str, str]], stage: Path, folder: Path, bound: float = EXACT, precision: str = "fp32", processes: int = 2
-) -> None:
+def rounded_differences(ours: Path, theirs: Path) -> dict[str, float]:
+    """Return the largest differences in bfloat16: of a loss term, relative to the sum of all, and of the gradient's norm."""
+    found, expected = losses(ours), losses(theirs)
+    assert [sorted(line) for line in found] == [sorted(line) for line in expected] and len(found) == STEPS
+    worst = {"loss": 0.0, "norm": 0.0}
+    for line, other in zip(found, expected, strict=True):
+        for key in line:
+            kind, of = ("norm", "grad_norm") if key == "grad_norm" else ("loss", "loss/total")
+            worst[kind] = max(worst[kind], abs(line[key] - other[key]) / other[of])
+    return worst
+
+
+def compare(cases: list[tuple[str, str]], stage: Path, folder: Path, precision: str = "fp32", processes: int = 2) -> None:
     """Require of several processes the losses of one, nearly its gradient norm, and a gradient for every trained weight."""
     far, still = dict[tuple[str, str], dict[str, float]](), {}
+    differences = rounded_differences if precision == "bf16" else worst_differences
     for (name, engine), out in several(cases, stage, folder, precision, processes).items():
-        gaps = worst_differences(out, one(name, stage, engine, precision))
+        gaps = differences(out, one(name, stage, engine, precision))
         print(f"{precision} {engine}: {name}", *(f"{kind} {gap:.1e}" for kind, gap in gaps.items()))
-        if any(gaps[kind] > most for kind, most in bounds_of(name, bound).items()):
+        if any(gaps[kind] > most for kind, most in (IN_BF16 if precision == "bf16" else bounds_of(name)).items()):
             far[name, engine] = gaps
         if names := unreached(name, out):
             still[name, engine] = names
@@ -278,7 +293,7 @@ def test_two_nodes_with_a_copy_of_the_weights_each(stage: Path, tmp_path: Path) 
 def test_bfloat16(stage: Path, tmp_path: Path) -> None:
     """Autocast rounds each process's gradients to 8 bits, and their sums differently."""
     names = ["demo", "gres_rela_swin_base", "joint_rela_swin_base_qwen2.5_7b"]
-    compare([(name, engine) for engine in ("DDP", "ZeRO-2", "ZeRO-3") for name in names], stage, tmp_path, IN_BF16, "bf16")
+    compare([(name, engine) for engine in ("DDP", "ZeRO-2", "ZeRO-3") for name in names], stage, tmp_path, "bf16")
 
 
 def main() -> None:
