@@ -42,6 +42,9 @@ CASES: dict[str, dict[str, object]] = {
                 "model__decoder__region_sides": [2, 4], "model__decoder__complexity": [0.1], "model__decoder__loss__hard__pixels": 0.5,
                 "model__decoder__loss__hard__masks": 0.5, "model__decoder__loss__hard__focal_gamma": 2.0, "loss__distill": 0.5},
     "hard objects": {"model__decoder__loss__hard__masks": 0.5},
+    "batch norm": {"model__decoder__name": "m3att", "model__map_norm": "batch", "model__decoder__width": 16, "model__decoder__num_heads": 2,
+                   "model__decoder__feedforward": 32, "model__decoder__grid_side": 4, "model__decoder__mask_widths": [8, 8, 8],
+                   "model__decoder__heads__minimap_side": 4},
 }  # fmt: skip
 IMAGES, WORLD = 4, 2
 

@@ -36,7 +36,7 @@ def shared_count(count: Tensor | float, like: Tensor, least: float = 1.0) -> Ten
     batch. Every process must call it the same number of times in a step, but within `alone`.  least: of the count over all processes.
     """
     total = torch.as_tensor(count, dtype=torch.float32, device=like.device).detach().clone()
-    if not _together():
+    if not together():
         return total.clamp(min=least)
     torch.distributed.all_reduce(total)
     return total.clamp(min=least) / torch.distributed.get_world_size()
@@ -52,7 +52,7 @@ def hardest(values: Tensor, share: float) -> Tensor:
     """
     own = values.detach().float()
     rank, sizes = 0, [len(own)]
-    if _together():
+    if together():
         rank, world = torch.distributed.get_rank(), torch.distributed.get_world_size()
         lengths = [torch.zeros(1, dtype=torch.int64, device=own.device) for _ in range(world)]
         torch.distributed.all_gather(lengths, torch.tensor([len(own)], device=own.device))
@@ -66,8 +66,8 @@ def hardest(values: Tensor, share: float) -> Tensor:
     return kept.split(sizes)[rank]
 
 
-def _together() -> bool:
-    """Tell whether other processes compute losses with this one."""
+def together() -> bool:
+    """Tell whether other processes compute losses, and statistics of maps, with this one."""
     return not _ALONE.get() and torch.distributed.is_available() and torch.distributed.is_initialized()
 
 
