@@ -60,7 +60,7 @@ def train(work: Path, name: str, quantisation: str, **changes: Any) -> Path:
         "data.train": eight_sets(work / "data"), "train.out": work / "run", "train.steps": 30, "train.batch_images": 3,
         "train.precision": "fp32", "train.num_threads": 1, "train.save_every": 30, "train.log_every": 1,
         "train.optim.lr": 1e-2, "train.optim.betas": "[0.9, 0.98]", "train.optim.warmup_fraction": 0.1, "train.optim.weight_decay": 0,
-        "train.optim.muon": "true", "train.optim.muon_lr": 2e-2, "train.optim.lr_scale": "{grounding: 0.1}",
+        "train.optim.muon": "true", "train.optim.muon_lr": 2e-2, "train.optim.lr_scale": "{grounding: 0.1, generator.region_tokens: 3}",
         "model.generator.lm": lm, "model.generator.quantisation": quantisation, "model.generator.lora_rank": 16,
         "model.generator.lora_alpha": 64 if name.startswith("gemma") else 32, "model.generator.projector_width": 64,
         "model.generator.image_grid": 0, "model.generator.max_new_tokens": 24,

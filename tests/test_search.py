@@ -125,6 +125,30 @@ def test_a_union_is_as_good_as_its_worst_part(model: GrexModel, images: Path) ->
     assert [hit.score for hit in opened.rank(union)] == pytest.approx(sorted(found.score[0].tolist(), reverse=True), rel=1e-4)
 
 
+def test_parts_of_a_union_are_asked_where_those_before_are(images: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is found is what the ranking of all has; the model is made to be in doubt about some images of each part."""
+    model, union = tiny_model(), "the red circle, two blue squares and a green star"
+    with torch.no_grad():
+        model.grounding.decoder.language_part.no_target[2].weight.mul_(30)
+        opened = open_index(model, images)
+        missing = np.median([opened.scores(part).no_target_prob[0] for part in parts_of(union)[:2]])
+    model.config.predict.no_target_threshold = float(missing)
+    asked: list[int] = []
+    score = index_module.score_images
+
+    def counted(model: GrexModel, text: object, kept: dict[str, torch.Tensor]) -> object:
+        asked.append(len(next(iter(kept.values()))))
+        return score(model, text, kept)
+
+    monkeypatch.setattr(index_module, "score_images", counted)
+    found = opened.found(union)
+    assert asked[0] == 7 and 7 > asked[1] > 0
+    wanted = [hit for hit in opened.rank(union) if not hit.no_target]
+    assert [hit.file for hit in found] == [hit.file for hit in wanted] and 0 < len(found) < 7
+    for hit, other in zip(found, wanted, strict=True):
+        assert (hit.score, hit.region_score, hit.no_target) == pytest.approx((other.score, other.region_score, False), rel=1e-3)
+
+
 def test_images_without_a_target_are_left_out(images: Path) -> None:
     model = tiny_model()
     with torch.no_grad():
@@ -373,14 +397,14 @@ def test_a_changed_folder_in_the_meantime_is_told(model: GrexModel, images: Path
     from grex_mllm.search.command import run_search
 
     model.save_pretrained(images.parent / "model")
-    real = index_module.SearchIndex.rank
+    real = index_module.SearchIndex.found
 
-    def rank(self: SearchIndex, expressions: list[str]) -> object:
-        ranked = real(self, expressions)
-        (images / ranked[0][0].file).unlink()
-        return ranked
+    def found_then_gone(self: SearchIndex, expression: str) -> object:
+        hits = real(self, expression)
+        (images / hits[0].file).unlink()
+        return hits
 
-    monkeypatch.setattr(index_module.SearchIndex, "rank", rank)
+    monkeypatch.setattr(index_module.SearchIndex, "found", found_then_gone)
     out = images.parent / "sheet.png"
     found = run_search(str(images.parent / "model"), str(images), ["green"], index=None, top=3, out=out, device="cpu", rebuild=False)
     lines = found["answers"][0]["results"]

@@ -33,8 +33,7 @@ def run_search(
         raise fault(f"--top {top}", f"1 to {MAX_TOP}", "give a number of images that a sheet can show")
     opened = open_index(model, images, index, device=device, rebuild=rebuild)
     answers = []
-    for number, (expression, hits) in enumerate(zip(expressions, opened.rank(expressions), strict=True)):
-        found = [hit for hit in hits if not hit.no_target]
+    for number, (expression, found) in enumerate(zip(expressions, map(opened.found, expressions), strict=True)):
         sheet = out if len(expressions) == 1 else out.with_name(f"{out.stem}.{number}{out.suffix}")
         shown = [_show(opened, hit, expression, place + 1) for place, hit in enumerate(found[:top])]
         save_png(contact_sheet([picture for picture, _ in shown if picture is not None], COLUMNS), sheet)

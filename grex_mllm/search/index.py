@@ -38,6 +38,8 @@ from grex_mllm.types import Grounding
 
 INDEX_FOLDER = ".grex_index"  # beside the images, where no other folder is given
 IMAGES_AT_ONCE = 16
+# of two parts of a union, what the union has
+WORST: dict[str, Any] = {"score": np.minimum, "no_target_prob": np.maximum, "region_score": np.minimum, "no_target": np.logical_or}
 
 
 @dataclass(frozen=True)
@@ -113,16 +115,13 @@ class SearchIndex:
         parts = [parts_of(expression) if divide else [expression] for expression in asked]
         texts = list(dict.fromkeys(part for some in parts for part in some))
         scores, rows = self._scores(texts), [[texts.index(part) for part in some] for some in parts]
-        return Scores(
-            score=np.stack([scores.score[some].min(axis=0) for some in rows]),
-            no_target_prob=np.stack([scores.no_target_prob[some].max(axis=0) for some in rows]),
-            region_score=np.stack([scores.region_score[some].min(axis=0) for some in rows]),
-            no_target=np.stack([scores.no_target[some].any(axis=0) for some in rows]),
-        )
+        columns = {name: getattr(scores, name) for name in WORST}
+        return Scores(**{name: np.stack([WORST[name].reduce(column[some]) for some in rows]) for name, column in columns.items()})
 
-    def _scores(self, expressions: Sequence[str]) -> Scores:
+    def _scores(self, expressions: Sequence[str], among: Sequence[int] | None = None) -> Scores:
         text = encode_expressions(self.model, expressions)
-        places = [entry.row for entry in self.store.indexed]
+        indexed = self.store.indexed
+        places = [indexed[i].row for i in (range(len(indexed)) if among is None else among)]
         found = []
         for some in in_batches(len(places), PAIRS_AT_ONCE):
             found.append(asdict(score_images(self.model, text, from_rows(self.store.rows(places[some]), self.parts))))
@@ -141,6 +140,21 @@ class SearchIndex:
             ranked.append([Hit(files[i], *(column[i].item() for column in columns)) for i in order])
         return ranked[0] if isinstance(expressions, str) else ranked
 
+    def found(self, expression: str) -> list[Hit]:
+        """Return the images in which the model finds a target, best first, as `rank` has them.
+
+        The second part of a union is looked for only where the first one is, and so on.
+        """
+        among, columns = np.arange(len(self)), dict[str, np.ndarray]()
+        for part in parts_of(expression):
+            new = {name: column[0] for name, column in asdict(self._scores([part], among.tolist())).items()}
+            columns = {name: WORST[name](columns[name], column) if columns else column for name, column in new.items()}
+            there = ~columns["no_target"]
+            among, columns = among[there], {name: column[there] for name, column in columns.items()}
+        files = self.files
+        order = np.argsort(-columns["score"], kind="stable")
+        return [Hit(files[among[i]], **{name: column[i].item() for name, column in columns.items()}) for i in order]
+
     def search(self, expressions: str | Sequence[str], top: int = 10) -> Any:
         """Return at most `top` images in which the model finds a target, best first; lists as in `rank`.
 
@@ -149,8 +163,7 @@ class SearchIndex:
         """
         if top < 1:
             raise fault(f"top is {top}", "at least 1", "ask for one image or more")
-        ranked = self.rank(expressions)
-        chosen = [[hit for hit in hits if not hit.no_target][:top] for hits in ([ranked] if isinstance(expressions, str) else ranked)]
+        chosen = [self.found(expression)[:top] for expression in ([expressions] if isinstance(expressions, str) else expressions)]
         return chosen[0] if isinstance(expressions, str) else chosen
 
     def read(self, file: str) -> np.ndarray:

@@ -26,9 +26,8 @@ class Folder:
         return len(self._files)
 
     def rank(self, asked: list[tuple[str, int]]) -> list[tuple[int, list[dict[str, Any]]]]:
-        """Answer (expression, top) pairs in one pass: how many images have what is said, and the best of them, without masks."""
-        texts = list(dict.fromkeys(text for text, _ in asked))
-        found = {text: [hit for hit in hits if not hit.no_target] for text, hits in zip(texts, self.index.rank(texts), strict=True)}
+        """Answer (expression, top) pairs: how many images have what is said, and the best of them, without masks."""
+        found = {text: self.index.found(text) for text in dict.fromkeys(text for text, _ in asked)}
         answers = []
         for text, top in asked:
             lines = [
