@@ -104,10 +104,15 @@ class Dialogue:
         self.history = [text] if asked.operation == NEW else [*self.history, text]
         return result
 
+    def take(self, result: Grounding) -> None:
+        """Select what the model's own answer to an expression means, as `say` does with a new one."""
+        self._kind = kind_of(result.expression)
+        self._chosen = self._instances(result)
+        self.history, self.operation = [result.expression], NEW
+
     def _new(self, text: str) -> Grounding:
         result = self._ask([text])[0][0]
-        self._kind = kind_of(text)
-        self._chosen = self._instances(result)
+        self.take(result)
         return result
 
     def _by_history(self, text: str) -> Grounding:
