@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from grex_mllm.dialogue.objects import proposed
 from grex_mllm.dialogue.session import SAME, Dialogue
 from grex_mllm.errors import fault
 from grex_mllm.models.describe import UNSURE, masks_in_boxes, other_objects
@@ -51,10 +52,11 @@ class Engine:
         """Encode a picture, find its objects, and hold it under a name."""
         encoded = self.model.encode(picture.pixels)
         height, width = picture.pixels.shape[:2]
-        objects = other_objects(self.model, encoded, np.zeros((0, height, width), bool), UNSURE)
-        proposes = self.model.grounding.proposals(encoded.features) is not None
+        own = proposed(self.model, encoded)  # those of a conversation, so that what it selects can be clicked; then less sure ones
+        sure = np.zeros((0, height, width), bool) if own is None else own
+        objects = np.concatenate([sure, other_objects(self.model, encoded, sure, UNSURE)])
         boxes = [mask_to_box_xyxy(mask) for mask in objects]
-        held = Held(name, encoded, picture.pixels, objects, boxes, picture.given, proposes)
+        held = Held(name, encoded, picture.pixels, objects, boxes, picture.given, own is not None)
         self.held.add(held)
         return held
 
