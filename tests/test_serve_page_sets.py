@@ -43,7 +43,8 @@ def with_picture(browser: Browser, served: Running, **options: Any) -> tuple[Pag
 
 
 def pressed(page: Page) -> list[int]:
-    return [n for n, button in enumerate(page.locator("#objects button").all()) if button.get_attribute("aria-pressed") == "true"]
+    buttons = '#objects button[aria-pressed="true"][aria-label^="Object "]'
+    return page.locator(buttons).evaluate_all("buttons => buttons.map((button) => Number(button.textContent) - 1)")
 
 
 def say(page: Page, text: str) -> dict[str, Any]:
@@ -51,6 +52,7 @@ def say(page: Page, text: str) -> dict[str, Any]:
     with page.expect_response(lambda answer: answer.url.endswith("/ground")) as seen:
         page.fill("#new", text)
         page.press("#new", "Enter")
+    expect(page.locator("#rows li:not(.new) .verdict").last).not_to_be_empty()
     return seen.value.json()["results"][0]
 
 

@@ -142,6 +142,7 @@ function refer(turn) {
   state.turn = turn;
   state.chosen = new Set(set.objects); state.boxes = [...set.boxes]; state.points = [...set.points];
   state.said = null; // it described another set
+  clearTimeout(describeTimer);
 }
 
 function setTurn(picked) { return picked.objects.length + picked.boxes.length + picked.points.length ? { picked, text: "" } : null; }
