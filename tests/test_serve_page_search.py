@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,7 @@ from grex_mllm.ops.masks import decode_rle
 pytest.importorskip("fastapi", reason="needs the extra serve: pip install 'grex-mllm[serve]'")
 pytest.importorskip("playwright", reason="needs the extra dev (playwright)")
 
-from browsing import Running, quiet, visit
+from browsing import LIMIT_MS, Running, quiet, visit
 from playwright.sync_api import Browser, Page, expect
 from test_search import scenes
 from test_serve_page import SECRET
@@ -60,9 +61,12 @@ def search(page: Page, text: str) -> list[dict[str, Any]]:
 
 def wait_for_pixels(page: Page) -> None:
     """Wait until every tile shows pixels."""
-    program = """[...document.querySelectorAll(".tile canvas")].every((canvas) => canvas.width > 8
+    program = """canvases => canvases.every((canvas) => canvas.width > 8
         && canvas.getContext("2d").getImageData(0, 0, canvas.width, canvas.height).data.some((value, i) => i % 4 < 3 && value))"""
-    page.wait_for_function(program)
+    deadline = time.monotonic() + LIMIT_MS / 1000
+    while not page.locator(".tile canvas").evaluate_all(program):
+        assert time.monotonic() < deadline, "a tile stays empty"
+        page.wait_for_timeout(50)
 
 
 def test_a_search_and_a_click_on_what_it_found(browser: Browser, served: Running, index: SearchIndex, model: GrexModel, keep: Any) -> None:

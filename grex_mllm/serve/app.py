@@ -47,7 +47,8 @@ class Selected(BaseModel):
 
     def selection(self) -> Selection:
         """Return the set, of which each member counts once."""
-        return Selection(*(tuple(dict.fromkeys(given)) for given in (self.objects, self.boxes_xyxy, self.points_xy)))
+        once = dict.fromkeys
+        return Selection(tuple(once(self.objects)), tuple(once(self.boxes_xyxy)), tuple(once(self.points_xy)))
 
 
 class Asked(BaseModel):

@@ -210,7 +210,8 @@ function showSelected() { // the set that a follow-up refers to
   const chip = make("span", "set", "", place), count = picked ? numChosen() : result.count ?? result.boxes_xyxy?.length;
   make("i", picked ? "swatch picked" : "swatch", "", chip).style.setProperty("--colour", picked ? "white" : `rgb(${COLOURS[turn.colour]})`);
   make("b", "", !some ? "Nothing selected" : count === undefined || count === null ? "Selected" : `${count} selected`, chip);
-  make("span", "", picked ? named(picked) : trail(turn).join(" › "), chip);
+  const words = make("span", "", picked ? named(picked) : trail(turn).join(" › "), chip);
+  words.title = words.textContent;
   const clear = make("button", "plain", "×", chip);
   clear.type = "button"; clear.id = "forget"; clear.ariaLabel = "Clear the selected set: the next expression refers to nothing"; clear.onclick = forgetTurn;
   if (!some) return;
@@ -484,7 +485,7 @@ function paint(context, width, density) {
   if (lit) { context.drawImage(tint(lit, [255, 255, 255], 0.45), 0, 0); edge(lit.path, "rgb(0 0 0 / .7)", pen * 2); edge(lit.path, "white", pen); }
   for (const n of state.chosen) {
     const item = state.objects[n];
-    edge(item.path, "rgb(0 0 0 / .8)", pen * 2); edge(item.path, "white", pen * 1.2);
+    if (state.turn?.picked) { edge(item.path, "rgb(0 0 0 / .8)", pen * 2); edge(item.path, "white", pen * 1.2); } // an answer has its colour
     plate(context, String(n + 1), item.box, scale, density);
   }
   state.said?.taken.forEach((item) => { edge(item.path, "rgb(0 0 0 / .8)", pen * 2); edge(item.path, "white", pen * 1.2); });

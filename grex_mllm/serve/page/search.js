@@ -63,8 +63,8 @@ export function offerSearch(numImages, { call, tried, note, make, open, changed 
     return {
       answer(result) {
         if (result.error) { broken(result.error.split("; ")[0]); return; }
-        const count = result.count ?? result.boxes_xyxy?.length;
-        how.textContent = result.no_target ? "nothing on a closer look" : count === undefined ? "found" : `${count} ${count === 1 ? "object" : "objects"}`;
+        const count = result.count || result.boxes_xyxy?.length;
+        how.textContent = result.no_target ? "nothing on a closer look" : !count ? "found" : `${count} ${count === 1 ? "object" : "objects"}`;
         tile.ariaLabel += `, ${how.textContent}`;
         if (!result.no_target && result.mask_pixels) found = decode(result.mask_rle);
         paint();
