@@ -22,7 +22,7 @@ from test_serve import HERE, opened
 
 from grex_mllm.serve.app import make_app
 from grex_mllm.serve.engine import DIALOGUES
-from grex_mllm.serve.limits import MAX_OBJECTS, MAX_TURNS
+from grex_mllm.serve.limits import MAX_DRAWN, MAX_OBJECTS, MAX_TURNS
 
 
 @pytest.fixture(scope="module")
@@ -114,7 +114,8 @@ def test_an_answer_tells_the_objects_that_a_follow_up_would_refer_to(client: Tes
         ({"boxes_xyxy": [[30, 3, 20, 30]]}, "no area"),
         ({"boxes_xyxy": [[1, 2, 57, 30]]}, "outside the image"),
         ({"boxes_xyxy": [[1, 2, 3]]}, "boxes_xyxy"),
-        ({"boxes_xyxy": [[1, 2, 3, 4]] * (MAX_OBJECTS + 1)}, "boxes_xyxy"),
+        ({"boxes_xyxy": [[1, 2, 3, 4]] * (MAX_DRAWN + 1)}, "boxes_xyxy"),
+        ({"points_xy": [[1, 2]] * (MAX_DRAWN + 1)}, "points_xy"),
         ({"points_xy": [[56, 3]]}, "click into the picture"),
         ({"masks_rle": []}, "masks_rle"),
         ([0, 1], "selected"),
@@ -140,4 +141,14 @@ def test_the_description_of_the_api_names_the_set(client: TestClient) -> None:
     schemas = client.get("/openapi.json").json()["components"]["schemas"]
     assert set(schemas["Selected"]["properties"]) == {"objects", "boxes_xyxy", "points_xy"}
     assert schemas["Asked"]["properties"]["selected"]["description"]
-    assert all(field["maxItems"] == MAX_OBJECTS for field in schemas["Selected"]["properties"].values())
+    limits = {"objects": MAX_OBJECTS, "boxes_xyxy": MAX_DRAWN, "points_xy": MAX_DRAWN}
+    assert {name: field["maxItems"] for name, field in schemas["Selected"]["properties"].items()} == limits
+
+
+def test_sessions_of_drawn_sets_do_not_pile_up(client: TestClient) -> None:
+    """Each holds masks of its own, as large as the picture: a picture keeps those of one drawn set."""
+    image = opened(client)["image"]
+    answers = [chosen(client, image, {"boxes_xyxy": [[n, 2, 20 + n, 30]]}, "the others").json()["results"] for n in (1, 2, 3, 1)]
+    assert answers[0] == answers[3]
+    held = client.app.app.state.rooms.held.get(image).dialogues  # type: ignore[attr-defined]
+    assert [selected.boxes_xyxy for _, selected, _ in held if selected is not None] == [((1.0, 2.0, 21.0, 30.0),)]

@@ -34,6 +34,8 @@ from grex_mllm.zeroshot.segmenters import Prompted
 PAGE = Path(__file__).parent / "page"
 SCRIPTS = ("page.js", "search.js", "masks.js", "docs.js")
 PAGE_FILES = {"page.css": "text/css", **dict.fromkeys(SCRIPTS, "text/javascript")}
+Box = tuple[float, float, float, float]
+BOXES, POINTS = "in pixels of the picture", "in pixels: the object under each is meant"
 Ticket = Annotated[str, Field(max_length=64, description="any text; GET /queue?ticket=... then tells the place in the line")]
 
 
@@ -42,8 +44,8 @@ class Selected(BaseModel):
 
     model_config = ConfigDict(extra="forbid")
     objects: list[int] = Field([], max_length=limits.MAX_OBJECTS, description="positions among the picture's objects, from 0")
-    boxes_xyxy: list[tuple[float, float, float, float]] = Field([], max_length=limits.MAX_OBJECTS, description="in pixels of the picture")
-    points_xy: list[tuple[float, float]] = Field([], max_length=limits.MAX_OBJECTS, description="in pixels: the object under each is meant")
+    boxes_xyxy: list[Box] = Field([], max_length=limits.MAX_DRAWN, description=BOXES)
+    points_xy: list[tuple[float, float]] = Field([], max_length=limits.MAX_DRAWN, description=POINTS)
 
     def selection(self) -> Selection:
         """Return the set, of which each member counts once."""
@@ -67,6 +69,8 @@ class Chosen(Selected):
     """A set of objects to describe."""
 
     image: str = Field(max_length=64)
+    boxes_xyxy: list[Box] = Field([], max_length=limits.MAX_OBJECTS, description=BOXES)
+    points_xy: list[tuple[float, float]] = Field([], max_length=limits.MAX_OBJECTS, description=POINTS)
     candidates: int = Field(8, ge=1, le=limits.MAX_CANDIDATES)
     ticket: Ticket = ""
 

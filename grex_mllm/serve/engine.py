@@ -8,10 +8,9 @@ from typing import Any
 import numpy as np
 import torch
 
-from grex_mllm.dialogue.objects import proposed
 from grex_mllm.dialogue.session import SAME, Dialogue
 from grex_mllm.errors import fault
-from grex_mllm.models.describe import UNSURE, masks_in_boxes, other_objects
+from grex_mllm.models.describe import SURE, UNSURE, masks_in_boxes, other_objects
 from grex_mllm.models.grex import GrexModel
 from grex_mllm.ops.masks import encode_rle, mask_to_box_xyxy
 from grex_mllm.ops.selection import selection_masks
@@ -32,6 +31,10 @@ class Selection:
     boxes_xyxy: tuple[tuple[float, float, float, float], ...] = ()
     points_xy: tuple[tuple[float, float], ...] = ()
 
+    @property
+    def drawn(self) -> bool:
+        return bool(self.boxes_xyxy or self.points_xy)
+
 
 class Engine:
     """One model and the pictures that it has encoded. segmenter: finds the object under a click, and in a box, where the model does not."""
@@ -51,12 +54,11 @@ class Engine:
     def open(self, picture: Picture, name: str) -> Held:
         """Encode a picture, find its objects, and hold it under a name."""
         encoded = self.model.encode(picture.pixels)
-        height, width = picture.pixels.shape[:2]
-        own = proposed(self.model, encoded)  # those of a conversation, so that what it selects can be clicked; then less sure ones
-        sure = np.zeros((0, height, width), bool) if own is None else own
-        objects = np.concatenate([sure, other_objects(self.model, encoded, sure, UNSURE)])
+        talk = Dialogue(self.model, encoded)
+        # those of a conversation, so that what it selects can be clicked; then less sure ones
+        objects = np.concatenate([talk.objects, other_objects(self.model, encoded, talk.objects, UNSURE, below=SURE)])
         boxes = [mask_to_box_xyxy(mask) for mask in objects]
-        held = Held(name, encoded, picture.pixels, objects, boxes, picture.given, own is not None)
+        held = Held(name, encoded, talk, picture.pixels, objects, boxes, picture.given, talk.proposes)
         self.held.add(held)
         return held
 
@@ -109,8 +111,12 @@ class Engine:
                 found = self._after(picture, None, (), threshold).fork()
                 found.select(self._chosen_masks(picture, selected))
             else:
-                found = Dialogue(self.model, picture.encoded, threshold=threshold)
+                found = picture.talk.fork()
+                found.threshold = threshold
             held[key] = found
+            if selected is not None and selected.drawn:  # it has masks of its own, as large as the picture: of one such set alone
+                for other in [at for at in held if at[1] is not None and at[1].drawn and at[1] != selected]:
+                    del held[other]
         held.move_to_end(key)
         while len(held) > DIALOGUES:
             held.popitem(last=False)
