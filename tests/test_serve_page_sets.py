@@ -68,6 +68,7 @@ def test_a_follow_up_refers_to_what_was_clicked(browser: Browser, served: Runnin
     assert answer["operation"] == "complement" and not {first, second} & set(answer["objects"]) and answer["objects"]
     expect(page.locator("#rows .verdict").first).to_contain_text(f"other than objects {first + 1}, {second + 1}")
     assert pressed(page) == answer["objects"], "the objects of the answer are the selection now"
+    expect(page.locator("#selected")).to_contain_text(f"{len(answer['objects'])} selected", use_inner_text=True)
     expect(page.locator("#selected")).to_contain_text("› the others")
     say(page, "only the biggest one")
     assert sent[-1]["history"] == ["the others"] and sent[-1]["selected"]["objects"] == [first, second]

@@ -207,7 +207,7 @@ function showSelected() { // the set that a follow-up refers to
   $("new").placeholder = some ? "and the red one too" : state.rows.length ? "and another expression" : "the two people on the left";
   if (place.hidden) return;
   place.replaceChildren();
-  const chip = make("span", "set", "", place), count = picked ? numChosen() : result.count ?? result.boxes_xyxy?.length;
+  const chip = make("span", "set", "", place), count = numChosen() || (result?.count ?? result?.boxes_xyxy?.length); // the objects themselves, where the model knows any
   make("i", picked ? "swatch picked" : "swatch", "", chip).style.setProperty("--colour", picked ? "white" : `rgb(${COLOURS[turn.colour]})`);
   make("b", "", !some ? "Nothing selected" : count === undefined || count === null ? "Selected" : `${count} selected`, chip);
   const words = make("span", "", picked ? named(picked) : trail(turn).join(" › "), chip);
