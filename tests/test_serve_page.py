@@ -285,3 +285,4 @@ def test_the_page_asks_for_the_token(browser: Browser, speaker: GrexModel) -> No
         page.wait_for_selector("#stage.full")
         page.goto(f"{running.url}docs")
         expect(page.locator("#routes")).to_contain_text("/ground")
+        expect(page.locator("#routes")).to_contain_text("selected.objects")
