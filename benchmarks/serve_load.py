@@ -112,7 +112,7 @@ def own_time(model: GrexModel, cases: list[Case]) -> dict[str, float]:
             taken[MORE].append(time.perf_counter() - start)
         if engine.describes:
             start = time.perf_counter()
-            engine.describe(held, Selection((), (BOX,), 1))
+            engine.describe(held, Selection((), (BOX,)), 1)
             taken[DESCRIBED].append(time.perf_counter() - start)
     return {name: statistics.median(values) for name, values in taken.items()}
 

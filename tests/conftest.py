@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import os
+import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
+BROWSER_FLAGS = ["--headless", "--no-sandbox", "--disable-gpu", "--disable-background-networking"]
 # Files that take long for few tests: first, so that no process is left with one of them at the end.
 EARLY = [
     "test_commands",
@@ -57,3 +60,25 @@ def shared() -> Path:
     if not (folder / "README.md").is_file():
         pytest.skip(f"needs the shared data folder: set GREX_SHARED, or put it at {ROOT.parent.name}/shared")
     return folder
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator[Any]:
+    """Return an installed Chromium without a window, and skip, with the reason, where there is none."""
+    from playwright.sync_api import sync_playwright
+
+    program = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+    if program is None:
+        pytest.skip("needs an installed Chromium")
+    with sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path=program, args=BROWSER_FLAGS)
+        yield browser
+        browser.close()
+
+
+@pytest.fixture
+def keep(tmp_path: Path) -> Any:
+    """Return what keeps a screenshot of a page under a name: in the folder that GREX_SCREENSHOTS names, or in pytest's own."""
+    folder = Path(os.environ.get("GREX_SCREENSHOTS", tmp_path))
+    folder.mkdir(parents=True, exist_ok=True)
+    return lambda page, name: page.screenshot(path=folder / f"{name}.png")

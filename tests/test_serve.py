@@ -134,7 +134,7 @@ def test_unused_pictures_are_forgotten_after_a_while(monkeypatch: pytest.MonkeyP
     held, now = Pictures(5, idle_s=10), [100.0]
     monkeypatch.setattr(time, "monotonic", lambda: now[0])
     for name in ("a", "b"):
-        held.add(Held(name, None, pixels(), np.zeros((0, 40, 56), bool), [], (56, 40), True, used=now[0]))  # type: ignore[arg-type]
+        held.add(Held(name, None, None, pixels(), np.zeros((0, 40, 56), bool), [], (56, 40), True, used=now[0]))  # type: ignore[arg-type]
     now[0] = 108.0
     assert held.find("a") is not None
     now[0] = 115.0

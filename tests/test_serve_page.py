@@ -1,15 +1,8 @@
-"""The page of `grex serve` in a headless browser, in front of a tiny random model: what a visitor does, from a picture to a link.
-
-Screenshots go to the folder that GREX_SCREENSHOTS names, or to pytest's own.
-"""
+"""The page of `grex serve` in a headless browser, in front of a tiny random model: what a visitor does, from a picture to a link."""
 
 from __future__ import annotations
 
 import json
-import os
-import shutil
-import threading
-import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -25,40 +18,17 @@ from grex_mllm.ops.masks import decode_rle
 pytest.importorskip("fastapi", reason="needs the extra serve: pip install 'grex-mllm[serve]'")
 pytest.importorskip("playwright", reason="needs the extra dev (playwright)")
 
-import uvicorn
-from playwright.sync_api import Browser, Page, expect, sync_playwright
+from browsing import Running, at, clickable, find, give, open_picture, quiet, visit
+from playwright.sync_api import Browser, Page, expect
 from test_segmenters import write_sam
 from test_serve import encoded, pixels
 from test_serve_segmenter import blind_speaker, clicks
 
-from grex_mllm.serve.app import App, make_app
-from grex_mllm.serve.command import bind
+from grex_mllm.serve.app import make_app
 from grex_mllm.zeroshot.segmenters import Prompted
 
 pytestmark = pytest.mark.long
-FLAGS = ["--headless", "--no-sandbox", "--disable-gpu", "--disable-background-networking"]
-LIMIT_MS = 30_000
 SECRET = "0123456789abcdef-a-long-token"
-
-
-class Running:
-    """An application behind a port of this machine, in a thread."""
-
-    def __init__(self, app: App) -> None:
-        self.listener = bind("127.0.0.1", 0)
-        self.url = f"http://127.0.0.1:{self.listener.getsockname()[1]}/"
-        self.server = uvicorn.Server(uvicorn.Config(app, log_level="warning"))  # type: ignore[arg-type]
-        self.thread = threading.Thread(target=self.server.run, kwargs={"sockets": [self.listener]}, daemon=True)
-
-    def __enter__(self) -> Running:
-        self.thread.start()
-        while not self.server.started:
-            time.sleep(0.01)
-        return self
-
-    def __exit__(self, *of: object) -> None:
-        self.server.should_exit = True
-        self.thread.join(timeout=20)
 
 
 @pytest.fixture(scope="module")
@@ -70,82 +40,6 @@ def speaker(tmp_path_factory: pytest.TempPathFactory) -> GrexModel:
 def served(speaker: GrexModel) -> Iterator[Running]:
     with Running(make_app(speaker, "tiny")) as running:
         yield running
-
-
-@pytest.fixture(scope="module")
-def browser() -> Iterator[Browser]:
-    program = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
-    if program is None:
-        pytest.skip("needs an installed Chromium")
-    with sync_playwright() as playwright:
-        browser = playwright.chromium.launch(executable_path=program, args=FLAGS)
-        yield browser
-        browser.close()
-
-
-def visit(browser: Browser, url: str, **options: Any) -> Page:
-    """Open the page as a new visitor. A script error, or a request beyond the origin, fails the test at its end (`quiet`)."""
-    context = browser.new_context(**{"viewport": {"width": 1280, "height": 800}, "accept_downloads": True, **options})
-    context.set_default_timeout(LIMIT_MS)
-    page = context.new_page()
-    page.faults = []  # type: ignore[attr-defined]
-    page.on("pageerror", lambda error: page.faults.append(f"{error}"))  # type: ignore[attr-defined]
-    page.on("dialog", lambda dialog: page.faults.append(f"dialog {dialog.message}"))  # type: ignore[attr-defined]
-    origin = "/".join(url.split("/")[:3])
-    inside = (origin, "blob:", "data:")
-    page.on("request", lambda request: request.url.startswith(inside) or page.faults.append(request.url))  # type: ignore[attr-defined]
-    page.goto(url)
-    page.wait_for_selector("body[data-ready]")
-    return page
-
-
-def quiet(page: Page) -> bool:
-    return page.faults == []  # type: ignore[attr-defined]
-
-
-@pytest.fixture
-def keep(tmp_path: Path) -> Any:
-    folder = Path(os.environ.get("GREX_SCREENSHOTS", tmp_path))
-    folder.mkdir(parents=True, exist_ok=True)
-    return lambda page, name: page.screenshot(path=folder / f"{name}.png")
-
-
-def give(page: Page, data: bytes, name: str = "own.png", kind: str = "image/png") -> None:
-    page.set_input_files("#file", {"name": name, "mimeType": kind, "buffer": data})
-
-
-def open_picture(page: Page, data: bytes, name: str = "own.png", kind: str = "image/png") -> str:
-    """Upload a picture and return its id."""
-    with page.expect_response(lambda answer: answer.url.endswith("/pixels") and "/images/" in answer.url) as seen:
-        give(page, data, name, kind)
-    page.wait_for_selector("#stage.full")
-    return seen.value.url.split("/")[-2]
-
-
-def find(page: Page, text: str) -> str:
-    """Type an expression and return what the page says of it."""
-    page.fill("#new", text)
-    page.press("#new", "Enter")
-    said = page.locator("#rows li:not(.new) .verdict").last
-    expect(said).not_to_be_empty(timeout=LIMIT_MS)
-    return said.inner_text()
-
-
-def at(page: Page, x: float, y: float, width: int, height: int) -> tuple[float, float]:
-    """Return where a pixel of the picture is shown."""
-    box = page.locator("#picture").bounding_box()
-    assert box is not None
-    return box["x"] + (x + 0.5) / width * box["width"], box["y"] + (y + 0.5) / height * box["height"]
-
-
-def clickable(objects: list[dict[str, Any]]) -> dict[int, tuple[int, int]]:
-    """Return a pixel (x, y) of every object that shows somewhere: the smallest object of a pixel is hit."""
-    masks = [decode_rle(item["mask_rle"]) for item in objects]
-    order = sorted(range(len(masks)), key=lambda n: -masks[n].sum())
-    top = np.full(masks[0].shape, -1)
-    for n in order:
-        top[masks[n]] = n
-    return {n: (int(x[0]), int(y[0])) for n in range(len(masks)) for y, x in [np.nonzero(top == n)] if len(x)}
 
 
 def test_a_visit(browser: Browser, served: Running, speaker: GrexModel, tmp_path: Path, keep: Any) -> None:
@@ -391,3 +285,4 @@ def test_the_page_asks_for_the_token(browser: Browser, speaker: GrexModel) -> No
         page.wait_for_selector("#stage.full")
         page.goto(f"{running.url}docs")
         expect(page.locator("#routes")).to_contain_text("/ground")
+        expect(page.locator("#routes")).to_contain_text("selected.objects")

@@ -69,6 +69,34 @@ def test_the_ranking_is_that_of_the_index_and_masks_those_of_the_model(client: T
     assert client.get("/search").json() == {"num_images": 7}
 
 
+@pytest.mark.parametrize(("side", "size"), [("", (64, 64)), ("?side=32", (32, 32)), ("?side=1000", (64, 64))])
+def test_pixels_come_at_the_size_that_a_tile_needs(client: TestClient, index: SearchIndex, side: str, size: tuple[int, int]) -> None:
+    assert Image.open(io.BytesIO(client.get(f"/search/{id_of(index.files[0])}/pixels{side}").content)).size == size
+
+
+@pytest.mark.parametrize("side", ["0", "15", str(MAX_SIDE + 1), "-5", "x", "1e9", "nan", ""])
+def test_a_wrong_size_is_told(client: TestClient, index: SearchIndex, side: str) -> None:
+    answer = client.get(f"/search/{id_of(index.files[0])}/pixels?side={side}")
+    assert answer.status_code == 422 and "side" in answer.json()["error"]
+
+
+def test_the_token_covers_the_search_and_a_page_of_elsewhere_gets_nothing(model: GrexModel, index: SearchIndex) -> None:
+    name, secret = id_of(index.files[0]), "0123456789abcdef-a-long-token"
+    asks = [("GET", "/search", None), ("POST", "/search", {"expression": TEXT}), ("GET", f"/search/{name}/pixels?side=64", None),
+            ("POST", f"/search/{name}", {})]  # fmt: skip
+    with TestClient(make_app(model, "tiny", folder=Folder(index), token=secret, loopback=False), base_url="http://m.example") as client:
+        for given, status in (({}, 401), ({"authorization": f"Bearer {secret}"}, 200)):
+            assert [client.request(how, path, json=body, headers=given).status_code for how, path, body in asks] == [status] * 4
+        foreign = {"authorization": f"Bearer {secret}", "origin": "http://evil.example"}
+        assert [client.request(how, path, json=body, headers=foreign).status_code for how, path, body in asks] == [403] * 4
+
+
+def test_the_page_is_told_whether_there_is_a_search(client: TestClient, model: GrexModel) -> None:
+    assert client.get("/status").json()["searches"] == 7 and client.get("/page/search.js").status_code == 200
+    with TestClient(make_app(model, "tiny"), base_url=HERE) as other:
+        assert other.get("/status").json()["searches"] is None
+
+
 def test_scores_alone_cost_no_mask(client: TestClient, index: SearchIndex, monkeypatch: pytest.MonkeyPatch) -> None:
     with_masks = asked(client, top=3)["results"]
     monkeypatch.setattr(GrexModel, "ground", lambda *_: pytest.fail("an image was grounded"))

@@ -13,6 +13,7 @@ from test_segmenters import write_sam, write_sam2
 from tiny import WORDS, tiny_config, tiny_speaker
 
 from grex_mllm.cli import main
+from grex_mllm.dialogue import Dialogue
 from grex_mllm.models.grex import GrexModel
 from grex_mllm.models.lm_tokenizer import train_sentencepiece
 from grex_mllm.models.text import train_text_tokenizer
@@ -90,6 +91,16 @@ def test_a_box_becomes_the_object_in_it(client: TestClient, segmenter: Prompted)
     masks = [decode_rle(code) for code in described(client, boxes_xyxy=[box], points_xy=[point]).json()["masks_rle"]]
     wanted = found(segmenter, [box])[0]
     assert len(masks) == 2 and (masks[0] == wanted).all() and (masks[1] == found(segmenter, [point])[0]).all()
+
+
+def test_a_follow_up_refers_to_clicks_and_boxes(client: TestClient, blind: GrexModel, segmenter: Prompted) -> None:
+    image, points, box = opened(client)["image"], clicks(segmenter, 2), (5.0, 4.0, 41.0, 33.0)
+    body = {"image": image, "expressions": ["the others"], "selected": {"points_xy": points, "boxes_xyxy": [box]}}
+    answer = client.post("/ground", json=body).json()["results"][0]
+    said = Dialogue(blind, pixels())
+    said.select(masks=[*found(segmenter, [box]), *found(segmenter, points)])
+    assert (decode_rle(answer["mask_rle"]) == said.say("the others").mask).all()
+    assert answer["operation"] == said.operation == "complement" and answer["objects"] == []
 
 
 @pytest.mark.parametrize(("point", "told"), [([56.0, 3.0], "click into the picture"), ([-0.1, 3.0], "click into"), ([1.0], "points_xy")])

@@ -30,7 +30,8 @@ def proposed(model: GrexModel, encoded: EncodedImage, least: float = SURE) -> np
         return None
     kept: list[np.ndarray] = []
     for mask in found_objects(model, encoded, least):
-        if all((mask & other).sum() < SAME_PLACE * min(mask.sum(), other.sum()) for other in kept):
+        area = np.count_nonzero(mask)  # far faster than sum()
+        if all(np.count_nonzero(mask & other) < SAME_PLACE * min(area, np.count_nonzero(other)) for other in kept):
             kept.append(mask)
     return np.stack(kept) if kept else np.zeros((0, encoded.geometry.height, encoded.geometry.width), bool)
 

@@ -72,6 +72,11 @@ class Dialogue:
         return other
 
     @property
+    def objects(self) -> np.ndarray:
+        """The objects that the session knows, bool [N, H0, W0]: the decoder's proposals, and others that were selected."""
+        return self._objects
+
+    @property
     def selected(self) -> np.ndarray:
         """The selected objects, bool [n, H0, W0]."""
         return self._objects[self._chosen]
@@ -104,10 +109,15 @@ class Dialogue:
         self.history = [text] if asked.operation == NEW else [*self.history, text]
         return result
 
+    def take(self, result: Grounding) -> None:
+        """Select what the model's own answer to an expression means, as `say` does with a new one."""
+        self._kind = kind_of(result.expression)
+        self._chosen = self._instances(result)
+        self.history, self.operation = [result.expression], NEW
+
     def _new(self, text: str) -> Grounding:
         result = self._ask([text])[0][0]
-        self._kind = kind_of(text)
-        self._chosen = self._instances(result)
+        self.take(result)
         return result
 
     def _by_history(self, text: str) -> Grounding:
@@ -188,7 +198,7 @@ class Dialogue:
         return np.array([mask_to_box_xyxy(mask) for mask in self._objects]).reshape(-1, 4)
 
     def _areas(self) -> np.ndarray:
-        return self._objects.sum((1, 2)).astype(float)
+        return np.array([np.count_nonzero(mask) for mask in self._objects], float)  # far faster than sum((1, 2))
 
     def _grounding(self, text: str, chosen: list[int]) -> Grounding:
         """Return a composed set as an answer. It has no doubt of its own: the probability of "no target" is 0 or 1."""
@@ -209,8 +219,7 @@ class Dialogue:
             return []
         if not self.proposes:
             return self._known(pieces(result.mask))
-        inside = (self._objects & result.mask).sum((1, 2))
-        chosen = [n for n, area in enumerate(self._areas()) if inside[n] > SAME * area]
+        chosen = [n for n, area in enumerate(self._areas()) if np.count_nonzero(self._objects[n] & result.mask) > SAME * area]
         return chosen or self._known(pieces(result.mask))
 
     def _known(self, masks: np.ndarray) -> list[int]:

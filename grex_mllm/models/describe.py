@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from importlib import import_module
+from math import inf
 from typing import Any, Protocol
 
 import numpy as np
@@ -184,12 +185,12 @@ def describe_encoded(
 
 
 @torch.inference_mode()
-def other_objects(model: Describing, encoded: EncodedImage, selected: np.ndarray, least: float = SURE) -> np.ndarray:
+def other_objects(model: Describing, encoded: EncodedImage, selected: np.ndarray, least: float = SURE, below: float = inf) -> np.ndarray:
     """Return bool [M, H0, W0]: objects that the grounding model finds beside the selected ones, for the generator to tell them apart from.
 
-    Only decoders that know instances find any. selected: bool [n, H0, W0].  least: objectness from 0 to 1.
+    Only decoders that know instances find any. selected: bool [n, H0, W0].  least, below: objectness from 0 to 1, as in `found_objects`.
     """
-    found = found_objects(model, encoded, least)
+    found = found_objects(model, encoded, least, below)
     kept = [found[n] for n in _others(found, selected)]
     return np.stack(kept) if kept else np.zeros((0, *selected.shape[1:]), bool)
 
@@ -234,20 +235,21 @@ def masks_in_boxes(model: Describing, encoded: EncodedImage, boxes: np.ndarray) 
     return result
 
 
-def found_objects(model: Describing, encoded: EncodedImage, least: float) -> list[np.ndarray]:
-    """Return masks bool [H0, W0] of the decoder's proposals above this score, surest first; none where it proposes nothing."""
+def found_objects(model: Describing, encoded: EncodedImage, least: float, below: float = inf) -> list[np.ndarray]:
+    """Return masks bool [H0, W0] of the decoder's proposals with a score in [least, below), surest first; none where it has none."""
     proposals = model.grounding.proposals(encoded.features)
     if proposals is None:
         return []
     scores, order = proposals.scores[0].sort(descending=True)
-    logits = proposals.mask_logits[0]
-    masks = [mask_to_original(logits[k], encoded.geometry, encoded.canvas).cpu().numpy() for k in order[scores >= least].tolist()]
+    logits, wanted = proposals.mask_logits[0], (scores >= least) & (scores < below)
+    masks = [mask_to_original(logits[k], encoded.geometry, encoded.canvas).cpu().numpy() for k in order[wanted].tolist()]
     return [mask for mask in masks if mask.any()]
 
 
 def _overlap(first: np.ndarray, second: np.ndarray) -> float:
     """Intersection over the smaller area: a part of an object is the object."""
-    return float((first & second).sum() / max(1, min(first.sum(), second.sum())))
+    smaller = min(int(np.count_nonzero(first)), int(np.count_nonzero(second)))  # far faster than sum()
+    return float(np.count_nonzero(first & second)) / max(1, smaller)
 
 
 def rerank_by_grounding(

@@ -10,7 +10,7 @@ from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Annotated, Any
 
-from fastapi import Body, FastAPI, Request
+from fastapi import Body, FastAPI, Query, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import FileResponse, JSONResponse, Response
 from PIL import Image
@@ -27,12 +27,30 @@ from grex_mllm.serve.folder import Folder
 from grex_mllm.serve.gallery import NUM_SCENES, PREFIX, Gallery
 from grex_mllm.serve.guard import IMAGE_TYPES, App, Guard
 from grex_mllm.serve.held import Held, Pictures, new_name
+from grex_mllm.serve.pictures import kept
 from grex_mllm.serve.worker import LineFull, Worker
 from grex_mllm.zeroshot.segmenters import Prompted
 
 PAGE = Path(__file__).parent / "page"
-PAGE_FILES = {"page.css": "text/css", "page.js": "text/javascript", "masks.js": "text/javascript", "docs.js": "text/javascript"}
+SCRIPTS = ("page.js", "search.js", "masks.js", "docs.js")
+PAGE_FILES = {"page.css": "text/css", **dict.fromkeys(SCRIPTS, "text/javascript")}
+Box = tuple[float, float, float, float]
+BOXES, POINTS = "in pixels of the picture", "in pixels: the object under each is meant"
 Ticket = Annotated[str, Field(max_length=64, description="any text; GET /queue?ticket=... then tells the place in the line")]
+
+
+class Selected(BaseModel):
+    """A set of objects of a picture: positions among the picture's objects, drawn boxes, and clicked points."""
+
+    model_config = ConfigDict(extra="forbid")
+    objects: list[int] = Field([], max_length=limits.MAX_OBJECTS, description="positions among the picture's objects, from 0")
+    boxes_xyxy: list[Box] = Field([], max_length=limits.MAX_DRAWN, description=BOXES)
+    points_xy: list[tuple[float, float]] = Field([], max_length=limits.MAX_DRAWN, description=POINTS)
+
+    def selection(self) -> Selection:
+        """Return the set, of which each member counts once."""
+        once = dict.fromkeys
+        return Selection(tuple(once(self.objects)), tuple(once(self.boxes_xyxy)), tuple(once(self.points_xy)))
 
 
 class Asked(BaseModel):
@@ -43,17 +61,16 @@ class Asked(BaseModel):
     expressions: list[str] = Field(min_length=1, max_length=limits.MAX_EXPRESSIONS)
     threshold: float | None = Field(None, ge=0, le=1, description='"no target" is said above this probability')
     history: list[str] | None = Field(None, max_length=limits.MAX_TURNS, description="said before: each expression may be a follow-up")
+    selected: Selected | None = Field(None, description="objects selected before (what the history follows): follow-ups refer to them")
     ticket: Ticket = ""
 
 
-class Chosen(BaseModel):
-    """A set of objects to describe: positions among the picture's objects, drawn boxes, and clicked points."""
+class Chosen(Selected):
+    """A set of objects to describe."""
 
-    model_config = ConfigDict(extra="forbid")
     image: str = Field(max_length=64)
-    objects: list[int] = Field([], max_length=limits.MAX_OBJECTS)
-    boxes_xyxy: list[tuple[float, float, float, float]] = Field([], max_length=limits.MAX_OBJECTS, description="in pixels of the picture")
-    points_xy: list[tuple[float, float]] = Field([], max_length=limits.MAX_OBJECTS, description="in pixels: the object under each is meant")
+    boxes_xyxy: list[Box] = Field([], max_length=limits.MAX_OBJECTS, description=BOXES)
+    points_xy: list[tuple[float, float]] = Field([], max_length=limits.MAX_OBJECTS, description=POINTS)
     candidates: int = Field(8, ge=1, le=limits.MAX_CANDIDATES)
     ticket: Ticket = ""
 
@@ -143,7 +160,7 @@ def make_app(
     app = FastAPI(title="grex serve", version=__version__, docs_url=None, redoc_url=None, lifespan=life, description=__doc__ or "")
     app.state.rooms = rooms
     _add_page(app)
-    _add_pictures(app, rooms)
+    _add_pictures(app, rooms, folder)
     _add_questions(app, rooms)
     _add_search(app, rooms, folder)
     _add_errors(app)
@@ -166,7 +183,7 @@ def _add_page(app: FastAPI) -> None:
         return FileResponse(PAGE / file, media_type=PAGE_FILES[file])
 
 
-def _add_pictures(app: FastAPI, rooms: Rooms) -> None:
+def _add_pictures(app: FastAPI, rooms: Rooms, folder: Folder | None) -> None:
     @app.get("/status")
     async def status() -> dict[str, Any]:
         """Tell what is served, and the limits."""
@@ -179,6 +196,7 @@ def _add_pictures(app: FastAPI, rooms: Rooms) -> None:
             "types": list(IMAGE_TYPES),
         }
         threshold = rooms.engine.model.config.predict.no_target_threshold
+        rules["searches"] = None if folder is None else len(folder)  # images
         return {**rules, **size, "max_expressions": limits.MAX_EXPRESSIONS, "threshold": threshold, "waiting": rooms.worker.waiting}
 
     @app.get("/queue")
@@ -218,29 +236,33 @@ def _add_pictures(app: FastAPI, rooms: Rooms) -> None:
 def _add_questions(app: FastAPI, rooms: Rooms) -> None:
     @app.post("/ground")
     async def ground(asked: Asked) -> dict[str, Any]:
-        """Ground expressions: a mask (COCO RLE), boxes, a count, and the probability that nothing is meant, for each.
+        """Ground expressions: a mask (COCO RLE), boxes, a count, the probability that nothing is meant, and the picture's objects in it.
 
-        With a history each expression comes next after it, and may refer to what was selected ("not the red one").
+        With a history, or with selected objects, each expression comes next, and may refer to what was selected ("not the red one").
         """
         for text in [*(asked.history or []), *asked.expressions]:
             _check(text)
         held = await rooms.picture(asked.image)
+        chosen = asked.selected.selection() if asked.selected is not None else None
         run: Callable[[list[Any]], list[Any]]
         payload: Any
-        if asked.history is None:
+        if asked.history is None and chosen is None:
             run, kind, payload = (lambda jobs: rooms.engine.ground(held, jobs, asked.threshold)), "ground", asked.expressions
         else:
-            run, kind = (lambda jobs: rooms.engine.follow(held, jobs, asked.threshold)), "follow"
-            payload = (asked.history, asked.expressions)
-        results = await rooms.ask((kind, held.name, asked.threshold), run, payload, asked.ticket)
+            run, kind = (lambda jobs: rooms.engine.follow(held, jobs, asked.threshold, chosen)), "follow"
+            payload = (asked.history or [], asked.expressions)
+        results = await rooms.ask((kind, held.name, asked.threshold, chosen), run, payload, asked.ticket)
         return {"image": held.name, "width": held.pixels.shape[1], "height": held.pixels.shape[0], "results": results}
 
     @app.post("/describe")
     async def describe(chosen: Chosen) -> dict[str, Any]:
         """Describe a set of objects by one expression, with candidates and the overlap (IoU) of what each leads back to with the set."""
         held = await rooms.picture(chosen.image)
-        selection = Selection(tuple(chosen.objects), tuple(chosen.boxes_xyxy), chosen.candidates, tuple(chosen.points_xy))
-        answer = await rooms.ask(None, lambda jobs: [rooms.engine.describe(held, job) for job in jobs], selection, chosen.ticket)
+
+        def run(jobs: list[Selection]) -> list[Any]:
+            return [rooms.engine.describe(held, job, chosen.candidates) for job in jobs]
+
+        answer = await rooms.ask(None, run, chosen.selection(), chosen.ticket)
         return {"image": held.name, **answer}
 
 
@@ -270,9 +292,9 @@ def _add_search(app: FastAPI, rooms: Rooms, given: Folder | None) -> None:
         return {"expression": wanted.expression, "num_images": len(images), "num_found": num_found, "results": results}
 
     @app.get("/search/{name}/pixels", responses={200: {"content": {"image/png": {}}}}, response_class=Response)
-    async def found(name: str) -> Response:
-        """Return the pixels of an image of the folder."""
-        return await asyncio.to_thread(lambda: _png(folder().picture(name).pixels))
+    async def found(name: str, side: Annotated[int, Query(ge=16, le=limits.MAX_SIDE)] = limits.MAX_SIDE) -> Response:
+        """Return the pixels of an image of the folder, scaled down to a longer side of at most `side`."""
+        return await asyncio.to_thread(lambda: _png(kept(folder().picture(name).pixels, side).pixels))
 
     @app.post("/search/{name}")
     async def open_found(name: str, nothing: Annotated[dict[str, Any], Body(max_length=0)]) -> dict[str, Any]:

@@ -8,9 +8,9 @@ from typing import Any
 import numpy as np
 import torch
 
-from grex_mllm.dialogue.session import Dialogue
+from grex_mllm.dialogue.session import SAME, Dialogue
 from grex_mllm.errors import fault
-from grex_mllm.models.describe import UNSURE, masks_in_boxes, other_objects
+from grex_mllm.models.describe import SURE, UNSURE, masks_in_boxes, other_objects
 from grex_mllm.models.grex import GrexModel
 from grex_mllm.ops.masks import encode_rle, mask_to_box_xyxy
 from grex_mllm.ops.selection import selection_masks
@@ -25,13 +25,15 @@ DIALOGUES = 4  # of a picture; another history is said again
 
 @dataclass(frozen=True)
 class Selection:
-    """objects: positions among the picture's proposed objects.  boxes_xyxy: drawn ones, in pixels.  candidates: how many to choose from.
-    points_xy: clicked ones, in pixels."""
+    """objects: positions among the picture's proposed objects.  boxes_xyxy, points_xy: drawn and clicked ones, in pixels."""
 
     objects: tuple[int, ...]
-    boxes_xyxy: tuple[tuple[float, float, float, float], ...]
-    candidates: int
+    boxes_xyxy: tuple[tuple[float, float, float, float], ...] = ()
     points_xy: tuple[tuple[float, float], ...] = ()
+
+    @property
+    def drawn(self) -> bool:
+        return bool(self.boxes_xyxy or self.points_xy)
 
 
 class Engine:
@@ -52,78 +54,103 @@ class Engine:
     def open(self, picture: Picture, name: str) -> Held:
         """Encode a picture, find its objects, and hold it under a name."""
         encoded = self.model.encode(picture.pixels)
-        height, width = picture.pixels.shape[:2]
-        objects = other_objects(self.model, encoded, np.zeros((0, height, width), bool), UNSURE)
-        proposes = self.model.grounding.proposals(encoded.features) is not None
+        talk = Dialogue(self.model, encoded)
+        # those of a conversation, so that what it selects can be clicked; then less sure ones
+        objects = np.concatenate([talk.objects, other_objects(self.model, encoded, talk.objects, UNSURE, below=SURE)])
         boxes = [mask_to_box_xyxy(mask) for mask in objects]
-        held = Held(name, encoded, picture.pixels, objects, boxes, picture.given, proposes)
+        held = Held(name, encoded, talk, picture.pixels, objects, boxes, picture.given, talk.proposes)
         self.held.add(held)
         return held
 
     def ground(self, picture: Held, asked: list[list[str]], threshold: float | None) -> list[list[dict[str, Any]]]:
         """Ground the expressions of one or several requests about a picture in one pass; equal ones are grounded once."""
         texts = list(dict.fromkeys(text for expressions in asked for text in expressions))
-        found = {result.expression: shown(result) for result in self.model.ground(picture.encoded, texts, threshold=threshold)}
+        answers = self.model.ground(picture.encoded, texts, threshold=threshold)
+        found = {result.expression: {**shown(result), "objects": self._members(picture, result, threshold)} for result in answers}
         return [[found[text] for text in expressions] for expressions in asked]
 
-    def follow(self, picture: Held, asked: list[tuple[list[str], list[str]]], threshold: float | None) -> list[list[dict[str, Any]]]:
-        """Answer requests that are pairs of a history and expressions: each expression comes next after what was said in its history."""
+    @torch.inference_mode()
+    def follow(
+        self, picture: Held, asked: list[tuple[list[str], list[str]]], threshold: float | None, selected: Selection | None = None
+    ) -> list[list[dict[str, Any]]]:
+        """Answer requests that are pairs of a history and expressions: each expression comes next after what was said in its history.
+
+        selected: the objects that were selected before anything was said.
+
+        Raises:
+            GrexError: a wrong selection, as for `describe`.
+        """
         answers = []
         for history, expressions in asked:
-            before = self._after(picture, tuple(history), threshold)
+            before = self._after(picture, selected, tuple(history), threshold)
             rows = []
             for text in expressions:
                 turn = before.fork()
                 result = turn.say(text)
-                rows.append({**shown(result), "operation": turn.operation})
+                rows.append({**shown(result), "operation": turn.operation, "objects": positions(picture, turn.selected)})
             answers.append(rows)
         return answers
 
-    def _after(self, picture: Held, history: tuple[str, ...], threshold: float | None) -> Dialogue:
-        """Return the session after a history, going on from what is held of it; it must be forked before anything is said."""
-        held = picture.dialogues
-        found = held.get((threshold, history))
+    def _members(self, picture: Held, result: Grounding, threshold: float | None) -> list[int]:
+        """Return the positions of the picture's objects that a follow-up of an answer would refer to."""
+        if not len(picture.objects):
+            return []
+        turn = self._after(picture, None, (), threshold).fork()
+        turn.take(result)
+        return positions(picture, turn.selected)
+
+    def _after(self, picture: Held, selected: Selection | None, history: tuple[str, ...], threshold: float | None) -> Dialogue:
+        """Return the session after a selection and a history, going on from what is held; it must be forked before anything is said."""
+        held, key = picture.dialogues, (threshold, selected, history)
+        found = held.get(key)
         if found is None:
             if history:
-                found = self._after(picture, history[:-1], threshold).fork()
+                found = self._after(picture, selected, history[:-1], threshold).fork()
                 found.say(history[-1])
+            elif selected is not None:
+                found = self._after(picture, None, (), threshold).fork()
+                found.select(self._chosen_masks(picture, selected))
             else:
-                found = Dialogue(self.model, picture.encoded, threshold=threshold)
-            held[threshold, history] = found
-        held.move_to_end((threshold, history))
+                found = picture.talk.fork()
+                found.threshold = threshold
+            held[key] = found
+            if selected is not None and selected.drawn:  # it has masks of its own, as large as the picture: of one such set alone
+                for other in [at for at in held if at[1] is not None and at[1].drawn and at[1] != selected]:
+                    del held[other]
+        held.move_to_end(key)
         while len(held) > DIALOGUES:
             held.popitem(last=False)
         return found
 
     @torch.inference_mode()
-    def describe(self, picture: Held, chosen: Selection) -> dict[str, Any]:
-        """Write one expression for a set of objects, with candidates and how well each leads back to the set.
+    def describe(self, picture: Held, chosen: Selection, candidates: int) -> dict[str, Any]:
+        """Write one expression for a set of objects, with so many candidates and how well each leads back to the set.
 
         Raises:
             GrexError: nothing chosen, an object that is not there, a box or point outside the picture, a point without an object, or a
                 model without a generator.
         """
+        if not self.describes:
+            raise fault("a model without a generator", "one trained with model.generator", "serve another model, or only ground")
         masks = self._chosen_masks(picture, chosen)
-        options = {"candidates": chosen.candidates, "rerank": "listener"} if chosen.candidates > 1 else {}
+        options = {"candidates": candidates, "rerank": "listener"} if candidates > 1 else {}
         written = self.model.describe(picture.encoded, masks=masks, details=True, **options)
         texts = [text for text, _ in written.candidates] or [written.expression]
         texts = [text for text in texts if text.strip()]
         union = np.any(masks, axis=0)
         back = self.model.ground(picture.encoded, texts) if texts else []
-        candidates = [
+        lines = [
             {"expression": text, "score": _rounded(dict(written.candidates).get(text)), "iou": round(overlap(result.mask, union), 4)}
             for text, result in zip(texts, back, strict=True)
         ]
         return {
             "expression": written.expression,
-            "candidates": candidates,
+            "candidates": lines,
             "masks_rle": [encode_rle(mask) for mask in masks],
             "boxes_xyxy": [mask_to_box_xyxy(mask) for mask in masks],
         }
 
     def _chosen_masks(self, picture: Held, chosen: Selection) -> np.ndarray:
-        if not self.describes:
-            raise fault("a model without a generator", "one trained with model.generator", "serve another model, or only ground")
         height, width = picture.pixels.shape[:2]
         wrong = [n for n in chosen.objects if not 0 <= n < len(picture.objects)]
         if wrong:
@@ -178,10 +205,23 @@ def shown(result: Grounding) -> dict[str, Any]:
     }
 
 
+def positions(picture: Held, masks: np.ndarray) -> list[int]:
+    """Return the positions of the picture's objects that masks bool [n, H, W] show; what is none of them is left out."""
+    found = set()
+    for mask in masks:
+        x1, y1, x2, y2 = mask_to_box_xyxy(mask)
+        near = [n for n, box in enumerate(picture.boxes_xyxy) if box[0] < x2 and x1 < box[2] and box[1] < y2 and y1 < box[3]]
+        overlaps = {n: overlap(mask, picture.objects[n]) for n in near}
+        best = max(overlaps, key=lambda n: overlaps[n], default=None)
+        if best is not None and overlaps[best] >= SAME:
+            found.add(best)
+    return sorted(found)
+
+
 def overlap(first: np.ndarray, second: np.ndarray) -> float:
     """Return the intersection over union of two masks; 1 where both are empty."""
-    union = int((first | second).sum())
-    return float((first & second).sum() / union) if union else 1.0
+    union = np.count_nonzero(first | second)
+    return np.count_nonzero(first & second) / union if union else 1.0
 
 
 def _rounded(value: float | None) -> float | None:

@@ -6,8 +6,8 @@ import secrets
 import threading
 import time
 from collections import OrderedDict
-from collections.abc import Hashable
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 
@@ -21,17 +21,19 @@ from grex_mllm.serve.limits import IDLE_S
 class Held:
     """One picture, encoded.  objects: bool [N, H, W], proposed by the model, with boxes_xyxy.  given: (width, height) of the upload.
 
-    dialogues: sessions by all that was said in them, so equal histories of several people share one and different ones never meet.
+    talk: a session in which nothing was said, to be forked.  dialogues: sessions by all that was selected and said in them, so equal
+    histories of several people share one and different ones never meet.
     """
 
     name: str
     encoded: EncodedImage
+    talk: Dialogue
     pixels: np.ndarray
     objects: np.ndarray
     boxes_xyxy: list[list[float]]
     given: tuple[int, int]
     proposes: bool
-    dialogues: OrderedDict[Hashable, Dialogue] = field(default_factory=OrderedDict)
+    dialogues: OrderedDict[Any, Dialogue] = field(default_factory=OrderedDict)
     used: float = field(default_factory=time.monotonic)
 
 

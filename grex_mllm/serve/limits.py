@@ -9,6 +9,7 @@ MAX_JSON_BYTES = 200_000
 MAX_EXPRESSIONS = 32  # of one request
 MAX_TURNS = 24  # of the history that a request carries
 MAX_OBJECTS = 64  # selected ones of one request
+MAX_DRAWN = 16  # boxes, and points, that a follow-up refers to
 MAX_CANDIDATES = 16
 MAX_FOUND = 24  # images of one search
 MAX_WAITING = 64  # requests in line

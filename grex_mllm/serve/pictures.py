@@ -50,11 +50,11 @@ def read_picture(data: bytes) -> Picture:
         ) from None
 
 
-def kept(pixels: np.ndarray) -> Picture:
-    """Return a picture of uint8 [H, W, 3] as an upload is kept: scaled to a longer side of MAX_SIDE."""
+def kept(pixels: np.ndarray, side: int = MAX_SIDE) -> Picture:
+    """Return a picture of uint8 [H, W, 3] as an upload is kept: scaled down to a longer side of at most `side`."""
     height, width = pixels.shape[:2]
-    if max(height, width) > MAX_SIDE:
-        pixels = load_image(_smaller(Image.fromarray(pixels)))
+    if max(height, width) > side:
+        pixels = load_image(_smaller(Image.fromarray(pixels), side))
     return Picture(pixels, (width, height))
 
 
@@ -74,8 +74,8 @@ def _still(image: Image.Image) -> Picture:
     return Picture(load_image(upright), given)
 
 
-def _smaller(image: Image.Image) -> Image.Image:
-    share = MAX_SIDE / max(image.size)
+def _smaller(image: Image.Image, side: int = MAX_SIDE) -> Image.Image:
+    share = side / max(image.size)
     size = (max(1, round(image.width * share)), max(1, round(image.height * share)))
     if image.mode in ("P", "1", "PA"):
         image = image.convert("RGBA")

@@ -5,6 +5,7 @@ const token = sessionStorage.getItem("token");
 document.getElementById("example").textContent = [
   `curl -s -H 'Content-Type: image/jpeg' --data-binary @photo.jpg ${location.origin}/images`,
   `curl -s -H 'Content-Type: application/json' -d '{"image": "ID", "expressions": ["the two people on the left"]}' ${location.origin}/ground`,
+  `curl -s -H 'Content-Type: application/json' -d '{"image": "ID", "expressions": ["the others"], "selected": {"objects": [0, 2]}}' ${location.origin}/ground`,
   `curl -s -H 'Content-Type: application/json' -d '{"image": "ID", "boxes_xyxy": [[10, 12, 40, 44]]}' ${location.origin}/describe`,
   `curl -s -H 'Content-Type: application/json' -d '{"expression": "two people on a bench", "top": 5}' ${location.origin}/search`,
 ].join("\n");
@@ -22,8 +23,10 @@ else {
     const line = (field, kind, note) => { const row = make("tr", "", table); make("td", field, row); make("td", kind, row); make("td", note, row); };
     for (const item of route.parameters ?? []) line(item.name, `${item.schema.type ?? ""}, ${item.in}`, item.required ? "required" : "");
     for (const [field, about] of Object.entries(schema.properties ?? {})) {
-      const kind = about.type ?? (about.anyOf ?? []).map((option) => option.type).join(" or ");
+      const part = (about.anyOf ?? [about]).map((option) => option.$ref).find(Boolean)?.split("/").pop();
+      const kind = about.type ?? (about.anyOf ?? []).map((option) => option.type ?? "object").join(" or ");
       line(field, kind, [about.description, (schema.required ?? []).includes(field) ? "required" : `default ${JSON.stringify(about.default ?? null)}`].filter(Boolean).join("; "));
+      for (const [inner, told] of Object.entries(api.components.schemas[part]?.properties ?? {})) line(`${field}.${inner}`, told.type ?? "", told.description ?? "");
     }
     if (!name && Object.keys(content).length) line("the body", Object.keys(content).join(", "), "");
   }

@@ -1,5 +1,6 @@
 // The page of `grex serve`: one picture, expressions about it, a selected set of its objects. Text is never put in as markup.
 import { decode, facts, outline, overlap, stencil, union } from "/page/masks.js";
+import { offerSearch } from "/page/search.js";
 
 const COLOURS = [[230, 159, 0], [86, 180, 233], [0, 158, 115], [204, 121, 167], [240, 228, 66], [213, 94, 0], [0, 114, 178]];
 const SAID = [255, 64, 129]; // what the described expression leads back to
@@ -7,15 +8,15 @@ const FOLLOW_UPS = ["the others", "the one next to them", "only the biggest one"
 const HOW = { union: "added to", difference: "taken from", restriction: "kept of", neighbour: "next to", complement: "other than" };
 const PAUSE = 450; // ms after the last key before an expression is grounded
 const $ = (id) => document.getElementById(id);
-const state = { info: null, image: null, pixels: null, objects: [], rows: [], chosen: new Set(), boxes: [], points: [], lit: -1, draft: null, said: null, turn: null, serial: 0 };
-let pending = 0;
+const state = { info: null, image: null, pixels: null, objects: [], rows: [], chosen: new Set(), boxes: [], points: [], lit: -1, draft: null, said: null, turn: null, from: null, serial: 0 };
+let pending = 0, search = null;
 
 // ---------------------------------------------------------------- talking to the server
 
 async function call(path, { json, file, quiet } = {}) {
   const token = sessionStorage.getItem("token"), ticket = crypto.getRandomValues(new Uint32Array(2)).join("-");
   const headers = token ? { Authorization: `Bearer ${token}` } : {}, options = { headers };
-  if (json !== undefined) { options.method = "POST"; options.body = JSON.stringify(path.startsWith("/gallery") ? json : { ...json, ticket }); headers["Content-Type"] = "application/json"; }
+  if (json !== undefined) { options.method = "POST"; options.body = JSON.stringify(Object.keys(json).length ? { ...json, ticket } : json); headers["Content-Type"] = "application/json"; }
   if (file) { options.method = "POST"; options.body = file; headers["Content-Type"] = file.type; path += `?ticket=${ticket}`; }
   const asks = json !== undefined || file, watch = asks ? watchLine(ticket, headers) : null;
   pending += asks ? 1 : 0;
@@ -90,15 +91,19 @@ async function openFile(file) {
 
 async function openScene(number) { await show(await call(`/gallery/${number}`, { json: {} })); }
 
-async function show(opened, restored = null) {
+async function show(opened, { restored = null, from = null, keepSearch = false } = {}) {
   const pixels = await createImageBitmap(await call(`/images/${opened.image}/pixels`));
   state.pixels = pixels;
   state.image = opened;
   state.objects = opened.objects.map((object) => prepared(decode(object.mask_rle), object.box_xyxy));
-  state.chosen.clear();
-  state.boxes = []; state.points = []; state.lit = -1; state.said = null; state.draft = null;
-  state.rows = []; state.turn = null;
-  for (const { text, follows } of restored ?? []) { if (!follows) state.turn = null; state.rows.push(newRow(text)); }
+  state.from = from; state.lit = -1; state.draft = null;
+  state.rows = []; refer(null);
+  for (const { text, follows, picked } of restored ?? []) {
+    if (picked !== undefined) { refer(setTurn(readSet(picked))); continue; }
+    if (!follows) refer(null);
+    state.rows.push(newRow(text));
+  }
+  if (search?.visible() && !keepSearch) search.close();
   if (opened.scaled_from) note(`Scaled from ${opened.scaled_from.width} × ${opened.scaled_from.height} to ${opened.width} × ${opened.height}`, true);
   for (const button of $("gallery").children) button.ariaPressed = String(opened.image === `scene-${button.dataset.number}`);
   $("examples").replaceChildren();
@@ -127,15 +132,54 @@ function tint(item, colour, opacity) {
 function newRow(text) {
   const used = new Set(state.rows.map((row) => row.colour)), colour = COLOURS.findIndex((_, n) => !used.has(n));
   const row = { text, colour: colour < 0 ? state.serial % COLOURS.length : colour, result: null, drawn: null, hidden: false, error: "", id: state.serial++, after: state.turn };
-  state.turn = row; // what the next expression may refer to
+  refer(row);
   return row;
 }
 
-// What was said before a row, the oldest first: its row's own predecessors, back to the expression that began the set.
-function turns(row) {
-  const before = [];
-  for (let at = row.after; at; at = begins(at) ? null : at.after) if (at.text.trim()) before.unshift(at.text.trim());
-  return before;
+// What the next expression refers to: the answer of a row, a set that was clicked ({picked}), or nothing. Its objects light up in the picture.
+function refer(turn) {
+  const set = turn?.picked ?? { objects: turn?.result?.objects ?? [], boxes: [], points: [] };
+  state.turn = turn;
+  state.chosen = new Set(set.objects); state.boxes = [...set.boxes]; state.points = [...set.points];
+  state.said = null; // it described another set
+  clearTimeout(describeTimer);
+}
+
+function setTurn(picked) { return picked.objects.length + picked.boxes.length + picked.points.length ? { picked, text: "" } : null; }
+
+function named({ objects, boxes, points }) {
+  const parts = objects.length ? [`${objects.length > 1 ? "objects" : "object"} ${objects.map((n) => n + 1).join(", ")}`] : [];
+  if (boxes.length) parts.push(boxes.length > 1 ? `${boxes.length} boxes` : "a box");
+  if (points.length) parts.push(points.length > 1 ? `${points.length} clicks` : "a click");
+  return parts.join(" and ");
+}
+
+const asText = ({ objects, boxes, points }) => [objects.join(","), ...boxes.map((box) => `b${box.join(",")}`), ...points.map((point) => `p${point.join(",")}`)].join(";");
+
+function readSet(text) { // what of a set in a link fits this picture
+  const [first, ...others] = text.split(";"), numbers = (list, count) => { const found = list.split(",").map(Number); return found.length === count && found.every(Number.isFinite) ? [found] : []; };
+  const objects = first.split(",").filter(Boolean).map(Number).filter((n) => state.objects[n]);
+  return { objects, boxes: others.filter((part) => part[0] === "b").flatMap((part) => numbers(part.slice(1), 4)), points: others.filter((part) => part[0] === "p").flatMap((part) => numbers(part.slice(1), 2)) };
+}
+
+// What a row refers to: the set that was clicked before anything was said, if any, and what was said since, the oldest first, back to the
+// expression that began the set.
+function earlier(row) {
+  const said = [];
+  let at = row.after;
+  for (; at && !at.picked; at = begins(at) ? null : at.after) if (at.text.trim()) said.unshift(at.text.trim());
+  return { said, picked: at?.picked ?? null };
+}
+
+function trail(row) { // in words
+  const { said, picked } = follows(row) ? earlier(row) : { said: [], picked: null };
+  return [...(picked ? [named(picked)] : []), ...said, row.text.trim()];
+}
+
+function asked(row) { // the same for the server
+  const { said, picked } = earlier(row);
+  const selected = picked && { objects: picked.objects, boxes_xyxy: picked.boxes, points_xy: picked.points };
+  return { ...(selected ? { selected } : {}), ...(said.length ? { history: said } : {}) };
 }
 const begins = (row) => !row.after || row.result?.operation === "new";
 const follows = (row) => Boolean(row.result?.operation) && row.result.operation !== "new";
@@ -150,25 +194,27 @@ function removeRow(row) {
   const [, ...others] = withFollowers(row), before = begins(row) ? null : row.after;
   state.rows.splice(state.rows.indexOf(row), 1);
   for (const other of state.rows) if (other.after === row) other.after = before;
-  if (state.turn === row) state.turn = before;
-  showRows(); draw(); keepLink();
+  if (state.turn === row) refer(before);
+  showRows(); showObjects(); showAnswer(); draw(); keepLink();
   ground(others);
 }
 
-function forgetTurn() { state.turn = null; showSelected(); document.querySelector("#new").focus(); }
+function forgetTurn() { clearChosen(); document.querySelector("#new").focus(); }
 
 function showSelected() { // the set that a follow-up refers to
-  const row = state.turn, place = $("selected"), found = row?.result && !row.result.no_target;
-  place.hidden = !found;
-  $("new").placeholder = found ? "and the red one too" : state.rows.length ? "and another expression" : "the two people on the left";
-  if (!found) return;
+  const turn = state.turn, place = $("selected"), picked = turn?.picked, result = turn?.result, some = Boolean(picked || (result && !result.no_target));
+  place.hidden = !picked && !result;
+  $("new").placeholder = some ? "and the red one too" : state.rows.length ? "and another expression" : "the two people on the left";
+  if (place.hidden) return;
   place.replaceChildren();
-  const chip = make("span", "set", "", place), count = row.result.count ?? row.result.boxes_xyxy?.length;
-  make("i", "swatch", "", chip).style.setProperty("--colour", `rgb(${COLOURS[row.colour]})`);
-  make("b", "", count === undefined || count === null ? "Selected" : `${count} selected`, chip);
-  make("span", "", (follows(row) ? [...turns(row), row.text.trim()] : [row.text.trim()]).join(" › "), chip);
+  const chip = make("span", "set", "", place), count = numChosen() || (result?.count ?? result?.boxes_xyxy?.length); // the objects themselves, where the model knows any
+  make("i", picked ? "swatch picked" : "swatch", "", chip).style.setProperty("--colour", picked ? "white" : `rgb(${COLOURS[turn.colour]})`);
+  make("b", "", !some ? "Nothing selected" : count === undefined || count === null ? "Selected" : `${count} selected`, chip);
+  const words = make("span", "", picked ? named(picked) : trail(turn).join(" › "), chip);
+  words.title = words.textContent;
   const clear = make("button", "plain", "×", chip);
   clear.type = "button"; clear.id = "forget"; clear.ariaLabel = "Clear the selected set: the next expression refers to nothing"; clear.onclick = forgetTurn;
+  if (!some) return;
   for (const text of FOLLOW_UPS) {
     const button = make("button", "chip", text, place);
     button.type = "button"; button.onclick = () => ground([addRow(text)]);
@@ -178,35 +224,36 @@ function showSelected() { // the set that a follow-up refers to
 function addRow(text) {
   const row = newRow(text);
   state.rows.push(row);
-  showRows();
+  showRows(); showObjects(); showAnswer(); draw();
   return row;
 }
 
 const ground = tried(async (rows) => {
   if (!state.image) throw new Error("No picture is open; expected one; drop a picture, or choose one below");
   rows = rows.filter((row) => row.text.trim());
-  const asked = rows.map((row) => row.text.trim()), image = state.image;
-  if (!asked.length) return;
-  for (const { part, start, history } of batches(rows)) {
+  const texts = rows.map((row) => row.text.trim()), image = state.image;
+  if (!texts.length) return;
+  for (const { part, start, before } of batches(rows)) {
     let answer;
-    try { answer = await call("/ground", { json: { image: image.image, expressions: part.map((row) => row.text.trim()), ...(history.length ? { history } : {}) } }); }
+    try { answer = await call("/ground", { json: { image: image.image, expressions: part.map((row) => row.text.trim()), ...before } }); }
     catch (error) { for (const row of part) { row.result = row.drawn = null; row.error = error.message.split("; ")[0]; } showResults(); draw(); throw error; }
     if (image !== state.image) return;
     part.forEach((row, n) => {
-      if (row.text.trim() !== asked[start + n]) return; // edited meanwhile: a later answer comes
+      if (row.text.trim() !== texts[start + n]) return; // edited meanwhile: a later answer comes
       row.result = answer.results[n]; row.error = "";
       row.drawn = prepared(decode(row.result.mask_rle));
+      if (row === state.turn) refer(row);
     });
   }
-  showResults(); draw(); keepLink();
+  showObjects(); showAnswer(); draw(); keepLink();
 });
 
-function batches(rows) { // neighbouring rows with the same history go in one request
+function batches(rows) { // neighbouring rows that refer to the same go in one request
   const found = [];
   rows.forEach((row, start) => {
-    const history = turns(row), last = found.at(-1);
-    if (last && JSON.stringify(last.history) === JSON.stringify(history) && last.part.length < state.info.max_expressions) last.part.push(row);
-    else found.push({ part: [row], start, history });
+    const before = asked(row), last = found.at(-1);
+    if (last && JSON.stringify(last.before) === JSON.stringify(before) && last.part.length < state.info.max_expressions) last.part.push(row);
+    else found.push({ part: [row], start, before });
   });
   return found;
 }
@@ -259,14 +306,14 @@ function verdict(place, result, error = "", said = "") {
   }
   const count = result.count ?? (result.boxes_xyxy ? result.boxes_xyxy.length : null);
   make("b", "", count === null ? "Found" : `${count} ${count === 1 ? "object" : "objects"}`, place);
-  if (HOW[result.operation]) place.append(` · ${HOW[result.operation]} “${said}”`);
+  if (HOW[result.operation]) place.append(` · ${HOW[result.operation]} ${said}`);
   else place.append(` · nothing here: ${percent(result.no_target_prob)}`);
 }
 
 function showResults() {
   for (const row of state.rows) {
     const item = document.querySelector(`li[data-id="${row.id}"]`);
-    if (item) verdict(item.querySelector(".verdict"), row.result, row.error, row.after?.text.trim());
+    if (item) verdict(item.querySelector(".verdict"), row.result, row.error, row.after?.picked ? named(row.after.picked) : `“${row.after?.text.trim()}”`);
   }
   showSelected();
   const some = state.rows.some((row) => row.result) || state.said !== null;
@@ -279,13 +326,12 @@ function showResults() {
 function showObjects() {
   $("objects").replaceChildren();
   const { image, objects, info } = state;
-  $("hint").textContent = !info.describes ? "This model only finds: it was trained without a generator."
-    : !image ? "Open a picture, then click its objects."
-    : info.segments ? "Click objects in the picture, or drag boxes around them."
-    : !image.proposes ? "Drag boxes around the objects in the picture: this model proposes none by itself."
+  const how = info.segments ? "Click objects in the picture, or drag boxes around them."
+    : !image?.proposes ? "Drag boxes around the objects in the picture: this model proposes none by itself."
     : !objects.length ? "The model sees no objects by itself here: drag boxes around what you mean."
     : `Click objects in the picture, or drag boxes around them. ${objects.length} found.`;
-  if (!info.describes || !image) return;
+  $("hint").textContent = !image ? "Open a picture, then click its objects." : info.describes ? how : `${how} Follow-ups refer to them; this model has no generator and writes nothing about them.`;
+  if (!image) return;
   objects.forEach((_, n) => {
     const button = make("button", n === state.lit ? "lit" : "", String(n + 1), $("objects"));
     button.type = "button"; button.ariaPressed = String(state.chosen.has(n)); button.ariaLabel = `Object ${n + 1}`;
@@ -306,6 +352,10 @@ function showObjects() {
   if (numChosen()) {
     const clear = make("button", "clear", "clear", $("objects"));
     clear.type = "button"; clear.onclick = clearChosen;
+    if (info.describes && !state.said && !state.turn?.picked) { // an answer's objects are described on demand alone
+      const write = make("button", "clear", "describe them", $("objects"));
+      write.type = "button"; write.onclick = describe;
+    }
   }
 }
 
@@ -321,8 +371,9 @@ function clearChosen() { state.chosen.clear(); state.boxes = []; state.points = 
 function numChosen() { return state.chosen.size + state.boxes.length + state.points.length; }
 
 let describeTimer;
-function chosenChanged() {
+function chosenChanged() { // by the user: from now on this set is what a follow-up refers to
   state.said = null;
+  state.turn = setTurn({ objects: [...state.chosen], boxes: [...state.boxes], points: [...state.points] });
   showObjects(); showAnswer(); draw(); keepLink();
   clearTimeout(describeTimer);
   if (state.info.describes && numChosen()) describeTimer = setTimeout(describe, 300);
@@ -336,6 +387,7 @@ const describe = tried(async () => {
   const set = union(answer.masks_rle.map(decode));
   state.said = { ...answer, text: answer.expression, set, taken: answer.masks_rle.slice(state.chosen.size).map((code) => prepared(decode(code))), result: null, drawn: null };
   showAnswer(); draw();
+  showObjects();
   $("answer").scrollIntoView({ block: innerWidth > 800 ? "nearest" : "center" });
   await sayBack();
 });
@@ -388,8 +440,9 @@ $("said").oninput = () => { state.said.text = $("said").value.replace(/\s+/g, " 
 // ---------------------------------------------------------------- drawing
 
 function layOut() {
-  if (!state.image) return;
-  const room = $("stage").getBoundingClientRect(), gap = innerWidth > 800 ? 24 : 8, { width, height } = state.image;
+  const room = $("stage").getBoundingClientRect();
+  if (!state.image || !room.width) return; // behind the tiles of a search it has no size
+  const gap = innerWidth > 800 ? 24 : 8, { width, height } = state.image;
   const scale = Math.min((room.width - gap) / width, (room.height - gap) / height);
   const shown = [Math.round(width * scale), Math.round(height * scale)], density = devicePixelRatio || 1;
   for (const id of ["picture", "overlay"]) {
@@ -432,7 +485,7 @@ function paint(context, width, density) {
   if (lit) { context.drawImage(tint(lit, [255, 255, 255], 0.45), 0, 0); edge(lit.path, "rgb(0 0 0 / .7)", pen * 2); edge(lit.path, "white", pen); }
   for (const n of state.chosen) {
     const item = state.objects[n];
-    edge(item.path, "rgb(0 0 0 / .8)", pen * 2); edge(item.path, "white", pen * 1.2);
+    if (state.turn?.picked) { edge(item.path, "rgb(0 0 0 / .8)", pen * 2); edge(item.path, "white", pen * 1.2); } // an answer has its colour
     plate(context, String(n + 1), item.box, scale, density);
   }
   state.said?.taken.forEach((item) => { edge(item.path, "rgb(0 0 0 / .8)", pen * 2); edge(item.path, "white", pen * 1.2); });
@@ -489,11 +542,10 @@ stage.onpointerup = (event) => {
   const draft = state.draft, n = objectAt(place(event));
   start = state.draft = null;
   if (draft) {
-    if (!state.info.describes) note("This model does not describe; expected one with a generator; type an expression instead");
-    else if (draft[2] - draft[0] >= 2 && draft[3] - draft[1] >= 2) { state.boxes.push(draft); chosenChanged(); }
+    if (draft[2] - draft[0] >= 2 && draft[3] - draft[1] >= 2) { state.boxes.push(draft); chosenChanged(); }
     draw();
-  } else if (n >= 0 && state.info.describes) toggle(n);
-  else if (state.info.describes && state.info.segments) {
+  } else if (n >= 0) toggle(n);
+  else if (state.info.segments) {
     const [x, y] = place(event).map((value) => Math.round(value * 10) / 10), { width, height } = state.image;
     if (x >= 0 && y >= 0 && x < width && y < height) { state.points.push([x, y]); chosenChanged(); }
   }
@@ -509,7 +561,8 @@ document.onkeydown = (event) => {
   if (event.target.matches("input, textarea") || event.ctrlKey || event.metaKey || event.altKey) { if (event.key === "Escape") event.target.blur(); return; }
   if (event.key === "/") { event.preventDefault(); document.querySelector("#new").focus(); }
   if (event.key === "o") $("file").click();
-  if (event.key === "Escape") clearChosen();
+  if (event.key === "s" && search) { event.preventDefault(); $("query").focus(); }
+  if (event.key === "Escape") { if (search?.visible()) search.close(); else clearChosen(); }
 };
 
 $("file").onchange = tried(async () => { const [file] = $("file").files; $("file").value = ""; await openFile(file); });
@@ -522,13 +575,13 @@ new ResizeObserver(layOut).observe(stage);
 // ---------------------------------------------------------------- take it with you
 
 function asJson() {
-  const { image, width, height } = state.image, results = state.rows.filter((row) => row.result).map((row) => ({ ...row.result, ...(follows(row) ? { history: turns(row) } : {}) }));
+  const { image, width, height } = state.image, results = state.rows.filter((row) => row.result).map((row) => ({ ...row.result, ...(follows(row) ? asked(row) : {}) }));
   const described = state.said && { expression: state.said.text, objects: [...state.chosen], boxes_xyxy: state.boxes, points_xy: state.points, masks_rle: state.said.masks_rle, candidates: state.said.candidates };
   return { image, width, height, results, ...(described ? { described } : {}) };
 }
 
 function asCoco() {
-  const { width, height } = state.image, found = state.rows.filter((row) => row.result).map((row) => [(follows(row) ? [...turns(row), row.text.trim()] : [row.text.trim()]).join(" | "), row.result, row.drawn]);
+  const { width, height } = state.image, found = state.rows.filter((row) => row.result).map((row) => [trail(row).join(" | "), row.result, row.drawn]);
   if (state.said?.drawn) found.push([state.said.text.trim(), state.said.result, state.said.drawn]);
   const annotations = found.filter(([, result]) => !result.no_target).map(([text, result, drawn], n) => {
     const [x1, y1, x2, y2] = facts(drawn.mask).box;
@@ -554,14 +607,21 @@ async function copy(text, what) {
 }
 
 function link() {
-  const parts = [`image=${encodeURIComponent(state.image.image)}`, ...state.rows.filter((row) => row.text.trim()).map((row) => `${follows(row) ? "f" : "e"}=${encodeURIComponent(row.text.trim())}`)];
-  if (state.chosen.size) parts.push(`o=${[...state.chosen].join(",")}`);
-  for (const box of state.boxes) parts.push(`b=${box.join(",")}`);
-  for (const point of state.points) parts.push(`p=${point.join(",")}`);
+  const parts = [], said = state.rows.filter((row) => row.text.trim()), picked = state.turn?.picked;
+  if (state.image) parts.push(`image=${encodeURIComponent(state.image.image)}`);
+  if (state.from) parts.push(`from=${encodeURIComponent(state.from)}`);
+  for (const row of said) {
+    if (follows(row) && row.after?.picked) parts.push(`s=${asText(row.after.picked)}`);
+    parts.push(`${follows(row) ? "f" : "e"}=${encodeURIComponent(row.text.trim())}`);
+  }
+  if (picked ? picked.objects.length : said.length && !state.turn) parts.push(`o=${(picked?.objects ?? []).join(",")}`); // an empty one: cleared
+  for (const box of picked?.boxes ?? []) parts.push(`b=${box.join(",")}`);
+  for (const point of picked?.points ?? []) parts.push(`p=${point.join(",")}`);
+  if (search?.asked()) parts.push(`q=${encodeURIComponent(search.asked())}`);
   return `${location.origin}${location.pathname}#${parts.join("&")}`;
 }
 
-function keepLink() { if (state.image) history.replaceState(null, "", link()); }
+function keepLink() { if (state.image || search?.asked()) history.replaceState(null, "", link()); }
 
 $("copy-json").onclick = () => copy(JSON.stringify(asJson(), null, 2), "JSON");
 $("copy-link").onclick = () => copy(link(), "Link");
@@ -585,19 +645,29 @@ $("theme").onclick = () => {
 };
 document.documentElement.dataset.theme = localStorage.getItem("theme") ?? (matchMedia("(prefers-color-scheme: dark)").matches ? "dark" : "light");
 
+async function openFound(line, text) { // an image of the folder that is searched, with what was asked
+  await show(await call(`/search/${encodeURIComponent(line.id)}`, { json: {} }), { restored: [{ text }], from: line.id, keepSearch: true });
+  ground(state.rows);
+}
+
 async function restore() {
-  const wanted = new URLSearchParams(location.hash.slice(1)), image = wanted.get("image");
-  if (!image) return;
-  const scene = image.match(/^scene-(\d+)$/);
+  const wanted = new URLSearchParams(location.hash.slice(1)), image = wanted.get("image"), from = wanted.get("from");
+  if (image) await restorePicture(wanted, image, search ? from : null);
+  if (search && wanted.get("q")) search.run(wanted.get("q"));
+}
+
+async function restorePicture(wanted, image, from) {
+  const scene = image.match(/^scene-(\d+)$/), reopen = (error) => { if (from && error.status === 404) return call(`/search/${encodeURIComponent(from)}`, { json: {} }); throw error; };
   let opened;
-  try { opened = scene ? await call(`/gallery/${scene[1]}`, { json: {} }) : await call(`/images/${encodeURIComponent(image)}`); }
+  try { opened = scene ? await call(`/gallery/${scene[1]}`, { json: {} }) : await call(`/images/${encodeURIComponent(image)}`).catch(reopen); }
   catch (error) { history.replaceState(null, "", location.pathname); throw error; }
-  const said = [...wanted].filter(([key]) => key === "e" || key === "f").map(([key, text]) => ({ text, follows: key === "f" }));
-  await show(opened, said);
-  for (const n of (wanted.get("o") ?? "").split(",").filter(Boolean).map(Number)) if (state.objects[n]) state.chosen.add(n);
-  for (const box of wanted.getAll("b")) { const numbers = box.split(",").map(Number); if (numbers.length === 4 && numbers.every(Number.isFinite)) state.boxes.push(numbers); }
-  for (const point of wanted.getAll("p")) { const numbers = point.split(",").map(Number); if (numbers.length === 2 && numbers.every(Number.isFinite)) state.points.push(numbers); }
-  if (numChosen()) chosenChanged();
+  const restored = [...wanted].flatMap(([key, text]) => (key === "s" ? [{ picked: text }] : key === "e" || key === "f" ? [{ text, follows: key === "f" }] : []));
+  await show(opened, { restored, from });
+  if (["o", "b", "p"].some((key) => wanted.has(key))) {
+    const set = readSet([wanted.get("o") ?? "", ...wanted.getAll("b").map((box) => `b${box}`), ...wanted.getAll("p").map((point) => `p${point}`)].join(";"));
+    refer(setTurn(set));
+    chosenChanged();
+  }
   await ground(state.rows);
 }
 
@@ -611,6 +681,8 @@ await tried(async () => {
     image.alt = "";
     call(`/gallery/${number}/pixels`, { quiet: true }).then((blob) => { image.src = URL.createObjectURL(blob); }, () => button.remove());
   }
+  if (!state.info.describes) { $("describe-title").firstChild.data = "Select "; $("describe-title").lastChild.textContent = "what a follow-up refers to"; }
+  if (state.info.searches !== null) search = offerSearch(state.info.searches, { call, tried, note, make, open: openFound, changed: keepLink });
   showRows(); showObjects(); showResults();
   await restore();
 })();
