@@ -1,13 +1,10 @@
-"""Describe objects of an image with the graphs of this folder, without torch: numpy, PIL, onnxruntime and tokenizers.
-
-python describe.py photo.jpg --mask left.png --mask right.png --beside dog.png
-"""
+"""Describe objects of an image without torch: python describe.py photo.jpg --mask left.png --mask right.png --beside dog.png"""
 
 import argparse
 from pathlib import Path
 
 import numpy as np
-from ground import Model, at_image, onnx_graphs, upright
+from ground import Model, onnx_graph
 from PIL import Image
 from tokenizers import Tokenizer
 
@@ -18,69 +15,43 @@ class Describer:
     def __init__(self, folder=Path(__file__).parent):
         self.grounding = Model(folder)
         self.facts = self.grounding.facts["generator"]
-        self.graphs = onnx_graphs(Path(folder), self.facts)
+        self.graphs = {name: onnx_graph(Path(folder) / name, **ends) for name, ends in self.facts["graphs"].items()}
         self.tokenizer = Tokenizer.from_file(str(Path(folder) / "lm_tokenizer.json"))
 
     def describe(self, image, masks, sets=None, size=None):
         """Return an expression for each set. masks: bool [H, W] of objects, at the image's size.  sets: positions in masks, for each set
         (None: all of them are one set); what a set leaves out, and what the model finds, stands beside it.  size: as in `Model.ground`."""
-        size = size or self.grounding.facts["image_size"]
-        pixels, place = self.grounding.network_input(upright(image), size)
-        sets, given = [range(len(masks))] if sets is None else sets, self.graphs["see"]({"image": pixels})
-        known = self.with_found([np.asarray(mask, bool) for mask in masks], given, place, pixels.shape[-2:])
-        given["masks"] = np.stack([network_mask(mask, place, size) for mask in known])
-        given["chosen"] = np.array([[n in positions for n in range(len(known))] for positions in map(set, sets)])
-        given["seen"] = np.array([place[2:4] if self.grounding.facts["resize"] == "pad" else (size, size)], np.int64)
-        tokens = self.write(given)
-        ends = [row.index(self.facts["eos"]) if self.facts["eos"] in row else len(row) for row in tokens]
-        return [self.tokenizer.decode(row[:end]).strip() for row, end in zip(tokens, ends)]
+        given = self.grounding.network_input(image, size)
+        given |= self.graphs["see"](given)
+        known = self.with_found([np.asarray(mask, bool) for mask in masks], given)
+        given["masks"] = np.stack([self.graphs["at_input"](given | {"mask": mask})["network_mask"] for mask in known])
+        chosen = [set(range(len(masks)))] if sets is None else map(set, sets)
+        given["chosen"] = np.array([[n in positions for n in range(len(known))] for positions in chosen])
+        rows, eos = [], self.facts["eos"]
+        for step in range(self.facts["max_new_tokens"]):
+            given = self.graphs["step" if step else "prefix"](given)
+            given = {name.removeprefix("next_"): value for name, value in given.items()}
+            rows.append(given["token"])
+            if all((np.stack(rows) == eos).any(0)):
+                break
+        tokens = np.stack([*rows, np.full_like(rows[0], eos)], 1).tolist()
+        return [self.tokenizer.decode(row[: row.index(eos)]).strip() for row in tokens]
 
-    def with_found(self, masks, given, place, canvas):
+    def with_found(self, masks, given):
         """Return the masks and those of the objects that the model finds beside them, surest first."""
-        known, scores = list(masks), given.get("object_scores", np.zeros(0))
-        for n in np.argsort(-scores, kind="stable"):
-            mask = at_image(given["object_logits"][n], place, canvas) > 0
-            least = [max(1, min(mask.sum(), other.sum())) * self.facts["most_overlap"] for other in known]
-            if scores[n] >= self.facts["least_score"] and mask.any() and all((mask & k).sum() < most for k, most in zip(known, least)):
+        known, share = list(masks), self.facts["most_overlap"]
+        for logits in given.get("object_logits", ()):
+            mask = self.graphs["at_image"](given | {"logits": logits})["mask"]
+            if mask.any() and all((mask & other).sum() < share * max(1, min(mask.sum(), other.sum())) for other in known):
                 known.append(mask)
         return known
 
-    def write(self, arrays):
-        """Return a list of tokens for each set: the likeliest at each step; what stands behind the first end means nothing."""
-        out, rows = self.graphs["prefix"](arrays), []
-        for step in range(self.facts["max_new_tokens"]):
-            out["logits"][:, self.facts["banned"] + ([self.facts["eos"]] if step == 0 else [])] = -np.inf
-            rows.append(out.pop("logits").argmax(-1))
-            if step + 1 == self.facts["max_new_tokens"] or all((np.stack(rows) == self.facts["eos"]).any(0)):
-                break
-            out = self.graphs["step"](out | {"token": rows[-1]})
-            out = {name.removeprefix("next_"): value for name, value in out.items()}
-        return np.stack(rows, 1).tolist()
 
-
-def network_mask(mask, place, size):
-    """Bring a mask to the network's input, bool [size, size]; one that vanishes there keeps the pixel nearest to its middle."""
-    height, width, rows, columns, top, left = place
-    y, x = (((np.arange(n) + 0.5) * side / n).astype(np.int64) for n, side in ((rows, height), (columns, width)))
-    small = mask[y[:, None], x]
-    if not small.any():
-        y, x = (int(np.median(where)) for where in np.nonzero(mask))
-        small[min(int(y * (rows / height)), rows - 1), min(int(x * (columns / width)), columns - 1)] = True
-    placed = np.zeros((size, size), bool)
-    placed[top : top + rows, left : left + columns] = small
-    return placed
-
-
-def main():
-    """Print the expression for the objects of the command line."""
+if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("image")
     parser.add_argument("--mask", action="append", required=True, help="a picture of the image's size, not black where the object is")
     parser.add_argument("--beside", action="append", default=[], help="the same, of another object that is there")
-    given = parser.parse_args()
-    masks = [np.asarray(Image.open(file).convert("L")) > 0 for file in given.mask + given.beside]
-    print(Describer().describe(given.image, masks, [range(len(given.mask))])[0])
-
-
-if __name__ == "__main__":
-    main()
+    asked = parser.parse_args()
+    objects = [np.asarray(Image.open(file).convert("L")) > 0 for file in asked.mask + asked.beside]
+    print(Describer().describe(asked.image, objects, [range(len(asked.mask))])[0])

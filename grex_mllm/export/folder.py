@@ -2,28 +2,53 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import shutil
 from collections.abc import Callable
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from grex_mllm import __version__
+from grex_mllm.config import TextConfig
 from grex_mllm.errors import GrexError, fault
 from grex_mllm.export.checking import SAID, check_folder, example_image, torch_answers
-from grex_mllm.export.graphs import IMAGE, TEXT_IDS, TEXT_MASK, Graph, ImageGraph, LanguageGraph, WholeGraph, check_exportable, names_of
+from grex_mllm.export.decision import (
+    DECIDE,
+    ORIGINAL,
+    PICTURE,
+    PLACE,
+    PREPARE,
+    SIZE,
+    DecisionGraph,
+    PrepareGraph,
+    example_picture,
+    example_place,
+    rules_facts,
+)
+from grex_mllm.export.graphs import (
+    IMAGE,
+    SEEN,
+    TEXT_IDS,
+    TEXT_MASK,
+    Graph,
+    ImageGraph,
+    LanguageGraph,
+    WholeGraph,
+    check_exportable,
+    names_of,
+)
 from grex_mllm.models.grex import GrexModel
-from grex_mllm.models.grounding import PIXEL_MEAN, PIXEL_STD
+from grex_mllm.models.text import TextTokenizer
 from grex_mllm.ops.paths import as_on_gpu
 from grex_mllm.writing import whole_folder
 
 FORMATS = ("onnx", "torch")
 TASKS = ("all", "ground")
-PLACE = Path(__file__).parent
-EXPRESSIONS_AT_ONCE = 16
+HERE = Path(__file__).parent
+TOKENIZER = "tokenizer.json"
 Writer = Callable[[Path, Graph, bool], list[str]]  # returns the inputs that the written graph reads
 
 
@@ -45,10 +70,9 @@ def export_model(model_name: str, out: str, form: str = "onnx", task: str = "all
         _check_generator(model, form)
     facts = facts_of(model, form)
     with whole_folder(out) as work:
-        model.text_tokenizer.save(work)
-        shutil.copy(PLACE / "ground.py", work / "ground.py")
-        if form == "torch":
-            shutil.copy(PLACE / "ground_torch.py", work / "ground_torch.py")
+        _save_tokenizer(model.text_tokenizer, work / TOKENIZER, model.config.model.text)
+        for script in ("ground.py", *(["ground_torch.py"] if form == "torch" else [])):
+            shutil.copy(HERE / script, work / script)
         for varies in (True, False):
             facts["any_size"] = varies
             try:
@@ -72,7 +96,7 @@ def export_model(model_name: str, out: str, form: str = "onnx", task: str = "all
 
 def facts_of(model: GrexModel, form: str) -> dict[str, Any]:
     """Return what the script must know beside the graphs."""
-    config, fuses = model.config, model.grounding.fuses_language
+    config = model.config
     return {
         "format": form,
         "grex_mllm": __version__,
@@ -80,37 +104,50 @@ def facts_of(model: GrexModel, form: str) -> dict[str, Any]:
         "image_size": config.data.image_size,
         "resize": config.data.resize,
         "stride": int(max(model.grounding.vision.strides)),
-        "mean": list(PIXEL_MEAN),
-        "std": list(PIXEL_STD),
         "max_tokens": config.model.text.max_tokens,
-        "pad": config.model.text.pad,
-        "expressions_at_once": 1 if fuses else EXPRESSIONS_AT_ONCE,
-        "rules": asdict(config.predict),
+        "rules": rules_facts(config.predict),
     }
 
 
 def write_graphs(model: GrexModel, work: Path, writer: Writer, varies: bool) -> dict[str, dict[str, list[str]]]:
-    """Write the model's graphs and return their inputs and outputs by name."""
+    """Write the model's graphs and return their inputs and outputs by name, in the order in which they run."""
     ids, mask = model.encode_text(SAID[:1] if model.grounding.fuses_language else SAID[:2])
     image = example_image(model, 0)
-    said = names_of(torch_answers(model.grounding, image, ids, mask))
+    said = torch_answers(model.grounding, image, ids, mask)
+    names = names_of(said)
+    graphs = {}
+
+    def write(graph: Graph) -> None:
+        graphs[graph[0]] = {"inputs": writer(work, graph, varies), "outputs": graph[-1]}
+
+    resize, size = model.config.data.resize, model.config.data.image_size
+    prepare = PrepareGraph(model.grounding, resize).eval()
+    write((PREPARE, prepare, example_picture(size, resize), [PICTURE, ORIGINAL, SIZE], [IMAGE, PLACE, SEEN]))
     if model.grounding.fuses_language:
-        whole = WholeGraph(model.grounding).eval()
-        return {
-            "whole": {
-                "inputs": writer(work, ("whole", whole, (image, ids, mask), [IMAGE, TEXT_IDS, TEXT_MASK], said), varies),
-                "outputs": said,
-            }
-        }
-    first = ImageGraph(model.grounding).eval()
-    tensors = first(image)
-    between = [f"features_{i}" for i in range(len(tensors))]
-    language = LanguageGraph(first).eval()
-    read = writer(work, ("language", language, (ids, mask, *tensors), [TEXT_IDS, TEXT_MASK, *between], said), varies)
-    first.kept = [i for i, name in enumerate(between) if name in read]
-    made = [between[i] for i in first.kept]
-    pixels = writer(work, ("image", first, (image,), [IMAGE], made), varies)
-    return {"image": {"inputs": pixels, "outputs": made}, "language": {"inputs": read, "outputs": said}}
+        write(("whole", WholeGraph(model.grounding).eval(), (image, ids, mask), [IMAGE, TEXT_IDS, TEXT_MASK], names))
+    else:
+        first = ImageGraph(model.grounding).eval()
+        tensors = first(image)
+        between = [f"features_{i}" for i in range(len(tensors))]
+        language = ("language", LanguageGraph(first).eval(), (ids, mask, *tensors), [TEXT_IDS, TEXT_MASK, *between], names)
+        read = writer(work, language, varies)
+        first.kept = [i for i, name in enumerate(between) if name in read]
+        write(("image", first, (image,), [IMAGE], [between[i] for i in first.kept]))
+        graphs["language"] = {"inputs": read, "outputs": names}
+    decide = DecisionGraph(names, model.config.predict).eval()
+    answers = (getattr(said, name)[:1] for name in decide.reads)
+    write((DECIDE, decide, (example_place(size, resize, image), *answers), [PLACE, *decide.reads], decide.makes))
+    return graphs
+
+
+def _save_tokenizer(tokenizer: TextTokenizer, file: Path, config: TextConfig) -> None:
+    """Write a tokenizer that pads as the model is used to, and does not cut: a cut that spares the end would be another one."""
+    own = copy.deepcopy(tokenizer.tokenizer)
+    own.no_truncation()
+    own.no_padding()
+    if config.pad != "longest":
+        own.enable_padding(length=config.max_tokens)
+    own.save(str(file))
 
 
 def _writer(form: str) -> Writer:

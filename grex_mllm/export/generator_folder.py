@@ -25,7 +25,7 @@ from grex_mllm.export.generator_graphs import (
     generator_graphs,
 )
 from grex_mllm.export.graphs import CHOSEN, IMAGE, MASKS, SEEN
-from grex_mllm.export.ground import onnx_graphs
+from grex_mllm.export.ground import onnx_graph
 from grex_mllm.export.onnx_graphs import write_onnx
 
 TOKENIZER = "lm_tokenizer.json"
@@ -59,24 +59,24 @@ def compared_logits(
 
     exact: the model in float64, or None.  images: normalised, by their sizes before padding.
     """
-    graphs, rows = onnx_graphs(folder, facts), []
-    see, prefix, step = SeeGraph(model.grounding), PrefixGraph(model.generator), StepGraph(model.generator.lm)
+    graphs, rows = {name: onnx_graph(folder / name, **ends) for name, ends in facts["graphs"].items()}, []
+    see, prefix, step = SeeGraph(model.grounding), PrefixGraph(model.generator), StepGraph(model.generator)
     for seed, (size, image) in enumerate(images.items(), start=1):
         seen_by = graphs[SEE]({IMAGE: image.numpy()})
-        maps = see(image)[2 * see.proposes :]
+        maps = see(image)[see.proposes :]
         for num, sets in OBJECTS_AND_SETS:
             masks, chosen, seen = example_objects(size, seed, num, sets)
             out = graphs[PREFIX](seen_by | {MASKS: masks.numpy(), CHOSEN: chosen.numpy(), SEEN: seen.numpy()})
             wanted = prefix(masks, chosen, seen, *maps)
             precise = None
             if exact is not None:
-                precise = PrefixGraph(exact.generator)(masks, chosen, seen, *SeeGraph(exact.grounding)(image.double())[2 * see.proposes :])
-            rows.append((out[LOGITS], wanted[0].numpy(), None if precise is None else precise[0].numpy()))
+                precise = PrefixGraph(exact.generator)(masks, chosen, seen, *SeeGraph(exact.grounding)(image.double())[see.proposes :])
+            rows.append((out[LOGITS], wanted[1].numpy(), None if precise is None else precise[1].numpy()))
             for _ in range(STEPS):
-                token = wanted[0].argmax(-1)
-                wanted = step(token, *wanted[1:])
-                precise = None if precise is None else StepGraph(exact.generator.lm)(token, *precise[1:])
+                token = wanted[0]
+                wanted = step(token, *wanted[2:])
+                precise = None if precise is None else StepGraph(exact.generator)(token, *precise[2:])
                 out = graphs[STEP](out | {TOKEN: token.numpy()})
                 out = {name.removeprefix(NEXT): value for name, value in out.items()}
-                rows.append((out[LOGITS], wanted[0].numpy(), None if precise is None else precise[0].numpy()))
+                rows.append((out[LOGITS], wanted[1].numpy(), None if precise is None else precise[1].numpy()))
     return rows

@@ -15,21 +15,24 @@ from torch import Tensor, nn
 
 from grex_mllm.compat import attention_of
 from grex_mllm.errors import fault
+from grex_mllm.export.decision import EXAMPLE, PLACE, AtImageGraph, AtInputGraph, example_place
 from grex_mllm.export.graphs import CHOSEN, IMAGE, MASKS, SEEN, Graph
 from grex_mllm.models.describe import MAX_OVERLAP, SURE
 from grex_mllm.models.generators.region_tokens.network import RegionTokenGenerator
 from grex_mllm.models.grounding import GroundingModel, ImageFeatures
 from grex_mllm.models.lm_packing import PACKED_FAMILIES, position_ids
+from grex_mllm.ops.recordable import stable_order
 
 SEE, PREFIX, STEP = "see", "prefix", "step"
-FOUND, SCORES = "object_logits", "object_scores"
-LOGITS, READ, TOKEN, NEXT = "logits", "read", "token", "next_"
+AT_IMAGE, AT_INPUT = "at_image", "at_input"  # of masks: to the image's own size, and to the network's input
+FOUND = "object_logits"
+TOKEN, LOGITS, READ, NEXT = "token", "logits", "read", "next_"
 Run = Callable[[dict[str, np.ndarray]], dict[str, np.ndarray]]
 
 
 class SeeGraph(nn.Module):
     """A normalised image float [1, 3, H, W] -> the maps that the generator reads, and, where the decoder finds objects without an
-    expression, their mask logits [K, h, w] and scores [K] in front."""
+    expression, the mask logits [K, h, w] in front of those that it is sure of, surest first."""
 
     def __init__(self, grounding: GroundingModel) -> None:
         super().__init__()
@@ -42,16 +45,19 @@ class SeeGraph(nn.Module):
             return tuple(self.grounding.language_free(features))
         found = self.grounding.proposals(self.grounding.encode_normalised(features))
         assert found is not None
-        return found.mask_logits[0], found.scores[0], *self.grounding.language_free(features)
+        order, scores = stable_order(found.scores[0], descending=True), found.scores[0]
+        return found.mask_logits[0][order[scores[order] >= SURE]], *self.grounding.language_free(features)
 
 
 class PrefixGraph(nn.Module):
     """Masks bool [N, H, W] of an image's objects, chosen bool [E, N], the size int64 [1, 2] of the image without padding, and its maps ->
-    logits [E, V] of the first token, which tokens were real (bool [E, S]), and keys and values of each layer."""
+    the first token int64 [E], the likeliest that may begin an expression, its logits [E, V], which tokens were real (bool [E, S]), and keys
+    and values of each layer."""
 
     def __init__(self, generator: RegionTokenGenerator) -> None:
         super().__init__()
         self.generator = generator
+        self.never = [*generator.banned, generator.tokenizer.eos_id]
 
     def forward(self, masks: Tensor, chosen: Tensor, seen: Tensor, *maps: Tensor) -> tuple[Tensor, ...]:
         objects = self.generator.region_tokens(list(maps), [masks], seen)
@@ -62,15 +68,15 @@ class PrefixGraph(nn.Module):
         earlier, itself = place[None] < place[:, None], place[None] == place[:, None]
         visible = (mask[:, None] & earlier) | itself  # padding sees itself: no row is empty
         out = lm(inputs_embeds=embeds, attention_mask=_as_bias(lm, visible[:, None]), position_ids=position_ids(mask), use_cache=True)
-        return out.logits[:, -1], mask, *_flat(out.past_key_values)
+        return *_chosen(out.logits[:, -1], self.never), mask, *_flat(out.past_key_values)
 
 
 class StepGraph(nn.Module):
     """Tokens int64 [E] and what `PrefixGraph` or this graph returned beside logits -> the same, one token later."""
 
-    def __init__(self, lm: Any) -> None:
+    def __init__(self, generator: RegionTokenGenerator) -> None:
         super().__init__()
-        self.lm = lm
+        self.lm, self.never = generator.lm, list(generator.banned)
 
     def forward(self, token: Tensor, read: Tensor, *cache: Tensor) -> tuple[Tensor, ...]:
         from transformers import DynamicCache
@@ -87,7 +93,14 @@ class StepGraph(nn.Module):
             past_key_values=held,
             use_cache=True,
         )
-        return out.logits[:, -1], mask, *_flat(out.past_key_values)
+        return *_chosen(out.logits[:, -1], self.never), mask, *_flat(out.past_key_values)
+
+
+def _chosen(logits: Tensor, never: list[int]) -> tuple[Tensor, Tensor]:
+    """Return the likeliest token int64 [E] but for those that never come, and the logits [E, V]."""
+    kept = torch.ones(logits.shape[1], dtype=torch.bool)
+    kept[never] = False
+    return torch.where(kept, logits, -torch.inf).argmax(-1), logits
 
 
 def _as_bias(lm: Any, visible: Tensor) -> Tensor:
@@ -126,14 +139,11 @@ def check_generator_exportable(model: Any) -> None:
 def generator_facts(generator: RegionTokenGenerator) -> dict[str, Any]:
     """Return what the script must know beside the graphs.
 
-    banned: tokens that never come; eos ends an expression and does not begin one.  least_score, most_overlap: of objects that the model
-    finds beside the given ones.
+    eos ends an expression.  most_overlap: with others, of objects that the model finds beside the given ones.
     """
     return {
         "eos": generator.tokenizer.eos_id,
-        "banned": generator.banned,
         "max_new_tokens": generator.cfg.max_new_tokens,
-        "least_score": SURE,
         "most_overlap": MAX_OVERLAP,
     }
 
@@ -141,26 +151,33 @@ def generator_facts(generator: RegionTokenGenerator) -> dict[str, Any]:
 def generator_graphs(model: Any, image: Tensor, varies: bool) -> list[tuple[Graph, dict[str, dict[int, str]]]]:
     """Return the graphs, to be recorded on one image, each with its axes that vary. varies: whether the image's size is one of them."""
     see, prefix = SeeGraph(model.grounding).eval(), PrefixGraph(model.generator).eval()
-    masks, chosen, seen = example_objects((model.config.data.image_size,) * 2, 0)
+    size = model.config.data.image_size
+    masks, chosen, seen = example_objects((size, size), 0)
+    place = example_place(size, model.config.data.resize, image)
     given = see(image)
-    maps = [f"map_{n}" for n in range(len(given) - 2 * see.proposes)]
-    made = prefix(masks, chosen, seen, *given[len(given) - len(maps) :])
-    cache = [f"{kind}_{number}" for number in range(len(made) // 2 - 1) for kind in ("keys", "values")]
-    answers = [LOGITS, READ, *cache]
-    step = StepGraph(model.generator.lm).eval()
+    maps = [f"map_{n}" for n in range(len(given) - see.proposes)]
+    made = prefix(masks, chosen, seen, *given[see.proposes :])
+    cache = [f"{kind}_{number}" for number in range((len(made) - 3) // 2) for kind in ("keys", "values")]
+    answers = [TOKEN, LOGITS, READ, *cache]
+    step = StepGraph(model.generator).eval()
     of_prefix = {MASKS: {0: "objects"}, CHOSEN: {0: "sets", 1: "objects"}}
     if varies:
         of_prefix[MASKS] |= {1: "height", 2: "width"}
         of_prefix |= {name: {2: f"{name}_height", 3: f"{name}_width"} for name in maps}
     of_step = {TOKEN: {0: "sets"}, READ: {0: "sets", 1: "tokens"}} | {name: {0: "sets", 2: "tokens"} for name in cache}
-    return [
+    open_sizes = {0: "height", 1: "width"}
+    graphs: list[tuple[Graph, dict[str, dict[int, str]]]] = [
+        ((SEE, see, (image,), [IMAGE], [*([FOUND] if see.proposes else []), *maps]), {IMAGE: {2: "height", 3: "width"}} if varies else {}),
+        ((PREFIX, prefix, (masks, chosen, seen, *given[see.proposes :]), [MASKS, CHOSEN, SEEN, *maps], answers), of_prefix),
+        ((STEP, step, (made[0], *made[2:]), [TOKEN, READ, *cache], [NEXT + name for name in answers]), of_step),
         (
-            (SEE, see, (image,), [IMAGE], [*([FOUND, SCORES] if see.proposes else []), *maps]),
-            {IMAGE: {2: "height", 3: "width"}} if varies else {},
+            (AT_INPUT, AtInputGraph(), (torch.ones(EXAMPLE, dtype=torch.bool), place), ["mask", PLACE], ["network_mask"]),
+            {"mask": open_sizes},
         ),
-        ((PREFIX, prefix, (masks, chosen, seen, *given[len(given) - len(maps) :]), [MASKS, CHOSEN, SEEN, *maps], answers), of_prefix),
-        ((STEP, step, (made[0].argmax(-1), *made[1:]), [TOKEN, READ, *cache], [NEXT + name for name in answers]), of_step),
     ]
+    if see.proposes:
+        graphs += [((AT_IMAGE, AtImageGraph(), (torch.ones(9, 9), place), ["logits", PLACE], ["mask"]), {"logits": open_sizes})]
+    return graphs
 
 
 def example_objects(size: tuple[int, int], seed: int, num: int = 5, sets: int = 3) -> tuple[Tensor, Tensor, Tensor]:

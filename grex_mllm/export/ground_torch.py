@@ -1,23 +1,36 @@
-"""Ground expressions with the torch programs of this folder: needs torch, numpy, PIL and tokenizers, none of the model's own code.
+"""Ground expressions with torch programs: python ground_torch.py photo.jpg "the two people on the left" "the dog" --out answers
 
-python ground_torch.py photo.jpg "the two people on the left" "the dog" --out answers
+Needs torch, numpy, PIL and tokenizers, none of the model's own code. From Python: Model(graph=torch_graph).ground(image, expressions).
 """
 
-import ground
+import argparse
+import json
+from pathlib import Path
+
 import torch
+from ground import Model
+from PIL import Image
 
 
-def torch_graphs(folder, facts):
-    """Return name -> function from named arrays to named arrays."""
-    programs = {name: torch.export.load(str(folder / f"{name}.pt2")).module() for name in facts["graphs"]}
+def torch_graph(file, inputs, outputs):
+    """Return a program as a function from named arrays to named arrays. file: its path without the ending."""
+    program = torch.export.load(f"{file}.pt2").module()
 
-    def run(name, arrays):
+    def run(arrays):
         with torch.inference_mode():
-            answers = programs[name](*(torch.from_numpy(arrays[key]) for key in facts["graphs"][name]["inputs"]))
-        return dict(zip(facts["graphs"][name]["outputs"], (answer.numpy() for answer in answers)))
+            answers = program(*(torch.from_numpy(arrays[name]) for name in inputs))
+        return dict(zip(outputs, (answer.numpy() for answer in answers)))
 
-    return {name: lambda arrays, name=name: run(name, arrays) for name in programs}
+    return run
 
 
 if __name__ == "__main__":
-    ground.main(torch_graphs)
+    parser = argparse.ArgumentParser(description=__doc__)
+    for name, nargs, default in (("image", None, None), ("expression", "+", None), ("--out", None, ".")):
+        parser.add_argument(name, nargs=nargs, default=default)
+    given = parser.parse_args()
+    Path(given.out).mkdir(parents=True, exist_ok=True)
+    for number, result in enumerate(Model(graph=torch_graph).ground(given.image, given.expression)):
+        file = Path(given.out) / f"{Path(given.image).stem}.{number}.mask.png"
+        Image.fromarray(result.pop("mask")).save(file)
+        print(json.dumps(result | {"mask": str(file)}, ensure_ascii=False))

@@ -9,6 +9,7 @@ from pathlib import Path
 import torch
 
 from grex_mllm.errors import fault
+from grex_mllm.export.decision import ORIGINAL, PICTURE, PLACE
 from grex_mllm.export.graphs import IMAGE, TEXT_IDS, TEXT_MASK, Graph
 
 OPSET = 18
@@ -30,8 +31,8 @@ def check_installed() -> None:
 def write_onnx(work: Path, graph: Graph, varies: bool, axes: dict[str, dict[int, str]] | None = None) -> list[str]:
     """Write NAME.onnx and return the inputs that it reads.
 
-    varies: height and width of the image stay open; the numbers of expressions and tokens always do.  axes: of each input, the sizes that
-    stay open (None: those of the grounding model).
+    varies: height and width of the image stay open; those of a picture, and the numbers of expressions and tokens, always do.  axes: of
+    each input, the sizes that stay open (None: those of the grounding model).
     The recorder is torch's older one. The newer (`dynamo=True`) takes minutes for what this does in seconds, with open sizes.
     """
     name, module, example, inputs, outputs = graph
@@ -63,6 +64,8 @@ def _grounding_axes(graph: Graph, varies: bool) -> dict[str, dict[int, str]]:
     for given, tensor in zip(inputs, example):
         if given in (TEXT_IDS, TEXT_MASK):
             axes[given] = {0: "expressions", 1: "tokens"} if name != "whole" else {1: "tokens"}
-        elif varies:
+        elif given == PICTURE:
+            axes[given] = {0: "picture_height", 1: "picture_width"}
+        elif varies and given not in (PLACE, ORIGINAL):
             axes[given] = {i: f"{given}_{i}" for i in (range(2, 4) if given == IMAGE else range(1, tensor.dim()))}
     return axes

@@ -79,7 +79,7 @@ def above_threshold(no_target_logits: Tensor, threshold: float) -> Tensor:
     """
     logits = no_target_logits.double()
     if threshold in (0, 1):
-        return torch.full_like(logits[:, 0], threshold == 0, dtype=torch.bool)
+        return torch.full_like(logits[:, 0], int(threshold == 0), dtype=torch.bool)  # int: ONNX has no other
     return logits[:, 1] - logits[:, 0] > math.log(threshold) - math.log1p(-threshold)
 
 
