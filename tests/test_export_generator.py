@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -20,8 +21,10 @@ from tiny import WORDS, tiny_config, tiny_speaker
 from grex_mllm.cli import main
 from grex_mllm.errors import GrexError
 from grex_mllm.export.checking import TOLERANCE, check_folder, difference, example_image
+from grex_mllm.export.decision import prepare_graph
 from grex_mllm.export.folder import export_model
 from grex_mllm.export.generator_folder import compared_logits, write_generator
+from grex_mllm.export.onnx_graphs import write_onnx
 from grex_mllm.models.grex import GrexModel
 from grex_mllm.models.lm_tokenizer import train_sentencepiece
 from grex_mllm.models.text import train_text_tokenizer
@@ -107,14 +110,14 @@ def test_it_leaves_with_every_size_open_and_is_compared(exported: tuple[GrexMode
     model, folder = exported
     facts = json.loads((folder / "export.json").read_text(encoding="utf-8"))
     assert facts["any_size"] and 0 < facts["largest_difference"]["generator_logits"] <= TOLERANCE
-    assert set(facts["generator"]["graphs"]) == {"see", "prefix", "step"}
-    right = generator_folder.onnx_graphs
+    assert set(facts["generator"]["graphs"]) == {"see", "prefix", "step", "at_input", "at_image"}
+    right = generator_folder.onnx_graph
 
-    def wrong(*given: object) -> dict:
-        graphs = right(*given)
-        return graphs | {"step": lambda arrays: {k: v + 0.01 if "values" in k else v for k, v in graphs["step"](arrays).items()}}
+    def wrong(file: Path, *ends: list[str], **named: list[str]) -> Callable:
+        run = right(file, *ends, **named)
+        return (lambda arrays: {k: v + 0.01 if "values" in k else v for k, v in run(arrays).items()}) if file.name == "step" else run
 
-    monkeypatch.setattr(generator_folder, "onnx_graphs", wrong)
+    monkeypatch.setattr(generator_folder, "onnx_graph", wrong)
     with pytest.raises(GrexError, match="differs by"):
         check_folder(model, folder, facts | {"any_size": False})
 
@@ -153,11 +156,13 @@ def test_small_masks_and_padded_pictures(exported: tuple[GrexModel, Path], tmp_p
     try:
         for resize in ("pad", "letterbox"):
             model.config.data.resize = resize
+            write_onnx(folder, prepare_graph(model), True)
             (folder / "export.json").write_text(json.dumps(facts | {"resize": resize}), encoding="utf-8")
             image = np.asarray(picture(9, height, width))
             assert told_by_script(folder, tmp_path, [(image, masks, [[0], [1, 2]])])[0] == told_by_torch(model, image, masks, [[0], [1, 2]])
     finally:
         model.config.data.resize = kept
+        write_onnx(folder, prepare_graph(model), True)
         (folder / "export.json").write_text(json.dumps(facts, indent=2) + "\n", encoding="utf-8")
 
 

@@ -26,6 +26,7 @@ from grex_mllm.models.grounding import GroundingModel, ImageFeatures
 from grex_mllm.types import Grounding, GroundingOutput
 
 TOLERANCE = 1e-4  # of mask logits, exported against torch
+SAME = 1e-4  # of numbers in a decision about equal answers, relative where they exceed 1
 # Times torch's own error against float64 is what an exported model may err, where that is more than TOLERANCE. ReLA behind Swin with random
 # weights, where mask logits of float32 are off by 0.7 to 4e-4: the exported one's by 1.7 to 2.9 times as much (four seeds).
 FACTOR = 4.0
@@ -90,7 +91,7 @@ def check_decisions(model: Any, graphs: dict[str, Run], sizes: list[int]) -> dic
     Returns the number of decisions that were compared, and by name the largest difference of the numbers in them.
 
     Raises:
-        GrexError: a picture, a place or a decision that differs, or a number in it by more than TOLERANCE, beyond 1 relative to its size.
+        GrexError: a picture, a place or a decision that differs, or a number in it by more than SAME.
     """
     largest: dict[str, float] = {}
     compared = 0
@@ -135,7 +136,7 @@ def _require(largest: dict[str, float], compared: list[tuple[str, np.ndarray, np
         if wanted.dtype.kind == "f" and given.shape == wanted.shape:
             relative = np.abs(given - wanted) / np.maximum(1, np.abs(wanted))
             largest[name] = max(largest.get(name, 0.0), float(relative.max(initial=0.0)))
-            same = largest[name] <= TOLERANCE
+            same = largest[name] <= SAME
         else:
             same = np.array_equal(given, wanted)
         if not same:

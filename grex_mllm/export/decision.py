@@ -14,11 +14,12 @@ from torch import Tensor, nn
 
 from grex_mllm.config import PredictConfig
 from grex_mllm.data.transforms import GREY, fit
+from grex_mllm.export.graphs import IMAGE, SEEN, Graph, names_of
 from grex_mllm.models.answer import above_threshold
 from grex_mllm.models.grounding import GroundingModel
 from grex_mllm.ops.boxes import cxcywh_to_xyxy
 from grex_mllm.ops.recordable import stable_order
-from grex_mllm.types import MORE_THAN_FIVE, Geometry
+from grex_mllm.types import MORE_THAN_FIVE, Geometry, GroundingOutput
 
 PREPARE, DECIDE = "prepare", "decide"
 EXAMPLE = (50, 70)  # height and width of a picture that graphs are recorded with
@@ -186,16 +187,26 @@ def place_of(geometry: Geometry, size: int, canvas: tuple[int, int]) -> Tensor:
     return torch.tensor([(geometry.height, geometry.width), inner, margin, (size, size), canvas])
 
 
-def example_picture(size: int, resize: str) -> tuple[Tensor, Tensor, Tensor]:
-    """Return the inputs of `PrepareGraph` for a grey picture."""
+def prepare_graph(model: Any) -> Graph:
+    """Return `PrepareGraph` of a `GrexModel`, to be recorded."""
+    size, resize = model.config.data.image_size, model.config.data.resize
     geometry = fit(*EXAMPLE, size, resize)
     picture = torch.full((geometry.input_height, geometry.input_width, 3), GREY, dtype=torch.uint8)
-    return picture, torch.tensor(EXAMPLE[::-1]), torch.tensor(size)
+    example = (picture, torch.tensor(EXAMPLE[::-1]), torch.tensor(size))
+    return PREPARE, PrepareGraph(model.grounding, resize).eval(), example, [PICTURE, ORIGINAL, SIZE], [IMAGE, PLACE, SEEN]
 
 
-def example_place(size: int, resize: str, image: Tensor) -> Tensor:
-    """Return the place of a picture in a network input [1, 3, H, W]."""
-    return place_of(fit(*EXAMPLE, size, resize), size, (int(image.shape[-2]), int(image.shape[-1])))
+def decide_graph(model: Any, image: Tensor, said: GroundingOutput) -> Graph:
+    """Return `DecisionGraph` of a `GrexModel`, to be recorded. image: normalised [1, 3, H, W].  said: the answers about it."""
+    decide = DecisionGraph(names_of(said), model.config.predict).eval()
+    example = (example_place(model, image), *(getattr(said, name)[:1] for name in decide.reads))
+    return DECIDE, decide, example, [PLACE, *decide.reads], decide.makes
+
+
+def example_place(model: Any, image: Tensor) -> Tensor:
+    """Return the place of a picture in a normalised image [1, 3, H, W]."""
+    size = model.config.data.image_size
+    return place_of(fit(*EXAMPLE, size, model.config.data.resize), size, (int(image.shape[-2]), int(image.shape[-1])))
 
 
 def rules_facts(rules: PredictConfig) -> dict[str, Any]:

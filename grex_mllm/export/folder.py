@@ -15,22 +15,9 @@ from grex_mllm import __version__
 from grex_mllm.config import TextConfig
 from grex_mllm.errors import GrexError, fault
 from grex_mllm.export.checking import SAID, check_folder, example_image, torch_answers
-from grex_mllm.export.decision import (
-    DECIDE,
-    ORIGINAL,
-    PICTURE,
-    PLACE,
-    PREPARE,
-    SIZE,
-    DecisionGraph,
-    PrepareGraph,
-    example_picture,
-    example_place,
-    rules_facts,
-)
+from grex_mllm.export.decision import decide_graph, prepare_graph, rules_facts
 from grex_mllm.export.graphs import (
     IMAGE,
-    SEEN,
     TEXT_IDS,
     TEXT_MASK,
     Graph,
@@ -120,9 +107,7 @@ def write_graphs(model: GrexModel, work: Path, writer: Writer, varies: bool) -> 
     def write(graph: Graph) -> None:
         graphs[graph[0]] = {"inputs": writer(work, graph, varies), "outputs": graph[-1]}
 
-    resize, size = model.config.data.resize, model.config.data.image_size
-    prepare = PrepareGraph(model.grounding, resize).eval()
-    write((PREPARE, prepare, example_picture(size, resize), [PICTURE, ORIGINAL, SIZE], [IMAGE, PLACE, SEEN]))
+    write(prepare_graph(model))
     if model.grounding.fuses_language:
         write(("whole", WholeGraph(model.grounding).eval(), (image, ids, mask), [IMAGE, TEXT_IDS, TEXT_MASK], names))
     else:
@@ -134,9 +119,7 @@ def write_graphs(model: GrexModel, work: Path, writer: Writer, varies: bool) -> 
         first.kept = [i for i, name in enumerate(between) if name in read]
         write(("image", first, (image,), [IMAGE], [between[i] for i in first.kept]))
         graphs["language"] = {"inputs": read, "outputs": names}
-    decide = DecisionGraph(names, model.config.predict).eval()
-    answers = (getattr(said, name)[:1] for name in decide.reads)
-    write((DECIDE, decide, (example_place(size, resize, image), *answers), [PLACE, *decide.reads], decide.makes))
+    write(decide_graph(model, image, said))
     return graphs
 
 

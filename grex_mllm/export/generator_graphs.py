@@ -153,7 +153,7 @@ def generator_graphs(model: Any, image: Tensor, varies: bool) -> list[tuple[Grap
     see, prefix = SeeGraph(model.grounding).eval(), PrefixGraph(model.generator).eval()
     size = model.config.data.image_size
     masks, chosen, seen = example_objects((size, size), 0)
-    place = example_place(size, model.config.data.resize, image)
+    place = example_place(model, image)
     given = see(image)
     maps = [f"map_{n}" for n in range(len(given) - see.proposes)]
     made = prefix(masks, chosen, seen, *given[see.proposes :])
