@@ -90,7 +90,7 @@ def test_export_is_checked_at_two_sizes(exported: tuple[GrexModel, Path]) -> Non
     assert 0 < max(facts["largest_difference"].values()) <= TOLERANCE
     assert set(facts["largest_difference"]) == {"mask_logits", "no_target_logits", "boxes_norm", "box_logits", "count_logits"}
     assert list(facts["graphs"]) == ["prepare", "image", "language", "decide"]
-    assert facts["decisions"]["compared"] == 2 * 2 * 3 and facts["decisions"]["image"] == 0
+    assert facts["decisions"]["compared"] == 2 * 3 * 3 and facts["decisions"]["image"] == 0
     assert max(facts["decisions"][name] for name in ("boxes_xyxy", "box_scores", "no_target_prob")) <= TOLERANCE
 
 

@@ -138,7 +138,7 @@ def test_masks_between_picture_and_network(tmp_path: Path) -> None:
 def test_a_decision_that_differs_is_found(exported: tuple[GrexModel, Path], graph: str, part: str) -> None:
     model, folder = exported
     graphs = graphs_of(folder, json.loads((folder / "export.json").read_text(encoding="utf-8")))
-    assert check_decisions(model, graphs, [64])["compared"] == 6
+    assert check_decisions(model, graphs, [64])["compared"] == 9
     right = graphs[graph]
     change = {"image": lambda x: x + 0.001, "place": lambda x: x + 1, "mask": lambda x: ~x, "box_scores": lambda x: x[1:]}[part]
     graphs[graph] = lambda arrays: {name: change(value) if name == part else value for name, value in right(arrays).items()}

@@ -33,7 +33,7 @@ FACTOR = 4.0
 LARGE = 10.0  # logits above it are compared relative to their size
 SAID = ("the two red circles on the left", "a dog", "everyone but the kid in white")
 GENERATOR = "generator_logits"
-PICTURES = ((45, 130), (211, 64))  # height and width of the pictures on which decisions are compared
+PICTURES = ((45, 130), (211, 64), (1, 300))  # height and width of the pictures on which decisions are compared
 SCORE_STEP, LARGEST_SCORE = 1 / 64, 8.0  # of box logits there: equal ones occur, and no order hangs on rounding
 Run = Callable[[dict[str, np.ndarray]], dict[str, np.ndarray]]
 
@@ -101,11 +101,11 @@ def check_decisions(model: Any, graphs: dict[str, Run], sizes: list[int]) -> dic
             resized, geometry = resize_image(original, size, model.config.data.resize)
             image = model.grounding.normalise(torch.from_numpy(resized.copy()).permute(2, 0, 1)[None], [geometry.seen_size])
             canvas = (int(image.shape[-2]), int(image.shape[-1]))
-            given = {PICTURE: resized[geometry.inner], ORIGINAL: np.array((width, height)), SIZE: np.array(size)}
+            given = {PICTURE: resized[geometry.inner].copy(), ORIGINAL: np.array((width, height)), SIZE: np.array(size)}
             made = graphs[PREPARE](given)
             wanted = {IMAGE: image.numpy(), PLACE: place_of(geometry, size, canvas).numpy(), SEEN: np.array([geometry.seen_size])}
             _require(largest, [(name, made[name], wanted[name]) for name in (IMAGE, PLACE, SEEN)])
-            ids, mask = model.encode_text(SAID[:1] if model.grounding.fuses_language else SAID)
+            ids, mask = model.encode_text(SAID)
             output = _without_near_ties(torch_answers(model.grounding, image, ids, mask))
             results = answers(output, [""] * len(ids), [geometry] * len(ids), canvas, model.config.predict)
             for e, result in enumerate(results):

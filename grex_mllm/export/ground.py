@@ -44,7 +44,7 @@ class Model:
         image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
         size, squash = size or self.facts["image_size"], self.facts["resize"] == "squash"
         sides = [size if squash else max(1, round(side * (size / max(image.size)))) for side in image.size]
-        picture = np.asarray(image.resize(sides, Image.Resampling.BILINEAR))
+        picture = np.array(image.resize(sides, Image.Resampling.BILINEAR))
         return self.graphs["prepare"]({"picture": picture, "original": np.array(image.size), "size": np.array(size)})
 
 
