@@ -130,7 +130,11 @@ def test_masks_between_picture_and_network(tmp_path: Path) -> None:
         mask = random.random((height, width)) < (0.5, 3 / (height * width))[number % 2]
         mask[random.integers(height), random.integers(width)] = True
         np.testing.assert_array_equal(into({"mask": mask, "place": place})["out"], input_masks(mask[None], geometry, (size, size))[0])
-        logits = torch.from_numpy(random.normal(size=(int(random.integers(1, 30)), 24)).astype(np.float32))
+        cells = random.integers(1, 30, 2)
+        if number < 3:  # large enough to tell float64 from float32
+            geometry, cells = fit(900, 1400, 96, ("pad", "letterbox", "squash")[number]), (200, 300)
+            place = place_of(geometry, 96, (96, 96)).numpy()
+        logits = torch.from_numpy(random.normal(size=cells).astype(np.float32))
         np.testing.assert_array_equal(back({"logits": logits.numpy(), "place": place})["out"], mask_to_original(logits, geometry, (96, 96)))
 
 

@@ -20,20 +20,20 @@ from grex_mllm.data.transforms import resize_image
 from grex_mllm.errors import fault
 from grex_mllm.export import ground as runner
 from grex_mllm.export.decision import DECIDE, DECISIONS, ORIGINAL, PICTURE, PLACE, PREPARE, SIZE, place_of
-from grex_mllm.export.graphs import IMAGE, SEEN, TEXT_IDS, TEXT_MASK
+from grex_mllm.export.graphs import IMAGE, SEEN, TEXT_IDS, TEXT_MASK, names_of
 from grex_mllm.models.answer import answers
 from grex_mllm.models.grounding import GroundingModel, ImageFeatures
 from grex_mllm.types import Grounding, GroundingOutput
 
 TOLERANCE = 1e-4  # of mask logits, exported against torch
-SAME = 1e-4  # of numbers in a decision about equal answers, relative where they exceed 1
+SAME = 1e-4  # of numbers in a decision about equal answers, as `difference` has them
 # Times torch's own error against float64 is what an exported model may err, where that is more than TOLERANCE. ReLA behind Swin with random
 # weights, where mask logits of float32 are off by 0.7 to 4e-4: the exported one's by 1.7 to 2.9 times as much (four seeds).
 FACTOR = 4.0
 LARGE = 10.0  # logits above it are compared relative to their size
 SAID = ("the two red circles on the left", "a dog", "everyone but the kid in white")
 GENERATOR = "generator_logits"
-PICTURES = ((45, 130), (211, 64), (1, 300))  # height and width of the pictures on which decisions are compared
+PICTURES = ((480, 640), (211, 64), (1, 300))  # height and width of the pictures on which decisions are compared
 SCORE_STEP, LARGEST_SCORE = 1 / 64, 8.0  # of box logits there: equal ones occur, and no order hangs on rounding
 Run = Callable[[dict[str, np.ndarray]], dict[str, np.ndarray]]
 
@@ -109,7 +109,7 @@ def check_decisions(model: Any, graphs: dict[str, Run], sizes: list[int]) -> dic
             output = _without_near_ties(torch_answers(model.grounding, image, ids, mask))
             results = answers(output, [""] * len(ids), [geometry] * len(ids), canvas, model.config.predict)
             for e, result in enumerate(results):
-                row = {name: value[e : e + 1].numpy() for name, value in output._asdict().items() if isinstance(value, Tensor)}
+                row = {name: getattr(output, name)[e : e + 1].numpy() for name in names_of(output)}
                 _require(largest, list(_decided(graphs[DECIDE](made | row), result)))
                 compared += 1
     return {"compared": compared, **largest}
@@ -133,16 +133,14 @@ def _decided(decision: dict[str, np.ndarray], wanted: Grounding) -> Iterator[tup
 def _require(largest: dict[str, float], compared: list[tuple[str, np.ndarray, np.ndarray]]) -> None:
     """Note the largest differences of numbers, and raise on what is not the same."""
     for name, given, wanted in compared:
-        if wanted.dtype.kind == "f" and given.shape == wanted.shape:
-            relative = np.abs(given - wanted) / np.maximum(1, np.abs(wanted))
-            largest[name] = max(largest.get(name, 0.0), float(relative.max(initial=0.0)))
+        if wanted.dtype.kind == "f":
+            largest[name] = max(largest.get(name, 0.0), difference(given, wanted))
             same = largest[name] <= SAME
         else:
             same = np.array_equal(given, wanted)
         if not same:
-            raise fault(
-                f"an exported model with another {name} than the model's own", "the same", "use another format, or the model in Python"
-            )
+            said = f"an exported model with another {name} than the model's own"
+            raise fault(said, "the same", "use another format, or the model in Python")
 
 
 def largest_differences(pairs: Any) -> dict[str, float]:

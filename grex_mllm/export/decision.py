@@ -133,14 +133,14 @@ class AtImageGraph(nn.Module):
 
 
 class AtInputGraph(nn.Module):
-    """A mask bool [H0, W0] and a place -> the mask bool [S, S] on the network's input, by nearest neighbour; one that
-    vanishes there keeps the pixel nearest to its middle (`grex_mllm.data.transforms.input_masks`)."""
+    """A mask bool [H0, W0] and a place -> the mask bool [S, S] on the network's input, by nearest neighbour; one that vanishes there keeps
+    the pixel nearest to its middle (`grex_mllm.data.transforms.input_masks`)."""
 
     def forward(self, mask: Tensor, place: Tensor) -> Tensor:
         sources, insides, middles = [], [], []
         for axis in range(2):
-            original, resized, margin, size, _ = place[:, axis]
-            pixel = _upto(size) - margin
+            original, resized, margin, size, _ = place[:, axis].split(1)
+            pixel = _upto(size[0]) - margin
             insides.append((pixel >= 0) & (pixel < resized))
             source = ((pixel.double() + 0.5) * original.double() / resized.double()).floor().long()
             sources.append(torch.minimum(source.clamp(min=0), original - 1))
@@ -151,34 +151,37 @@ class AtInputGraph(nn.Module):
 
     @staticmethod
     def _median(counts: Tensor) -> Tensor:
-        """Return the median, rounded down and float64, of positions that occur so often."""
-        upto, all_of_them = counts.cumsum(0), counts.sum()
-        low, high = ((upto < half + 1).long().sum() for half in ((all_of_them - 1).double() // 2, all_of_them.double() // 2))
-        return ((low + high).double() / 2).floor()
+        """Return the median, rounded down and float64 [1], of positions that occur so often."""
+        upto, number = counts.cumsum(0), counts.sum(0, keepdim=True).double()
+        low, high = ((upto < half + 1).double().sum(0, keepdim=True) for half in (((number - 1) / 2).floor(), (number / 2).floor()))
+        return ((low + high) / 2).floor()
 
 
 def at_image(values: Tensor, place: Tensor) -> Tensor:
     """Resample values [h, w] over the network's input to [H0, W0], bilinear: `grex_mllm.data.transforms.values_to_original`."""
-    low, high, share = _cells(place[:, 0].double(), values.shape[0])
+    low, high, share = _cells(place[:, 0], values.shape[0])
     values = values[low] * (1 - share)[:, None] + values[high] * share[:, None]
-    low, high, share = _cells(place[:, 1].double(), values.shape[1])
+    low, high, share = _cells(place[:, 1], values.shape[1])
     return values[:, low] * (1 - share) + values[:, high] * share
+
+
+def _cells(place: Tensor, number: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Return for each pixel of the original its two neighbouring cells and the share of the second. place: int64 [5], of one axis.
+
+    All numbers are tensors [1]: the recorder takes what is computed from tensors without a dimension for float32.
+    """
+    original, resized, margin, _, canvas = place.double().split(1)
+    first = (margin * number / canvas).floor()
+    last = (((margin + resized) * number / canvas).ceil() - 1).clamp(min=0)
+    where = (_upto(place[0]).double() + 0.5) * (resized / original * number / canvas) - 0.5
+    where = torch.minimum(torch.maximum(where + margin * number / canvas, first), last)
+    low = where.floor()
+    return low.long(), torch.minimum(low + 1, last).long(), (where - low).float()
 
 
 def _upto(number: Tensor) -> Tensor:
     """Return int64 [number]: 0, 1, ... The number is a tensor, so that a recording has it open."""
     return torch.arange(number)  # type: ignore[call-overload, no-any-return]
-
-
-def _cells(place: Tensor, number: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Return for each pixel of the original its two neighbouring cells and the share of the second. place: float64 [5], of one axis."""
-    original, resized, margin, _, canvas = place
-    first = (margin * number / canvas).floor()
-    last = (((margin + resized) * number / canvas).ceil() - 1).clamp(min=0)
-    where = (_upto(original.long()).double() + 0.5) * (resized / original * number / canvas) - 0.5
-    where = torch.minimum(torch.maximum(where + margin * number / canvas, first), last)
-    low = where.floor()
-    return low.long(), torch.minimum(low + 1, last).long(), (where - low).float()
 
 
 def place_of(geometry: Geometry, size: int, canvas: tuple[int, int]) -> Tensor:
