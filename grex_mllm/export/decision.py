@@ -66,9 +66,9 @@ class PrepareGraph(nn.Module):
 class DecisionGraph(nn.Module):
     """A place and a model's answers to one expression -> what `GrexModel.ground` says of it.
 
-    names: of the answers, as `GroundingOutput` has them, [1, ...].  `reads` are those that the rules read, and the
-    inputs in this order; `makes` are the outputs: mask bool [H0, W0], no_target bool [], no_target_prob float64 [] and, where the model
-    has the heads, count int64 [], boxes_xyxy float32 [n, 4] and box_scores float32 [n], best first.
+    names: of the answers that the model has, [1, ...] as in `GroundingOutput`.  `reads` are those that the rules need: the inputs behind
+    the place, in this order.  `makes` are the outputs: mask bool [H0, W0], no_target bool [], no_target_prob float64 [] and, where the
+    model has the heads, count int64 [], boxes_xyxy float32 [n, 4] and box_scores float32 [n], best first.
     """
 
     def __init__(self, names: list[str], rules: PredictConfig) -> None:
