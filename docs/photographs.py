@@ -4,15 +4,20 @@
         --show 8021="the person on the left" --show 96640="the two cars on the right" --out docs/photographs.jpg
 
 Only photographs of the split that no training saw, with licence 7 or 8 (no known restrictions) or 4 (CC BY 2.0) in the instance files, are
-taken. Beside the picture a Markdown file of the same name gets one line for each: expression, link, licence.
+taken. Beside the picture a Markdown file of the same name gets one line for each: expression, link, licence. With `--plain FOLDER` the
+photographs themselves are written, too, with `photographs.json`, as the page of `grex serve` shows them in its gallery
+(`--plain grex_mllm/serve/photographs`).
 """
 
 from __future__ import annotations
 
 import argparse
+import json
 import sys
 from pathlib import Path
 from typing import Any
+
+from PIL import Image
 
 from grex_mllm import GrexModel
 from grex_mllm.data.coco import load_instances
@@ -37,6 +42,7 @@ def main(arguments: list[str] | None = None) -> int:
     )
     parser.add_argument("--show", required=True, action="append", metavar="IMAGE_ID=EXPRESSION", help="what to ask")
     parser.add_argument("--out", type=Path, default=Path("docs/photographs.jpg"))
+    parser.add_argument("--plain", type=Path, help="a folder for the photographs without answers")
     options = parser.parse_args(arguments)
     return status_of("docs/photographs.py", lambda: draw(options))
 
@@ -56,7 +62,7 @@ def draw(options: argparse.Namespace) -> None:
             given = f"--show {image_id}={expression}"
             raise fault(given, f"the id of a photograph of split {options.split}, =, and an expression", "fix it")
     model = GrexModel.from_pretrained(options.model)
-    cards, lines = [], []
+    cards, lines, shown = [], [], []
     for image_id, expression in wishes:
         sample = samples[places[image_id]]
         entry = known.get(Path(sample.record.file).name, {})
@@ -71,11 +77,24 @@ def draw(options: argparse.Namespace) -> None:
         said = "nothing" if answer.no_target else f"{answer.count}"
         cards.append(add_caption(picture, f'"{expression}": {said}'))
         lines.append(f'- "{expression}": photograph [{entry["flickr_url"]}]({entry["flickr_url"]}), {LICENCES[entry["license"]]}')
+        shown.append((sample.image, {"expression": expression, "link": entry["flickr_url"], "licence": LICENCES[entry["license"]]}))
+    if options.plain is not None:
+        write_plain(options.plain, shown)
     with whole_file(options.out) as work:
         contact_sheet(cards, COLUMNS).save(work, format="JPEG", quality=QUALITY)
     with whole_file(options.out.with_suffix(".md")) as work:
         head = "Photographs, none of which the model had seen; masks and boxes are its answers.\n\n"
         work.write_text(head + "\n".join(lines) + "\n", encoding="utf-8")
+
+
+def write_plain(folder: Path, shown: list[tuple[Any, dict[str, str]]]) -> None:
+    """Write photographs uint8 [H, W, 3] as N.jpg and what is known of them as photographs.json, a list in the same order."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for number, (pixels, _) in enumerate(shown):
+        with whole_file(folder / f"{number}.jpg") as work:
+            Image.fromarray(pixels).save(work, format="JPEG", quality=QUALITY)
+    with whole_file(folder / "photographs.json") as work:
+        work.write_text(json.dumps([facts for _, facts in shown], indent=1) + "\n", encoding="utf-8")
 
 
 def licences(files: list[Path]) -> dict[str, dict[str, Any]]:

@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from conftest import ROOT
 from PIL import Image, ImageCms
 from tiny import tiny_model, tiny_speaker
 
@@ -128,6 +129,23 @@ def test_pictures_are_forgotten_and_scenes_come_back(client: TestClient) -> None
     shown = Image.open(io.BytesIO(client.get("/gallery/2/pixels").content))
     assert shown.size == (scene["width"], scene["height"])
     assert client.post("/gallery/99", json={}).status_code == 422
+
+
+def test_the_gallery_ends_with_readmes_photographs(client: TestClient) -> None:
+    """Each with what README's picture asked, its link and its licence, as docs/photographs.md has them."""
+    status, told = client.get("/status").json(), (ROOT / "docs" / "photographs.md").read_text(encoding="utf-8").splitlines()
+    lines = [line for line in told if line.startswith("- ")]
+    assert status["photographs"] == len(lines) == 6
+    for number, line in enumerate(lines, start=status["scenes"]):
+        opened = client.post(f"/gallery/{number}", json={}).json()
+        assert opened["image"] == f"scene-{number}" and len(opened["examples"]) == 4
+        assert line.startswith(f'- "{opened["examples"][0]}"') and line.endswith(
+            f"({opened['credit']['link']}), {opened['credit']['licence']}"
+        )
+        shown = Image.open(io.BytesIO(client.get(f"/gallery/{number}/pixels").content))
+        assert shown.size == (opened["width"], opened["height"]) and min(shown.size) > 200
+    assert client.post("/gallery/2", json={}).json()["credit"] is None
+    assert client.post(f"/gallery/{status['scenes'] + 6}", json={}).status_code == 422
 
 
 def test_unused_pictures_are_forgotten_after_a_while(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -152,7 +153,7 @@ def test_two_users_of_one_scene_have_a_conversation_each(browser: Browser, serve
         assert quiet(page), page.faults  # type: ignore[attr-defined]
 
 
-def test_a_link_restores_the_state(browser: Browser, served: Running) -> None:
+def test_a_link_restores_the_state(browser: Browser, served: Running, keep: Any) -> None:
     page = visit(browser, served.url)
     image = open_picture(page, encoded(pixels(5, 40, 40)))
     find(page, "green & blue #1?")
@@ -172,6 +173,14 @@ def test_a_link_restores_the_state(browser: Browser, served: Running) -> None:
     scene = visit(browser, f"{served.url}#image=scene-4&e=people%20in%20white")
     expect(scene.locator("#rows .verdict").first).not_to_be_empty()
     assert scene.locator("#gallery button").nth(4).get_attribute("aria-pressed") == "true"
+    expect(scene.locator("#credit")).to_be_hidden()
+    scene.get_by_role("button", name="Photograph 5").click()
+    expect(scene.locator("#credit a")).to_have_attribute("href", re.compile(r"^http://farm\d\.staticflickr\.com/"))
+    expect(scene.locator("#credit")).to_contain_text("CC BY 2.0")
+    scene.get_by_role("button", name="the cat").click()
+    expect(scene.locator("#rows .verdict").first).not_to_be_empty()
+    keep(scene, "photograph")
+    assert quiet(scene), scene.faults  # type: ignore[attr-defined]
 
 
 def test_clicks_where_the_model_proposes_nothing(browser: Browser, tmp_path: Path, keep: Any) -> None:

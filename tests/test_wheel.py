@@ -53,7 +53,7 @@ def test_the_wheel_carries_every_file_that_is_data(wheel: Path) -> None:
     wanted |= {
         file.relative_to(ROOT).as_posix()
         for file in (ROOT / "grex_mllm").rglob("*")
-        if file.is_file() and file.suffix in (".py", ".css", ".js")
+        if file.is_file() and file.suffix in (".py", ".css", ".js", ".html", ".json", ".jpg")
     }
     assert len(wanted) > 120 and sorted(wanted - names) == []
     assert [name for name in names if not name.startswith(("grex_mllm/", "grex_mllm-"))] == []

@@ -112,7 +112,7 @@ class Rooms:
             raise HTTPException(504, text) from None
 
     async def picture(self, name: str) -> Held:
-        """Return a held picture; scenes of the gallery are opened again where they were forgotten.
+        """Return a held picture; those of the gallery are opened again where they were forgotten.
 
         Raises:
             GrexError: neither held nor of the gallery.
@@ -123,8 +123,8 @@ class Rooms:
         return self.held.get(name)
 
     async def open_scene(self, number: int) -> Held:
-        """Encode a scene of the gallery, or take it from the held pictures."""
-        picture, _ = self.gallery.get(number)
+        """Encode a picture of the gallery, or take it from the held pictures."""
+        picture = self.gallery.get(number).picture
         name = f"{PREFIX}{number}"
 
         def run(jobs: list[Any]) -> list[Any]:
@@ -193,6 +193,7 @@ def _add_pictures(app: FastAPI, rooms: Rooms, folder: Folder | None) -> None:
             "describes": rooms.engine.describes,
             "segments": rooms.engine.segmenter is not None,
             "scenes": NUM_SCENES,
+            "photographs": len(rooms.gallery) - NUM_SCENES,
             "types": list(IMAGE_TYPES),
         }
         threshold = rooms.engine.model.config.predict.no_target_threshold
@@ -224,13 +225,14 @@ def _add_pictures(app: FastAPI, rooms: Rooms, folder: Folder | None) -> None:
 
     @app.get("/gallery/{number}/pixels", responses={200: {"content": {"image/png": {}}}}, response_class=Response)
     async def scene(number: int) -> Response:
-        """Return the pixels of a scene."""
-        return await asyncio.to_thread(lambda: _png(rooms.gallery.get(number)[0].pixels))
+        """Return the pixels of a picture of the gallery: scenes first, then photographs."""
+        return await asyncio.to_thread(lambda: _png(rooms.gallery.get(number).picture.pixels))
 
     @app.post("/gallery/{number}")
     async def open_scene(number: int, nothing: Annotated[dict[str, Any], Body(max_length=0)]) -> dict[str, Any]:
-        """Open a synthetic scene (the body is {}). Like POST /images, with expressions to try."""
-        return {**_told(await rooms.open_scene(number)), "examples": rooms.gallery.get(number)[1]}
+        """Open a picture of the gallery (the body is {}). Like POST /images, with expressions to try and a photograph's credit."""
+        shown = rooms.gallery.get(number)
+        return {**_told(await rooms.open_scene(number)), "examples": shown.examples, "credit": shown.credit}
 
 
 def _add_questions(app: FastAPI, rooms: Rooms) -> None:

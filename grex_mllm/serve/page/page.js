@@ -111,6 +111,12 @@ async function show(opened, { restored = null, from = null, keepSearch = false }
     const chip = make("button", "chip", text, $("examples"));
     chip.type = "button"; chip.onclick = () => { const row = addRow(text); ground([row]); };
   }
+  $("credit").replaceChildren();
+  if (opened.credit) {
+    $("credit").append(`Photograph, ${opened.credit.licence}: `);
+    const origin = make("a", "", new URL(opened.credit.link).hostname, $("credit"));
+    origin.href = opened.credit.link; origin.rel = "noreferrer"; origin.target = "_blank";
+  }
   $("empty").hidden = true;
   stage.style.setProperty("--aspect", opened.height / opened.width);
   showRows(); showObjects(); showAnswer(); layOut();
@@ -674,9 +680,9 @@ async function restorePicture(wanted, image, from) {
 await tried(async () => {
   state.info = await call("/status");
   $("model").textContent = state.info.model;
-  for (let number = 0; number < state.info.scenes; number++) {
+  for (let number = 0; number < state.info.scenes + state.info.photographs; number++) {
     const button = make("button", "", "", $("gallery")), image = make("img", "", "", button);
-    button.type = "button"; button.dataset.number = number; button.ariaLabel = `Scene ${number + 1}`; button.ariaPressed = "false";
+    button.type = "button"; button.dataset.number = number; button.ariaLabel = number < state.info.scenes ? `Scene ${number + 1}` : `Photograph ${number - state.info.scenes + 1}`; button.ariaPressed = "false";
     button.onclick = tried(async () => { await openScene(number); keepLink(); });
     image.alt = "";
     call(`/gallery/${number}/pixels`, { quiet: true }).then((blob) => { image.src = URL.createObjectURL(blob); }, () => button.remove());
