@@ -53,6 +53,19 @@ def private(package: str, owner: Any, name: str) -> Any:
         ) from None
 
 
+@cache
+def cache_name() -> str:
+    """Return how transformers names keys and values of what was read, as an argument and in outputs: it was `past_key_values` once."""
+    from transformers.modeling_outputs import CausalLMOutputWithPast
+
+    return "cache" if "cache" in CausalLMOutputWithPast.__dataclass_fields__ else "past_key_values"
+
+
+def cache_of(output: Any) -> Any:
+    """Return the keys and values in the output of a language model."""
+    return getattr(output, cache_name())
+
+
 def foreach(operation: str) -> Callable[..., Any]:
     """Return torch's operation ("lerp_", "mul_", ...) over lists of tensors; its optimisers run it inside, and nothing public does.
 

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from grex_mllm.compat import attention_of
+from grex_mllm.compat import attention_of, cache_name, cache_of
 from grex_mllm.errors import fault
 from grex_mllm.export.decision import EXAMPLE, PLACE, AtImageGraph, AtInputGraph, example_place
 from grex_mllm.export.graphs import CHOSEN, IMAGE, MASKS, SEEN, Graph
@@ -68,7 +68,7 @@ class PrefixGraph(nn.Module):
         earlier, itself = place[None] < place[:, None], place[None] == place[:, None]
         visible = (mask[:, None] & earlier) | itself  # padding sees itself: no row is empty
         out = lm(inputs_embeds=embeds, attention_mask=_as_bias(lm, visible[:, None]), position_ids=position_ids(mask), use_cache=True)
-        return *_chosen(out.logits[:, -1], self.never), mask, *_flat(out.past_key_values)
+        return *_chosen(out.logits[:, -1], self.never), mask, *_flat(cache_of(out))
 
 
 class StepGraph(nn.Module):
@@ -90,10 +90,10 @@ class StepGraph(nn.Module):
             input_ids=token[:, None],
             attention_mask=_as_bias(self.lm, mask[:, None, None]),
             position_ids=positions,
-            past_key_values=held,
             use_cache=True,
+            **{cache_name(): held},
         )
-        return *_chosen(out.logits[:, -1], self.never), mask, *_flat(out.past_key_values)
+        return *_chosen(out.logits[:, -1], self.never), mask, *_flat(cache_of(out))
 
 
 def _chosen(logits: Tensor, never: list[int]) -> tuple[Tensor, Tensor]:

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from grex_mllm.compat import cache_name, cache_of
 from grex_mllm.models.lm_packing import Shared, can_pack, pack, position_ids, rows_alone
 
 
@@ -141,8 +142,8 @@ def write_on(
         mask = torch.cat([mask, mask.new_ones(len(mask), 1)], 1)
         positions = (mask.long().sum(1) - 1)[:, None]
         positions = positions if deltas is None else (positions + deltas).expand(3, -1, -1)
-        out = lm(input_ids=token[:, None], attention_mask=mask.long(), position_ids=positions, past_key_values=cache, use_cache=True)
-        cache, logits = out.past_key_values, out.logits[:, -1]
+        out = lm(input_ids=token[:, None], attention_mask=mask.long(), position_ids=positions, use_cache=True, **{cache_name(): cache})
+        cache, logits = cache_of(out), out.logits[:, -1]
         ended = torch.full_like(logits[:1], -torch.inf).index_fill_(1, rows.new_tensor([last]), 0.0)
         logits = torch.where(going[:, None], logits, ended)  # a row that has ended but not yet left may only go on with the end
     return result
@@ -184,7 +185,7 @@ def _read(lm: Any, embeds: Tensor, mask: Tensor, shared: Shared | None) -> tuple
     """Return the cache of E sequences of S tokens, and the logits [E, V] after the last one, which is no padding."""
     if shared is None or getattr(lm.config, "sliding_window", None) is not None or not can_pack(lm, mask, shared):
         out = lm(inputs_embeds=embeds, attention_mask=mask.long(), position_ids=position_ids(mask), use_cache=True, logits_to_keep=1)
-        return out.past_key_values, out.logits[:, -1]
+        return cache_of(out), out.logits[:, -1]
     packs = pack(mask, shared)
     with rows_alone(lm.get_output_embeddings(), packs.place[:, -1]):
         out = lm(
@@ -193,8 +194,9 @@ def _read(lm: Any, embeds: Tensor, mask: Tensor, shared: Shared | None) -> tuple
             position_ids=packs.positions,
             use_cache=True,
         )
-    cache = type(out.past_key_values)()
-    for number, layer in enumerate(out.past_key_values.layers):  # [P, heads, L, C] to [E, heads, S, C]
+    packed = cache_of(out)
+    cache = type(packed)()
+    for number, layer in enumerate(packed.layers):  # [P, heads, L, C] to [E, heads, S, C]
         keys, values = (x.transpose(1, 2).flatten(0, 1)[packs.place].transpose(1, 2) for x in (layer.keys, layer.values))
         cache.update(keys, values, number)
     return cache, out.logits[0]

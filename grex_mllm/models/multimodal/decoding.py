@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from grex_mllm.compat import cache_name, cache_of
 from grex_mllm.models.lm_decoding import write_on
 from grex_mllm.models.lm_packing import position_ids
 
@@ -42,7 +43,7 @@ class Read(NamedTuple):
 def read(model: Any, inputs: dict[str, Any]) -> tuple[Any, Tensor, Tensor | None]:
     """Return the cache of a batch of chats, logits [B, V] after the last token, and how far their positions are ahead (M-RoPE), if so."""
     out = model(**inputs, **positions(model, inputs["attention_mask"]), use_cache=True, logits_to_keep=1)
-    return out.past_key_values, out.logits[:, -1], getattr(model.model, "rope_deltas", None)
+    return cache_of(out), out.logits[:, -1], getattr(model.model, "rope_deltas", None)
 
 
 def positions(model: Any, mask: Tensor) -> dict[str, Tensor]:
@@ -176,7 +177,7 @@ def _step(model: Any, cache: Any, token: Tensor, mask: Tensor, deltas: Tensor | 
     """Return logits [R, V] after one more token of each row."""
     at = (mask.long().sum(1) - 1)[:, None]
     at = at if deltas is None else (at + deltas).expand(3, -1, -1)
-    out = model(input_ids=token[:, None], attention_mask=mask.long(), position_ids=at, past_key_values=cache, use_cache=True)
+    out = model(input_ids=token[:, None], attention_mask=mask.long(), position_ids=at, use_cache=True, **{cache_name(): cache})
     logits: Tensor = out.logits[:, -1]
     return logits
 

@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from grex_mllm.compat import cache_name
 from grex_mllm.models.multimodal.chat import Chat, is_picture, pixels_of
 from grex_mllm.models.multimodal.decoding import Read, read
 
@@ -104,7 +105,7 @@ class SharedReader:
         """Read tokens [B, n] behind what the cache holds; return the logits [B, V] after the last one. mask: [B, S + n]."""
         positions = (mask.cumsum(1) - 1).clamp(min=0)[:, -ids.shape[1] :]
         positions = positions if deltas is None else (positions + deltas).expand(3, -1, -1)
-        given = {"attention_mask": mask, "position_ids": positions, "past_key_values": cache}
+        given = {"attention_mask": mask, "position_ids": positions, cache_name(): cache}
         logits: Tensor = self.model(input_ids=ids, **given, use_cache=True, logits_to_keep=1).logits[:, -1]
         return logits
 

@@ -17,6 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from grex_mllm.compat import cache_of
 from grex_mllm.data.transforms import input_masks
 from grex_mllm.errors import fault
 from grex_mllm.models.generators.mllm.adapters import adapted_layers
@@ -175,7 +176,7 @@ class MllmGenerator(nn.Module):
                 mask = self._read(questions, places)
                 self._check_length(int(mask.sum(1).max()) + steps)
                 out = self._forward(questions, seen, questions.ids, mask, places, values, use_cache=True, logits_to_keep=1)
-                given = (self.base, out.past_key_values, out.logits[:, -1], mask)
+                given = (self.base, cache_of(out), out.logits[:, -1], mask)
                 deltas, end = getattr(self.base.model, "rope_deltas", None), self.tokenizer.ends[0]
                 if mode == "beam":
                     tokens = beam_search(
