@@ -237,6 +237,7 @@ def test_where_float32_is_unsure_float64_decides(exported: tuple[GrexModel, Path
         checking.check_folder(exported[0], exported[1], facts)
 
 
+@pytest.mark.long
 def test_an_image_encoder_that_reads_the_expression_leaves(tmp_path: Path) -> None:
     torch.manual_seed(0)
     swin = {"name": "swin", "embed_width": 8, "swin_depths": "[1, 1, 1, 1]", "swin_heads": "[1, 1, 2, 2]", "window": 4, "fusion": "pwam"}
