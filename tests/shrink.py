@@ -337,7 +337,8 @@ def _models(stage: Path) -> None:
 
     tiny_speaker(stage / "work").save_pretrained(stage / "runs" / "demo")
     shutil.rmtree(stage / "work")
-    shutil.copytree(stage / "runs" / "demo", stage / "runs" / "mine")
+    for name in ("mine", "dialogue"):
+        shutil.copytree(stage / "runs" / "demo", stage / "runs" / name)
     nothing = encode_rle(np.zeros((40, 30), bool))
     answers: list[dict[str, Any]] = [
         {"expression_id": name, "mask_rle": nothing, "mask_rle_input": nothing, "boxes_xyxy": [], "box_scores": [], "count": 0}

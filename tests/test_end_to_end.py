@@ -93,7 +93,8 @@ def test_resume_after_a_kill_equals_the_uninterrupted_run(tmp_path, few):
     save_config(small(train__steps=12, train__precision="fp32"), config)  # bfloat16 rounds with the number of threads
     command = [
         sys.executable, "-c",
-        "import sys, grex_mllm.training.run as run; run.CORPUS_LINES = 300; from grex_mllm.cli import main; sys.exit(main(sys.argv[1:]))",
+        "import sys; from grex_mllm.training import pretraining, run; run.CORPUS_LINES = pretraining.TEXT_LINES = 300; "
+        "from grex_mllm.cli import main; sys.exit(main(sys.argv[1:]))",
         "train", "--config", str(config), f"--train.out={tmp_path / 'cut'}", "--train.resume=true",
     ]  # fmt: skip
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
