@@ -91,6 +91,11 @@ def gradients(model: Any) -> dict[str, Tensor]:
     return {name: p.grad.clone() for name, p in trained.items()}
 
 
+def statistics(model: Any) -> dict[str, Tensor]:
+    """Return the running statistics of batch normalisation, by name."""
+    return {name: value.clone() for name, value in model.named_buffers() if "running_" in name}
+
+
 def one_of_several(rank: int, world: int, port: str, out: Path) -> None:
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
     torch.distributed.init_process_group("gloo", rank=rank, world_size=world)
@@ -113,7 +118,7 @@ def share_of(case: str, rank: int, world: int, out: Path) -> list[tuple[dict[str
         wrapped.zero_grad()
         terms = wrapped(batch, progress)
         terms["total"].backward()
-        values = {name: value.detach().clone() / world for name, value in terms.items()}
+        values = {name: value.detach().clone() / world for name, value in (terms | statistics(model)).items()}
         for value in values.values():
             torch.distributed.all_reduce(value)
         found.append((values, gradients(model)))
@@ -141,7 +146,8 @@ def test_two_processes_have_the_loss_and_the_gradients_of_one(case: str, several
         model.zero_grad()
         ours = step(batches.at(0), progress)
         ours["total"].backward()
-        assert ours.keys() == terms.keys() and "total" in ours
+        ours |= statistics(model)
+        assert ours.keys() == terms.keys() and "total" in ours and ("running" in str(ours.keys())) == (case == "batch norm")
         for name, value in ours.items():
             torch.testing.assert_close(terms[name], value.detach(), rtol=2e-5, atol=1e-6, msg=lambda text, name=name: f"{name}: {text}")
         mine = gradients(model)

@@ -67,7 +67,7 @@ class BatchNorm(nn.BatchNorm2d):
         centred = values - mean[:, None, None]
         variance = _Sum.apply(centred.square().sum(places)) / number
         with torch.no_grad():
-            for kept, new in ((self.running_mean, mean), (self.running_var, variance * number / (number - 1))):
+            for kept, new in ((self.running_mean, mean), (self.running_var, variance * number / (number - 1).clamp(min=1))):
                 assert kept is not None and self.momentum is not None
                 kept.lerp_(new.to(kept), self.momentum)
             assert self.num_batches_tracked is not None
