@@ -16,6 +16,7 @@ from conftest import ROOT
 from PIL import Image, ImageCms
 from tiny import tiny_model, tiny_speaker
 
+from grex_mllm.data.images import load_image
 from grex_mllm.models.grex import GrexModel
 from grex_mllm.ops.masks import decode_rle
 
@@ -25,6 +26,7 @@ from starlette.testclient import TestClient
 
 from grex_mllm.serve import worker
 from grex_mllm.serve.app import make_app
+from grex_mllm.serve.gallery import PHOTOGRAPHS
 from grex_mllm.serve.held import Held, Pictures
 from grex_mllm.serve.limits import MAX_SIDE
 from grex_mllm.serve.pictures import read_picture
@@ -136,6 +138,7 @@ def test_the_gallery_ends_with_readmes_photographs(client: TestClient) -> None:
     status, told = client.get("/status").json(), (ROOT / "docs" / "photographs.md").read_text(encoding="utf-8").splitlines()
     lines = [line for line in told if line.startswith("- ")]
     assert status["photographs"] == len(lines) == 6
+    pixels: set[bytes] = set()
     for number, line in enumerate(lines, start=status["scenes"]):
         opened = client.post(f"/gallery/{number}", json={}).json()
         assert opened["image"] == f"scene-{number}" and len(opened["examples"]) == 4
@@ -144,6 +147,10 @@ def test_the_gallery_ends_with_readmes_photographs(client: TestClient) -> None:
         )
         shown = Image.open(io.BytesIO(client.get(f"/gallery/{number}/pixels").content))
         assert shown.size == (opened["width"], opened["height"]) and min(shown.size) > 200
+        own = load_image(PHOTOGRAPHS / f"{number - status['scenes']}.jpg")
+        np.testing.assert_array_equal(np.asarray(shown), own)
+        pixels.add(own.tobytes())
+    assert len(pixels) == 6
     assert client.post("/gallery/2", json={}).json()["credit"] is None
     assert client.post(f"/gallery/{status['scenes'] + 6}", json={}).status_code == 422
 
