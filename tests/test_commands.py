@@ -238,9 +238,7 @@ LAUNCHED = [command for name, command in ALL if command.split()[0] in LAUNCHERS 
 LAUNCHED += [FOUND["configs/gres_rela_r50.yaml"][0]]
 
 
-@pytest.mark.parametrize(
-    "command", [pytest.param(c, marks=[] if n in (0, len(LAUNCHED) - 1) else pytest.mark.long) for n, c in enumerate(LAUNCHED)]
-)
+@pytest.mark.parametrize("command", [pytest.param(command, marks=pytest.mark.long if n else []) for n, command in enumerate(LAUNCHED)])
 def test_launchers_start_two_processes(command: str, stage: Path) -> None:
     words = shrunken(command)
     if "deepspeed" in command:

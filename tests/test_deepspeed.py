@@ -223,6 +223,7 @@ def test_nodes_of_different_sizes_are_refused(monkeypatch: pytest.MonkeyPatch) -
         deepspeed_plugin(TrainConfig(deepspeed="deepspeed_configs/zero3_hpz.json"), batch_images=2, on_cpu=True)
 
 
+@pytest.mark.long
 def test_fp16_means_bf16_under_deepspeed_and_the_run_says_so(tmp_path: Path) -> None:
     pytest.importorskip("deepspeed")
     status, shown = launch(tmp_path, {"deepspeed": ZERO2, "precision": "fp16", "steps": 2, "out": str(tmp_path / "run")})

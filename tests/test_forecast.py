@@ -55,6 +55,7 @@ def test_weights_are_those_of_a_training_without_forecast(tmp_path: Path) -> Non
     assert first.keys() == second.keys() and all(torch.equal(first[name], second[name]) for name in first)
 
 
+@pytest.mark.long
 def test_a_resumed_run_announces_nothing(tmp_path: Path) -> None:
     shown: list[Forecast] = []
     train_from_config(small(train__out=str(tmp_path / "run"), train__steps=2))
