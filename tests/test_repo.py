@@ -324,3 +324,12 @@ def test_shipped_configs_load() -> None:
 
     for file in sorted((ROOT / "configs").rglob("*.yaml")):
         load_config(file)
+
+
+@pytest.mark.parametrize("given", [None, "0"])
+def test_torch_asks_for_huge_pages_unless_told_otherwise(given: str | None) -> None:
+    name = "THP_MEM_ALLOC_ENABLE"
+    environment = {key: value for key, value in os.environ.items() if key != name} | ({} if given is None else {name: given})
+    code = f"import os, grex_mllm; print(os.environ[{name!r}])"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=environment, capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == (given or "1")

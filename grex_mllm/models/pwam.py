@@ -48,4 +48,5 @@ class PixelWordAttention(nn.Module):
         value = self.value(text.tokens) * mask[..., None]
         scores = query @ key.transpose(1, 2) * x.shape[-1] ** -0.5
         weights = softmax_of_few(scores + (mask * PADDING_LOGIT - PADDING_LOGIT)[:, None])
-        return normalise_positions(self.output(weights @ value))
+        # weights sum to 1, so what is read can be projected word by word, of which there are few, instead of place by place
+        return normalise_positions(weights @ self.output(value))
