@@ -162,6 +162,10 @@ def test_a_multimodal_generator_is_counted_from_its_folder(tmp_path: Path) -> No
     lm = load_file(tmp_path / "model.safetensors")
     assert found.parts["language model"].total == sum(tensor.numel() for tensor in lm.values())
     assert found.parts["adapters"].trainable > 0 and found.flops > found.forward_flops > 0
+    config.model.generator.dtype = "auto"  # the base is held in what is computed in
+    full, half = (count(config, Load(1, objects=2, tokens=4), device="cpu", precision=name) for name in ("fp32", "bf16"))
+    saved = 2 * sum(tensor.numel() for tensor in lm.values())
+    assert full.frozen - half.frozen == saved and full.trainable == half.trainable
 
 
 def test_counts_equal_those_of_a_real_step() -> None:

@@ -13,6 +13,7 @@ from grex_mllm.config import Config
 from grex_mllm.estimate.model import Load, build, made_batch
 from grex_mllm.estimate.shapes_only import Live, OnZeros, as_on_cpu, gpu_casts
 from grex_mllm.models.language_model import is_base_key
+from grex_mllm.models.placement import Placement, placed
 from grex_mllm.ops.paths import as_on_gpu
 from grex_mllm.training.optim import build_optimizer, clip_gradients, optimized_parameters
 from grex_mllm.training.step import Step
@@ -58,7 +59,8 @@ def count(config: Config, load: Load, *, device: str, precision: str) -> Counted
 
     device: cpu, or cuda: the ways that operations take there, its autocast; no GPU is needed.  precision: fp32, bf16 or fp16.
     """
-    model = build(config)
+    with placed(Placement(precision=precision)):
+        model = build(config)
     as_on_cpu(model)
     step = Step(model, config, "bf16" if precision == "fp16" else precision)
     optimizer = build_optimizer(model, config.train.optim, "bf16" if precision == "fp16" else precision)

@@ -10,6 +10,7 @@ from typing import Any
 
 from grex_mllm.errors import fault
 from grex_mllm.models.lm_config import ModelChoice
+from grex_mllm.models.placement import placement
 
 FOLDER = Path(__file__).resolve().parent / "shapes"  # facts of the models' config.json, as their authors publish them
 _STATE = {"left_out": False}
@@ -68,11 +69,12 @@ def shape_of(cfg: ModelChoice) -> Any:
     Raises:
         GrexError: as `shape_file`.
     """
-    import torch
     from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
+
+    from grex_mllm.models.lm_loading import base_dtype
 
     config = config_of(cfg.lm)
     kind = AutoModelForCausalLM if getattr(config, "vision_config", None) is None else AutoModelForImageTextToText
-    dtype = torch.bfloat16 if cfg.dtype == "auto" else getattr(torch, cfg.dtype)
+    dtype = base_dtype(cfg, placement().precision)
     options = {} if cfg.attn_implementation == "auto" else {"attn_implementation": cfg.attn_implementation}
     return kind.from_config(config, dtype=dtype, **options)
