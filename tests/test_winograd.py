@@ -29,6 +29,7 @@ def test_equals_the_plain_convolution(size: tuple[int, int], most_numbers: int, 
     with torch.no_grad():
         assert winograd._pays(x, weight)
         torch.testing.assert_close(conv3x3(x, weight), F.conv2d(x, weight, padding=1), rtol=0, atol=2e-5)
+        assert conv3x3(x[:0], weight).shape == (0, 5, *size)
         turned = x.to(memory_format=torch.channels_last)
         torch.testing.assert_close(conv3x3(turned, weight), conv3x3(x, weight), rtol=0, atol=1e-6)
 

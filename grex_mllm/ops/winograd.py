@@ -43,7 +43,7 @@ def conv3x3(x: Tensor, weight: Tensor) -> Tensor:
             seen = (into @ tiles.permute(3, 4, 0, 1, 2).reshape(REACH**2, -1)).view(REACH**2, channels, -1)
             made = (back @ torch.bmm(kernels, seen).view(REACH**2, -1)).view(TILE, TILE, -1, last - row, columns)
             answer[:, row:last] = made.permute(2, 3, 0, 4, 1)
-    return out.view(batch, -1, TILE * rows, TILE * columns)[..., :height, :width]
+    return out.view(batch, len(weight), TILE * rows, TILE * columns)[..., :height, :width]
 
 
 def _pays(x: Tensor, weight: Tensor) -> bool:
