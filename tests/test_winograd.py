@@ -13,10 +13,21 @@ from grex_mllm.ops.winograd import KERNEL, REACH, TILE, conv3x3, transforms
 
 def test_transforms_of_one_dimension_give_its_outputs() -> None:
     torch.manual_seed(0)
-    before, after, kernel = transforms()
+    before, after, kernel = (torch.from_numpy(matrix) for matrix in transforms())
     row, weights = torch.randn(REACH, dtype=torch.float64), torch.randn(KERNEL, dtype=torch.float64)
     plain = torch.stack([row[i : i + KERNEL] @ weights for i in range(TILE)])
     torch.testing.assert_close(after @ ((kernel @ weights) * (before @ row)), plain)
+
+
+def test_what_is_kept_does_not_depend_on_where_it_was_made() -> None:
+    """The first call may come while a model is built without memory."""
+    transforms.cache_clear()
+    with torch.device("meta"), torch.inference_mode():
+        transforms()
+    torch.manual_seed(0)
+    x, weight = torch.randn(1, 128, 50, 50), torch.randn(128, 128, 3, 3) / 1152**0.5
+    with torch.no_grad():
+        torch.testing.assert_close(conv3x3(x, weight), F.conv2d(x, weight, padding=1), rtol=0, atol=3e-5)
 
 
 @pytest.mark.parametrize("size", [(1, 1), (4, 4), (5, 7), (12, 3), (30, 41)])
@@ -60,3 +71,13 @@ def test_the_pixel_decoders_convolution_at_its_size() -> None:
     torch.testing.assert_close(quick, plain.detach(), rtol=0, atol=3e-5)
     (gradient,) = torch.autograd.grad(plain.sum(), conv.weight)
     assert bool(gradient.ne(0).all())
+
+
+def test_a_recorded_model_has_the_plain_convolution() -> None:
+    conv, x = SmoothingConv(128).eval(), torch.zeros(1, 128, 50, 50)
+    with torch.no_grad():
+        assert winograd._pays(x, conv.weight)
+        exported = torch.export.export(conv, (x,)).graph
+        traced = torch.jit.trace(conv, x).inlined_graph
+    for operations in (" ".join(str(node.target) for node in exported.nodes), str(traced)):
+        assert "conv" in operations and "bmm" not in operations

@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import functools
+from typing import TypeAlias
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from grex_mllm.ops.paths import on_cpu, traced
+
+Matrix: TypeAlias = np.ndarray[tuple[int, ...], np.dtype[np.float64]]
 
 KERNEL, TILE = 3, 4
 REACH = TILE + KERNEL - 1  # numbers of a row that a tile reads
@@ -30,7 +34,7 @@ def conv3x3(x: Tensor, weight: Tensor) -> Tensor:
     batch, channels, height, width = x.shape
     rows, columns = -(-height // TILE), -(-width // TILE)
     out = x.new_empty(batch, len(weight), rows, TILE, columns, TILE)
-    before, after, kernel = transforms()
+    before, after, kernel = (torch.from_numpy(matrix) for matrix in transforms())
     into, back = torch.kron(before, before).to(x.dtype), torch.kron(after, after).to(x.dtype)
     kernels = torch.einsum("ai,bj,ocij->aboc", kernel, kernel, weight.to(kernel.dtype)).flatten(0, 1).to(x.dtype)
     around = (1, TILE * columns + 1 - width, 1, TILE * rows + 1 - height)
@@ -59,20 +63,18 @@ def _pays(x: Tensor, weight: Tensor) -> bool:
 
 
 @functools.cache
-@torch.inference_mode(False)  # what is kept must serve training too
-def transforms() -> tuple[Tensor, Tensor, Tensor]:
-    """Return the matrices of one dimension: of the input [6, 6], of the output [4, 6] and of the kernel [6, 3], float64.
+def transforms() -> tuple[Matrix, Matrix, Matrix]:
+    """Return the matrices of one dimension: of the input [6, 6], of the output [4, 6] and of the kernel [6, 3].
 
-    output = after ((kernel k) * (before d)) for any six numbers d and kernel k: `kernel` and `after` evaluate polynomials at POINTS and at
-    infinity (Toom and Cook), `before` solves that equation.
+    output = after @ ((kernel @ k) * (before @ d)) for any six numbers d and kernel k: `kernel` and `after` evaluate polynomials at POINTS
+    and at infinity (Toom and Cook), `before` solves that equation. No tensors: what is kept must not depend on where torch makes them.
     """
-    points = torch.tensor(POINTS, dtype=torch.float64)
+    points = np.array(POINTS)
     apart = points[:, None] - points
-    kernel = torch.vander(points, KERNEL, increasing=True) / (apart + torch.eye(len(points))).prod(dim=1, keepdim=True)
-    after = torch.vander(points, TILE, increasing=True).T
-    end = torch.eye(REACH, dtype=torch.float64)[-1]
-    kernel = torch.cat([kernel, end[-KERNEL:][None]])
-    after = torch.cat([after, end[-TILE:, None]], dim=1)
-    products = torch.einsum("ij,jk->ikj", after, kernel).flatten(0, 1)
-    wanted = torch.stack([end.roll(i + k + 1) for i in range(TILE) for k in range(KERNEL)])
-    return torch.linalg.lstsq(products, wanted).solution, after, kernel
+    end = np.eye(REACH)[-1]
+    kernel = np.vander(points, KERNEL, increasing=True) / (apart + np.eye(len(points))).prod(axis=1, keepdims=True)
+    kernel = np.vstack([kernel, end[-KERNEL:]])
+    after = np.hstack([np.vander(points, TILE, increasing=True).T, end[-TILE:, None]])
+    products = np.einsum("ij,jk->ikj", after, kernel).reshape(-1, REACH)
+    wanted = np.stack([np.eye(REACH)[i + k] for i in range(TILE) for k in range(KERNEL)])
+    return np.linalg.lstsq(products, wanted, rcond=None)[0], after, kernel
