@@ -19,6 +19,7 @@ from grex_mllm.errors import fault
 DTYPES: dict[str, torch.dtype] = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 ROUGH_SIDE, TRIAL_SIDE, TRIAL_RUNS = 96, 256, 5  # of the square matrices; a few milliseconds in all
 NATIVE_SPEEDUP = 1.2  # of bfloat16 over float32; units in hardware give 2 and more, emulation 0.01 to 1
+EMULATED = 0.2  # a small product at less of float32's speed is emulated; native units, which first turn its matrices, show 0.5
 WARNED_SLOWDOWN = 2.0
 
 
@@ -102,7 +103,7 @@ def bf16_speedup() -> float:
 
 def _bf16_speedup() -> float:
     rough = _speedup(ROUGH_SIDE)
-    return rough if rough < 1 / WARNED_SLOWDOWN else _speedup(TRIAL_SIDE)  # where it is emulated, a small product says enough
+    return rough if rough < EMULATED else _speedup(TRIAL_SIDE)
 
 
 def _speedup(side: int) -> float:

@@ -124,3 +124,14 @@ def test_processes_of_unlike_machines_agree(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr[-2000:]
     assert "rank 0: fp32 (process 1 does not compute in bfloat16 natively)" in done.stdout
     assert "rank 1: fp32 (this CPU emulates bfloat16" in done.stdout
+
+
+@pytest.mark.parametrize(("small", "large", "chosen"), [(0.5, 2.6, "bf16"), (0.3, 0.9, "fp32"), (0.05, None, "fp32")])
+def test_units_that_are_slow_on_small_products_are_not_taken_for_emulation(
+    monkeypatch: pytest.MonkeyPatch, small: float, large: float | None, chosen: str
+) -> None:
+    """Matrix units first turn their matrices: half of float32's speed at 96, 2.6 times at 256. Emulation shows 0.05 and is asked no more."""
+    speeds = {precision.ROUGH_SIDE: small, precision.TRIAL_SIDE: large}
+    monkeypatch.setattr(precision, "_speedup", speeds.__getitem__)
+    monkeypatch.setattr(precision, "bf16_speedup", precision._bf16_speedup)
+    assert resolve_precision("auto", "cpu").precision == chosen
