@@ -81,6 +81,8 @@ class LossConfig:
     ground: float = 1.0
     generate: float = 1.0
     contrast: float = 0.0  # object sets and their expressions meet in one space (`models/contrast.py`); needs both parts; 0 = not
+    round_trip: float = 0.0  # generated expressions, grounded, must return their set (`models/round_trip.py`); needs both parts; 0 = not
+    round_trip_start: float = 0.5  # share of the training before it
     distill: float = 0.0  # what the model `train.teacher` answers is learned as well (`models/distillation.py`); 0 = not
     distill_temperature: float = 2.0  # that softens the probabilities of both
     generate_start: float = 0.0  # share of the training before the expressions are learned; see the generator's `forward`

@@ -70,7 +70,7 @@ BENCHMARK_SIZES["dialogue.py"] = ["--scenes", "2"]
 BENCHMARK_SIZES["serve_load.py"] = ["--clients", "3", "--seconds", "3"]
 BENCHMARK_SIZES["search.py"] = ["--images", "12", "--queries", "2"]
 DECODER_SIZES = {"num_layers": 3, "kept_regions": 6, "roi_channels": 8, "grid_side": 4, "segmentation_width": 16, "refinement_width": 8}
-DECODER_SIZES |= {"encoder_feedforward": 16}
+DECODER_SIZES |= {"encoder_feedforward": 16, "words": 150}
 CHECKPOINTS = ("swin_base_patch4_window12_384_22k.pth", "swin_tiny_patch4_window7_224.pth", "resnet50.pth")
 
 
@@ -195,7 +195,7 @@ def shrink_run(config: Config) -> Config:
     if generator is not None:
         if generator.name == "region_tokens":
             generator.vocab_size, generator.hidden_size, generator.num_heads, generator.num_layers = 300, 16, 2, 1
-            generator.intermediate_size = 32
+            generator.intermediate_size, generator.words = 32, min(generator.words, 150)
         else:
             generator.min_pixels, generator.max_pixels = 56**2, 112**2
         generator.projector_width, generator.max_new_tokens = 16, 6

@@ -55,6 +55,7 @@ TOO_LONG += (
     "benchmarks/serve_load.py",
     "data_prep/photos.py",
     "configs/demo_long.yaml",
+    "configs/demo_words.yaml",
 )
 
 SERVED_TWICE = "grex serve --model runs/demo"  # docs/serve.md serves it with a folder of images, in make test
@@ -67,7 +68,7 @@ def is_long(command: str) -> bool:
     family = re.search(r"_(?:qwen|llama|vicuna)[\w.]*?(?=\.yaml)", command)
     row = re.search(r"configs/(ablation_(?:vlt|m3att|isfp)_\w+)\.yaml", command)
     return (
-        any(name in command for name in (*TOO_LONG, "runs/no_metadata"))
+        any(name in command for name in TOO_LONG)
         or command == SERVED_TWICE
         or (family is not None and not family[0].endswith("qwen2.5_7b"))
         or (row is not None and row[1] not in TRIED_ROWS)

@@ -18,7 +18,7 @@ NUM_SCENES, NUM_EXPRESSIONS, NUM_SETS = 250, 2000, 1279
 
 
 def test_the_test_split_is_byte_for_byte_that_of_the_first_figures(tmp_path: Path) -> None:
-    for name in ("demo.yaml", "demo_long.yaml"):
+    for name in ("demo.yaml", "demo_long.yaml", "demo_words.yaml"):
         synthetic = load_config(demo.DEMO_CONFIG.with_name(name)).data.sources["synthetic"]
         assert synthetic == load_config(demo.DEMO_CONFIG).data.sources["synthetic"] and synthetic.image_size == 96
     assert (demo.TEST_SCENES, demo.EXPRESSIONS_PER_SCENE) == (NUM_SCENES, NUM_EXPRESSIONS // NUM_SCENES)

@@ -94,19 +94,18 @@ def chosen(answers: dict[str, Sequence[float]], sets: list[list[int]], texts: li
 def test_agreement_by_hand() -> None:
     """Objects of unlike size with unlike probabilities: selected, other and no-target each have their own place in the score."""
     answers, sets = [(0.8, 0.3, 0.1), (0.2, 0.6, 0.95)], [[0], [1], [2], [0, 1], [1, 2], [0, 1, 2]]
-    got = agreements(answer_of(answers), objects(), sets, encoded())
+    got = agreements(answer_of(answers), objects(), sets, (SIDE, SIDE), (SIDE, SIDE))
     assert got.shape == (2, 6)
     np.testing.assert_allclose(got, [[by_hand(probs, s) for s in sets] for probs in answers], rtol=1e-4)
     assert got[0].argmax() == 0 and got[1].argmax() == 4
-    doubtful = agreements(answer_of(answers, targeted=0.2), objects(), sets, encoded())
+    doubtful = agreements(answer_of(answers, targeted=0.2), objects(), sets, (SIDE, SIDE), (SIDE, SIDE))
     np.testing.assert_allclose(doubtful / got, (0.2 / 0.9) ** (1 / 3), rtol=1e-4)
 
 
 def test_sure_answers_are_bounded_and_ranked() -> None:
     """Probability one on the set alone scores highest; one object too many or too few scores nearly nothing, but not nothing."""
-    right, more, fewer = agreements(answer_of([(1.0, 1.0, 0.0), (1.0, 1.0, 1.0), (1.0, 0.0, 0.0)], 1.0), objects(), [[0, 1]], encoded())[
-        :, 0
-    ]
+    answers = answer_of([(1.0, 1.0, 0.0), (1.0, 1.0, 1.0), (1.0, 0.0, 0.0)], 1.0)
+    right, more, fewer = agreements(answers, objects(), [[0, 1]], (SIDE, SIDE), (SIDE, SIDE))[:, 0]
     assert right == pytest.approx((1 - 1e-3) ** (3 / 3), rel=1e-3) and right > 0.99
     assert 0 < more < 0.12 and 0 < fewer < 0.12
     assert more == pytest.approx((1e-3 * 20 / 56) ** (1 / 3), rel=0.01) and fewer == pytest.approx((1e-3 * 4 / 20) ** (1 / 3), rel=0.01)
@@ -117,9 +116,8 @@ def test_what_lies_in_the_padding_is_not_read() -> None:
     padding = torch.tensor([-20.0, 20.0]).view(1, 2, 1, 1).expand(1, 2, SIDE, 8)
     wide = wide._replace(mask_logits=torch.cat([wide.mask_logits, padding], dim=3))
     sets = [[0], [1, 2]]
-    np.testing.assert_allclose(
-        agreements(wide, objects(), sets, encoded((SIDE, SIDE + 8))), agreements(answer, objects(), sets, encoded()), rtol=1e-6
-    )
+    got = agreements(wide, objects(), sets, (SIDE, SIDE + 8), (SIDE, SIDE))
+    np.testing.assert_allclose(got, agreements(answer, objects(), sets, (SIDE, SIDE), (SIDE, SIDE)), rtol=1e-6)
 
 
 def test_small_logits_are_brought_to_the_canvas() -> None:
@@ -127,7 +125,7 @@ def test_small_logits_are_brought_to_the_canvas() -> None:
     answer = answer_of([(0.5, 0.0, 0.0)])._replace(mask_logits=small)
     overlap, total = 0.6 * 4, 0.6 * SIDE**2
     expected = (0.6 * 0.4 * 0.4 * overlap / (total + 4 - overlap) * TARGETED) ** (1 / 3)
-    assert agreements(answer, objects(), [[0]], encoded())[0, 0] == pytest.approx(expected, rel=1e-5)
+    assert agreements(answer, objects(), [[0]], (SIDE, SIDE), (SIDE, SIDE))[0, 0] == pytest.approx(expected, rel=1e-5)
 
 
 def test_candidates_are_ordered_by_agreement_times_the_share_that_says_the_same() -> None:

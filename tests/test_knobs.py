@@ -175,7 +175,7 @@ def test_the_weights_of_both_parts_of_a_step_arrive(tmp_path: Path) -> None:
 
 def test_every_weight_of_the_instance_losses_moves_the_total() -> None:
     torch.manual_seed(0)
-    model = tiny_model(model__decoder__attribute_classes="{shape: 7, colour: 6, size: 2, texture: 3, scale: 6}")
+    model = tiny_model(model__decoder__attribute_classes="{shape: 7, colour: 6, size: 2, texture: 3, scale: 6}", model__decoder__words=100)
     data = SyntheticDataset(SyntheticConfig(image_size=64), "train", 100, 4)
     batch = collate([data[i] for i in range(3)], model.encode_text, image_size=64)
     with torch.no_grad():

@@ -130,7 +130,7 @@ def test_processes_of_unlike_machines_agree(tmp_path: Path) -> None:
 def test_units_that_are_slow_on_small_products_are_not_taken_for_emulation(
     monkeypatch: pytest.MonkeyPatch, small: float, large: float | None, chosen: str
 ) -> None:
-    """Matrix units first turn their matrices: half of float32's speed at 96, 2.6 times at 256. Emulation shows 0.05 and is asked no more."""
+    """Matrix units first turn their matrices: half the speed at 96, 2.6 times at 256. Emulation shows 0.05 and is asked no more."""
     speeds = {precision.ROUGH_SIDE: small, precision.TRIAL_SIDE: large}
     monkeypatch.setattr(precision, "_speedup", speeds.__getitem__)
     monkeypatch.setattr(precision, "bf16_speedup", precision._bf16_speedup)

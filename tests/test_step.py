@@ -37,6 +37,9 @@ CASES: dict[str, dict[str, object]] = {
     "rela": {"model__decoder__name": "rela", "model__decoder__num_layers": 2, "model__decoder__minimap_side": 4},
     "generate": {"train__tasks": "generate"},
     "contrast": {"loss__contrast": 0.5},
+    "words": {"model__decoder__words": 250, "model__generator__words": 280},
+    "found": {"model__generator__found_share": 1.0},
+    "round trip": {"loss__round_trip": 2.0},
     # every option that compares the processes' masks or regions, and a teacher
     "options": {"model__decoder__name": "rela", "model__decoder__num_layers": 2, "model__decoder__minimap_side": 4,
                 "model__decoder__region_sides": [2, 4], "model__decoder__complexity": [0.1], "model__decoder__loss__hard__pixels": 0.5,

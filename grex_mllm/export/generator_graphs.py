@@ -60,7 +60,7 @@ class PrefixGraph(nn.Module):
         self.never = [*generator.banned, generator.tokenizer.eos_id]
 
     def forward(self, masks: Tensor, chosen: Tensor, seen: Tensor, *maps: Tensor) -> tuple[Tensor, ...]:
-        objects = self.generator.region_tokens(list(maps), [masks], seen)
+        objects = self.generator.objects(list(maps), [masks], seen)
         prefix = self.generator.framed(objects, torch.zeros_like(chosen[:, 0], dtype=torch.int64), chosen)
         lm = self.generator.lm
         embeds, mask = prefix.open(lm, self.generator.frame.opener)

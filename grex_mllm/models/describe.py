@@ -265,7 +265,7 @@ def rerank_by_grounding(
         ids, mask = model.encode_text(part)
         index = torch.zeros(len(part), dtype=torch.int64, device=model.device)
         output = model.grounding.ground(encoded.features, index, ids.to(model.device), mask.to(model.device))
-        agreement[start : start + 64] = agreements(output, masks, sets, encoded)
+        agreement[start : start + 64] = agreements(output, masks, sets, encoded.canvas, encoded.features.input_size)
     where = {text: i for i, text in enumerate(candidates)}
     results = []
     for s, options in enumerate(texts):
@@ -280,14 +280,18 @@ def _ranked(options: list[str], agreement: dict[str, float]) -> Description:
     return Description(ranked[0][0], ranked[0][1], ranked) if ranked else Description("", 0.0)
 
 
-def agreements(output: GroundingOutput, masks: Tensor, sets: list[list[int]], encoded: EncodedImage) -> np.ndarray:
-    """Return float [E, S]: how well each grounding picks out each set of objects.
+def agreements(
+    output: GroundingOutput, masks: Tensor, sets: list[list[int]], canvas: tuple[int, int], input_size: tuple[int, int]
+) -> np.ndarray:
+    """Return float [E, S]: how well each grounding picks out each set of objects of one image.
+
+    masks: bool [N, H, W], every object that is known.  canvas: height and width that the answers cover.  input_size: H, W.
 
     Soft: with s_n the mean target probability over object n's pixels, the product over all known objects of s_n (selected) or 1 - s_n
     (not), times the probability that there is a target, times the soft IoU of the mask with the set's union, each to the same power.
     """
-    logits = F.interpolate(output.mask_logits.float(), size=encoded.canvas, mode="bilinear", align_corners=False)
-    height, width = encoded.features.input_size
+    logits = F.interpolate(output.mask_logits.float(), size=canvas, mode="bilinear", align_corners=False)
+    height, width = input_size
     prob = (logits[:, 1] - logits[:, 0]).sigmoid()[:, :height, :width]
     flat, objects = prob.flatten(1), masks.flatten(1).float()
     share = (flat @ objects.T) / objects.sum(1).clamp(min=1)  # [E, N]

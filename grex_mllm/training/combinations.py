@@ -5,6 +5,7 @@ from __future__ import annotations
 from grex_mllm.config import Config
 from grex_mllm.entries import entry
 from grex_mllm.errors import fault
+from grex_mllm.models.round_trip import check_round_trip
 from grex_mllm.training.engine import stage_of
 from grex_mllm.training.step import GENERATE, GROUND, tasks_of
 from grex_mllm.training.teacher import check_teacher
@@ -22,6 +23,7 @@ def check_combinations(config: Config) -> None:
         check(config.model)
     tasks = tasks_of(config)
     check_teacher(config, GROUND in tasks)
+    _check_round_trip(config, tasks)
     if GENERATE in tasks:
         _check_generation(config)
     elif config.train.pretraining is not None:
@@ -36,6 +38,12 @@ def check_combinations(config: Config) -> None:
             "AdamW with DeepSpeed, because ZeRO flattens the matrices that Muon needs",
             "set train.optim.muon to false",
         )
+
+
+def _check_round_trip(config: Config, tasks: tuple[str, ...]) -> None:
+    own = config.model.generator
+    generator = entry("model.generator", own.name).Generator if own is not None else None
+    check_round_trip(config.loss, generator, tasks, stage_of(config.train.deepspeed) if config.train.deepspeed is not None else 0)
 
 
 def _check_encoder(config: Config) -> None:

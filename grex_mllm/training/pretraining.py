@@ -11,6 +11,7 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import cache, partial
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -20,6 +21,7 @@ from grex_mllm.config import Config as WholeConfig
 from grex_mllm.data.sources import training_text
 from grex_mllm.errors import fault
 from grex_mllm.models.generators.region_tokens.tokens import ObjectTokens, RegionTokens, geometry_code, left_to_right
+from grex_mllm.models.generators.region_tokens.words import called_by, embeddings
 from grex_mllm.models.grex import GrexModel
 from grex_mllm.precision import autocast, resolve_precision
 from grex_mllm.training.batches import BatchSource, stream
@@ -61,11 +63,11 @@ def stages(config: WholeConfig, make_batches: Callable[[int, int], BatchSource])
             "model.generator.lm: tiny there; other language models come trained",
             "leave train.pretraining out",
         )
-    if own.scenes and not generator.attribute_classes:
+    if own.scenes and not generator.attribute_classes and not generator.words:
         raise fault(
-            f"train.pretraining.scenes is {own.scenes} without model.generator.attribute_classes",
-            "a generator that knows attributes",
-            "set model.generator.attribute_classes, or train.pretraining.scenes to 0",
+            f"train.pretraining.scenes is {own.scenes} without model.generator.attribute_classes or words",
+            "a generator that knows attributes or words of objects",
+            "set model.generator.attribute_classes or words, or train.pretraining.scenes to 0",
         )
     found = []
     if own.steps:
@@ -134,10 +136,30 @@ def pretrain_on_attributes(
 def _loss(model: GrexModel, batch: Batch, precision: str) -> Tensor:
     part, generator = batch.generation, model.generator
     with autocast(precision, model.device.type):
-        objects = attribute_tokens(generator.region_tokens, batch.instance_masks, batch.instance_attributes or {})
+        if generator.region_tokens.classes:
+            objects = attribute_tokens(generator.region_tokens, batch.instance_masks, batch.instance_attributes or {})
+        else:
+            objects = word_tokens(generator, batch)
         counts = [len(m) for m in batch.instance_masks]
         prefix = generator.arrange(objects, counts, part.image_index, part.target_index, part.weight)
         return generator.score_text(prefix, part.lm_ids, part.lm_mask, part.weight).loss
+
+
+def word_tokens(generator: Any, batch: Batch) -> ObjectTokens:
+    """Make the tokens of objects of which places are known, and the words of the expressions that mean them, as `called_by` weighs them.
+
+    An expression's words are shared by its targets.
+    """
+    tokens, masks, words = generator.region_tokens, [m.bool() for m in batch.instance_masks], generator.cfg.words
+    ids, mask = generator.tokenizer.encode(batch.expressions)
+    objects = placed_tokens(tokens, masks)
+    counts = torch.zeros(len(masks), objects.tokens.shape[1], words)
+    for image, targets, row, real in zip(batch.image_index.tolist(), batch.target_index, ids[:, 1:], mask[:, 1:], strict=True):
+        said = row[(real > 0) & (row != generator.tokenizer.eos_id) & (row < words)]
+        for target in targets.tolist():
+            counts[image, target].index_add_(0, said, torch.full((len(said),), 1.0 / len(targets)))
+    objects.words = called_by(counts).to(objects.tokens.device) @ embeddings(generator.lm, words)
+    return objects
 
 
 def attribute_tokens(tokens: RegionTokens, instance_masks: list[Tensor], attributes: dict[str, list[Tensor]]) -> ObjectTokens:
@@ -155,17 +177,25 @@ def attribute_tokens(tokens: RegionTokens, instance_masks: list[Tensor], attribu
             "set attribute_classes to what the data has, or train.pretraining.scenes to 0",
         )
     masks = [m.bool() for m in instance_masks]
-    weight, device = tokens.kind.weight.dtype, tokens.kind.weight.device
+    known = []
+    for name, classes in tokens.classes.items():
+        value = torch.nn.utils.rnn.pad_sequence(attributes[name], batch_first=True, padding_value=-1).to(tokens.kind.weight.device)
+        known.append(F.one_hot(value.clamp(min=0), classes) * (value >= 0)[..., None])
+    return placed_tokens(tokens, masks, torch.cat(known, -1).to(tokens.kind.weight.dtype))
+
+
+def placed_tokens(tokens: RegionTokens, masks: list[Tensor], probs: Tensor | None = None) -> ObjectTokens:
+    """Make the tokens of objects of which places are known, and perhaps attributes, but nothing that is seen.
+
+    masks: B x bool [N_b, H, W] of one size.  probs: float [B, N, sum of classes].
+    """
+    weight = tokens.kind.weight.dtype
     dtype = torch.promote_types(weight, torch.float32)
     boxes, area, present, _ = tokens.describe_masks(masks, max(1, max(len(m) for m in masks)), dtype)
     height, width = masks[0].shape[1:]
     area_norm = area / (height * width)
     geometry = geometry_code(boxes / boxes.new_tensor([width, height, width, height]), area_norm)
-    known = []
-    for name, classes in tokens.classes.items():
-        value = torch.nn.utils.rnn.pad_sequence(attributes[name], batch_first=True, padding_value=-1).to(device)
-        known.append(F.one_hot(value.clamp(min=0), classes) * (value >= 0)[..., None])
-    probs = torch.cat(known, -1).to(weight)
-    token = tokens.position(geometry.to(weight)) + tokens.attribute_embedding(probs)
+    token = tokens.position(geometry.to(weight))
+    token = token if probs is None else token + tokens.attribute_embedding(probs)
     image = token.new_zeros(len(masks), 0, token.shape[-1])
     return ObjectTokens(tokens.norm(token), present, left_to_right(boxes, area, present), area_norm, image, {}, probs)

@@ -17,6 +17,7 @@ from grex_mllm.entries import entry
 from grex_mllm.errors import fault
 from grex_mllm.models.distillation import distillation
 from grex_mllm.models.grex import GrexModel
+from grex_mllm.models.round_trip import round_trip
 from grex_mllm.precision import autocast
 from grex_mllm.training.kept_maps import KeptMaps
 from grex_mllm.training.teacher import teacher_of
@@ -45,15 +46,15 @@ class Step(nn.Module):
         freeze_named(model, config.train.optim.frozen)
 
     def forward(self, batch: Batch, progress: float = 1.0) -> dict[str, Tensor]:
-        """Return the named loss terms, float32 scalars: "ground/<term>", "generate/<term>", "contrast" and "distill"
-        where they are learned, and "total", which is minimised.
+        """Return the named loss terms, float32 scalars: "ground/<term>", "generate/<term>", "contrast", "distill"
+        and "round_trip" where they are learned, and "total", which is minimised.
 
         progress: share of the training that is done, from 0 to 1; see `loss.generate_start`.
         """
         with autocast(self.precision, batch.image.device.type):
             terms = {name: value.float() for name, value in self._terms(batch, progress).items()}
         parts = [terms[f"{task}/total"] * getattr(self.loss, task) for task in self.tasks]
-        parts += [terms[name] * getattr(self.loss, name) for name in ("contrast", "distill") if name in terms]
+        parts += [terms[name] * getattr(self.loss, name) for name in ("contrast", "distill", "round_trip") if name in terms]
         return terms | {"total": torch.stack(parts).sum()}
 
     def _terms(self, batch: Batch, progress: float) -> dict[str, Tensor]:
@@ -73,11 +74,16 @@ class Step(nn.Module):
                 answer = self.teacher(batch, features.padded_size)
                 terms["distill"] = distillation(output, answer, self.loss.distill_temperature)
         if GENERATE in self.tasks:
-            found = self.model.generator(grounding.language_free(features), batch, early=progress < self.loss.generate_start)
+            given: dict[str, Any] = {"early": progress < self.loss.generate_start}
+            if getattr(self.model.generator, "reads_proposals", False):
+                given["proposals"] = grounding.proposals(features)
+            found = self.model.generator(grounding.language_free(features), batch, **given)
             terms |= {f"{GENERATE}/{name}": value for name, value in found.items()}
         if self.model.contrast is not None:
             sets = self.model.generator.set_features(grounding.language_free(features), batch)
             terms["contrast"] = self.model.contrast(sets, text.tokens[:, 0], batch.image_index, batch.target_index)
+        if self.loss.round_trip > 0 and progress >= max(self.loss.round_trip_start, self.loss.generate_start):
+            terms["round_trip"] = round_trip(self.model, grounding.language_free(features), batch)
         return terms
 
 

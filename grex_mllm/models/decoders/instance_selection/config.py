@@ -20,6 +20,7 @@ class InstanceLossConfig:
     mask_bce: float = 2.0
     mask_dice: float = 2.0
     attribute: float = 0.5  # each scene attribute, where the model has heads for them
+    words: float = 3.0  # which words of expressions mean a region, where `words` of the decoder is not 0
     target: float = 1.0
     no_target: float = 0.5
     count: float = 0.5
@@ -48,4 +49,6 @@ class InstanceSelectionConfig:
     # predicted number of best regions, as of the boxes; regions that repeat a surer one are left out of both)
     answer: str = "threshold"
     attribute_classes: dict[str, int] = field(default_factory=dict)  # scene metadata: name -> number of classes; {} = none used
+    # of the text encoder's first ids, those that regions learn to be called by, from expressions alone, and that language reads; 0 = none
+    words: int = 0
     loss: InstanceLossConfig = field(default_factory=InstanceLossConfig)

@@ -15,6 +15,7 @@ from torch.nn import functional as F
 from grex_mllm.models.decoders.instance_selection.config import InstanceSelectionConfig
 from grex_mllm.models.decoders.instance_selection.regions import Regions, box_area, gather, grid_boxes
 from grex_mllm.models.hard_examples import HardConfig, check_hard, hardest_masks, pixel_losses
+from grex_mllm.models.word_bags import bag_loss
 from grex_mllm.ops.losses import count_cross_entropy, focal_sum, giou_each, matched_boxes, shared_count
 from grex_mllm.ops.matching import match
 from grex_mllm.types import Batch, GroundingOutput
@@ -104,6 +105,16 @@ def attribute_terms(regions: Regions, batch: Batch, owner: Tensor) -> dict[str, 
     return terms
 
 
+def word_terms(regions: Regions, batch: Batch, owner: Tensor) -> dict[str, Tensor]:
+    """Return `bag_loss` of the expressions' words from the kept regions that stand for their targets; nothing without words."""
+    if regions.word_logits is None:
+        return {}
+    number, owners = regions.word_logits.shape[-1], owner[batch.image_index]
+    member = torch.stack([torch.isin(row, targets) for row, targets in zip(owners, batch.target_index, strict=True)])
+    real, ids = batch.text_mask.bool() & (batch.text_ids < number), batch.text_ids.clamp(max=number - 1)
+    return {"words": bag_loss(regions.word_logits, batch.image_index, member, ids, real)}
+
+
 def selection_terms(output: GroundingOutput, batch: Batch, owner: Tensor) -> dict[str, Tensor]:
     """Return target (binary, every language layer), no_target and count terms."""
     owners = owner[batch.image_index]
@@ -136,6 +147,7 @@ class InstanceSelectionCriterion:
         terms, owner = region_terms(regions, batch, self.hard)
         terms |= heat_terms(regions, batch)
         terms |= attribute_terms(regions, batch, owner)
+        terms |= word_terms(regions, batch, owner)
         terms |= selection_terms(output, batch, owner)
         total = regions.heat_logits.new_zeros(())
         for name, value in terms.items():

@@ -33,6 +33,7 @@ class Regions(NamedTuple):
     kept: int64 [B, K], cells of the regions.
     objectness: float [B, K].  boxes_norm: float [B, K, 4].  mask_embeddings: float [B, K, M].  mask_map: float [B, M, H, W].
     features: float [B, K, C].  geometry: float [B, K, K, G] of the final boxes.  attribute_logits: name -> float [B, K, classes].
+    word_logits: float [B, K, V], how much likelier each word is of a region than of any; the features hold them; None without words.
     """
 
     heat_logits: Tensor
@@ -46,6 +47,7 @@ class Regions(NamedTuple):
     features: Tensor
     geometry: Tensor
     attribute_logits: dict[str, Tensor]
+    word_logits: Tensor | None = None
 
     def masks(self) -> Tensor:
         """Return the final mask logits float32 [B, K, H, W]."""
@@ -136,6 +138,8 @@ class ImagePart(nn.Module):
         )
         self.mask_map = nn.Conv2d(mask_width, mask_channels * self.upsample**2, 3, padding=1)
         self.attributes = nn.ModuleDict({name: nn.Linear(channels, n) for name, n in config.attribute_classes.items()})
+        self.word = nn.Linear(channels, config.words) if config.words else None
+        self.called = nn.Linear(config.words, channels, bias=False) if config.words else None
 
     def forward(self, maps: list[Tensor], pixels: PixelFeatures) -> Regions:
         """Find the regions of B images; the image encoder's own `maps` are not read."""
@@ -165,7 +169,12 @@ class ImagePart(nn.Module):
         mask_map = self.mask_map(finest)
         mask_map = F.pixel_shuffle(mask_map, self.upsample) if self.upsample > 1 else mask_map
         attributes = {name: precise(head(normed)) for name, head in self.attributes.items()}
-        return Regions(heat, cell_boxes, size, kept, objectness, all_boxes, embeddings, mask_map, normed, pair_geometry(boxes), attributes)
+        words, features = None, normed
+        if self.word is not None and self.called is not None:
+            words = precise(self.word(normed))
+            features = normed + self.called(words.softmax(dim=-1).to(normed.dtype))
+        geometry = pair_geometry(boxes)
+        return Regions(heat, cell_boxes, size, kept, objectness, all_boxes, embeddings, mask_map, features, geometry, attributes, words)
 
     def _best(self, heat: Tensor, size: tuple[int, int]) -> Tensor:
         """Return int64 [B, K]: the best cells, those that top their neighbours first."""

@@ -20,9 +20,11 @@ from torch import Tensor, nn
 from grex_mllm.data.transforms import input_masks
 from grex_mllm.errors import fault
 from grex_mllm.models.generators.region_tokens.config import RegionTokensConfig
+from grex_mllm.models.generators.region_tokens.found import among_found
 from grex_mllm.models.generators.region_tokens.parts import GenerationPart
-from grex_mllm.models.generators.region_tokens.sets import membership, positions_of
+from grex_mllm.models.generators.region_tokens.sets import membership, positions_of, some_as_boxes
 from grex_mllm.models.generators.region_tokens.tokens import ObjectTokens, RegionTokens
+from grex_mllm.models.generators.region_tokens.words import check_words, with_words, word_loss
 from grex_mllm.models.language_model import (
     base_parameters,
     build_language_model,
@@ -37,8 +39,7 @@ from grex_mllm.models.lm_loss import token_losses
 from grex_mllm.models.lm_packing import Shared
 from grex_mllm.models.lm_tokenizer import LMTokenizer
 from grex_mllm.ops.losses import shared_count
-from grex_mllm.ops.selection import boxes_to_masks, mask_boxes
-from grex_mllm.types import Batch
+from grex_mllm.types import Batch, Proposals
 
 MODES = ("greedy", "beam", "sample")
 IGNORED = -100
@@ -47,12 +48,12 @@ IGNORED = -100
 @dataclass
 class GeneratorOutput:
     """loss: float [], mean negative log-likelihood of a token.  log_likelihood: float [E], sum over the tokens of each expression with its
-    EOS.  num_tokens: int64 [E].  attribute_logits: name -> float [B, N, classes] of all objects of the images."""
+    EOS.  num_tokens: int64 [E].  objects: all those of the images."""
 
     loss: Tensor
     log_likelihood: Tensor
     num_tokens: Tensor
-    attribute_logits: dict[str, Tensor]
+    objects: ObjectTokens
 
 
 class RegionTokenGenerator(nn.Module):
@@ -69,6 +70,7 @@ class RegionTokenGenerator(nn.Module):
         self.cfg, self.tokenizer, self.feature_channels = cfg, tokenizer.in_style(cfg.prompt_style), list(feature_channels)
         self.frame = _frame(cfg, self.tokenizer)
         self.lm = build_language_model(cfg, self.tokenizer)
+        check_words(cfg.words, self.lm)
         num_embeddings, width = embedding_shape(self.lm)
         self.region_tokens = RegionTokens(
             feature_channels,
@@ -81,7 +83,9 @@ class RegionTokenGenerator(nn.Module):
             attribute_classes=cfg.attribute_classes,
             distractor_dropout=cfg.distractor_dropout,
             token_scale=embedding_scale(self.lm),
+            words=cfg.words > 0,
         )
+        self.reads_proposals = cfg.found_share > 0
         nameless = range(self.tokenizer.num_ids, num_embeddings)  # embeddings that stand for no text
         self.banned = [*self.tokenizer.unwritable, *nameless]
         leave_out_named_base(self)
@@ -107,9 +111,15 @@ class RegionTokenGenerator(nn.Module):
 
         beside: E x int64, the objects that may stand beside each set (None: all others).
         """
-        masks = self._some_as_boxes(instance_masks) if self.training and self.cfg.box_share > 0 else instance_masks
-        objects = self.region_tokens(features, masks, valid_sizes, instance_boxes_norm)
+        masks = some_as_boxes(instance_masks, self.cfg.box_share if self.training else 0.0)
+        objects = self.objects(features, masks, valid_sizes, instance_boxes_norm)
         return self.arrange(objects, [len(m) for m in masks], image_index, target_index, weight, beside)
+
+    def objects(
+        self, features: list[Tensor], masks: list[Tensor], valid_sizes: Tensor | None = None, boxes_norm: list[Tensor] | None = None
+    ) -> ObjectTokens:
+        """Return the tokens of all objects of B images, with the words that they are called by; arguments as in `RegionTokens.forward`."""
+        return with_words(self.region_tokens(features, masks, valid_sizes, boxes_norm), self.lm, self.cfg.words)
 
     def arrange(
         self,
@@ -137,30 +147,38 @@ class RegionTokenGenerator(nn.Module):
         alike = 0 if len(self.region_tokens.context) else objects.image.shape[1]  # in context, image tokens see the set's objects
         return Prefix(embeds, mask, summary, objects, Shared(len(self.frame.before), alike, image_index))
 
-    def forward(self, features: list[Tensor], batch: Batch, early: bool = False) -> dict[str, Tensor]:
-        """Return the loss terms of a batch: lm (mean over the tokens), object_<attribute>, and their weighted total.
+    def forward(self, features: list[Tensor], batch: Batch, early: bool = False, proposals: Proposals | None = None) -> dict[str, Tensor]:
+        """Return the loss terms of a batch: lm (mean over the tokens), words, object_<attribute>, and their weighted total.
 
-        features: float [B, C_i, h_i, w_i].  batch: its `generation` is what `collate` made.  early: only the attributes are learned; the
-        language model reads one row for nothing, so that every weight takes part in every step.
+        features: float [B, C_i, h_i, w_i].  batch: its `generation` is what `collate` made.  early: only attributes and words are learned;
+        the language model reads one row for nothing, so that every weight takes part in every step.  proposals: of the decoder, from which
+        the objects beside a set are taken in a share of the images.
         """
         part: GenerationPart = batch.generation
         if early:
             ids, mask, index, targets, weight = part
             part = GenerationPart(ids[:1], mask[:1], index[:1], targets[:1], torch.zeros_like(weight[:1]))
+        masks, boxes, beside = batch.instance_masks, batch.instance_boxes_norm, None
+        if proposals is not None:
+            masks, boxes, beside = among_found(proposals, batch, part, self.cfg.found_share)
         out = self.likelihood(
             features,
-            batch.instance_masks,
+            masks,
             part.image_index,
             part.target_index,
             lm_ids=part.lm_ids,
             lm_mask=part.lm_mask,
             valid_sizes=batch.image_index.new_tensor(batch.input_sizes),
-            instance_boxes_norm=batch.instance_boxes_norm,
+            instance_boxes_norm=boxes,
             weight=part.weight,
+            beside=beside,
         )
         terms = {} if early else {"lm": out.loss}
         total = out.loss
-        for name, logits in out.attribute_logits.items():
+        if self.cfg.words:
+            terms["words"] = word_loss(out.objects, batch.generation, self.tokenizer.eos_id)
+            total = total + terms["words"] * self.cfg.word_loss
+        for name, logits in out.objects.attribute_logits.items():
             labels = self._labels(batch, name, logits)
             entropy = F.cross_entropy(logits.flatten(0, 1).float(), labels.flatten(), ignore_index=IGNORED, reduction="sum")
             terms[f"object_{name}"] = entropy / shared_count((labels != IGNORED).sum(), entropy)
@@ -176,9 +194,8 @@ class RegionTokenGenerator(nn.Module):
         """Return float [E, C]: the mean of the region tokens that each expression of a batch means; zero where it means none."""
         sizes = batch.image_index.new_tensor(batch.input_sizes)
         objects = self.region_tokens(features, batch.instance_masks, sizes, batch.instance_boxes_norm)
-        member = torch.zeros(len(batch.image_index), objects.tokens.shape[1], dtype=objects.tokens.dtype, device=sizes.device)
-        for e, targets in enumerate(batch.target_index):
-            member[e, targets] = 1.0
+        nobody = torch.zeros(len(batch.image_index), objects.tokens.shape[1], dtype=torch.bool, device=sizes.device)
+        member = positions_of(batch.target_index, nobody).to(objects.tokens.dtype)
         pooled = (member[..., None] * objects.tokens[batch.image_index]).sum(1)
         return pooled / member.sum(1, keepdim=True).clamp(min=1)
 
@@ -202,19 +219,20 @@ class RegionTokenGenerator(nn.Module):
         valid_sizes: Tensor | None = None,
         instance_boxes_norm: list[Tensor] | None = None,
         weight: Tensor | None = None,
+        beside: list[Tensor] | None = None,
     ) -> GeneratorOutput:
         """Return the likelihood of E expressions for E object sets of B images.
 
         features: float [B, C_i, h_i, w_i], any order of scales.  instance_masks: B x bool [N_b, H, W], all objects of each image.
         image_index: int64 [E].  target_index: E x int64 [n_e >= 1] into the image's objects.  lm_ids, lm_mask: int64 [E, L], BOS ... EOS,
         right-padded.  valid_sizes: int64 [B, 2] height, width without padding.  instance_boxes_norm: B x float [N_b, 4] cxcywh, drawn where
-        a mask is empty.  weight: float [E] of each expression in the loss; one of weight 0 may have no target.
+        a mask is empty.  weight: float [E] of each expression in the loss; one of weight 0 may have no target.  beside: as in `prefix`.
 
         Raises:
             GrexError: an empty object set, a target that does not exist or has no pixel, masks that do not fit the feature maps.
         """
         drawn = {"valid_sizes": valid_sizes, "instance_boxes_norm": instance_boxes_norm}
-        prefix = self.prefix(features, instance_masks, image_index, target_index, **drawn, weight=weight)  # type: ignore[arg-type]
+        prefix = self.prefix(features, instance_masks, image_index, target_index, **drawn, weight=weight, beside=beside)  # type: ignore[arg-type]
         return self.score_text(prefix, lm_ids, lm_mask, weight)
 
     def score_text(self, prefix: Prefix, lm_ids: Tensor, lm_mask: Tensor, weight: Tensor | None = None) -> GeneratorOutput:
@@ -228,7 +246,7 @@ class RegionTokenGenerator(nn.Module):
         num_tokens = real.sum(1)
         share = torch.ones_like(num_tokens, dtype=nll.dtype) if weight is None else weight.to(nll.dtype)
         loss = (nll.sum(1) * share).sum() / shared_count((num_tokens * share).sum(), nll)
-        return GeneratorOutput(loss, -nll.sum(1), num_tokens, prefix.objects.attribute_logits)
+        return GeneratorOutput(loss, -nll.sum(1), num_tokens, prefix.objects)
 
     def generate(
         self,
@@ -354,13 +372,6 @@ class RegionTokenGenerator(nn.Module):
     def _embeds(self, ids: list[int], rows: int) -> Tensor:
         embed, weight = self.lm.get_input_embeddings(), embedding_weight(self.lm)
         return embed(torch.tensor(ids, dtype=torch.int64, device=weight.device)).to(weight.dtype).expand(rows, -1, -1)
-
-    def _some_as_boxes(self, instance_masks: list[Tensor]) -> list[Tensor]:
-        chosen = (torch.rand(len(instance_masks)) < self.cfg.box_share).tolist()
-        return [
-            boxes_to_masks(mask_boxes(m.bool()), *m.shape[1:]) & m.flatten(1).any(1)[:, None, None] if box and len(m) else m
-            for m, box in zip(instance_masks, chosen)
-        ]
 
 
 def _frame(cfg: RegionTokensConfig, tokenizer: LMTokenizer) -> Frame:

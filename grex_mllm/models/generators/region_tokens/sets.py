@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from grex_mllm.errors import fault
+from grex_mllm.ops.selection import boxes_to_masks, mask_boxes
 
 
 def membership(image_index: Tensor, target_index: list[Tensor], present: Tensor, num_objects: list[int], weight: Tensor | None) -> Tensor:
@@ -48,3 +49,14 @@ def positions_of(index: list[Tensor], like: Tensor) -> Tensor:
     for row, positions in zip(found, index, strict=True):
         row[positions] = True
     return found
+
+
+def some_as_boxes(instance_masks: list[Tensor], share: float) -> list[Tensor]:
+    """Return the masks B x bool [N_b, H, W], in a random share of the images as the boxes around them; a mask without a pixel stays so."""
+    if share == 0:
+        return instance_masks
+    chosen = (torch.rand(len(instance_masks)) < share).tolist()
+    return [
+        boxes_to_masks(mask_boxes(m.bool()), *m.shape[1:]) & m.flatten(1).any(1)[:, None, None] if box and len(m) else m
+        for m, box in zip(instance_masks, chosen, strict=True)
+    ]

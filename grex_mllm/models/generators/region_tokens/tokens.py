@@ -36,6 +36,7 @@ class ObjectTokens:
     tokens: float [B, N, D].  present: bool [B, N] (False: padding, or an object without a pixel).  order: int64 [B, N], positions from
     left to right, absent ones last.  area: float [B, N], share of the image.  image: float [B, G, D].  attribute_logits: name -> float
     [B, N, classes], for the heads that there are.  attribute_probs: float [B, N, sum of classes], softmax of those, None without heads.
+    queries, word_logits, words: float [B, N, W], [B, N, V], [B, N, W], see `words.py`; None without words.
     """
 
     tokens: Tensor
@@ -45,6 +46,9 @@ class ObjectTokens:
     image: Tensor
     attribute_logits: dict[str, Tensor] = field(default_factory=dict)
     attribute_probs: Tensor | None = None
+    queries: Tensor | None = None
+    word_logits: Tensor | None = None
+    words: Tensor | None = None
 
 
 class RegionTokens(nn.Module):
@@ -67,6 +71,7 @@ class RegionTokens(nn.Module):
         attribute_classes: dict[str, int] | None = None,
         distractor_dropout: float = 0.0,
         token_scale: float = 1.0,
+        words: bool = False,
     ) -> None:
         super().__init__()
         self.image_grid, self.max_distractors, self.shape_side = image_grid, max_distractors, shape_side
@@ -84,6 +89,8 @@ class RegionTokens(nn.Module):
             self.shared = nn.Linear(len(self.classes) + 1, hidden, bias=False)
             nn.init.zeros_(self.appearance.weight)  # the attributes say most; what they leave out is learned on top
             nn.init.zeros_(self.appearance.bias)
+        self.word_query = nn.Linear(hidden, width) if words else None
+        self.word_norm = nn.LayerNorm(width) if words else None
         self.norm = nn.LayerNorm(hidden)
         self.kind = nn.Embedding(3, hidden)
         self.count = nn.Embedding(MOST_COUNTED + 1, hidden)
@@ -141,7 +148,8 @@ class RegionTokens(nn.Module):
             token = token + self.attribute_embedding(probs)
         order = left_to_right(boxes, area, present)
         image = self._image_tokens(features, valid_sizes.to(dtype), (height, width))
-        return ObjectTokens(self.norm(token), present, order, area / limits[..., :2].prod(-1), image, attribute_logits, probs)
+        queries = None if self.word_query is None else self.word_query(seen)
+        return ObjectTokens(self.norm(token), present, order, area / limits[..., :2].prod(-1), image, attribute_logits, probs, queries)
 
     def select(
         self, objects: ObjectTokens, image_index: Tensor, member: Tensor, beside: Tensor | None = None
@@ -183,13 +191,17 @@ class RegionTokens(nn.Module):
         number = selected.sum(1)
         mean = (tokens[:, image.shape[1] :] * selected).sum(1) / number.clamp(min=1)
         summary = self.summary_to_lm(mean + self.count(number[:, 0].long().clamp(max=MOST_COUNTED)) + among_others)
-        return self.to_lm(tokens) * mask[..., None], mask, summary
+        placed = self.to_lm(tokens)
+        if objects.words is not None and self.word_norm is not None:
+            words = self.word_norm(objects.words[image_index[:, None], source].to(placed.dtype))
+            summary = summary + self.word_norm((words * selected).sum(1) / number.clamp(min=1))
+            placed = placed + F.pad(words, (0, 0, image.shape[1], 0))
+        return placed * mask[..., None], mask, summary
 
     @torch.no_grad()
     def set_token_scale(self, token_scale: float) -> None:
         """Give the tokens and summaries this standard deviation."""
-        for layers in (self.to_lm, self.summary_to_lm):
-            norm = layers[-1]
+        for norm in (self.to_lm[-1], self.summary_to_lm[-1], *([] if self.word_norm is None else [self.word_norm])):
             assert isinstance(norm, nn.LayerNorm)
             norm.weight.fill_(token_scale)
 

@@ -1,0 +1,68 @@
+"""Objects shown by the words that they are called by, which are learned from expressions alone.
+
+Every object gets a probability for each word of the language model's vocabulary, from what is seen of it, and its token shows the mean of
+the words' embeddings. Source: words of captions as weak labels of image regions (Fang et al. 2015, section 3.1). There a region must
+answer for a caption's word, by noisy-or; here it is the objects that an expression means, all alike, and the words compete.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from grex_mllm.errors import fault
+from grex_mllm.models.generators.region_tokens.parts import GenerationPart
+from grex_mllm.models.generators.region_tokens.sets import positions_of
+from grex_mllm.models.generators.region_tokens.tokens import ObjectTokens
+from grex_mllm.models.language_model import embedding_shape, embedding_weight
+from grex_mllm.models.word_bags import bag_loss
+
+
+def check_words(words: int, lm: Any) -> None:
+    """Raise GrexError for a number of words that the language model does not have."""
+    number = embedding_shape(lm)[0]
+    if not 0 <= words <= number:
+        raise fault(f"model.generator.words is {words}", f"0 to {number}, the tokens of the language model", "lower it")
+
+
+def with_words(objects: ObjectTokens, lm: Any, words: int) -> ObjectTokens:
+    """Return the objects with `word_logits`, how much likelier each word is of an object than of any, and `words`, the mean embedding.
+
+    words: the first ids of the vocabulary, which lists frequent ones first; 0 = the objects stay as they are.
+    """
+    if not words or objects.queries is None:
+        return objects
+    table = embeddings(lm, words)
+    names = F.layer_norm(table, table.shape[-1:])
+    objects.word_logits = (objects.queries.float() @ names.T).float() / names.shape[-1] ** 0.5
+    objects.words = objects.word_logits.softmax(-1) @ table
+    return objects
+
+
+def embeddings(lm: Any, words: int) -> Tensor:
+    """Return float32 [words, W]: the embeddings of the first ids."""
+    return lm.get_input_embeddings()(torch.arange(words, device=embedding_weight(lm).device)).float()  # type: ignore[no-any-return]
+
+
+def word_loss(objects: ObjectTokens, part: GenerationPart, eos_id: int) -> Tensor:
+    """Compute `bag_loss` of the G expressions' tokens, without BOS, EOS and what is beyond the words that objects are shown by."""
+    assert objects.word_logits is not None
+    ids, number = part.lm_ids[:, 1:], objects.word_logits.shape[-1]
+    real = part.lm_mask[:, 1:].bool() & (ids != eos_id) & (ids < number) & (part.weight > 0)[:, None]
+    member = torch.zeros(len(ids), objects.tokens.shape[1], dtype=torch.bool, device=ids.device)
+    return bag_loss(objects.word_logits, part.image_index, positions_of(part.target_index, member), ids.clamp(max=number - 1), real)
+
+
+def called_by(counts: Tensor) -> Tensor:
+    """Return the shares [B, N, V] by which words stand for objects of which expressions said them so often; 0 for an object of no word.
+
+    counts: float [B, N, V]. A word counts as often as it is said of an object, times the logarithm of how much likelier it is there than
+    anywhere in the batch (tf-idf); one that is no likelier there does not count.
+    """
+    share = counts / counts.sum(-1, keepdim=True).clamp(min=1e-6)
+    overall = counts.sum((0, 1)) / counts.sum().clamp(min=1e-6)
+    weight = counts * (share / overall.clamp(min=1e-9)).clamp(min=1.0).log()
+    return weight / weight.sum(-1, keepdim=True).clamp(min=1e-6)

@@ -1,0 +1,30 @@
+"""Words without their order: which words of expressions mean an object, learned from expressions alone."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from grex_mllm.ops.losses import shared_count
+
+SMOOTHING = 0.1  # of a word's count in the batch
+
+
+def bag_loss(logits: Tensor, image_index: Tensor, member: Tensor, ids: Tensor, real: Tensor) -> Tensor:
+    """Compute the mean negative log-likelihood of the words of E expressions from the objects that they mean, a scalar.
+
+    A word of an expression may be said of any of its objects, all alike: its probability is their mean. How often a word comes in the batch
+    at all is added to the logits, so that they say how much likelier it is of this object than of any.
+    logits: float [B, N, V].  image_index: int64 [E].  member: bool [E, N], objects that are meant; expressions without any do not count.
+    ids: int64 [E, L].  real: bool [E, L], words that count.
+    """
+    real = real & member.any(1, keepdim=True)
+    often = torch.bincount(ids[real], minlength=logits.shape[-1])
+    logs = (logits.float() + shared_count(often, logits, least=SMOOTHING).log()).log_softmax(-1)
+    every = torch.arange(logs.shape[1], device=logs.device)
+    each = logs[image_index[:, None, None], every[None, :, None], ids[:, None]]  # [E, N, L]
+    counted = member | ~member.any(1, keepdim=True)
+    mean = each.masked_fill(~counted[..., None], -math.inf).logsumexp(1) - counted.sum(1, keepdim=True).log()
+    return -(mean * real).sum() / shared_count(real.sum(), mean)

@@ -1,0 +1,157 @@
+"""Objects called by words: the loss by hand, what tokens show of it, the pre-training's words, and that colours are learned from text."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from test_step import built
+
+from grex_mllm.errors import GrexError
+from grex_mllm.models.generators.region_tokens.words import called_by, embeddings, with_words, word_loss
+from grex_mllm.models.grex import GrexModel
+from grex_mllm.models.word_bags import SMOOTHING, bag_loss
+from grex_mllm.training.pretraining import word_tokens
+from grex_mllm.training.step import Step
+
+
+def test_the_loss_by_hand() -> None:
+    """Two images of two objects, three words; an expression of both objects, one of one, and one of none, which does not count."""
+    known = torch.tensor([[[0.0, 1.0, 0.5], [2.0, 0.0, 0.0]], [[0.3, 0.0, 1.0], [0.0, 0.0, 0.0]]])
+    logits = known.clone().requires_grad_()
+    index = torch.tensor([0, 1, 1])
+    member = torch.tensor([[True, True], [True, False], [False, False]])
+    ids, real = torch.tensor([[1, 0], [2, 1], [0, 0]]), torch.tensor([[True, True], [True, False], [True, True]])
+    got = bag_loss(logits, index, member, ids, real)
+    often = [1.0, 1.0, 1.0]  # words 1 and 0 of the first expression, word 2 of the second
+
+    def chance(image: int, item: int, word: int) -> float:
+        weights = [math.exp(float(value)) * count for value, count in zip(known[image, item], often, strict=True)]
+        return weights[word] / sum(weights)
+
+    first = [(chance(0, 0, word) + chance(0, 1, word)) / 2 for word in (1, 0)]
+    assert got.item() == pytest.approx(-(math.log(first[0]) + math.log(first[1]) + math.log(chance(1, 0, 2))) / 3, rel=1e-5)
+    got.backward()
+    assert logits.grad is not None and not logits.grad[1, 1].any() and logits.grad[0].any()
+
+
+def test_words_that_come_often_are_no_news() -> None:
+    """With logits of zero each word is as likely as it comes in the batch: the loss is the entropy of the batch's words."""
+    ids = torch.tensor([[0, 0, 0, 1]])
+    got = bag_loss(torch.zeros(1, 1, 5), torch.zeros(1, dtype=torch.int64), torch.ones(1, 1, dtype=torch.bool), ids, ids >= 0)
+    total = 4 + 3 * SMOOTHING
+    assert got.item() == pytest.approx(-(3 * math.log(3 / total) + math.log(1 / total)) / 4, rel=1e-5)
+
+
+def test_a_batch_without_any_target_gives_zero_with_gradients() -> None:
+    logits = torch.randn(2, 3, 4, requires_grad=True)
+    nothing = torch.zeros(2, 3, dtype=torch.bool)
+    loss = bag_loss(logits, torch.tensor([0, 1]), nothing, torch.zeros(2, 5, dtype=torch.int64), torch.ones(2, 5, dtype=torch.bool))
+    loss.backward()
+    assert loss == 0 and logits.grad is not None and not logits.grad.any()
+
+
+def test_what_is_said_of_all_objects_stands_for_none() -> None:
+    """ "the" of both, "red" of the first, "star" of the second twice: the first is called red, the second star."""
+    counts = torch.tensor([[[2.0, 1.0, 0.0], [2.0, 0.0, 2.0], [0.0, 0.0, 0.0]]])
+    shares = called_by(counts)
+    red, star = math.log((1 / 3) / (1 / 7)), 2 * math.log((2 / 4) / (2 / 7))
+    the = 2 * math.log((2 / 3) / (4 / 7))
+    torch.testing.assert_close(shares[0, 0], torch.tensor([the, red, 0.0]) / (the + red))
+    torch.testing.assert_close(shares[0, 1], torch.tensor([0.0, 0.0, star]) / star)
+    assert not shares[0, 2].any()
+
+
+def test_tokens_show_their_words_and_nobody_elses(tmp_path: Path) -> None:
+    model, batches = built("words", tmp_path)
+    batch, generator = batches.at(0), model.generator.eval()
+    maps = model.grounding.language_free(model.grounding.encode_image(batch.image, batch.input_sizes))
+    drawn: dict[str, Any] = {"valid_sizes": torch.tensor(batch.input_sizes), "instance_boxes_norm": batch.instance_boxes_norm}
+    part = batch.generation
+    objects = generator.objects(maps, batch.instance_masks, drawn["valid_sizes"], batch.instance_boxes_norm)
+    assert objects.word_logits is not None and objects.words is not None
+    table = embeddings(generator.lm, 280)
+    torch.testing.assert_close(objects.words, objects.word_logits.softmax(-1) @ table)
+    counts = [len(m) for m in batch.instance_masks]
+    before = generator.arrange(objects, counts, part.image_index, part.target_index)
+    image = int(part.image_index[0])
+    objects.words = objects.words.clone()
+    objects.words[image, part.target_index[0][0]] += 1.0 * torch.randn(table.shape[1])
+    after = generator.arrange(objects, counts, part.image_index, part.target_index)
+    moved = (after.embeds - before.embeds).abs().amax(-1) > 1e-6
+    same_image = part.image_index == image
+    assert moved[0].sum() == 1 and moved[same_image].any(1).all() and not moved[~same_image].any()
+    meant = torch.tensor(
+        [i and part.target_index[0][0].item() in t.tolist() for i, t in zip(same_image.tolist(), part.target_index, strict=True)]
+    )
+    assert torch.equal((after.summary - before.summary).abs().amax(-1) > 1e-6, meant)
+
+
+def test_only_words_of_the_vocabulary_s_beginning_count(tmp_path: Path) -> None:
+    model, batches = built("words", tmp_path)
+    part, lm = batches.at(0).generation, model.generator.lm
+    objects = SimpleNamespace(queries=torch.randn(4, 12, 16), tokens=torch.zeros(4, 12, 16), word_logits=None, words=None)
+    with_words(objects, lm, 40)  # type: ignore[arg-type]
+    assert objects.word_logits.shape == (4, 12, 40)
+    eos = model.generator.tokenizer.eos_id
+    ids = part.lm_ids.clone()
+    loss = word_loss(objects, part, eos)  # type: ignore[arg-type]
+    ids[:, 1:][(ids[:, 1:] >= 40)] = 41
+    assert word_loss(objects, part._replace(lm_ids=ids), eos) == loss  # type: ignore[arg-type]
+    with pytest.raises(GrexError, match=r"model\.generator\.words is 999; expected 0 to \d+"):
+        built("generate", tmp_path / "more", model__generator__words=999)
+
+
+def test_the_pre_training_shows_what_expressions_say(tmp_path: Path) -> None:
+    """An object of one expression alone shows that expression's words; one that none means shows nothing."""
+    model, batches = built("words", tmp_path)
+    batch, generator = batches.at(0), model.generator
+    objects = word_tokens(generator, batch)
+    assert objects.words is not None and objects.tokens.shape[:2] == objects.words.shape[:2]
+    named = torch.zeros(objects.words.shape[:2], dtype=torch.bool)
+    for image, targets in zip(batch.image_index.tolist(), batch.target_index, strict=True):
+        named[image, targets] = True
+    assert named.any() and not named.all() and not objects.words[~named].any() and objects.words[named].any(-1).any()
+
+
+def test_regions_learn_words_from_their_targets_alone(tmp_path: Path) -> None:
+    model, batches = built("words", tmp_path)
+    batch, step = batches.at(0), Step(model, model.config).train()
+    terms = step(batch, 1.0)
+    assert terms["ground/words"] > 0 and terms["generate/words"] > 0
+    model.zero_grad()
+    terms["ground/words"].backward()
+    part = model.grounding.decoder.image_part
+    assert part.word.weight.grad.any() and not [p for p in model.grounding.text.parameters() if p.grad is not None and p.grad.any()]
+
+
+def test_neither_part_has_words_unless_asked_for(tmp_path: Path) -> None:
+    without, (with_them, _) = built("generate", tmp_path)[0], built("words", tmp_path / "words")
+    regions, tokens = "grounding.decoder.image_part", "generator.region_tokens"
+    new = {f"{regions}.word", f"{regions}.called", f"{tokens}.word_query", f"{tokens}.word_norm"}
+    assert {name.rpartition(".")[0] for name in with_them.saved_state().keys() ^ without.saved_state().keys()} == new
+    with_them.save_pretrained(tmp_path / "model")
+    again = GrexModel.from_pretrained(tmp_path / "model")
+    assert again.config.model.decoder.words == 250 and again.config.model.generator.words == 280
+
+
+def test_colours_are_learned_from_expressions_alone() -> None:
+    """Three objects of three colours, two expressions each for pairs of them and for one: the words fall to the right objects."""
+    torch.manual_seed(0)
+    red, green, blue, the = range(4)
+    logits = torch.zeros(1, 3, 4, requires_grad=True)
+    sets = [([0], [the, red]), ([1, 2], [green, blue]), ([0, 1], [the, red, green]), ([2], [the, blue])]
+    member, ids, real = torch.zeros(4, 3, dtype=torch.bool), torch.zeros(4, 3, dtype=torch.int64), torch.zeros(4, 3, dtype=torch.bool)
+    for row, (targets, words) in enumerate(sets):
+        member[row, targets] = True
+        ids[row, : len(words)], real[row, : len(words)] = torch.tensor(words), True
+    optimizer = torch.optim.Adam([logits], lr=0.1)
+    for _ in range(200):
+        optimizer.zero_grad()
+        bag_loss(logits, torch.zeros(4, dtype=torch.int64), member, ids, real).backward()
+        optimizer.step()
+    assert logits[0, :, :3].argmax(-1).tolist() == [red, green, blue]
