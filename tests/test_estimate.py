@@ -184,6 +184,20 @@ def test_counts_equal_those_of_a_real_step() -> None:
     assert operations.get_total_flops() == pytest.approx(found.forward_flops, rel=0.02)
 
 
+def test_options_of_the_joint_training_are_counted() -> None:
+    """Words add their weights, a round trip a second pass of the language model; among found objects, nothing is found by shapes."""
+    found = []
+    for words, share, trip in ((0, 0.0, 0.0), (50, 0.5, 1.0)):
+        config = load_config(ROOT / "configs" / "demo.yaml")
+        config.model.decoder.words = config.model.generator.words = words
+        config.model.generator.found_share, config.loss.round_trip, config.loss.generate_start = share, trip, 0.0
+        found.append(count(config, Load(2, objects=3, tokens=6), device="cpu", precision="fp32"))
+    plain, more = found
+    width = config.model.decoder.width  # as wide as the projector and the language model
+    assert more.gradients - plain.gradients == 4 * ((width**2 + width) + 2 * width + (width * 50 + 50) + 50 * width)
+    assert more.forward_flops > plain.forward_flops and more.peak > plain.peak
+
+
 @pytest.mark.long
 def test_bfloat16_needs_less_than_float32() -> None:
     config = small()

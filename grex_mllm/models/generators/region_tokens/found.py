@@ -34,9 +34,11 @@ def among_found(proposals: Proposals, batch: Batch, part: GenerationPart, share:
 def found_masks(proposals: Proposals, image: int, size: tuple[int, int]) -> Tensor:
     """Return bool [M, H, W]: the proposals of an image that are sure and not empty, surest first. size: H, W of the network input."""
     scores, order = proposals.scores[image].sort(descending=True)
-    logits = proposals.mask_logits[image][order[scores >= SURE]][None].float()
-    found = F.interpolate(logits, size=size, mode="bilinear", align_corners=False)[0] > 0 if logits.shape[1] else logits[0].bool()
-    return found[found.flatten(1).any(1)] if len(found) else found.new_zeros(0, *size)
+    sure = [int(place) for place, score in zip(order, scores, strict=True) if float(score) >= SURE]
+    if not sure:
+        return torch.zeros(0, *size, dtype=torch.bool, device=scores.device)
+    found = F.interpolate(proposals.mask_logits[image][sure][None].float(), size=size, mode="bilinear", align_corners=False)[0] > 0
+    return found[found.flatten(1).any(1)]
 
 
 def others(found: Tensor, selected: Tensor) -> Tensor:
