@@ -32,7 +32,6 @@ VARIANTS: dict[str, list[str]] = {
     "words": WORDS,
     "round_trip": ["--loss.round_trip=3.0"],
     "found": ["--model.generator.found_share=0.5"],
-    "mined": ["--data.sources.synthetic.mined_share=0.5"],
     "image_grid": ["--model.generator.image_grid=4"],
 }
 MEASURES = {  # column -> place in results.json, strict protocol

@@ -86,7 +86,6 @@ def check_config(config: SyntheticConfig) -> None:
         ("min_visible", config.min_visible, 0.1 <= config.min_visible <= 1.0, "0.1 to 1"),
         ("noise", config.noise, 0 <= config.noise <= 14, "0 to 14 grey levels"),
         ("no_target_share", config.no_target_share, 0.0 <= config.no_target_share < 1.0, "0 up to, but not, 1"),
-        ("mined_share", config.mined_share, 0.0 <= config.mined_share <= 1.0, "0 to 1"),
         ("seed", config.seed, config.seed >= 0, "0 or more"),
     ]
     for name, value, holds, expected in checks:

@@ -19,7 +19,6 @@ class SyntheticConfig:
     min_visible: float = 0.45
     noise: int = 10
     no_target_share: float = 0.22
-    mined_share: float = 0.0  # of the no-target expressions in training: taken from other scenes, see `mining.py`
     easy_share: float = 0.0  # first part of the training in which the easy kinds come more often
     held_out: list[str] = field(
         default_factory=lambda: ["red star", "blue triangle", "green ring", "yellow square", "purple circle", "orange cross", "dotted bar"]

@@ -12,7 +12,6 @@ from grex_mllm.data.synthetic.dataset import SyntheticDataset, corpus
 from grex_mllm.data.synthetic.export import NUM_SCENES, export_once
 from grex_mllm.data.synthetic.expressions import KINDS
 from grex_mllm.data.synthetic.meaning import scene_from_record
-from grex_mllm.data.synthetic.mining import mine
 from grex_mllm.data.synthetic.settings import SyntheticConfig as Config
 from grex_mllm.types import Sample
 
@@ -22,7 +21,6 @@ ENDLESS = 1 << 40
 PRETRAINING_OFFSET = 1 << 37  # a pre-training sees other scenes
 EASY = ("category", "attribute", "shared_attribute", "separate_attributes", "extreme", "negation")
 CANONICAL_SHARE = 0.9  # of the expressions that the generator learns from
-MINED_FROM = 3  # scenes, those that follow
 EASY_WEIGHT = 3.0  # how much more often they come than the rest in the first part
 
 
@@ -38,11 +36,7 @@ class TrainingStream:
         return ENDLESS
 
     def __getitem__(self, position: int) -> Sample:
-        scenes = self.easy if position < self.easy_positions else self.full
-        sample = scenes[self.offset + position]
-        if self.full.config.mined_share > 0:
-            others = [record for n in range(1, MINED_FROM + 1) for record in scenes[self.offset + position + n].expressions]
-            mine(sample, others, self.full.config.mined_share, position)
+        sample = (self.easy if position < self.easy_positions else self.full)[self.offset + position]
         if self.canonical_share > 0:
             _make_canonical(sample, self.canonical_share, position)
         return sample
