@@ -2,7 +2,8 @@
 
 It stands in for what a pre-trained language model brings along: first lines of text, then attribute pre-training, which is reading a list
 of things with their attributes and places, and telling some of them from the others. Objects enter as they later do from an image, with
-their true attributes in place of those that are recognised. The joint training then freezes the language model's base.
+their true attributes, or without attributes the words of the expressions that mean them, in place of those that are recognised. The joint
+training then freezes the language model's base.
 """
 
 from __future__ import annotations
@@ -36,7 +37,8 @@ TEXT_LINES = 20_000
 
 @dataclass
 class Config:
-    """Steps and learning rate. The attribute pre-training needs data with attributes and model.generator.attribute_classes."""
+    """Steps and learning rate. The attribute pre-training needs model.generator.attribute_classes, and data with attributes, or
+    model.generator.words."""
 
     name: str = "tiny_lm"
     steps: int = 0  # batches of lines of text; 0 = none
@@ -52,7 +54,7 @@ def stages(config: WholeConfig, make_batches: Callable[[int, int], BatchSource])
     make_batches: (expressions of an image, number of batches) -> batches of other images than the joint training sees, where data is drawn.
 
     Raises:
-        GrexError: a generator without a tiny language model, or one that knows no attributes.
+        GrexError: a generator without a tiny language model, or one that knows neither attributes nor words of objects.
     """
     own: Config = config.train.pretraining
     generator = config.model.generator
