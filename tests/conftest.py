@@ -11,6 +11,8 @@ from typing import Any
 
 import pytest
 
+os.environ.setdefault("HF_HUB_OFFLINE", "1")  # a name that is no folder fails at once, without asking a hub again and again
+
 ROOT = Path(__file__).resolve().parent.parent
 BROWSER_FLAGS = ["--headless", "--no-sandbox", "--disable-gpu", "--disable-background-networking"]
 # Files that take long for few tests: first, so that no process is left with one of them at the end.

@@ -189,6 +189,9 @@ def test_options_of_the_joint_training_are_counted() -> None:
     found = []
     for words, share, trip in ((0, 0.0, 0.0), (50, 0.5, 1.0)):
         config = load_config(ROOT / "configs" / "demo.yaml")
+        config.model.decoder.image_layers = config.model.decoder.language_layers = 1
+        config.model.text.num_layers = config.model.generator.num_layers = 1
+        config.model.generator.max_new_tokens, config.data.image_size = 2, 64
         config.model.decoder.words = config.model.generator.words = words
         config.model.generator.found_share, config.loss.round_trip, config.loss.generate_start = share, trip, 0.0
         found.append(count(config, Load(2, objects=3, tokens=6), device="cpu", precision="fp32"))
