@@ -9,10 +9,13 @@ import numpy as np
 import pytest
 import torch
 from test_step import built
+from tiny import tiny_config
 
+from grex_mllm.errors import GrexError
 from grex_mllm.models.describe import _others
 from grex_mllm.models.generators.region_tokens.found import among_found, found_masks, others
 from grex_mllm.models.generators.region_tokens.parts import GenerationPart
+from grex_mllm.training.combinations import check_combinations
 from grex_mllm.training.step import Step
 from grex_mllm.types import Proposals
 
@@ -63,6 +66,24 @@ def test_of_the_chosen_images_the_found_stand_beside_and_of_the_others_the_label
     assert [len(each) for each in boxes] == [5, 1]
     # the labelled object 0 stands there as it was found (2), what was found of the target itself (3) does not
     assert [each.tolist() for each in beside] == [[2, 4], [0]]
+
+
+def test_validation_has_the_labelled_objects_beside_a_set(tmp_path: Path) -> None:
+    model, batches = built("found", tmp_path)
+    step = Step(model, model.config)
+    with torch.no_grad():
+        wanted = step.eval()(batches.at(0), 1.0)["generate/lm"]
+        model.generator.reads_proposals = False
+        assert step.eval()(batches.at(0), 1.0)["generate/lm"] == wanted
+
+
+def test_what_cannot_be_is_refused() -> None:
+    writing = {"model__generator__lm": "tiny", "model__generator__found_share": 0.5}
+    check_combinations(tiny_config(**writing))
+    with pytest.raises(GrexError, match=r"found_share is 0\.5 with model\.decoder\.name rela"):
+        check_combinations(tiny_config(**writing, model__decoder__name="rela"))
+    with pytest.raises(GrexError, match=r"found_share is 1\.5; expected a share from 0 to 1"):
+        check_combinations(tiny_config(**{**writing, "model__generator__found_share": 1.5}))
 
 
 def test_a_step_among_found_objects_reaches_every_weight(tmp_path: Path) -> None:

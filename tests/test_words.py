@@ -10,11 +10,13 @@ from typing import Any
 import pytest
 import torch
 from test_step import built
+from tiny import tiny_config
 
 from grex_mllm.errors import GrexError
 from grex_mllm.models.generators.region_tokens.words import called_by, embeddings, with_words, word_loss
 from grex_mllm.models.grex import GrexModel
 from grex_mllm.models.word_bags import SMOOTHING, bag_loss
+from grex_mllm.training.combinations import check_combinations
 from grex_mllm.training.pretraining import word_tokens
 from grex_mllm.training.step import Step
 
@@ -107,15 +109,39 @@ def test_only_words_of_the_vocabulary_s_beginning_count(tmp_path: Path) -> None:
 
 
 def test_the_pre_training_shows_what_expressions_say(tmp_path: Path) -> None:
-    """An object of one expression alone shows that expression's words; one that none means shows nothing."""
+    """The words of each object are those of the expressions that mean it, an expression's shared by its targets; nobody's show nothing."""
     model, batches = built("words", tmp_path)
     batch, generator = batches.at(0), model.generator
     objects = word_tokens(generator, batch)
-    assert objects.words is not None and objects.tokens.shape[:2] == objects.words.shape[:2]
-    named = torch.zeros(objects.words.shape[:2], dtype=torch.bool)
-    for image, targets in zip(batch.image_index.tolist(), batch.target_index, strict=True):
-        named[image, targets] = True
-    assert named.any() and not named.all() and not objects.words[~named].any() and objects.words[named].any(-1).any()
+    counts = torch.zeros(*objects.tokens.shape[:2], 280)
+    for image, targets, text in zip(batch.image_index.tolist(), batch.target_index, batch.expressions, strict=True):
+        for word in generator.tokenizer.encode([text])[0][0, 1:-1].tolist():
+            if word < 280:
+                counts[image, targets, word] += 1.0 / max(1, len(targets))
+    assert (counts.sum(-1) > 0).any() and not (counts.sum(-1) > 0).all()
+    torch.testing.assert_close(objects.words, called_by(counts) @ embeddings(generator.lm, 280))
+
+
+def test_language_reads_the_words_of_regions(tmp_path: Path) -> None:
+    """Other words of a region are another answer, though its own feature, box and mask stay."""
+    model, batches = built("words", tmp_path)
+    batch, grounding = batches.at(0), model.grounding.eval()
+    part = grounding.decoder.image_part
+
+    def answer() -> torch.Tensor:
+        with torch.no_grad():
+            return grounding(batch.image, batch.image_index, batch.text_ids, batch.text_mask, batch.input_sizes).no_target_logits
+
+    before = answer()
+    with torch.no_grad():
+        part.word.weight.copy_(part.word.weight.flip(0))
+    assert (answer() - before).abs().max() > 1e-6
+
+
+def test_what_cannot_be_is_refused() -> None:
+    for number in (-1, 301):
+        with pytest.raises(GrexError, match=rf"model\.decoder\.words is {number}; expected 0 to 300"):
+            check_combinations(tiny_config(model__decoder__words=number))
 
 
 def test_regions_learn_words_from_their_targets_alone(tmp_path: Path) -> None:

@@ -2,7 +2,7 @@
 
 Self-critical sequence training (Rennie et al. 2017): for every set one expression is drawn from the generator, and its likelihood rises by
 as much as the model's own grounding picks out the set better from it than from the greedy expression, or falls by as much as it does worse.
-Only the generator learns from it: the grounding listens as it is.
+The grounding listens as it is: its text encoder and its decoder learn nothing from it; what the generator reads, the image's maps, does.
 """
 
 from __future__ import annotations

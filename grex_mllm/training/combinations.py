@@ -64,6 +64,7 @@ def _check_encoder(config: Config) -> None:
 
 def _check_generation(config: Config) -> None:
     _check_partitions(config)
+    _check_found(config)
     if config.data.num_generation_targets < 1:
         raise fault(
             f"data.num_generation_targets is {config.data.num_generation_targets} with a generator",
@@ -75,6 +76,18 @@ def _check_generation(config: Config) -> None:
             f"loss.generate_start is {config.loss.generate_start:g}",
             "a share of the training from 0 to below 1",
             "lower it: the generator would learn nothing",
+        )
+
+
+def _check_found(config: Config) -> None:
+    share = getattr(config.model.generator, "found_share", 0.0)
+    if not 0 <= share <= 1:
+        raise fault(f"model.generator.found_share is {share:g}", "a share from 0 to 1", "fix it")
+    if share and not hasattr(entry("model.decoder", config.model.decoder.name).Decoder, "proposals"):
+        raise fault(
+            f"model.generator.found_share is {share:g} with model.decoder.name {config.model.decoder.name}",
+            "a decoder that finds objects without an expression",
+            "set it to 0, or choose instance_selection",
         )
 
 

@@ -77,7 +77,8 @@ def stages(config: WholeConfig, make_batches: Callable[[int, int], BatchSource])
         found.append(Stage("language model on text", own.steps, partial(_learn_text, config, lines)))
     if own.scenes:
         batches = make_batches(own.num_generation_targets, own.scenes)
-        found.append(Stage("attribute pre-training", own.scenes, partial(pretrain_on_attributes, config, batches)))
+        name = "attribute pre-training" if generator.attribute_classes else "word pre-training"
+        found.append(Stage(name, own.scenes, partial(pretrain_on_attributes, config, batches)))
     return found
 
 

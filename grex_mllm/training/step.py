@@ -82,7 +82,7 @@ class Step(nn.Module):
         if self.model.contrast is not None:
             sets = self.model.generator.set_features(grounding.language_free(features), batch)
             terms["contrast"] = self.model.contrast(sets, text.tokens[:, 0], batch.image_index, batch.target_index)
-        if self.loss.round_trip > 0 and progress >= max(self.loss.round_trip_start, self.loss.generate_start):
+        if self.training and self.loss.round_trip > 0 and progress >= max(self.loss.round_trip_start, self.loss.generate_start):
             terms["round_trip"] = round_trip(self.model, grounding.language_free(features), batch)
         return terms
 

@@ -218,11 +218,14 @@ class InstanceSelection(nn.Module):
 
     @staticmethod
     def check(model: Any) -> None:
-        """Refuse an image encoder that fuses language.
+        """Refuse an image encoder that fuses language, and more words than the text encoder has.
 
         Raises:
             GrexError: names both settings.
         """
+        words, known = model.decoder.words, model.text.vocab_size
+        if words < 0 or (words > known and model.text.path is None):
+            raise fault(f"model.decoder.words is {words}", f"0 to {known}, the text encoder's vocabulary", "change it")
         if model.vision.fusion != "none":
             raise fault(
                 f"model.vision.fusion is {model.vision.fusion} with model.decoder.name {model.decoder.name}",

@@ -159,7 +159,7 @@ class RegionTokenGenerator(nn.Module):
             ids, mask, index, targets, weight = part
             part = GenerationPart(ids[:1], mask[:1], index[:1], targets[:1], torch.zeros_like(weight[:1]))
         masks, boxes, beside = batch.instance_masks, batch.instance_boxes_norm, None
-        if proposals is not None:
+        if proposals is not None and self.training:
             masks, boxes, beside = among_found(proposals, batch, part, self.cfg.found_share)
         out = self.likelihood(
             features,
