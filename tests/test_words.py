@@ -155,6 +155,17 @@ def test_regions_learn_words_from_their_targets_alone(tmp_path: Path) -> None:
     assert part.word.weight.grad.any() and not [p for p in model.grounding.text.parameters() if p.grad is not None and p.grad.any()]
 
 
+def test_words_are_learned_from_the_beginning(tmp_path: Path) -> None:
+    """Before the expressions are learned, too, and from all of them: in evaluation mode the loss is the same early and late."""
+    model, batches = built("words", tmp_path, loss__generate_start=0.5)
+    batch, step = batches.at(0), Step(model, model.config).eval()
+    early, late = step(batch, 0.0), step(batch, 1.0)
+    assert "generate/lm" not in early and early["generate/words"] > 0
+    torch.testing.assert_close(early["generate/words"], late["generate/words"])
+    early["generate/total"].backward()
+    assert model.generator.region_tokens.word_query.weight.grad.any()
+
+
 def test_neither_part_has_words_unless_asked_for(tmp_path: Path) -> None:
     without, (with_them, _) = built("generate", tmp_path)[0], built("words", tmp_path / "words")
     regions, tokens = "grounding.decoder.image_part", "generator.region_tokens"

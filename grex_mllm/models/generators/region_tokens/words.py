@@ -51,7 +51,7 @@ def word_loss(objects: ObjectTokens, part: GenerationPart, eos_id: int) -> Tenso
     """Compute `bag_loss` of the G expressions' tokens, without BOS, EOS and what is beyond the words that objects are shown by."""
     assert objects.word_logits is not None
     ids, number = part.lm_ids[:, 1:], objects.word_logits.shape[-1]
-    real = part.lm_mask[:, 1:].bool() & (ids != eos_id) & (ids < number) & (part.weight > 0)[:, None]
+    real = part.lm_mask[:, 1:].bool() & (ids != eos_id) & (ids < number)
     member = torch.zeros(len(ids), objects.tokens.shape[1], dtype=torch.bool, device=ids.device)
     return bag_loss(objects.word_logits, part.image_index, positions_of(part.target_index, member), ids.clamp(max=number - 1), real)
 
