@@ -87,7 +87,7 @@ def _check_found(config: Config) -> None:
         raise fault(
             f"model.generator.found_share is {share:g} with model.decoder.name {config.model.decoder.name}",
             "a decoder that finds objects without an expression",
-            "set it to 0, or choose instance_selection",
+            "set it to 0, or choose another decoder",
         )
 
 
