@@ -5,11 +5,35 @@ from __future__ import annotations
 import math
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from grex_mllm.ops.losses import shared_count
 
 SMOOTHING = 0.1  # of a word's count in the batch
+
+
+class WordList(nn.Module):
+    """Which tokens of a tokenizer count as words: its first ids, until `choose` takes those that a training says most. Saved with the model.
+
+    ids: int64 [V], ascending.
+    """
+
+    ids: Tensor
+
+    def __init__(self, number: int) -> None:
+        super().__init__()
+        self.register_buffer("ids", torch.arange(number))
+
+    def choose(self, counts: Tensor) -> None:
+        """Take the tokens that come most often. counts: [size of the vocabulary] of all tokens; of equals, the first ones."""
+        best = counts.sort(descending=True, stable=True).indices[: len(self.ids)]
+        self.ids.copy_(best.sort().values)
+
+
+def places_of(ids: Tensor, listed: Tensor) -> tuple[Tensor, Tensor]:
+    """Return where ids of any shape stand in an ascending list, int64, and which of them are there, bool; the others get a valid place."""
+    places = torch.searchsorted(listed, ids).clamp(max=len(listed) - 1)
+    return places, listed[places] == ids
 
 
 def bag_loss(logits: Tensor, image_index: Tensor, member: Tensor, ids: Tensor, real: Tensor) -> Tensor:

@@ -24,6 +24,7 @@ from grex_mllm.errors import fault
 from grex_mllm.models.generators.region_tokens.tokens import ObjectTokens, RegionTokens, geometry_code, left_to_right
 from grex_mllm.models.generators.region_tokens.words import called_by, embeddings
 from grex_mllm.models.grex import GrexModel
+from grex_mllm.models.word_bags import places_of
 from grex_mllm.precision import autocast, resolve_precision
 from grex_mllm.training.batches import BatchSource, stream
 from grex_mllm.training.lm import train_language_model
@@ -153,15 +154,16 @@ def word_tokens(generator: Any, batch: Batch) -> ObjectTokens:
 
     An expression's words are shared by its targets.
     """
-    tokens, masks, words = generator.region_tokens, [m.bool() for m in batch.instance_masks], generator.cfg.words
+    tokens, masks, listed = generator.region_tokens, [m.bool() for m in batch.instance_masks], generator.words.ids.cpu()
     ids, mask = generator.tokenizer.encode(batch.expressions)
     objects = placed_tokens(tokens, masks)
-    counts = torch.zeros(len(masks), objects.tokens.shape[1], words)
+    counts = torch.zeros(len(masks), objects.tokens.shape[1], len(listed))
     for image, targets, row, real in zip(batch.image_index.tolist(), batch.target_index, ids[:, 1:], mask[:, 1:], strict=True):
-        said = row[(real > 0) & (row != generator.tokenizer.eos_id) & (row < words)]
+        places, known = places_of(row, listed)
+        said = places[(real > 0) & (row != generator.tokenizer.eos_id) & known]
         for target in targets.tolist():
             counts[image, target].index_add_(0, said, torch.full((len(said),), 1.0 / len(targets)))
-    objects.words = called_by(counts).to(objects.tokens.device) @ embeddings(generator.lm, words)
+    objects.words = called_by(counts).to(objects.tokens.device) @ embeddings(generator.lm, listed)
     return objects
 
 

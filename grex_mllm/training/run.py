@@ -36,6 +36,7 @@ from grex_mllm.training.stages import Stage
 from grex_mllm.training.start import adopt_start, describe_new, start_from
 from grex_mllm.training.step import GENERATE, Step, tasks_of
 from grex_mllm.training.validation import Repeated, Subset, Validation
+from grex_mllm.training.word_choice import choose_words
 from grex_mllm.types import Batch, Sample
 from grex_mllm.writing import whole_folder
 
@@ -63,6 +64,7 @@ def train_from_config(
         model = GrexModel(config, *tokenizers)
     if is_main_process() and hasattr(model.generator, "lm"):
         print(describe_base(model.generator.lm))
+    choose_words(model, config, *tokenizers)
     if config.train.start is not None:
         print(f"started from {config.train.start}; {describe_new(start_from(model, config.train.start))}")
     batches = batch_stream(config, samples, *tokenizers, generates=generates)

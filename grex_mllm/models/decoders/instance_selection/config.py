@@ -49,6 +49,6 @@ class InstanceSelectionConfig:
     # predicted number of best regions, as of the boxes; regions that repeat a surer one are left out of both)
     answer: str = "threshold"
     attribute_classes: dict[str, int] = field(default_factory=dict)  # scene metadata: name -> number of classes; {} = none used
-    # of the text encoder's first ids, those that regions learn to be called by, from expressions alone, and that language reads; 0 = none
+    # tokens that regions learn to be called by, from expressions alone, and that language reads: those that training says most; 0 = none
     words: int = 0
     loss: InstanceLossConfig = field(default_factory=InstanceLossConfig)

@@ -15,7 +15,7 @@ from torch.nn import functional as F
 from grex_mllm.models.decoders.instance_selection.config import InstanceSelectionConfig
 from grex_mllm.models.decoders.instance_selection.regions import Regions, box_area, gather, grid_boxes
 from grex_mllm.models.hard_examples import HardConfig, check_hard, hardest_masks, pixel_losses
-from grex_mllm.models.word_bags import bag_loss
+from grex_mllm.models.word_bags import bag_loss, places_of
 from grex_mllm.ops.losses import count_cross_entropy, focal_sum, giou_each, matched_boxes, shared_count
 from grex_mllm.ops.matching import match
 from grex_mllm.types import Batch, GroundingOutput
@@ -107,12 +107,12 @@ def attribute_terms(regions: Regions, batch: Batch, owner: Tensor) -> dict[str, 
 
 def word_terms(regions: Regions, batch: Batch, owner: Tensor) -> dict[str, Tensor]:
     """Return `bag_loss` of the expressions' words from the kept regions that stand for their targets; nothing without words."""
-    if regions.word_logits is None:
+    if regions.word_logits is None or regions.word_ids is None:
         return {}
-    number, owners = regions.word_logits.shape[-1], owner[batch.image_index]
+    owners = owner[batch.image_index]
     member = torch.stack([torch.isin(row, targets) for row, targets in zip(owners, batch.target_index, strict=True)])
-    real, ids = batch.text_mask.bool() & (batch.text_ids < number), batch.text_ids.clamp(max=number - 1)
-    return {"words": bag_loss(regions.word_logits, batch.image_index, member, ids, real)}
+    ids, listed = places_of(batch.text_ids, regions.word_ids[0])
+    return {"words": bag_loss(regions.word_logits, batch.image_index, member, ids, batch.text_mask.bool() & listed)}
 
 
 def selection_terms(output: GroundingOutput, batch: Batch, owner: Tensor) -> dict[str, Tensor]:

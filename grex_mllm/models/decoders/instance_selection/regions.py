@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from grex_mllm.models.decoders.instance_selection.config import InstanceSelectionConfig
+from grex_mllm.models.word_bags import WordList
 from grex_mllm.ops.attention import attend, split_heads
 from grex_mllm.types import PixelFeatures
 
@@ -34,6 +35,7 @@ class Regions(NamedTuple):
     objectness: float [B, K].  boxes_norm: float [B, K, 4].  mask_embeddings: float [B, K, M].  mask_map: float [B, M, H, W].
     features: float [B, K, C].  geometry: float [B, K, K, G] of the final boxes.  attribute_logits: name -> float [B, K, classes].
     word_logits: float [B, K, V], how much likelier each word is of a region than of any; the features hold them; None without words.
+    word_ids: int64 [B, V], the tokens that these words are, the same for every image.
     """
 
     heat_logits: Tensor
@@ -48,6 +50,7 @@ class Regions(NamedTuple):
     geometry: Tensor
     attribute_logits: dict[str, Tensor]
     word_logits: Tensor | None = None
+    word_ids: Tensor | None = None
 
     def masks(self) -> Tensor:
         """Return the final mask logits float32 [B, K, H, W]."""
@@ -138,6 +141,7 @@ class ImagePart(nn.Module):
         )
         self.mask_map = nn.Conv2d(mask_width, mask_channels * self.upsample**2, 3, padding=1)
         self.attributes = nn.ModuleDict({name: nn.Linear(channels, n) for name, n in config.attribute_classes.items()})
+        self.words = WordList(config.words) if config.words else None
         self.word = nn.Linear(channels, config.words) if config.words else None
         self.called = nn.Linear(config.words, channels, bias=False) if config.words else None
 
@@ -169,12 +173,13 @@ class ImagePart(nn.Module):
         mask_map = self.mask_map(finest)
         mask_map = F.pixel_shuffle(mask_map, self.upsample) if self.upsample > 1 else mask_map
         attributes = {name: precise(head(normed)) for name, head in self.attributes.items()}
-        words, features = None, normed
-        if self.word is not None and self.called is not None:
+        words, word_ids, features = None, None, normed
+        if self.words is not None and self.word is not None and self.called is not None:
+            word_ids = self.words.ids.expand(len(normed), -1)
             words = precise(self.word(normed))
             features = normed + self.called(words.softmax(dim=-1).to(normed.dtype))
         geometry = pair_geometry(boxes)
-        return Regions(heat, cell_boxes, size, kept, objectness, all_boxes, embeddings, mask_map, features, geometry, attributes, words)
+        return Regions(heat, cell_boxes, size, kept, objectness, all_boxes, embeddings, mask_map, features, geometry, attributes, words, word_ids)
 
     def _best(self, heat: Tensor, size: tuple[int, int]) -> Tensor:
         """Return int64 [B, K]: the best cells, those that top their neighbours first."""

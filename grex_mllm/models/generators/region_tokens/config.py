@@ -27,7 +27,7 @@ class RegionTokensConfig(AdaptedConfig):
     max_distractors: int = 16  # the largest ones
     distractor_dropout: float = 0.0  # share of training sets that hide them: in use, the other objects may be unknown
     found_share: float = 0.0  # share of training images in which the others are those that the decoder finds, as in use
-    words: int = 0  # of the tokenizer's first ids, those that objects are shown by, learned from expressions alone (`words.py`); 0 = none
+    words: int = 0  # tokens that objects are shown by, those that training says most, learned from expressions alone (`words.py`); 0 = none
     word_loss: float = 3.0  # their weight
     shape_side: int = 8  # the mask inside its box as a shape_side x shape_side picture; 0 = none
     context_layers: int = 0  # self-attention among the tokens of an object set before the LM

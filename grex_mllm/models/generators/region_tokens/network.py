@@ -38,6 +38,7 @@ from grex_mllm.models.lm_framing import PLACE, Frame, chat_frame, plain_frame, t
 from grex_mllm.models.lm_loss import token_losses
 from grex_mllm.models.lm_packing import Shared
 from grex_mllm.models.lm_tokenizer import LMTokenizer
+from grex_mllm.models.word_bags import WordList
 from grex_mllm.ops.losses import shared_count
 from grex_mllm.types import Batch, Proposals
 
@@ -71,6 +72,7 @@ class RegionTokenGenerator(nn.Module):
         self.frame = _frame(cfg, self.tokenizer)
         self.lm = build_language_model(cfg, self.tokenizer)
         check_words(cfg.words, self.lm)
+        self.words = WordList(cfg.words) if cfg.words else None
         num_embeddings, width = embedding_shape(self.lm)
         self.region_tokens = RegionTokens(
             feature_channels,
@@ -119,7 +121,8 @@ class RegionTokenGenerator(nn.Module):
         self, features: list[Tensor], masks: list[Tensor], valid_sizes: Tensor | None = None, boxes_norm: list[Tensor] | None = None
     ) -> ObjectTokens:
         """Return the tokens of all objects of B images, with the words that they are called by; arguments as in `RegionTokens.forward`."""
-        return with_words(self.region_tokens(features, masks, valid_sizes, boxes_norm), self.lm, self.cfg.words)
+        objects = self.region_tokens(features, masks, valid_sizes, boxes_norm)
+        return objects if self.words is None else with_words(objects, self.lm, self.words.ids)
 
     def arrange(
         self,
@@ -175,8 +178,8 @@ class RegionTokenGenerator(nn.Module):
         )
         terms = {} if early else {"lm": out.loss}
         total = out.loss
-        if self.cfg.words:
-            terms["words"] = word_loss(out.objects, batch.generation, self.tokenizer.eos_id)
+        if self.words is not None:
+            terms["words"] = word_loss(out.objects, batch.generation, self.words.ids, self.tokenizer.eos_id)
             total = total + terms["words"] * self.cfg.word_loss
         for name, logits in out.objects.attribute_logits.items():
             labels = self._labels(batch, name, logits)

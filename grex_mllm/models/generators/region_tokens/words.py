@@ -18,7 +18,7 @@ from grex_mllm.models.generators.region_tokens.parts import GenerationPart
 from grex_mllm.models.generators.region_tokens.sets import positions_of
 from grex_mllm.models.generators.region_tokens.tokens import ObjectTokens
 from grex_mllm.models.language_model import embedding_shape, embedding_weight
-from grex_mllm.models.word_bags import bag_loss
+from grex_mllm.models.word_bags import bag_loss, places_of
 
 
 def check_words(words: int, lm: Any) -> None:
@@ -28,32 +28,31 @@ def check_words(words: int, lm: Any) -> None:
         raise fault(f"model.generator.words is {words}", f"0 to {number}, the tokens of the language model", "lower it")
 
 
-def with_words(objects: ObjectTokens, lm: Any, words: int) -> ObjectTokens:
+def with_words(objects: ObjectTokens, lm: Any, ids: Tensor) -> ObjectTokens:
     """Return the objects with `word_logits`, how much likelier each word is of an object than of any, and `words`, the mean embedding.
 
-    words: the first ids of the vocabulary, which lists frequent ones first; 0 = the objects stay as they are.
+    ids: int64 [V], the tokens that are words.
     """
-    if not words or objects.queries is None:
-        return objects
-    table = embeddings(lm, words)
+    table = embeddings(lm, ids)
+    assert objects.queries is not None
     names = F.layer_norm(table, table.shape[-1:])
     objects.word_logits = (objects.queries.float() @ names.T).float() / names.shape[-1] ** 0.5
     objects.words = objects.word_logits.softmax(-1) @ table
     return objects
 
 
-def embeddings(lm: Any, words: int) -> Tensor:
-    """Return float32 [words, W]: the embeddings of the first ids."""
-    return lm.get_input_embeddings()(torch.arange(words, device=embedding_weight(lm).device)).float()  # type: ignore[no-any-return]
+def embeddings(lm: Any, ids: Tensor) -> Tensor:
+    """Return float32 [V, W]: the embeddings of some ids."""
+    return lm.get_input_embeddings()(ids.to(embedding_weight(lm).device)).float()  # type: ignore[no-any-return]
 
 
-def word_loss(objects: ObjectTokens, part: GenerationPart, eos_id: int) -> Tensor:
-    """Compute `bag_loss` of the G expressions' tokens, without BOS, EOS and what is beyond the words that objects are shown by."""
+def word_loss(objects: ObjectTokens, part: GenerationPart, listed: Tensor, eos_id: int) -> Tensor:
+    """Compute `bag_loss` of the G expressions' tokens, without BOS, EOS and what is not listed. listed: int64 [V], the tokens that are words."""
     assert objects.word_logits is not None
-    ids, number = part.lm_ids[:, 1:], objects.word_logits.shape[-1]
-    real = part.lm_mask[:, 1:].bool() & (ids != eos_id) & (ids < number)
+    ids, known = places_of(part.lm_ids[:, 1:], listed)
+    real = part.lm_mask[:, 1:].bool() & (part.lm_ids[:, 1:] != eos_id) & known
     member = torch.zeros(len(ids), objects.tokens.shape[1], dtype=torch.bool, device=ids.device)
-    return bag_loss(objects.word_logits, part.image_index, positions_of(part.target_index, member), ids.clamp(max=number - 1), real)
+    return bag_loss(objects.word_logits, part.image_index, positions_of(part.target_index, member), ids, real)
 
 
 def called_by(counts: Tensor) -> Tensor:
