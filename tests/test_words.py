@@ -2,22 +2,28 @@
 
 from __future__ import annotations
 
+import json
 import math
+from collections import Counter
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
+from test_fused_generator import GENERATOR
 from test_step import built
 from tiny import tiny_config
 
+from grex_mllm.data.synthetic.export import export
+from grex_mllm.data.synthetic.settings import SyntheticConfig
 from grex_mllm.errors import GrexError
 from grex_mllm.models.generators.region_tokens.words import called_by, embeddings, with_words, word_loss
 from grex_mllm.models.grex import GrexModel
-from grex_mllm.models.word_bags import SMOOTHING, bag_loss
+from grex_mllm.models.word_bags import SMOOTHING, WordList, bag_loss, places_of
 from grex_mllm.training.combinations import check_combinations
 from grex_mllm.training.pretraining import word_tokens
+from grex_mllm.training.run import train_from_config
 from grex_mllm.training.step import Step
 
 
@@ -76,7 +82,7 @@ def test_tokens_show_their_words_and_nobody_elses(tmp_path: Path) -> None:
     part = batch.generation
     objects = generator.objects(maps, batch.instance_masks, drawn["valid_sizes"], batch.instance_boxes_norm)
     assert objects.word_logits is not None and objects.words is not None
-    table = embeddings(generator.lm, 280)
+    table = embeddings(generator.lm, torch.arange(280))
     torch.testing.assert_close(objects.words, objects.word_logits.softmax(-1) @ table)
     counts = [len(m) for m in batch.instance_masks]
     before = generator.arrange(objects, counts, part.image_index, part.target_index)
@@ -93,19 +99,65 @@ def test_tokens_show_their_words_and_nobody_elses(tmp_path: Path) -> None:
     assert torch.equal((after.summary - before.summary).abs().amax(-1) > 1e-6, meant)
 
 
-def test_only_words_of_the_vocabulary_s_beginning_count(tmp_path: Path) -> None:
+def test_only_listed_words_count(tmp_path: Path) -> None:
     model, batches = built("words", tmp_path)
     part, lm = batches.at(0).generation, model.generator.lm
     objects = SimpleNamespace(queries=torch.randn(4, 12, 16), tokens=torch.zeros(4, 12, 16), word_logits=None, words=None)
-    with_words(objects, lm, 40)  # type: ignore[arg-type]
-    assert objects.word_logits.shape == (4, 12, 40)
+    said = part.lm_ids[:, 1:].unique()
+    listed = said[::2]  # every second id that occurs
+    with_words(objects, lm, listed)  # type: ignore[arg-type]
+    assert objects.word_logits.shape == (4, 12, len(listed))
     eos = model.generator.tokenizer.eos_id
     ids = part.lm_ids.clone()
-    loss = word_loss(objects, part, eos)  # type: ignore[arg-type]
-    ids[:, 1:][(ids[:, 1:] >= 40)] = 41
-    assert word_loss(objects, part._replace(lm_ids=ids), eos) == loss  # type: ignore[arg-type]
+    loss = word_loss(objects, part, listed, eos)  # type: ignore[arg-type]
+    ids[:, 1:][~torch.isin(ids[:, 1:], listed)] = 298
+    assert not torch.isin(torch.tensor(298), listed) and (ids != part.lm_ids).any()
+    assert word_loss(objects, part._replace(lm_ids=ids), listed, eos) == loss  # type: ignore[arg-type]
+    ids[0, 2] = listed[(listed != ids[0, 2]) & (listed != eos)][0]
+    assert word_loss(objects, part._replace(lm_ids=ids), listed, eos) != loss  # type: ignore[arg-type]
     with pytest.raises(GrexError, match=r"model\.generator\.words is 999; expected 0 to \d+"):
         built("generate", tmp_path / "more", model__generator__words=999)
+
+
+def test_a_list_takes_what_is_said_most() -> None:
+    words = WordList(3)
+    assert words.ids.tolist() == [0, 1, 2]
+    words.choose(torch.tensor([0, 5, 2, 0, 9, 2]))
+    assert words.ids.tolist() == [1, 2, 4]  # of equals the first
+    words.choose(torch.tensor([0, 0, 0, 0, 7, 0]))
+    assert words.ids.tolist() == [0, 1, 4]
+    places, known = places_of(torch.tensor([[4, 0], [3, 9]]), words.ids)
+    assert places.tolist() == [[2, 0], [2, 2]] and known.tolist() == [[True, True], [False, False]]
+
+
+def test_a_training_chooses_its_words_from_its_data_and_keeps_them(tmp_path: Path) -> None:
+    """Each part by its own tokenizer, regions by what is read, objects by what is written; a training that starts from it keeps them."""
+    texts: dict[str, list[list[str]]] = {}
+    for name, images in (("first", 4), ("second", 8)):
+        export(SyntheticConfig(image_size=64), "train", images, tmp_path / name, 4)
+        lines = [json.loads(line) for line in (tmp_path / name / "expressions.jsonl").read_text(encoding="utf-8").splitlines()]
+        (tmp_path / name / "expressions.jsonl").write_text(
+            "".join(json.dumps({**line, "raw": line["raw"].replace("the", "that")}) + "\n" for line in lines), encoding="utf-8"
+        )
+        texts[name] = [[line["raw"].replace("the", "that") for line in lines], [line["expression"] for line in lines]]
+
+    def train(name: str, **changes: object) -> GrexModel:
+        fields: dict[str, Any] = {"data__train": tmp_path / name, "model__decoder__words": 30, "model__generator__words": 20,
+                                  "train__steps": 1, "train__batch_images": 2, "train__out": tmp_path / f"{name}_model"}  # fmt: skip
+        train_from_config(tiny_config(**GENERATOR, **fields, **changes))
+        return GrexModel.from_pretrained(tmp_path / f"{name}_model")
+
+    first = train("first")
+    parts = [first.grounding.decoder.image_part.words.ids, first.generator.words.ids]
+    readers = [lambda line: first.text_tokenizer.encode([line], 32)[0][0], lambda line: first.generator.tokenizer.encode([line])[0][0]]
+    for listed, encode, number, lines in zip(parts, readers, (30, 20), texts["first"], strict=True):
+        counts = Counter(token for line in lines for token in encode(line).tolist() if token)
+        rarest = min(counts[token] for token in listed.tolist())
+        assert len(listed) == number and listed.tolist() != list(range(number)) and rarest > 0
+        assert all(count <= rarest for token, count in counts.items() if token not in listed.tolist())
+    assert texts["first"] != texts["second"]
+    second = train("second", train__start=tmp_path / "first_model")
+    assert torch.equal(second.grounding.decoder.image_part.words.ids, parts[0]) and torch.equal(second.generator.words.ids, parts[1])
 
 
 def test_the_pre_training_shows_what_expressions_say(tmp_path: Path) -> None:
@@ -119,7 +171,7 @@ def test_the_pre_training_shows_what_expressions_say(tmp_path: Path) -> None:
             if word < 280:
                 counts[image, targets, word] += 1.0 / max(1, len(targets))
     assert (counts.sum(-1) > 0).any() and not (counts.sum(-1) > 0).all()
-    torch.testing.assert_close(objects.words, called_by(counts) @ embeddings(generator.lm, 280))
+    torch.testing.assert_close(objects.words, called_by(counts) @ embeddings(generator.lm, torch.arange(280)))
 
 
 def test_language_reads_the_words_of_regions(tmp_path: Path) -> None:
@@ -169,7 +221,7 @@ def test_words_are_learned_from_the_beginning(tmp_path: Path) -> None:
 def test_neither_part_has_words_unless_asked_for(tmp_path: Path) -> None:
     without, (with_them, _) = built("generate", tmp_path)[0], built("words", tmp_path / "words")
     regions, tokens = "grounding.decoder.image_part", "generator.region_tokens"
-    new = {f"{regions}.word", f"{regions}.called", f"{tokens}.word_query", f"{tokens}.word_norm"}
+    new = {f"{regions}.word", f"{regions}.words", f"{regions}.called", "generator.words", f"{tokens}.word_query", f"{tokens}.word_norm"}
     assert {name.rpartition(".")[0] for name in with_them.saved_state().keys() ^ without.saved_state().keys()} == new
     with_them.save_pretrained(tmp_path / "model")
     again = GrexModel.from_pretrained(tmp_path / "model")

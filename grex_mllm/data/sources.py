@@ -103,10 +103,10 @@ def _check_sampling(data: DataConfig, purpose: str) -> None:
         )
 
 
-def training_text(data: DataConfig, num_lines: int, generation: bool = False) -> list[str]:
+def training_text(data: DataConfig, num_lines: int, generation: bool = False, raw: bool = False) -> list[str]:
     """Return lines of text of the training data: all expressions of folders, at least num_lines of each source that is drawn.
 
-    generation: as the generator shall write them.
+    generation: as the generator shall write them.  raw: those of folders as the text encoder reads them.
     """
     lines: list[str] = []
     for part in weighted(data):
@@ -115,5 +115,5 @@ def training_text(data: DataConfig, num_lines: int, generation: bool = False) ->
             lines += module.text(data, options_of(data, part.train), num_lines, generation)
         else:
             folder = FolderDataset(part.train, part.split or data.train_split, image_root=part.image_root or data.image_root)
-            lines += [record.expression for record in folder.expressions]
+            lines += [record.raw if raw else record.expression for record in folder.expressions]
     return lines

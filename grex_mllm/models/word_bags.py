@@ -32,7 +32,7 @@ class WordList(nn.Module):
 
 def places_of(ids: Tensor, listed: Tensor) -> tuple[Tensor, Tensor]:
     """Return where ids of any shape stand in an ascending list, int64, and which of them are there, bool; the others get a valid place."""
-    places = torch.searchsorted(listed, ids).clamp(max=len(listed) - 1)
+    places = torch.searchsorted(listed.contiguous(), ids.contiguous()).clamp(max=len(listed) - 1)
     return places, listed[places] == ids
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from functools import cache
+from functools import partial
 from typing import Any
 
 import torch
@@ -25,10 +25,11 @@ def choose_words(model: GrexModel, config: Config, text_tokenizer: TextTokenizer
 
     The same in every process, because it depends on the data alone.
     """
-    lines = cache(lambda: training_text(config.data, LINES))
-    _choose(model.grounding, text_tokenizer.vocab_size, lambda texts: text_tokenizer.encode(texts, config.model.text.max_tokens), lines)
+    most = config.model.text.max_tokens
+    read, written = (partial(training_text, config.data, LINES, raw=raw) for raw in (True, False))
+    _choose(model.grounding, text_tokenizer.vocab_size, lambda texts: text_tokenizer.encode(texts, most), read)
     if model.generator is not None:
-        _choose(model.generator, getattr(lm_tokenizer, "num_ids", 0), lambda texts: lm_tokenizer.encode(texts), lines)
+        _choose(model.generator, getattr(lm_tokenizer, "num_ids", 0), lambda texts: lm_tokenizer.encode(texts), written)
 
 
 def _choose(part: nn.Module, size: int, encode: Encode, lines: Callable[[], list[str]]) -> None:
