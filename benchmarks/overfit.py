@@ -27,13 +27,13 @@ HEAVY = "loss: {mask: 40.0}"
 PLAIN = ("model.pixel_decoder.name=fpn_levels",)
 SWIN = "{name: swin, embed_width: 24, swin_depths: [1, 1, 2, 1], swin_heads: [1, 2, 4, 8], window: 6, drop_path: 0.0, fusion: pwam"
 CELLS = "width: 96, num_heads: 4, feedforward: 256, grid_side: 24, maps: three, mask_widths: [64, 48, 32], heads: {minimap_side: 12}"
-SELECTED = "loss: {identification: 20.0, segmentation: 8.6, refinement: 16.0}"  # the same for the masks of ISFP, which have terms of their own
+OWN = "loss: {identification: 20.0, segmentation: 8.6, refinement: 16.0}"  # the same for ISFP, whose masks have terms of their own
 GRID = f"{CELLS}, {HEAVY}"
 RELA = f"width: 96, num_heads: 4, num_layers: 3, feedforward: 256, minimap_side: 12, mask_language_padding: true, {HEAVY}"
 SYSTEMS: dict[str, tuple[str, ...]] = {
     "instance_selection": (),
     "rela": (f"model.decoder={{name: rela, {RELA}}}",),
-    "isfp": (*PLAIN, f"model.decoder={{name: isfp, width: 96, segmentation_width: 64, refinement_width: 16, minimap_side: 12, {SELECTED}}}"),
+    "isfp": (*PLAIN, f"model.decoder={{name: isfp, width: 96, segmentation_width: 64, refinement_width: 16, minimap_side: 12, {OWN}}}"),
     "lavt": (
         f"model.vision={SWIN}, fusion_start: open}}",
         "model.pixel_decoder.name=top_down",

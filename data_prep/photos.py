@@ -16,13 +16,16 @@ import argparse
 import json
 import re
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import coco_templates
 import grefcoco
 import weights
+import yaml
 
+from grex_mllm.config import read_yaml
 from grex_mllm.data.coco import describe_file
 from grex_mllm.data.records import load_dataset, read_info
 from grex_mllm.data.refs_program import status_of
@@ -33,7 +36,8 @@ from grex_mllm.job import DATA, PREDICTIONS, RESULTS, SHEET, predict_once, repor
 PROGRAM = "data_prep/photos.py"
 STAGES = [f"configs/{name}.yaml" for name in ("photos_ground", "photos_finer", "photos_align", "photos")]
 SPLITS, EXPRESSIONS = "train=0.8,val=0.05,test=0.15", "train=24,val=24,test=24"
-HUMAN = "human"
+HUMAN, CONFIGS = "human", "configs"
+PARTS = "models"  # where the configurations look for the pre-trained parts
 LAYOUT = "instances*.json or .json.gz, and a folder images; or sub-folders of that form, one for each source"
 
 
@@ -42,9 +46,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--coco", required=True, type=Path, help="folder with photographs and COCO-format instances")
     parser.add_argument("--out", type=Path, default=Path("runs/photos"), help="the run's folder (default: %(default)s)")
-    parser.add_argument(
-        "--models", type=Path, default=Path("models"), help="where the pre-trained parts lie, or will (default: %(default)s)"
-    )
+    parser.add_argument("--models", type=Path, default=Path(PARTS), help="where the pre-trained parts lie, or will (default: %(default)s)")
     parser.add_argument(
         "--stages", nargs="+", default=STAGES, help="configurations, one for each training in turn (default: configs/photos*)"
     )
@@ -72,7 +74,8 @@ def run(options: argparse.Namespace, overrides: list[str]) -> dict[str, Any]:
             f"the parts of {options.models} are not all there; expected three; see the message above, or put them there yourself"
         )
     data = make_data(sources, options.out, human, options.expressions_per_image)
-    results = run_job(data, options.stages, options.out, overrides, candidates=options.candidates)
+    stages = stages_with(options.models, options.stages, options.out / CONFIGS)
+    results = run_job(data, stages, options.out, overrides, candidates=options.candidates)
     if results and human is not None:
         answer_human(options.out, human, options.candidates)
     if results:
@@ -138,6 +141,23 @@ def make_data(sources: dict[str, tuple[Path, Path]], out: Path, human: Path | No
         raise fault(f"{folder} of other instance files than --coco", "the same ones, to go on", "choose another --out")
     check_apart(folder, human)
     return folder
+
+
+def stages_with(models: Path, files: Sequence[str], folder: Path) -> list[str]:
+    """Return the configurations of the stages; where the parts lie elsewhere than in `models`, copies in a folder that say where."""
+    if models == Path(PARTS):
+        return list(files)
+
+    def moved(value: Any) -> Any:
+        if isinstance(value, dict):
+            return {key: moved(each) for key, each in value.items()}
+        return str(models / value.removeprefix(f"{PARTS}/")) if isinstance(value, str) and value.startswith(f"{PARTS}/") else value
+
+    folder.mkdir(parents=True, exist_ok=True)
+    copies = [folder / Path(file).name for file in files]
+    for file, copy in zip(files, copies, strict=True):
+        copy.write_text(yaml.safe_dump(moved(read_yaml(file)), sort_keys=False), encoding="utf-8")
+    return [str(copy) for copy in copies]
 
 
 def list_photographs(dataset: Path, file: Path) -> Path:

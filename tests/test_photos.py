@@ -14,6 +14,7 @@ from conftest import ROOT
 from made_photos import made_coco, made_human, made_parts, made_stages
 
 from grex_mllm import job
+from grex_mllm.config import load_config, read_yaml
 from grex_mllm.data.records import load_dataset
 from grex_mllm.errors import GrexError
 from grex_mllm.metrics import language
@@ -75,6 +76,20 @@ def test_the_whole_job_from_photographs_to_a_report(
     assert said.count("is there already") == 4 and "expected on this machine" not in said
     with pytest.raises(GrexError, match="3 photographs of --human"):
         photos.check_apart(tmp_data(photos, made), run / "human" / "data")
+
+
+def test_parts_may_lie_elsewhere(photos: ModuleType, tmp_path: Path) -> None:
+    """Every stage that ships names its parts in `models`; with another folder each is looked for there, and nothing else changes."""
+    assert photos.stages_with(Path("models"), photos.STAGES, tmp_path / "none") == photos.STAGES and not (tmp_path / "none").exists()
+    copies = photos.stages_with(tmp_path / "parts, mine", photos.STAGES, tmp_path / "configs")
+    named = set()
+    for file, copy in zip(photos.STAGES, copies, strict=True):
+        before, after = read_yaml(ROOT / file)["model"], read_yaml(copy)["model"]
+        named |= {after["vision"].get("weights"), after["text"].get("path"), after.get("generator", {}).get("lm")}
+        text = json.dumps(after).replace(str(tmp_path / "parts, mine"), "models")
+        assert json.loads(text) == before and load_config(copy, []).train.steps == load_config(ROOT / file, []).train.steps
+    parts = ("efficientnet_lite0.safetensors", "all-minilm-l6-v2", "smollm2-135m-instruct")
+    assert named == {None, *(str(tmp_path / "parts, mine" / name) for name in parts)}
 
 
 def tmp_data(photos: ModuleType, made: Path) -> Path:

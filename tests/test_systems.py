@@ -141,8 +141,8 @@ def test_rows_with_the_ground_truth_are_predicted_by_a_setting(tmp_path: Path) -
     model = str(isfp(tmp_path / "m"))
     lines = {}
     for kind in ("none", "location", "mask"):
-        out = predict_split(model, str(tmp_path / "d"), tmp_path / f"{kind}.jsonl", "test", ["ground"], device="cpu",
-                            overrides=[f"--predict.oracle={kind}", "--predict.no_target_threshold=1.0", "--predict.precision=fp32"])  # fmt: skip
+        fields = [f"--predict.oracle={kind}", "--predict.no_target_threshold=1.0", "--predict.precision=fp32"]
+        out = predict_split(model, str(tmp_path / "d"), tmp_path / f"{kind}.jsonl", "test", ["ground"], device="cpu", overrides=fields)
         lines[kind] = [json.loads(line) for line in out.read_text(encoding="utf-8").splitlines()]
     assert [line["expression_id"] for line in lines["none"]] == [line["expression_id"] for line in lines["mask"]]
     images = {line["image_id"]: line for line in map(json.loads, (tmp_path / "d" / "images.jsonl").read_text().splitlines())}

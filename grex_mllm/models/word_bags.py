@@ -13,7 +13,7 @@ SMOOTHING = 0.1  # of a word's count in the batch
 
 
 class WordList(nn.Module):
-    """Which tokens of a tokenizer count as words: its first ids, until `choose` takes those that a training says most. Saved with the model.
+    """Which tokens of a tokenizer are words: its first ids, until `choose` takes those that a training says most. Saved with the model.
 
     ids: int64 [V], ascending.
     """

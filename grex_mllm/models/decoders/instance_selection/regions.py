@@ -178,8 +178,8 @@ class ImagePart(nn.Module):
             word_ids = self.words.ids.expand(len(normed), -1)
             words = precise(self.word(normed))
             features = normed + self.called(words.softmax(dim=-1).to(normed.dtype))
-        geometry = pair_geometry(boxes)
-        return Regions(heat, cell_boxes, size, kept, objectness, all_boxes, embeddings, mask_map, features, geometry, attributes, words, word_ids)
+        geometry, found = pair_geometry(boxes), (objectness, all_boxes, embeddings)
+        return Regions(heat, cell_boxes, size, kept, *found, mask_map, features, geometry, attributes, words, word_ids)
 
     def _best(self, heat: Tensor, size: tuple[int, int]) -> Tensor:
         """Return int64 [B, K]: the best cells, those that top their neighbours first."""

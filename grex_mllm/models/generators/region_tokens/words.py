@@ -47,7 +47,7 @@ def embeddings(lm: Any, ids: Tensor) -> Tensor:
 
 
 def word_loss(objects: ObjectTokens, part: GenerationPart, listed: Tensor, eos_id: int) -> Tensor:
-    """Compute `bag_loss` of the G expressions' tokens, without BOS, EOS and what is not listed. listed: int64 [V], the tokens that are words."""
+    """Compute `bag_loss` of the G expressions' tokens, without BOS, EOS and what is no word. listed: int64 [V], the tokens that are."""
     assert objects.word_logits is not None
     ids, known = places_of(part.lm_ids[:, 1:], listed)
     real = part.lm_mask[:, 1:].bool() & (part.lm_ids[:, 1:] != eos_id) & known
