@@ -116,6 +116,25 @@ def test_script_without_torch_answers_as_the_model(exported: tuple[GrexModel, Pa
         assert_same(answer, grounding, np.asarray(Image.open(answer["mask"])) > 0)
 
 
+def test_answers_of_the_largest_overlap_leave_too(tmp_path: Path) -> None:
+    model = tiny_model()
+    model.config.model.decoder.answer = "overlap"
+    with torch.no_grad():
+        model.grounding.decoder.image_part.mask_map.bias.fill_(0.3)
+    model.save_pretrained(tmp_path / "model")
+    facts = export_model(str(tmp_path / "model"), str(tmp_path / "onnx"))
+    assert facts["any_size"] and list(facts["graphs"]) == ["prepare", "image", "language", "decide"]
+    given, found = picture(4, 90, 64), 0
+    for answer, wanted in zip(
+        Model(tmp_path / "onnx").ground(given, SAID), GrexModel.from_pretrained(tmp_path / "model").ground(given, SAID), strict=True
+    ):
+        differs = (answer["mask"] != wanted.mask).mean()
+        assert differs < 0.005  # where two numbers of pixels promise nearly the same, rounding chooses
+        assert_same(answer, wanted, wanted.mask)
+        found += wanted.mask.any()
+    assert found > 0
+
+
 @pytest.mark.parametrize("number", [0, 1, 17])
 def test_any_number_of_expressions(exported: tuple[GrexModel, Path], number: int) -> None:
     said, given = (SAID * 6)[:number], picture(3, 64, 64)

@@ -12,7 +12,13 @@ from grex_mllm.data.synthetic.settings import SyntheticConfig
 from grex_mllm.errors import GrexError
 from grex_mllm.models.decoders.instance_selection.config import InstanceSelectionConfig
 from grex_mllm.models.decoders.instance_selection.criterion import InstanceSelectionCriterion, heat_terms, region_terms
-from grex_mllm.models.decoders.instance_selection.network import LanguageLayer, answer_by_count, duplicates
+from grex_mllm.models.decoders.instance_selection.network import (
+    LanguageLayer,
+    answer_by_count,
+    duplicates,
+    largest_overlap,
+    union_probability,
+)
 from grex_mllm.models.decoders.instance_selection.regions import OUTSIDE_LOGIT, PAIR_WIDTH, box_area, pair_geometry, region_masks
 from grex_mllm.types import Batch
 
@@ -85,8 +91,59 @@ def test_answers_by_count_are_the_best_masks_where_a_target_is_predicted():
         assert torch.equal(found, masks[batch.image_index[e]][chosen[e]].any(0) if chosen[e].any() else torch.zeros_like(found))
         count = int(out.count_logits[e].argmax())
         assert not targeted[e] or count > 5 or int(chosen[e].sum()) == min(max(count, 1), 8)
-    with pytest.raises(GrexError, match='answer is "most"; expected threshold or count'):
+    with pytest.raises(GrexError, match='answer is "most"; expected threshold or count or overlap'):
         tiny_model(model__decoder__answer="most")
+
+
+def test_the_union_of_uncertain_regions_by_hand():
+    """Two regions of two pixels, both targets with a half: a pixel of both is of the answer with three quarters."""
+    masks = torch.tensor([[[1.0, 0.8]], [[1.0, 0.0]]])
+    torch.testing.assert_close(union_probability(masks, torch.tensor([0.5, 0.5])), torch.tensor([[0.75, 0.4]]))
+    torch.testing.assert_close(union_probability(masks, torch.tensor([1.0, 0.0])), masks[0])
+
+
+def test_the_largest_expected_overlap_against_trying_every_number_of_pixels():
+    torch.manual_seed(0)
+    chances = torch.cat([torch.rand(6, 5, 7) ** 3, torch.rand(2, 5, 7) * 0.01])
+    no_target = torch.tensor([[1.0, 0.0]] * 6 + [[0.0, 1.0]] + [[1.0, 0.0]])
+    found = largest_overlap(chances, no_target) > 0
+    for row in range(len(chances)):
+        order = chances[row].flatten().argsort(descending=True)
+        values = chances[row].flatten()[order].tolist()
+        expected = [sum(values[:n]) / (n + sum(values[n:])) for n in range(1, 36)]
+        number = 1 + expected.index(max(expected))
+        wanted = torch.zeros(35, dtype=torch.bool)
+        wanted[order[:number]] = True
+        if no_target[row, 1] > 0:
+            wanted = chances[row].flatten() > 0.5
+        assert torch.equal(found[row].flatten(), wanted), row
+    assert found[7].any() and not found[6].all()
+    sure = largest_overlap(torch.tensor([[[1.0, 0.0, 1.0]]]), no_target[:1])
+    assert (sure > 0).tolist() == [[[True, False, True]]] and sure.isfinite().all()
+    assert (largest_overlap(torch.ones(1, 2, 2), no_target[:1]) > 0).all()
+
+
+def test_answers_of_the_largest_overlap_weigh_all_regions_and_leave_boxes_and_counts_as_by_count():
+    model = tiny_model()
+    batch = batch_of(model)
+    outs = {}
+    with torch.no_grad():
+        for answer in ("count", "overlap"):
+            model.config.model.decoder.answer = answer
+            outs[answer] = run(model, batch)
+    count, out = outs["count"], outs["overlap"]
+    assert torch.equal(out.box_logits, count.box_logits) and torch.equal(out.count_logits, count.count_logits)
+    masks = out.extra.regions.masks().sigmoid()
+    for e, b in enumerate(batch.image_index.tolist()):
+        none = torch.ones_like(masks[b][0])
+        for mask, logit in zip(masks[b], out.box_logits[e], strict=True):
+            none *= 1 - mask * logit.sigmoid()
+        wanted = largest_overlap(1 - none[None], out.no_target_logits[e : e + 1])[0]
+        torch.testing.assert_close(out.mask_logits[e, 1] - out.mask_logits[e, 0], wanted, atol=1e-3, rtol=1e-4)
+        assert out.no_target_logits[e].argmax() == 1 or (wanted > 0).any()
+    assert not torch.equal(out.mask_logits, count.mask_logits)
+    model.train()
+    assert run(model, batch).mask_logits.numel() == 0
 
 
 def test_region_masks_end_at_their_boxes():

@@ -46,7 +46,8 @@ class InstanceSelectionConfig:
     num_levels: int = 2
     mask_upsample: int = 2
     # whose masks make the answer: threshold (regions of a target probability over 0.5) | count (where a target is predicted, the
-    # predicted number of best regions, as of the boxes; regions that repeat a surer one are left out of both)
+    # predicted number of best regions, as of the boxes) | overlap (there, the pixels of the largest expected IoU, all regions weighed);
+    # with count and overlap regions that repeat a surer one are left out of masks and boxes
     answer: str = "threshold"
     attribute_classes: dict[str, int] = field(default_factory=dict)  # scene metadata: name -> number of classes; {} = none used
     # tokens that regions learn to be called by, from expressions alone, and that language reads: those that training says most; 0 = none

@@ -15,6 +15,7 @@ The answer is the union of the masks of the selected regions.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
@@ -38,11 +39,13 @@ from grex_mllm.models.decoders.instance_selection.regions import (
 from grex_mllm.ops.attention import attend, split_heads
 from grex_mllm.ops.boxes import box_iou, cxcywh_to_xyxy
 from grex_mllm.ops.paths import traced
+from grex_mllm.ops.recordable import stable_order
 from grex_mllm.types import NUM_COUNTS, DecoderInputs, GroundingOutput, Proposals, TextFeatures
 
 LEAST_REAL = 1e-3
-THRESHOLD, COUNT = ANSWERS = ("threshold", "count")
+THRESHOLD, COUNT, OVERLAP = ANSWERS = ("threshold", "count", "overlap")
 SMALLEST_LOGIT = 1e-3  # of a region that is part of the answer
+LEAST_CHANCE = 1e-6  # probabilities lie so far from 0 and 1
 SAME_OBJECT = 0.6  # IoU above which two regions are one object
 
 
@@ -90,7 +93,7 @@ def answer_by_count(logits: Tensor, count_logits: Tensor | None, no_target_logit
     number = count_logits.argmax(dim=-1) if count_logits is not None else torch.full_like(no_target_logits[:, 0], NUM_COUNTS).long()
     open_ended = (number >= NUM_COUNTS - 1)[:, None]
     wanted = (number.clamp(min=1) if count_logits is not None else torch.ones_like(number)).clamp(max=logits.shape[1])
-    place = logits.argsort(dim=-1, descending=True, stable=True).argsort(dim=-1)
+    place = stable_order(stable_order(logits, descending=True))
     chosen = place < wanted[:, None]
     moved = torch.where(chosen, logits.clamp(min=SMALLEST_LOGIT), torch.where(open_ended, logits, logits.clamp(max=-SMALLEST_LOGIT)))
     return torch.where((no_target_logits[:, 1] > no_target_logits[:, 0])[:, None], logits, moved)
@@ -98,13 +101,55 @@ def answer_by_count(logits: Tensor, count_logits: Tensor | None, no_target_logit
 
 def duplicates(boxes_norm: Tensor, objectness: Tensor) -> Tensor:
     """Return bool [B, K]: regions whose box overlaps that of a surer one, itself no duplicate, by an IoU above SAME_OBJECT."""
-    order = objectness.argsort(dim=-1, descending=True, stable=True)
+    order = stable_order(objectness, descending=True)
     corners = cxcywh_to_xyxy(gather(boxes_norm, order))
     overlap = torch.stack([box_iou(each, each) for each in corners]) > SAME_OBJECT
     repeated = torch.zeros_like(objectness, dtype=torch.bool)
     for k in range(1, order.shape[1]):
         repeated[:, k] = (overlap[:, k, :k] & ~repeated[:, :k]).any(dim=-1)
     return torch.zeros_like(repeated).scatter(1, order, repeated)
+
+
+def union_logits(masks: Tensor, logits: Tensor) -> Tensor:
+    """Return float [..., H, W]: of masks [..., K, H, W] the largest, none above the target logit [..., K] of its region."""
+    return torch.minimum(masks, logits[..., None, None]).amax(dim=-3)
+
+
+def union_probability(masks: Tensor, targets: Tensor) -> Tensor:
+    """Return float [..., H, W]: how likely a pixel is of any target, regions being independent.
+
+    masks: float [..., K, H, W], how likely it is of each region.  targets: float [..., K], how likely the region is a target.
+    """
+    return 1 - (1 - masks * targets[..., None, None]).prod(dim=-3)
+
+
+def largest_overlap(probability: Tensor, no_target_logits: Tensor) -> Tensor:
+    """Return logits [E, H, W] that are above 0 where the answer is: the surest pixels, as many as have the largest expected overlap.
+
+    The expected IoU of the n surest pixels is taken as the sum of their probabilities over n plus the sum of all others', the expectation
+    of intersection and of union, each by itself (as Nowozin, CVPR 2014, for labels of pixels). Where no target is the likelier, the answer
+    is what is likelier than not.  probability: float [E, H, W].  no_target_logits: float [E, 2].
+    """
+    flat = probability.flatten(1)
+    best = flat.topk(flat.shape[1], dim=1).values  # sorted
+    inside = best.cumsum(dim=1)
+    number = torch.arange(1, best.shape[1] + 1, device=best.device, dtype=best.dtype)
+    last = (inside / (number + inside[:, -1:] - inside)).argmax(dim=1, keepdim=True)
+    least = (best.gather(1, last) + F.pad(best, (0, 1)).gather(1, last + 1)) / 2
+    least = torch.where((no_target_logits[:, 1:] > no_target_logits[:, :1]), torch.full_like(least, 0.5), least)
+    return precise(_logit(probability) - _logit(least)[..., None])
+
+
+def _logit(probability: Tensor) -> Tensor:
+    probability = probability.clamp(LEAST_CHANCE, 1 - LEAST_CHANCE)
+    return (probability / (1 - probability)).log()
+
+
+def _fused(rule: Callable[[Tensor, Tensor], Tensor], masks: Tensor, image_index: Tensor, targets: Tensor) -> Tensor:
+    """Apply a rule to the masks [B, K, H, W] of each expression's image and what it says of each region [E, K]."""
+    if traced():  # of any number of expressions
+        return rule(masks[image_index], targets)
+    return torch.stack([rule(masks[b], target) for b, target in zip(image_index.tolist(), targets, strict=True)])
 
 
 class InstanceExtra(NamedTuple):
@@ -161,13 +206,11 @@ class LanguagePart(nn.Module):
         pooled = self._pool(normed, logits[-1], regions.objectness[-1][image_index], sentence)
         final, no_target = logits[-1], precise(self.no_target(pooled))
         count = precise(self.count(pooled)) if self.count is not None else None
-        chosen = final
-        if self.config.answer == COUNT and not self.training:
+        if self.config.answer != THRESHOLD and not self.training:
             repeated = duplicates(regions.boxes_norm[-1], regions.objectness[-1])[image_index]
             final = final.masked_fill(repeated, OUTSIDE_LOGIT)
-            chosen = answer_by_count(final, count, no_target)
         return GroundingOutput(
-            mask_logits=self._answer(regions, image_index, chosen),
+            mask_logits=self._answer(regions, image_index, final, count, no_target),
             minimap_logits=torch.stack([torch.zeros_like(final), final], dim=-1),
             no_target_logits=no_target,
             boxes_norm=regions.boxes_norm[-1][image_index],
@@ -185,16 +228,15 @@ class LanguagePart(nn.Module):
         sums = torch.stack([prob.sum(dim=1), (prob * prob).sum(dim=1)], dim=-1)
         return torch.cat([total, x.amax(dim=1), sentence.to(x.dtype), sums, top], dim=-1)
 
-    def _answer(self, regions: Regions, image_index: Tensor, logits: Tensor) -> Tensor:
+    def _answer(self, regions: Regions, image_index: Tensor, logits: Tensor, count: Tensor | None, no_target: Tensor) -> Tensor:
         if self.training or regions.mask_map.shape[-1] == 0:
             return logits.new_zeros(logits.shape[0], 2, 0, 0)
         masks = regions.masks()
-        if traced():  # of any number of expressions
-            fused = torch.minimum(masks[image_index], logits[:, :, None, None]).amax(dim=1)
-            return torch.stack([torch.zeros_like(fused), fused], dim=1)
-        fused = torch.stack(
-            [torch.minimum(masks[b], logit[:, None, None]).amax(dim=0) for b, logit in zip(image_index.tolist(), logits, strict=True)]
-        )
+        if self.config.answer == OVERLAP:
+            fused = largest_overlap(_fused(union_probability, masks.sigmoid(), image_index, logits.sigmoid()), no_target)
+        else:
+            chosen = answer_by_count(logits, count, no_target) if self.config.answer == COUNT else logits
+            fused = _fused(union_logits, masks, image_index, chosen)
         return torch.stack([torch.zeros_like(fused), fused], dim=1)
 
     def _minimap(self, regions: Regions, image_index: Tensor, logits: Tensor) -> Tensor:
