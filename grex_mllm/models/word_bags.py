@@ -45,7 +45,7 @@ def bag_loss(logits: Tensor, image_index: Tensor, member: Tensor, ids: Tensor, r
     ids: int64 [E, L].  real: bool [E, L], words that count.
     """
     real = real & member.any(1, keepdim=True)
-    often = torch.bincount(ids[real], minlength=logits.shape[-1])
+    often = torch.zeros(logits.shape[-1], device=logits.device).index_add(0, ids.flatten(), real.flatten().float())
     logs = (logits.float() + shared_count(often, logits, least=SMOOTHING).log()).log_softmax(-1)
     every = torch.arange(logs.shape[1], device=logs.device)
     each = logs[image_index[:, None, None], every[None, :, None], ids[:, None]]  # [E, N, L]
