@@ -4,7 +4,8 @@
 
 For a model whose decoder is `instance_selection`. Rows of the table (strict protocol; with several sources their mean, each the same):
 
-- as it is: the model's own answers; put together: the same from its regions, resized one by one and then united, as in the other rows.
+- as it is: the model's own answers; put together: whole regions, resized one by one and then united, as in the other rows. Which of them is
+  the model's rule for masks; where it weighs pixels (`answer: overlap`), which are of no region, as many of the best as the count says.
 - true masks: what it selected stays selected; a region that overlaps a true object (mask IoU from 0.5, one to one) becomes that object.
 - true selection: of its regions those that match the targets, with its own masks. What is lost: detection and masks.
 - true selection and masks: those regions become the objects. What is lost: objects that no region has found.
@@ -38,6 +39,7 @@ from grex_mllm.data.refs_program import status_of
 from grex_mllm.data.transforms import boxes_to_original, mask_to_original
 from grex_mllm.errors import fault
 from grex_mllm.models.answer import EncodedImage, above_threshold, answers
+from grex_mllm.models.decoders.instance_selection.network import THRESHOLD, answer_by_count
 from grex_mllm.models.decoders.instance_selection.regions import ImagePart, Regions, pair_geometry
 from grex_mllm.models.grex import GrexModel
 from grex_mllm.ops.boxes import xyxy_to_cxcywh
@@ -170,14 +172,18 @@ def look(encoded: EncodedImage, item: Item) -> Seen:
 
 
 def selected(net: GrexModel, output: GroundingOutput, e: int, seen: Seen, text: str, *, true: bool) -> Grounding:
-    """Return the answer that the model's own choices give: regions by their logits, boxes by the count, "no target" by its head."""
+    """Return the answer of the model's own choices: regions by logits or by the count, boxes by the count, "no target" by its head."""
     logits, rules = output.box_logits[e], net.config.predict
+    chosen = logits
+    if net.config.model.decoder.answer != THRESHOLD:
+        counted = None if output.count_logits is None else output.count_logits[e : e + 1]
+        chosen = answer_by_count(logits[None], counted, output.no_target_logits[e : e + 1])[0]
     order = logits.sigmoid().sort(descending=True, stable=True).indices.tolist()
     count = int(output.count_logits[e].argmax())
     above = int((logits.sigmoid() >= rules.box_threshold).sum())
     best = order[: max(MORE_THAN_FIVE, above) if count >= MORE_THAN_FIVE else count]
     none = bool(above_threshold(output.no_target_logits[e][None], rules.no_target_threshold)[0])
-    return assembled(text, seen, [k for k in order if logits[k] > 0], best, count, none=none, true=true)
+    return assembled(text, seen, [k for k in order if chosen[k] > 0], best, count, none=none, true=true)
 
 
 def assembled(text: str, seen: Seen, chosen: list[int], boxed: list[int], count: int, *, none: bool, true: bool) -> Grounding:

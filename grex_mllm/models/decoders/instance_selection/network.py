@@ -111,8 +111,12 @@ def duplicates(boxes_norm: Tensor, objectness: Tensor) -> Tensor:
 
 
 def union_logits(masks: Tensor, logits: Tensor) -> Tensor:
-    """Return float [..., H, W]: of masks [..., K, H, W] the largest, none above the target logit [..., K] of its region."""
-    return torch.minimum(masks, logits[..., None, None]).amax(dim=-3)
+    """Return float [..., H, W]: of masks [..., K, H, W] the largest; of regions that are no target none above their logit [..., K].
+
+    Targets keep their masks as they are: lowered to a logit just above 0 they would lose their rims when the answer is resized.
+    """
+    logits = logits[..., None, None]
+    return torch.where(logits > 0, masks, torch.minimum(masks, logits)).amax(dim=-3)
 
 
 def union_probability(masks: Tensor, targets: Tensor) -> Tensor:
