@@ -92,6 +92,14 @@ def test_parts_may_lie_elsewhere(photos: ModuleType, tmp_path: Path) -> None:
     assert named == {None, *(str(tmp_path / "parts, mine" / name) for name in parts)}
 
 
+def test_the_stages_that_run_look_for_their_parts_there(photos: ModuleType, made: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    ran: list[str] = []
+    monkeypatch.setattr(photos, "run_job", lambda data, files, *rest, **more: ran.extend(files) or {})
+    assert photos.main(words(made)) == 0
+    assert ran == [str(made / "run" / "configs" / f"{name}.yaml") for name in ("ground", "align", "joint")]
+    assert all(Path(file).is_file() for file in ran)
+
+
 def tmp_data(photos: ModuleType, made: Path) -> Path:
     """The same data with nothing excluded."""
     sources = photos.find_sources(made / "coco")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -18,9 +19,11 @@ from tiny import tiny_config
 from grex_mllm.data.synthetic.export import export
 from grex_mllm.data.synthetic.settings import SyntheticConfig
 from grex_mllm.errors import GrexError
+from grex_mllm.models.decoders.instance_selection.criterion import word_terms
 from grex_mllm.models.generators.region_tokens.words import called_by, embeddings, with_words, word_loss
 from grex_mllm.models.grex import GrexModel
 from grex_mllm.models.word_bags import SMOOTHING, WordList, bag_loss, places_of
+from grex_mllm.training import word_choice
 from grex_mllm.training.combinations import check_combinations
 from grex_mllm.training.pretraining import word_tokens
 from grex_mllm.training.run import train_from_config
@@ -130,8 +133,9 @@ def test_a_list_takes_what_is_said_most() -> None:
     assert places.tolist() == [[2, 0], [2, 2]] and known.tolist() == [[True, True], [False, False]]
 
 
-def test_a_training_chooses_its_words_from_its_data_and_keeps_them(tmp_path: Path) -> None:
+def test_a_training_chooses_its_words_from_its_data_and_keeps_them(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Each part by its own tokenizer, regions by what is read, objects by what is written; a training that starts from it keeps them."""
+    monkeypatch.setattr(word_choice, "CHUNK", 7)  # several chunks
     texts: dict[str, list[list[str]]] = {}
     for name, images in (("first", 4), ("second", 8)):
         export(SyntheticConfig(image_size=64), "train", images, tmp_path / name, 4)
@@ -205,6 +209,28 @@ def test_regions_learn_words_from_their_targets_alone(tmp_path: Path) -> None:
     terms["ground/words"].backward()
     part = model.grounding.decoder.image_part
     assert part.word.weight.grad.any() and not [p for p in model.grounding.text.parameters() if p.grad is not None and p.grad.any()]
+
+
+def test_regions_learn_no_word_that_is_not_listed(tmp_path: Path) -> None:
+    """Another token in the place of one that is no word changes nothing of the loss; one in the place of a word does."""
+    model, batches = built("words", tmp_path)
+    batch, grounding = batches.at(0), model.grounding
+    said = batch.text_ids[batch.text_mask.bool()].unique()
+    words = grounding.decoder.image_part.words
+    listed = torch.cat([said[::2], torch.arange(301, 301 + len(words.ids) - len(said[::2]))])  # every second token that occurs
+    words.ids.copy_(listed)
+    with torch.no_grad():
+        out = grounding.train()(batch.image, batch.image_index, batch.text_ids, batch.text_mask, batch.input_sizes)
+
+    def loss(ids: torch.Tensor) -> torch.Tensor:
+        owner = torch.arange(out.extra.regions.word_logits.shape[1]).expand(len(batch.image), -1)
+        return word_terms(out.extra.regions, replace(batch, text_ids=ids), owner)["words"]
+
+    other = torch.where(torch.isin(batch.text_ids, listed), batch.text_ids, said[1])
+    assert not torch.equal(other, batch.text_ids) and said[1] not in listed and loss(other) == loss(batch.text_ids) > 0
+    frequent = batch.text_ids[torch.isin(batch.text_ids, listed) & (batch.text_mask > 0)].mode().values
+    unlisted = torch.where(batch.text_ids == frequent, said[1], batch.text_ids)
+    assert loss(unlisted) != loss(batch.text_ids)
 
 
 def test_words_are_learned_from_the_beginning(tmp_path: Path) -> None:
