@@ -2,6 +2,7 @@
 
     python benchmarks/race.py --out runs/race                                    # drawn scenes
     python benchmarks/race.py --data runs/photos/data --out runs/race_photos     # photographs: a folder with splits train and test
+    python benchmarks/race.py --out runs/race --table options.md --systems ReLA "ReLA, focal loss" "ReLA, hardest pixels"    # what options bring
 
 First the steps of all systems are timed, in turn and several times over (the machine should do nothing else); the seconds of a run then
 are a number of steps (steps.json), so that every schedule ends with its budget and a run can be repeated. Then each system is trained with
@@ -11,7 +12,11 @@ rows), and beside them what a model costs: weights, multiplications and addition
 one image.
 
 All systems have the encoders of configs/race.yaml. LAVT, ReLA and LAVT+ReLA read language in the image encoder, as published; the others do
-not, and share the work on an image. All learn boxes, count and no target beside masks.
+not, and share the work on an image. All learn boxes, count and no target beside masks. The options of configs/README.md are further rows,
+raced where --systems names them; the distilled one is taught by this folder's ReLA of the same seed, which must be there.
+
+Two races may share a machine and a folder: time the steps once (--steps-only), then give each its share of the systems, and ask for all
+of them at last: what is there is only put into the table.
 """
 
 from __future__ import annotations
@@ -50,6 +55,16 @@ SYSTEMS: dict[str, tuple[str, ...]] = {
         "--model.decoder={name: instance_selection, width: 96, num_heads: 4, feedforward: 256, minimap_side: 12, kept_regions: 16}",
     ),
 }
+SMALL = ("--model.vision.embed_width=16", "--model.pixel_decoder.width=48", "--model.pixel_decoder.mask_width=48", "--model.decoder.width=48")
+OPTIONS: dict[str, tuple[str, ...]] = {
+    "ReLA, focal loss": ("--model.decoder.loss.hard.focal_gamma=2.0",),
+    "ReLA, hardest pixels": ("--model.decoder.loss.hard.pixels=0.25",),
+    "ReLA, hardest masks": ("--model.decoder.loss.hard.masks=0.5",),
+    "ReLA, regions by the image": ("--model.decoder.minimap_side=16", "--model.decoder.region_sides=[4, 8, 16]"),
+    "ReLA, batch norm": ("--model.map_norm=batch",),
+    "small ReLA": SMALL,
+    "small ReLA, distilled": (*SMALL, "--train.teacher=TEACHER", "--loss.distill=1.0"),
+}
 CELL = 8  # pixels of a grid cell of drawn scenes; PHOTO_CELL of photographs
 PHOTO_CELL, PHOTO_SIZE = 16, 288
 SCENES, EXPRESSIONS = 250, 8  # of the drawn test split
@@ -63,18 +78,22 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--seconds", type=float, default=1200.0, help="of the training of a run (default: %(default)s)")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
-    parser.add_argument("--systems", nargs="+", default=list(SYSTEMS), choices=list(SYSTEMS))
+    parser.add_argument("--systems", nargs="+", default=list(SYSTEMS), choices=[*SYSTEMS, *OPTIONS])
+    parser.add_argument("--table", default="table.md", help="file of --out for the table (default: %(default)s)")
+    parser.add_argument("--steps-only", action="store_true", help="time the steps and stop")
     parser.add_argument("--config", default="configs/race.yaml")
     parser.add_argument("--scenes", type=int, default=SCENES, help="of the drawn test split (default: %(default)s)")
     parser.add_argument("--set", action="append", default=[], help="a further change of the configuration, for all systems: --set=--a.b=c")
     options = parser.parse_args(arguments)
     tested = options.data or drawn_scenes(options)
     steps = count_steps(options)
+    if options.steps_only:
+        return
     for seed in options.seeds:
         for name in options.systems:
             one_run(name, seed, steps[name], tested, options)
     text = table(tested, steps, options)
-    (options.out / "table.md").write_text(text + "\n", encoding="utf-8")
+    (options.out / options.table).write_text(text + "\n", encoding="utf-8")
     print(text)
 
 
@@ -101,7 +120,8 @@ def fields(name: str, seed: int, options: argparse.Namespace) -> list[str]:
     common = [*size, f"--train.seed={seed}", f"--train.num_threads={options.threads}", "--train.resume=true", *options.set]
     pixels = load_config(options.config, common).data.image_size
     grid = str(pixels // (PHOTO_CELL if options.data else CELL))
-    own = [change.replace("GRID", grid) for change in SYSTEMS[name]]
+    teacher = str(shared.run_folder(options.out, "ReLA", seed))
+    own = [change.replace("GRID", grid).replace("TEACHER", teacher) for change in (SYSTEMS | OPTIONS)[name]]
     return [*own, *common]
 
 

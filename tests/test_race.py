@@ -12,6 +12,7 @@ from conftest import ROOT
 from grex_mllm.cli import main
 from grex_mllm.config import load_config
 from grex_mllm.entries import DECODERS
+from grex_mllm.errors import GrexError
 from grex_mllm.models import build_grounding
 from grex_mllm.training.combinations import check_combinations
 
@@ -41,7 +42,7 @@ def options(race: ModuleType, tmp_path: Path) -> list[str]:
 def test_every_system_has_the_shared_encoders_and_learns_all_that_grex_asks(race: ModuleType, tmp_path: Path) -> None:
     import argparse
 
-    given = argparse.Namespace(data=None, config=str(ROOT / "configs" / "race.yaml"), threads=1, set=TINY)
+    given = argparse.Namespace(data=None, config=str(ROOT / "configs" / "race.yaml"), threads=1, set=TINY, out=tmp_path)
     found, raced = {}, set()
     for name in race.SYSTEMS:
         config = load_config(given.config, race.fields(name, 0, given))
@@ -79,3 +80,28 @@ def test_a_race_from_scenes_to_table(
     assert capsys.readouterr().out.endswith(text[text.index("| system") :])
     with pytest.raises(SystemExit, match=r"of 0\.01 seconds a run"):
         race.main([*given, "--seconds", "2"])
+
+
+def test_options_change_the_race_of_rela_alone_and_a_teacher_is_the_run_of_its_seed(
+    race: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(ROOT)
+    given = options(race, tmp_path)
+    given[given.index("ISFP")] = "ReLA"
+    taught = [*given, "--systems", "small ReLA, distilled", "ReLA, hardest masks", "ReLA", "--table", "options.md"]
+    with pytest.raises(GrexError, match=r"train\.teacher .*ReLA-0 has no"):
+        race.main(taught)
+    race.main([*given, "--steps-only"])
+    assert not (tmp_path / "out" / "ReLA-0").exists() and (tmp_path / "out" / "steps.json").exists()
+    race.main(given)
+    race.main(taught)
+    lines = (tmp_path / "out" / "options.md").read_text().splitlines()
+    weights = {line.split("|")[1].strip(): float(line.split("|")[7]) for line in lines[2:5]}
+    assert weights["small ReLA, distilled"] < weights["ReLA"] == weights["ReLA, hardest masks"]
+    assert "options" not in (tmp_path / "out" / "table.md").read_text()
+    student = load_config(tmp_path / "out" / "small_ReLA_distilled-0" / "config.yaml")
+    assert student.train.teacher == str(tmp_path / "out" / "ReLA-0") and student.loss.distill == 1.0
+    log = (tmp_path / "out" / "small_ReLA_distilled-0" / "log.jsonl").read_text()
+    assert "distill" in log
+    masks = load_config(tmp_path / "out" / "ReLA_hardest_masks-0" / "config.yaml")
+    assert masks.model.decoder.loss.hard.masks == 0.5 and masks.train.teacher is None
