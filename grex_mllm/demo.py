@@ -14,7 +14,7 @@ from grex_mllm.config import CONFIG_FOLDER, load_config, to_dict
 from grex_mllm.job import DATA, PREDICTIONS, PROTOCOL, RESULTS, WEIGHTS, announce, predict_once, report_run, say
 
 DEMO_CONFIG = CONFIG_FOLDER / "demo.yaml"
-TEST_SCENES, EXPRESSIONS_PER_SCENE, LISTENER_CANDIDATES = 250, 8, 16
+TEST_SCENES, EXPRESSIONS_PER_SCENE, LISTENER_CANDIDATES = 250, 8, 10
 PREDICTION_STEPS, SCORING_S = 120, 15.0  # time of the prediction in joint training steps, and of scores and report; for the announcement
 
 
