@@ -2,7 +2,7 @@
 
     python benchmarks/race.py --out runs/race                                    # drawn scenes
     python benchmarks/race.py --data runs/photos/data --out runs/race_photos     # photographs: a folder with splits train and test
-    python benchmarks/race.py --out runs/race --table options.md --systems ReLA "ReLA, focal loss" "ReLA, hardest pixels"    # what options bring
+    python benchmarks/race.py --out runs/race --table options.md --systems ReLA "ReLA, focal loss" "ReLA, hardest pixels"    # options
 
 First the steps of all systems are timed, in turn and several times over (the machine should do nothing else); the seconds of a run then
 are a number of steps (steps.json), so that every schedule ends with its budget and a run can be repeated. Then each system is trained with
@@ -55,7 +55,12 @@ SYSTEMS: dict[str, tuple[str, ...]] = {
         "--model.decoder={name: instance_selection, width: 96, num_heads: 4, feedforward: 256, minimap_side: 12, kept_regions: 16}",
     ),
 }
-SMALL = ("--model.vision.embed_width=16", "--model.pixel_decoder.width=48", "--model.pixel_decoder.mask_width=48", "--model.decoder.width=48")
+SMALL = (
+    "--model.vision.embed_width=16",
+    "--model.pixel_decoder.width=48",
+    "--model.pixel_decoder.mask_width=48",
+    "--model.decoder.width=48",
+)
 OPTIONS: dict[str, tuple[str, ...]] = {
     "ReLA, focal loss": ("--model.decoder.loss.hard.focal_gamma=2.0",),
     "ReLA, hardest pixels": ("--model.decoder.loss.hard.pixels=0.25",),

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import re
 import warnings
-from collections.abc import Callable
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
 from functools import cache
 from importlib import import_module
 from importlib.metadata import version
@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 # package -> (first version checked, first one no longer checked)
 CHECKED = {"accelerate": ("1.15", "1.16"), "deepspeed": ("0.19.8", "0.20"), "numpy": ("2.0", "2.5"), "peft": ("0.21", "0.22")}
 CHECKED |= {"torch": ("2.8", "2.14"), "transformers": ("5.17", "5.25")}
+KEPT_SUM = "grex_kept_sum"  # of a layer within `adapters_folded_once`
 
 
 @cache
@@ -183,14 +184,38 @@ def fold_adapters(adapted: nn.Module) -> None:
             module.forward = MethodType(_folded, module)
 
 
+@contextmanager
+def adapters_folded_once(adapted: nn.Module) -> Iterator[None]:
+    """Within it every layer of `fold_adapters` keeps the sum that it makes first: for writing many tokens with weights that stand still.
+
+    Not for learning: the sum that is kept has no gradient.
+    """
+    import torch
+
+    layers = [module for module in adapted.modules() if getattr(module.__dict__.get("forward"), "__func__", None) is _folded]
+    for layer in layers:
+        layer.__dict__[KEPT_SUM] = []
+    try:
+        with torch.no_grad():
+            yield
+    finally:
+        for layer in layers:
+            layer.__dict__.pop(KEPT_SUM, None)
+
+
 def _folded(layer: Any, x: Tensor, *_: Any, **__: Any) -> Tensor:
     import torch.nn.functional as F
 
     if layer.disable_adapters:
         return layer.base_layer(x)
+    kept = layer.__dict__.get(KEPT_SUM)
+    if kept:
+        return F.linear(x, kept[0], layer.base_layer.bias)
     weight = layer.base_layer.weight
     for name in layer.active_adapters:
         weight = weight + layer.scaling[name] * (layer.lora_B[name].weight @ layer.lora_A[name].weight)
+    if kept is not None:
+        kept.append(weight)
     return F.linear(x, weight, layer.base_layer.bias)
 
 

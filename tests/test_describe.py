@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from pycocotools.mask import decode
 from tiny import tiny_speaker
 
 from grex_mllm.data.synthetic import SyntheticDataset
@@ -280,8 +281,14 @@ def test_predicted_lines_hold_the_greedy_answer_and_the_chosen_one(ask: Any) -> 
         zeros = torch.zeros(len(ids), 2)
         return GroundingOutput(torch.stack([torch.zeros_like(margin), margin], 1), zeros[:, None], zeros + torch.tensor([2.0, -2.0]))
 
+    asked: list[list[str]] = []
+
+    def encode_text(said: Sequence[str]) -> tuple[torch.Tensor, torch.Tensor]:
+        asked.append(list(said))
+        return torch.tensor([[list(texts).index(t)] for t in said]), torch.ones(len(said), 1)
+
     model.grounding.ground = ground
-    model.encode_text = lambda said: (torch.tensor([[list(texts).index(t)] for t in said]), torch.ones(len(said), 1))
+    model.encode_text = encode_text
     names = [i.annotation_id for i in sample.record.instances]
     sets = [(names[2],), (names[0],), (names[1],)]
     assert len(object_sets(sample.expressions)) > 1
@@ -290,6 +297,10 @@ def test_predicted_lines_hold_the_greedy_answer_and_the_chosen_one(ask: Any) -> 
     assert speech.calls[1]["sets"] == [[2], [0], [1]]
     assert [line["expression"] for line in lines] == ["greedy"] * 3
     assert [line["listener"]["expression"] for line in lines] == ["s2", "s0", "s1"]
+    assert asked[-1] == ["greedy", "s2", "s0", "s1"]  # what was written is grounded together, each text once
+    for line, place in zip(lines, (2, 0, 1), strict=True):
+        assert decode(line["listener"]["round_trip"]["mask_rle"]).sum() == item.masks[place].sum() > 0
+        assert decode(line["round_trip"]["mask_rle"]).sum() == 0
     for line in lines:
         assert line["listener"]["score"] > 0.5 and len(line["candidates"]) == 4
         assert line["candidates"][0] == line["listener"]["expression"] and sorted(line["candidates"]) == ["greedy", *DRAWN[:3]]

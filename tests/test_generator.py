@@ -97,6 +97,31 @@ def test_overfits_eight_object_sets(tokenizer: LMTokenizer) -> None:
     assert [answers[0] for answers in generator.generate_batch(**inputs, mode="sample", temperature=0.1)] == TEXTS
 
 
+def test_adapters_are_summed_once_for_all_tokens_and_anew_for_every_call(tokenizer: LMTokenizer, monkeypatch: pytest.MonkeyPatch) -> None:
+    generator, inputs = build(tokenizer).eval(), scene()
+    layers = [module for module in generator.lm.modules() if "lora_B" in dict(module.named_children())]
+    for layer in layers:
+        torch.nn.init.normal_(layer.lora_B["default"].weight, std=0.3)
+    plain = generator.generate_batch(**inputs, mode="sample", num_candidates=2)
+    sums = []
+    matmul = torch.Tensor.__matmul__
+
+    def counted(one: torch.Tensor, other: torch.Tensor) -> torch.Tensor:
+        sums.extend(True for layer in layers if one is layer.lora_B["default"].weight)
+        return matmul(one, other)
+
+    monkeypatch.setattr(torch.Tensor, "__matmul__", counted)
+    assert generator.generate_batch(**inputs, mode="sample", num_candidates=2) == plain
+    assert len(sums) == len(layers) == 14
+    with torch.no_grad():
+        for layer in layers:
+            layer.lora_B["default"].weight.neg_()
+    assert generator.generate_batch(**inputs, mode="sample", num_candidates=2) != plain and len(sums) == 28
+    ids, mask = tokenizer.encode(TEXTS)
+    generator.train().likelihood(**inputs, lm_ids=ids, lm_mask=mask).loss.backward()
+    assert all(layer.lora_B["default"].weight.grad.abs().sum() > 0 for layer in layers)
+
+
 def test_batch_equals_single(tokenizer: LMTokenizer) -> None:
     generator, inputs = build(tokenizer, context_layers=1).double().eval(), scene()
     inputs["features"] = [f.double() for f in inputs["features"]]

@@ -145,13 +145,15 @@ def describe_sets(net: GrexModel, item: Item, encoded: EncodedImage, sets: list[
             describe_encoded(net, encoded, item.masks, positions, mode="sample", candidates=listener, rerank=rerank, greedy=texts)
         )
     among_found: Sequence[str | None] = describe_among_found(net, encoded, item.masks, positions) or [None] * len(sets)
+    written = [answer.expression for answer in (*greedy, *reranked) if answer is not None]
+    said = _said(net, encoded, [*written, *(text for text in among_found if text is not None)])
     answers = []
     for targets, first, best, other in zip(sets, greedy, reranked, among_found, strict=True):
-        fields = _said(net, encoded, first.expression)
+        fields = dict(said[first.expression])
         if other is not None:
-            fields["among_found"] = _said(net, encoded, other)
+            fields["among_found"] = said[other]
         if best is not None:
-            fields["listener"] = {"score": round(best.score or 0.0, 5), **_said(net, encoded, best.expression)}
+            fields["listener"] = {"score": round(best.score or 0.0, 5), **said[best.expression]}
             fields["candidates"] = [text for text, _ in best.candidates]
             fields |= {"listener_costs": best.costs} if best.costs else {}
         answers.append(Answer(set_key(item.record.image_id, targets), expression=first.expression, status=fields["status"], fields=fields))
@@ -167,12 +169,14 @@ def _described(net: GrexModel, item: Item, targets: ObjectSet, speech: dict[str,
     return Answer(set_key(item.record.image_id, targets), expression=result.expression, fields=fields)
 
 
-def _said(net: GrexModel, encoded: EncodedImage, text: str) -> dict[str, Any]:
-    """Return a generated expression with its status and, where it says anything, its grounding."""
-    if not text.strip():
-        return {"expression": text, "status": "unparsable"}
-    answer = Answer("", net.ground(encoded, text[:MAX_EXPRESSION_CHARACTERS]), masks=net.config.predict.masks)
-    return {"expression": text, "status": "ok", "round_trip": round_trip_fields(answer)}
+def _said(net: GrexModel, encoded: EncodedImage, texts: list[str]) -> dict[str, dict[str, Any]]:
+    """Return generated expressions of an image, each once, with their status and, where they say anything, their grounding."""
+    rules, different = net.config.predict, list(dict.fromkeys(texts))
+    asked = [text for text in different if text.strip()]
+    results = net.ground(encoded, [text[:MAX_EXPRESSION_CHARACTERS] for text in asked], rules.batch) if asked else []
+    found = {text: round_trip_fields(Answer("", result, masks=rules.masks)) for text, result in zip(asked, results, strict=True)}
+    silent = {"status": "unparsable"}
+    return {text: {"expression": text, **({"status": "ok", "round_trip": found[text]} if text in found else silent)} for text in different}
 
 
 def build(argument: str, options: Options) -> GrexPredictor:

@@ -17,6 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from grex_mllm.compat import adapters_folded_once
 from grex_mllm.data.transforms import input_masks
 from grex_mllm.errors import fault
 from grex_mllm.models.generators.region_tokens.config import RegionTokensConfig
@@ -315,9 +316,10 @@ class RegionTokenGenerator(nn.Module):
             chunk = max(1, self.cfg.max_rows // copies)
             for start in range(0, len(prefix.embeds), chunk):
                 part = prefix.part(slice(start, start + chunk))
-                tokens = self._write(
-                    part, mode, num_candidates=num_candidates, num_beams=copies, temperature=temperature, steps=steps, seed=seed
-                )
+                with adapters_folded_once(self.lm):
+                    tokens = self._write(
+                        part, mode, num_candidates=num_candidates, num_beams=copies, temperature=temperature, steps=steps, seed=seed
+                    )
                 answers += [[self.tokenizer.decode(row) for row in rows] for rows in tokens.tolist()]
             return answers
         finally:
