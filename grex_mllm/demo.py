@@ -15,7 +15,7 @@ from grex_mllm.job import DATA, PREDICTIONS, PROTOCOL, RESULTS, WEIGHTS, announc
 
 DEMO_CONFIG = CONFIG_FOLDER / "demo.yaml"
 TEST_SCENES, EXPRESSIONS_PER_SCENE, LISTENER_CANDIDATES = 250, 8, 10
-PREDICTION_STEPS, SCORING_S = 120, 15.0  # time of the prediction in joint training steps, and of scores and report; for the announcement
+PREDICTION_STEPS, SCORING_S = 60, 15.0  # time of the prediction in joint training steps, and of scores and report; for the announcement
 
 
 def demo(out: str = "runs/demo", config: str | None = None, open: bool = False, overrides: list[str] | None = None) -> int:

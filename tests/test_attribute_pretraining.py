@@ -90,6 +90,18 @@ def test_its_batches_are_a_function_of_their_number(tmp_path: Path) -> None:
     assert first.image_ids != second.image_ids
 
 
+def test_it_is_the_same_whichever_process_draws_the_batches(tmp_path: Path) -> None:
+    """Also where the generator drops objects at random: its numbers come from the seed and the step, not from what was drawn before."""
+    learned = []
+    for workers, before in ((0, 0), (1, 5)):
+        model = knowing_model(tmp_path, data__num_workers=workers, model__generator__distractor_dropout=0.5)
+        [stage] = stages_of(model)
+        torch.rand(before)  # what a process did earlier does not matter
+        learned.append((stage.run(model, 4, None), model.generator.lm.state_dict()))
+    assert learned[0][0] == learned[1][0]
+    assert all(torch.equal(value, learned[1][1][name]) for name, value in learned[0][1].items())
+
+
 def test_it_needs_a_part_that_knows_attributes() -> None:
     config = tiny_config(model__generator__lm="tiny", train__pretraining__scenes=1)
     with pytest.raises(GrexError, match="attribute_classes"):

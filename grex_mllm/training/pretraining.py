@@ -26,7 +26,7 @@ from grex_mllm.models.generators.region_tokens.words import called_by, embedding
 from grex_mllm.models.grex import GrexModel
 from grex_mllm.models.word_bags import places_of
 from grex_mllm.precision import autocast, resolve_precision
-from grex_mllm.training.batches import BatchSource, stream
+from grex_mllm.training.batches import BatchSource, seed_all, stream
 from grex_mllm.training.lm import train_language_model
 from grex_mllm.training.optim import build_optimizer, build_schedule, clip_gradients, optimized_parameters
 from grex_mllm.training.stages import Progress, Stage
@@ -34,6 +34,7 @@ from grex_mllm.types import Batch
 
 LOSS_MEMORY = 0.98  # of the running mean that is reported
 TEXT_LINES = 20_000
+PRETRAINING_STREAM = 6  # keeps the uses of one seed apart, as in training/batches.py
 
 
 @dataclass
@@ -120,6 +121,7 @@ def pretrain_on_attributes(
         optimizer = build_optimizer(model.generator, optim, precision)
         schedule = build_schedule(optimizer, optim, steps)
         for step, batch in enumerate(stream(source, 0, steps, config.data.num_workers, seed=config.train.seed)):
+            seed_all(config.train.seed, PRETRAINING_STREAM, step)  # the same dropout whichever process draws the batches
             loss = _loss(model, batch, precision)
             value = float(loss.detach())
             if not math.isfinite(value):
