@@ -18,6 +18,7 @@ from grex_mllm.data.synthetic import SyntheticDataset
 from grex_mllm.data.synthetic.settings import SyntheticConfig
 from grex_mllm.models.describe import (
     LISTENER_TEMPERATURE,
+    Description,
     agreements,
     describe,
     describe_among_found,
@@ -25,6 +26,7 @@ from grex_mllm.models.describe import (
     rerank_by_grounding,
 )
 from grex_mllm.models.grex import EncodedImage, GrexModel
+from grex_mllm.predictors import grex as predictor
 from grex_mllm.predictors.grex import describe_sets
 from grex_mllm.predictors.lines import answer_fields
 from grex_mllm.predictors.protocol import Item, object_sets
@@ -304,6 +306,34 @@ def test_predicted_lines_hold_the_greedy_answer_and_the_chosen_one(ask: Any) -> 
     for line in lines:
         assert line["listener"]["score"] > 0.5 and len(line["candidates"]) == 4
         assert line["candidates"][0] == line["listener"]["expression"] and sorted(line["candidates"]) == ["greedy", *DRAWN[:3]]
+
+
+def test_each_answer_is_grounded_as_its_own_text(speaker: GrexModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A text of blanks says nothing, a text that never ends is cut, and what was written among found objects stands by itself."""
+    sample = SyntheticDataset(SyntheticConfig(image_size=64), "train", 3, 6)[0]
+    item = Item(sample.record, Path(sample.record.file), lambda: sample.image, sample.expressions)
+    sets = [(instance.annotation_id,) for instance in sample.record.instances[:3]]
+    long = "red star " * 200
+    monkeypatch.setattr(predictor, "describe_encoded", lambda *args, **options: [Description(t) for t in ("   ", long, "a star")])
+    monkeypatch.setattr(predictor, "describe_among_found", lambda *args: ["a box", "   ", long])
+    asked: list[str] = []
+    ground = speaker.ground
+
+    def grounded(image: Any, texts: Sequence[str], chunk: int) -> Any:
+        asked.extend(texts)
+        return ground(image, texts, chunk)
+
+    monkeypatch.setattr(speaker, "ground", grounded)
+    lines = [answer_fields(answer) for answer in describe_sets(speaker, item, speaker.encode(sample.image), sets, 0)]
+    assert asked == [long[:1000], "a star", "a box"]
+    assert [(line["expression"], line["among_found"]["expression"]) for line in lines] == [
+        ("   ", "a box"),
+        (long, "   "),
+        ("a star", long),
+    ]
+    for said in [said for line in lines for said in (line, line["among_found"])]:
+        blank = said["expression"] == "   "
+        assert said["status"] == ("unparsable" if blank else "ok") and ("round_trip" in said) != blank
 
 
 def test_sets_are_described_among_what_the_model_finds(speaker: GrexModel, monkeypatch: pytest.MonkeyPatch) -> None:

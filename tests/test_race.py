@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from argparse import Namespace
 from pathlib import Path
 from types import ModuleType
 
@@ -40,9 +41,7 @@ def options(race: ModuleType, tmp_path: Path) -> list[str]:
 
 
 def test_every_system_has_the_shared_encoders_and_learns_all_that_grex_asks(race: ModuleType, tmp_path: Path) -> None:
-    import argparse
-
-    given = argparse.Namespace(data=None, config=str(ROOT / "configs" / "race.yaml"), threads=1, set=TINY, out=tmp_path)
+    given = Namespace(data=None, config=str(ROOT / "configs" / "race.yaml"), threads=1, set=TINY, out=tmp_path)
     found, raced = {}, set()
     for name in race.SYSTEMS:
         config = load_config(given.config, race.fields(name, 0, given))
@@ -103,5 +102,7 @@ def test_options_change_the_race_of_rela_alone_and_a_teacher_is_the_run_of_its_s
     assert student.train.teacher == str(tmp_path / "out" / "ReLA-0") and student.loss.distill == 1.0
     log = (tmp_path / "out" / "small_ReLA_distilled-0" / "log.jsonl").read_text()
     assert "distill" in log
+    asked = Namespace(data=None, config=str(ROOT / "configs" / "race.yaml"), threads=1, set=[], out=tmp_path / "out")
+    assert f"--train.teacher={tmp_path / 'out' / 'ReLA-7'}" in race.fields("small ReLA, distilled", 7, asked)
     masks = load_config(tmp_path / "out" / "ReLA_hardest_masks-0" / "config.yaml")
     assert masks.model.decoder.loss.hard.masks == 0.5 and masks.train.teacher is None

@@ -105,7 +105,7 @@ def test_tokens_show_their_words_and_nobody_elses(tmp_path: Path) -> None:
 def test_only_listed_words_count(tmp_path: Path) -> None:
     model, batches = built("words", tmp_path)
     part, lm = batches.at(0).generation, model.generator.lm
-    objects = SimpleNamespace(queries=torch.randn(4, 12, 16), tokens=torch.zeros(4, 12, 16), word_logits=None, words=None)
+    objects = SimpleNamespace(queries=torch.randn(4, 12, 16), tokens=torch.zeros(4, 12, 16), word_logits=None, words=None, kind_logits=None)
     said = part.lm_ids[:, 1:].unique()
     listed = said[::2]  # every second id that occurs
     with_words(objects, lm, listed)  # type: ignore[arg-type]

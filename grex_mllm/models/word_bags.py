@@ -36,17 +36,18 @@ def places_of(ids: Tensor, listed: Tensor) -> tuple[Tensor, Tensor]:
     return places, listed[places] == ids
 
 
-def bag_loss(logits: Tensor, image_index: Tensor, member: Tensor, ids: Tensor, real: Tensor) -> Tensor:
+def bag_loss(logits: Tensor, image_index: Tensor, member: Tensor, ids: Tensor, real: Tensor, whole: bool = False) -> Tensor:
     """Compute the mean negative log-likelihood of the words of E expressions from the objects that they mean, a scalar.
 
     A word of an expression may be said of any of its objects, all alike: its probability is their mean. How often a word comes in the batch
     at all is added to the logits, so that they say how much likelier it is of this object than of any.
     logits: float [B, N, V].  image_index: int64 [E].  member: bool [E, N], objects that are meant; expressions without any do not count.
-    ids: int64 [E, L].  real: bool [E, L], words that count.
+    ids: int64 [E, L].  real: bool [E, L], words that count.  whole: nothing is added; the logits say how likely a word is.
     """
     real = real & member.any(1, keepdim=True)
     often = torch.zeros(logits.shape[-1], device=logits.device).index_add(0, ids.flatten(), real.flatten().float())
-    logs = (logits.float() + shared_count(often, logits, least=SMOOTHING).log()).log_softmax(-1)
+    usual = 0.0 if whole else shared_count(often, logits, least=SMOOTHING).log()
+    logs = (logits.float() + usual).log_softmax(-1)
     every = torch.arange(logs.shape[1], device=logs.device)
     each = logs[image_index[:, None, None], every[None, :, None], ids[:, None]]  # [E, N, L]
     counted = member | ~member.any(1, keepdim=True)

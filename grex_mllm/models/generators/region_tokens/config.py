@@ -29,6 +29,7 @@ class RegionTokensConfig(AdaptedConfig):
     found_share: float = 0.0  # share of training images in which the others are those that the decoder finds, as in use
     words: int = 0  # tokens that objects are shown by, those that training says most, learned from expressions alone (`words.py`); 0 = none
     word_loss: float = 3.0  # their weight
+    ranks: bool = False  # show which objects come first among their kind, from each side and by size (`ranks.py`); needs words
     shape_side: int = 8  # the mask inside its box as a shape_side x shape_side picture; 0 = none
     context_layers: int = 0  # self-attention among the tokens of an object set before the LM
     attribute_classes: dict[str, int] = field(default_factory=dict)  # heads and embeddings for attributes: name -> classes; {} = none

@@ -72,7 +72,7 @@ class RegionTokenGenerator(nn.Module):
         self.cfg, self.tokenizer, self.feature_channels = cfg, tokenizer.in_style(cfg.prompt_style), list(feature_channels)
         self.frame = _frame(cfg, self.tokenizer)
         self.lm = build_language_model(cfg, self.tokenizer)
-        check_words(cfg.words, self.lm)
+        check_words(cfg, self.lm)
         self.words = WordList(cfg.words) if cfg.words else None
         num_embeddings, width = embedding_shape(self.lm)
         self.region_tokens = RegionTokens(
@@ -86,7 +86,8 @@ class RegionTokenGenerator(nn.Module):
             attribute_classes=cfg.attribute_classes,
             distractor_dropout=cfg.distractor_dropout,
             token_scale=embedding_scale(self.lm),
-            words=cfg.words > 0,
+            words=cfg.words,
+            ranks=cfg.ranks,
         )
         self.reads_proposals = cfg.found_share > 0
         nameless = range(self.tokenizer.num_ids, num_embeddings)  # embeddings that stand for no text
@@ -123,7 +124,7 @@ class RegionTokenGenerator(nn.Module):
     ) -> ObjectTokens:
         """Return the tokens of all objects of B images, with the words that they are called by; arguments as in `RegionTokens.forward`."""
         objects = self.region_tokens(features, masks, valid_sizes, boxes_norm)
-        return objects if self.words is None else with_words(objects, self.lm, self.words.ids)
+        return objects if self.words is None else with_words(objects, self.lm, self.words.ids, self.region_tokens.kinds)
 
     def arrange(
         self,

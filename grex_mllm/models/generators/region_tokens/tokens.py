@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from grex_mllm.errors import fault
 from grex_mllm.models.generators.region_tokens.comparison import compare
+from grex_mllm.models.generators.region_tokens.ranks import OF_OBJECT, OF_SET, Kinds, rank
 from grex_mllm.ops.paths import traced
 from grex_mllm.ops.recordable import among_themselves, area_pool, stable_order
 from grex_mllm.ops.selection import boxes_to_masks, mask_boxes
@@ -37,6 +38,8 @@ class ObjectTokens:
     left to right, absent ones last.  area: float [B, N], share of the image.  image: float [B, G, D].  attribute_logits: name -> float
     [B, N, classes], for the heads that there are.  attribute_probs: float [B, N, sum of classes], softmax of those, None without heads.
     queries, word_logits, words: float [B, N, W], [B, N, V], [B, N, W], see `words.py`; None without words.
+    boxes: float [B, N, 4] xyxy in [0, 1].  kind_queries, kind_logits, same: float [B, N, W], [B, N, V], [B, N, N], see `ranks.py`; None
+    without ranks.
     """
 
     tokens: Tensor
@@ -49,13 +52,18 @@ class ObjectTokens:
     queries: Tensor | None = None
     word_logits: Tensor | None = None
     words: Tensor | None = None
+    boxes: Tensor | None = None
+    kind_queries: Tensor | None = None
+    kind_logits: Tensor | None = None
+    same: Tensor | None = None
 
 
 class RegionTokens(nn.Module):
     """Pool objects from multi-scale feature maps and arrange them as a prefix for a language model.
 
     channels: of each feature map.  width: D of the language model.  token_scale: standard deviation of the LM's own token embeddings,
-    which the tokens start with.  attribute_classes: heads and embeddings for attributes of the objects, name -> classes.
+    which the tokens start with.  attribute_classes: heads and embeddings for attributes of the objects, name -> classes.  words: how many
+    may be said of an object.  ranks: show which objects come first among their kind.
     """
 
     def __init__(
@@ -71,7 +79,8 @@ class RegionTokens(nn.Module):
         attribute_classes: dict[str, int] | None = None,
         distractor_dropout: float = 0.0,
         token_scale: float = 1.0,
-        words: bool = False,
+        words: int = 0,
+        ranks: bool = False,
     ) -> None:
         super().__init__()
         self.image_grid, self.max_distractors, self.shape_side = image_grid, max_distractors, shape_side
@@ -91,6 +100,11 @@ class RegionTokens(nn.Module):
             nn.init.zeros_(self.appearance.bias)
         self.word_query = nn.Linear(hidden, width) if words else None
         self.word_norm = nn.LayerNorm(width) if words else None
+        self.kinds = Kinds(sum(channels), hidden, width, words) if ranks else None
+        self.ranked, self.ranked_set = (
+            nn.Sequential(nn.Linear(numbers, hidden), nn.GELU(), nn.Linear(hidden, hidden)) if ranks else None
+            for numbers in (OF_OBJECT, OF_SET)
+        )
         self.norm = nn.LayerNorm(hidden)
         self.kind = nn.Embedding(3, hidden)
         self.count = nn.Embedding(MOST_COUNTED + 1, hidden)
@@ -138,7 +152,8 @@ class RegionTokens(nn.Module):
             values = torch.bmm(level.to(feature.dtype), feature.flatten(2).transpose(1, 2))
             pooled.append(norm(values.to(weight)))
         limits = valid_sizes.to(dtype).flip(-1).repeat(1, 2)[:, None]  # [B, 1, 4] width, height, width, height
-        geometry = geometry_code(boxes / limits, area / limits[..., :2].prod(-1))
+        share = area / limits[..., :2].prod(-1)
+        geometry = geometry_code(boxes / limits, share)
         seen = self.project(torch.cat([*pooled, geometry.to(weight), shape.to(weight)], -1))
         token, attribute_logits, probs = self.position(geometry.to(weight)) + self.appearance(seen), {}, None
         if self.classes:
@@ -149,7 +164,10 @@ class RegionTokens(nn.Module):
         order = left_to_right(boxes, area, present)
         image = self._image_tokens(features, valid_sizes.to(dtype), (height, width))
         queries = None if self.word_query is None else self.word_query(seen)
-        return ObjectTokens(self.norm(token), present, order, area / limits[..., :2].prod(-1), image, attribute_logits, probs, queries)
+        kinds = None if self.kinds is None else self.kinds.query(torch.cat(pooled, -1))
+        return ObjectTokens(
+            self.norm(token), present, order, share, image, attribute_logits, probs, queries, boxes=boxes / limits, kind_queries=kinds
+        )
 
     def select(
         self, objects: ObjectTokens, image_index: Tensor, member: Tensor, beside: Tensor | None = None
@@ -164,10 +182,10 @@ class RegionTokens(nn.Module):
         other = objects.present[image_index] if beside is None else objects.present[image_index] & beside
         other = other.gather(1, order) & ~target
         area = objects.area[image_index].gather(1, order).masked_fill(~other, -1.0)
-        rank = stable_order(stable_order(area, descending=True))
-        other = other & (rank < self.max_distractors)
+        largest = stable_order(stable_order(area, descending=True))
         if self.training and self.distractor_dropout > 0:
             other = other & (torch.rand(len(other), 1) >= self.distractor_dropout).to(other.device)
+        every, other = other, other & (largest < self.max_distractors)
         kind = torch.where(target, TARGET, torch.where(other, DISTRACTOR, TARGET + 1))
         place = stable_order(kind)
         if not traced():  # a recorded prefix keeps its padding, which is masked: the length of this one would become a constant
@@ -181,6 +199,12 @@ class RegionTokens(nn.Module):
             )
             tokens = tokens + self.rivals(rivalry.to(tokens.dtype)).gather(1, source[..., None].expand_as(tokens))
             among_others = self.shared(sharing.to(tokens.dtype))
+        if self.ranked is not None and self.ranked_set is not None:
+            assert objects.same is not None and objects.boxes is not None
+            each, whole = rank(objects.same, objects.boxes, objects.area, image_index, member, every.scatter(1, order, every))
+            each = self.ranked(each.to(tokens.dtype))
+            tokens = tokens + each.gather(1, source[..., None].expand_as(tokens))
+            among_others = among_others + self.ranked_set(whole.to(tokens.dtype))
         image = objects.image[image_index] + self.kind.weight[IMAGE]
         tokens = torch.cat([image.to(tokens.dtype), tokens], 1)
         mask = torch.cat([kind.new_ones(image.shape[:2], dtype=torch.bool), kind <= TARGET], 1)

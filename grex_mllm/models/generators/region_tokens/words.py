@@ -14,30 +14,38 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from grex_mllm.errors import fault
+from grex_mllm.models.generators.region_tokens.config import RegionTokensConfig
 from grex_mllm.models.generators.region_tokens.parts import GenerationPart
+from grex_mllm.models.generators.region_tokens.ranks import Kinds
 from grex_mllm.models.generators.region_tokens.sets import positions_of
 from grex_mllm.models.generators.region_tokens.tokens import ObjectTokens
 from grex_mllm.models.language_model import embedding_shape, embedding_weight
 from grex_mllm.models.word_bags import bag_loss, places_of
 
 
-def check_words(words: int, lm: Any) -> None:
-    """Raise GrexError for a number of words that the language model does not have."""
+def check_words(cfg: RegionTokensConfig, lm: Any) -> None:
+    """Raise GrexError for a number of words that the language model does not have, and for ranks without words."""
     number = embedding_shape(lm)[0]
-    if not 0 <= words <= number:
-        raise fault(f"model.generator.words is {words}", f"0 to {number}, the tokens of the language model", "lower it")
+    if not 0 <= cfg.words <= number:
+        raise fault(f"model.generator.words is {cfg.words}", f"0 to {number}, the tokens of the language model", "lower it")
+    if cfg.ranks and not cfg.words:
+        raise fault("model.generator.ranks without words", "words, by which objects are of a kind", "set model.generator.words")
 
 
-def with_words(objects: ObjectTokens, lm: Any, ids: Tensor) -> ObjectTokens:
+def with_words(objects: ObjectTokens, lm: Any, ids: Tensor, kinds: Kinds | None = None) -> ObjectTokens:
     """Return the objects with `word_logits`, how much likelier each word is of an object than of any, and `words`, the mean embedding.
 
-    ids: int64 [V], the tokens that are words.
+    ids: int64 [V], the tokens that are words.  kinds: adds `kind_logits`, how likely each word is of what looks so, and `same`.
     """
     table = embeddings(lm, ids)
     assert objects.queries is not None
     names = F.layer_norm(table, table.shape[-1:])
     objects.word_logits = (objects.queries.float() @ names.T).float() / names.shape[-1] ** 0.5
     objects.words = objects.word_logits.softmax(-1) @ table
+    if kinds is not None:
+        assert objects.kind_queries is not None
+        objects.kind_logits = (objects.kind_queries.float() @ names.T).float() / names.shape[-1] ** 0.5 + kinds.often.float()
+        objects.same = kinds.same(objects.kind_logits)
     return objects
 
 
@@ -47,12 +55,17 @@ def embeddings(lm: Any, ids: Tensor) -> Tensor:
 
 
 def word_loss(objects: ObjectTokens, part: GenerationPart, listed: Tensor, eos_id: int) -> Tensor:
-    """Compute `bag_loss` of the G expressions' tokens, without BOS, EOS and what is no word. listed: int64 [V], the tokens that are."""
+    """Compute `bag_loss` of the G expressions' tokens, without BOS, EOS and what is no word, and that of the kinds' words where there are.
+
+    listed: int64 [V], the tokens that are words.
+    """
     assert objects.word_logits is not None
     ids, known = places_of(part.lm_ids[:, 1:], listed)
     real = part.lm_mask[:, 1:].bool() & (part.lm_ids[:, 1:] != eos_id) & known
     member = torch.zeros(len(ids), objects.tokens.shape[1], dtype=torch.bool, device=ids.device)
-    return bag_loss(objects.word_logits, part.image_index, positions_of(part.target_index, member), ids, real)
+    member = positions_of(part.target_index, member)
+    loss = bag_loss(objects.word_logits, part.image_index, member, ids, real)
+    return loss if objects.kind_logits is None else loss + bag_loss(objects.kind_logits, part.image_index, member, ids, real, whole=True)
 
 
 def called_by(counts: Tensor) -> Tensor:
