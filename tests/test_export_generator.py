@@ -168,7 +168,7 @@ def test_small_masks_and_padded_pictures(exported: tuple[GrexModel, Path], tmp_p
 
 @pytest.mark.long
 def test_other_parts_of_a_generator_leave(tmp_path: Path) -> None:
-    """Image tokens, context among tokens, words around them, attributes, more objects than distractors; a decoder without proposals; an
+    """Image tokens, context among tokens, words around them and of objects, ranks, attributes, more objects than distractors; a decoder without proposals; an
     image size that is no multiple of the stride, open and fixed."""
     config = tiny_config(model__decoder__name="rela", model__decoder__minimap_side=4, model__decoder__feedforward=16,
                          model__decoder__boxes="false", data__image_size=72,
@@ -176,6 +176,7 @@ def test_other_parts_of_a_generator_leave(tmp_path: Path) -> None:
                          model__generator__num_layers=2, model__generator__intermediate_size=32, model__generator__projector_width=16,
                          model__generator__max_new_tokens=4, model__generator__image_grid=2, model__generator__context_layers=1,
                          model__generator__prompt="Name {regions} now: ", model__generator__max_distractors=2,
+                         model__generator__words=200, model__generator__ranks="true",
                          model__generator__attribute_classes='{"shape": 3, "colour": 2}')  # fmt: skip
     torch.manual_seed(3)
     text = train_text_tokenizer(WORDS, 300)
