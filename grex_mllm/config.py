@@ -141,7 +141,8 @@ class TrainConfig:
 
     steps: optimizer steps.  batch_images: images of one batch, over all processes; `accumulation` batches make one step.
     tasks: what is learned: all (that the model has) | ground | generate (text encoder and decoder stay as they are) | align (the
-    generator's projector alone, everything else frozen: a first run, whose folder is the joint one's `start`).
+    generator's projector alone, everything else frozen: a first run, whose folder is the joint one's `start`) | words (the same, by the
+    words of objects alone, with a language model that is not read: before align, and fast).
     save_every, log_every: in steps; a checkpoint is also made at the end.  keep: how many checkpoints stay.
     start: a model folder whose weights the training starts from; heads that it lacks start as built.
     teacher: a model folder whose answers are learned as well (`loss.distill`); it stays as it is.

@@ -1,4 +1,4 @@
-"""`train.tasks: align`: the projector learns alone, resumes exactly, and the joint training goes on from it with everything."""
+"""`train.tasks: align` and `words`: the projector learns alone, resumes exactly, and the joint training goes on from it with everything."""
 
 from __future__ import annotations
 
@@ -71,6 +71,28 @@ def test_the_projector_learns_alone_and_the_joint_training_goes_on(tmp_path: Pat
     assert lines[0]["loss/generate/lm"] == pytest.approx(rows[-1], rel=0.3)
     parts = {"generator.region_tokens", "generator.lm", *(f"grounding.{part}" for part in ("vision", "text", "decoder", "pixel_decoder"))}
     assert changed(aligned, weights(tmp_path / "joint")) == parts
+
+
+def test_words_are_learned_before_the_language_model_is_read(tmp_path: Path) -> None:
+    """By the same part, at lower cost: no term of the language model; what leads to its words and to its ranks learns, and stays there."""
+    known = {"train__tasks": "words", "model__generator__words": 150, "model__generator__ranks": "true"}
+    train_from_config(settings(tmp_path, "start", train__steps=1, train__optim__lr=0, **known))
+    result = train_from_config(settings(tmp_path, "worded", **known))
+    first, worded = weights(tmp_path / "start"), weights(tmp_path / "worded")
+    assert changed(first, worded) == {"generator.region_tokens"}
+    moved = {name for name, value in first.items() if not torch.equal(value, worded[name])}
+    for part in ("word_query.weight", "ranked.query.weight", "ranked.set_query.1.weight", "ranked.objects.0.weight", "ranked.sets.0.weight",
+                 "kinds.query.0.weight", "kinds.often", "kinds.limit", "project.0.weight", "count.weight"):  # fmt: skip
+        assert f"generator.region_tokens.{part}" in moved, part
+    losses = [line["loss/generate/words"] for line in result.lines]
+    assert losses[-1] < 0.95 * losses[0] and not any("generate/lm" in name for line in result.lines for name in line)
+    aligned = settings(tmp_path, "aligned", train__start=tmp_path / "worded", **{**known, "train__tasks": "align"})
+    assert train_from_config(aligned).lines[0]["loss/generate/words"] < 0.97 * losses[0]
+
+
+def test_words_want_some(tmp_path: Path) -> None:
+    with pytest.raises(GrexError, match=r"train.tasks is words with a generator that learns none"):
+        train_from_config(settings(tmp_path, "out", train__tasks="words"))
 
 
 def test_an_interrupted_alignment_goes_on_exactly(tmp_path: Path) -> None:

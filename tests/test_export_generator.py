@@ -168,8 +168,8 @@ def test_small_masks_and_padded_pictures(exported: tuple[GrexModel, Path], tmp_p
 
 @pytest.mark.long
 def test_other_parts_of_a_generator_leave(tmp_path: Path) -> None:
-    """Image tokens, context among tokens, words around them and of objects, ranks, attributes, more objects than distractors; a decoder without proposals; an
-    image size that is no multiple of the stride, open and fixed."""
+    """Image tokens, context among tokens, words around them and of objects, ranks, attributes, more objects than distractors; a decoder
+    without proposals; an image size that is no multiple of the stride, open and fixed."""
     config = tiny_config(model__decoder__name="rela", model__decoder__minimap_side=4, model__decoder__feedforward=16,
                          model__decoder__boxes="false", data__image_size=72,
                          model__generator__lm="tiny", model__generator__hidden_size=16, model__generator__num_heads=2,

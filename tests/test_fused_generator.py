@@ -134,7 +134,7 @@ def encoded_pixels(image: np.ndarray) -> torch.Tensor:
 IMPOSSIBLE: list[tuple[dict[str, object], list[str]]] = [
     ({"train__tasks": "generate"}, ["train.tasks is generate", "model.generator is null", "lm: tiny"]),
     ({"train__tasks": "align"}, ["train.tasks is align", "model.generator is null", "lm: tiny"]),
-    ({"train__tasks": "both"}, ['train.tasks is "both"', "all, ground, generate, align"]),
+    ({"train__tasks": "both"}, ['train.tasks is "both"', "all, ground, generate, align, words"]),
     ({"train__pretraining__steps": 3}, ["train.pretraining tiny_lm", "set model.generator"]),
     (GENERATOR | {"train__pretraining__steps": 3, "train__tasks": "ground"}, ["train.pretraining tiny_lm", "leave train.pretraining out"]),
     (GENERATOR | {"data__num_generation_targets": 0}, ["data.num_generation_targets is 0", "at least 1"]),

@@ -102,7 +102,7 @@ def test_a_generator_learns_kinds_and_reads_ranks(tmp_path: Path) -> None:
     batch, generator = batches.at(0), model.generator
     maps = [m.detach() for m in model.grounding.language_free(model.grounding.encode_image(batch.image, batch.input_sizes))]
     generator(maps, batch)["total"].backward()
-    parts = [generator.region_tokens.kinds, generator.region_tokens.ranked, generator.region_tokens.ranked_set]
+    parts = [generator.region_tokens.kinds, generator.region_tokens.ranked]
     silent = [name for part in parts for name, p in part.named_parameters() if p.grad is None or not p.grad.any()]
     assert not silent
     generator.eval()

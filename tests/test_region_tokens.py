@@ -81,14 +81,14 @@ def test_distractors_then_targets_left_to_right_then_padding() -> None:
     objects = module([torch.randn(2, 4, 8, 8)], [mask, mask[:1]])
     assert objects.order[0].tolist() == [1, 3, 2, 0]
     member = torch.tensor([[True, False, True, False], [True, False, False, False]])
-    tokens, keep, summary = module.select(objects, torch.tensor([0, 1]), member)
+    tokens, keep, summary, said = module.select(objects, torch.tensor([0, 1]), member)
     assert keep.tolist() == [[True, True, True], [True, False, False]]
     expected = [objects.tokens[0, 3] + module.kind.weight[1]]  # the larger one of the two that are not selected
     expected += [objects.tokens[0, 2] + module.kind.weight[2], objects.tokens[0, 0] + module.kind.weight[2]]
     mean = (expected[1] + expected[2]) / 2
     torch.testing.assert_close(summary[0], module.summary_to_lm(mean + module.count.weight[2]))
     torch.testing.assert_close(tokens[0], module.to_lm(torch.stack(expected)))
-    assert not tokens[1, 1:].any()
+    assert not tokens[1, 1:].any() and said is None
 
 
 def test_targets_are_compared_with_the_other_objects() -> None:

@@ -25,7 +25,7 @@ class Prefix:
 
     summary: float [E, D], added to the embedding of the token that opens the expression.
     objects: all objects of the images that the sets belong to.
-    shared: what the prefixes begin with in common.
+    shared: what the prefixes begin with in common.  said: the words that the sets are likely to be called by, of all rows (`Said`).
     """
 
     embeds: Tensor
@@ -33,6 +33,7 @@ class Prefix:
     summary: Tensor
     objects: Any = None
     shared: Shared | None = None
+    said: Any = None
 
     def part(self, rows: slice) -> Prefix:
         """Return the prefixes of some rows."""

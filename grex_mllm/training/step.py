@@ -23,8 +23,8 @@ from grex_mllm.training.kept_maps import KeptMaps
 from grex_mllm.training.teacher import teacher_of
 from grex_mllm.types import Batch
 
-TASKS = ("all", "ground", "generate", "align")
-GROUND, GENERATE, ALIGN = "ground", "generate", "align"
+TASKS = ("all", "ground", "generate", "align", "words")
+GROUND, GENERATE, ALIGN, WORDS = "ground", "generate", "align", "words"
 
 
 class Step(nn.Module):
@@ -41,7 +41,8 @@ class Step(nn.Module):
         self.teacher = teacher_of(config)
         self.criterion = entry("model.decoder", config.model.decoder.name).Criterion(config.model.decoder)
         freeze_unused(model, self.tasks)
-        if config.train.tasks == ALIGN:
+        self.words_alone = config.train.tasks == WORDS
+        if config.train.tasks in (ALIGN, WORDS):
             freeze_but_projector(model)
         freeze_named(model, config.train.optim.frozen)
 
@@ -74,7 +75,7 @@ class Step(nn.Module):
                 answer = self.teacher(batch, features.padded_size)
                 terms["distill"] = distillation(output, answer, self.loss.distill_temperature)
         if GENERATE in self.tasks:
-            given: dict[str, Any] = {"early": progress < self.loss.generate_start}
+            given: dict[str, Any] = {"early": self.words_alone or progress < self.loss.generate_start}
             if getattr(self.model.generator, "reads_proposals", False):
                 given["proposals"] = grounding.proposals(features)
             found = self.model.generator(grounding.language_free(features), batch, **given)
@@ -88,21 +89,24 @@ class Step(nn.Module):
 
 
 def tasks_of(config: Config) -> tuple[str, ...]:
-    """Return what a training learns, of "ground" and "generate"; to align is to generate with everything but the projector frozen.
+    """Return what a training learns, of "ground" and "generate"; to align is to generate with everything but the projector frozen, and
+    words are the part of it that the language model has no part in.
 
     Raises:
-        GrexError: an unknown `train.tasks`, generation without a generator, or a contrast where not both are learned.
+        GrexError: an unknown `train.tasks`, generation without a generator, words without any, or a contrast where not both are learned.
     """
     tasks = config.train.tasks
     if tasks not in TASKS:
         raise fault(f'train.tasks is "{tasks}"', f"one of {', '.join(TASKS)}", "choose one of them")
-    if tasks in (GENERATE, ALIGN) and config.model.generator is None:
+    if tasks in (GENERATE, ALIGN, WORDS) and config.model.generator is None:
         raise fault(f"train.tasks is {tasks}, but model.generator is null", "a generator", "set model.generator (for example lm: tiny)")
+    if tasks == WORDS and not getattr(config.model.generator, "words", 0):
+        raise fault("train.tasks is words with a generator that learns none", "words of objects", "set model.generator.words")
     if config.loss.contrast > 0 and tasks != "all":
         raise fault(f"loss.contrast is {config.loss.contrast:g} with train.tasks {tasks}", "train.tasks: all", "learn both, or set it to 0")
     if tasks == "all":
         return (GROUND, GENERATE) if config.model.generator is not None else (GROUND,)
-    return (GENERATE,) if tasks == ALIGN else (tasks,)
+    return (GENERATE,) if tasks in (ALIGN, WORDS) else (tasks,)
 
 
 def freeze_unused(model: GrexModel, tasks: tuple[str, ...]) -> None:
@@ -126,7 +130,7 @@ def freeze_but_projector(model: GrexModel) -> None:
     projector = getattr(model.generator, "projector", None)
     if projector is None:
         raise fault(
-            f"train.tasks is align with model.generator.name {model.config.model.generator.name}",
+            f"train.tasks is {model.config.train.tasks} with model.generator.name {model.config.model.generator.name}",
             "a generator with a `projector`",
             "set train.tasks to generate",
         )

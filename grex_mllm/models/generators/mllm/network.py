@@ -274,7 +274,7 @@ class MllmGenerator(nn.Module):
         assert self.region_tokens is not None
         member = membership(image_index, target_index, objects.present, num_objects, weight)
         others = None if beside is None else positions_of(beside, member)
-        tokens, mask, summary = self.region_tokens.select(objects, image_index, member, others)
+        tokens, mask, summary, _ = self.region_tokens.select(objects, image_index, member, others)
         tokens, mask = torch.cat([tokens, summary[:, None]], 1), F.pad(mask, (0, 1), value=True)
         room, number = spaces.sum(1, keepdim=True), mask.sum(1, keepdim=True)
         place = spaces.long().cumsum(1)  # from 1

@@ -141,7 +141,7 @@ class RegionTokenGenerator(nn.Module):
 
     def framed(self, objects: ObjectTokens, image_index: Tensor, member: Tensor, beside: Tensor | None = None) -> Prefix:
         """Return what stands before the expression of E object sets. member, beside: bool [E, N], as `RegionTokens.select` has them."""
-        tokens, mask, summary = self.region_tokens.select(objects, image_index, member, beside)
+        tokens, mask, summary, said = self.region_tokens.select(objects, image_index, member, beside)
         dtype = embedding_weight(self.lm).dtype
         embeds, summary = tokens.to(dtype), summary.to(dtype)
         if self.frame.before or self.frame.after:
@@ -150,7 +150,7 @@ class RegionTokenGenerator(nn.Module):
             mask = torch.cat([ones(mask.shape[0], before.shape[1]), mask, ones(mask.shape[0], after.shape[1])], 1)
             embeds = torch.cat([before, embeds, after], 1)
         alike = 0 if len(self.region_tokens.context) else objects.image.shape[1]  # in context, image tokens see the set's objects
-        return Prefix(embeds, mask, summary, objects, Shared(len(self.frame.before), alike, image_index))
+        return Prefix(embeds, mask, summary, objects, Shared(len(self.frame.before), alike, image_index), said)
 
     def forward(self, features: list[Tensor], batch: Batch, early: bool = False, proposals: Proposals | None = None) -> dict[str, Tensor]:
         """Return the loss terms of a batch: lm (mean over the tokens), words, object_<attribute>, and their weighted total.
@@ -160,28 +160,27 @@ class RegionTokenGenerator(nn.Module):
         the objects beside a set are taken in a share of the images.
         """
         part: GenerationPart = batch.generation
-        if early:
-            ids, mask, index, targets, weight = part
-            part = GenerationPart(ids[:1], mask[:1], index[:1], targets[:1], torch.zeros_like(weight[:1]))
         masks, boxes, beside = batch.instance_masks, batch.instance_boxes_norm, None
         if proposals is not None and self.training:
             masks, boxes, beside = among_found(proposals, batch, part, self.cfg.found_share)
-        out = self.likelihood(
+        prefix = self.prefix(
             features,
             masks,
             part.image_index,
             part.target_index,
-            lm_ids=part.lm_ids,
-            lm_mask=part.lm_mask,
             valid_sizes=batch.image_index.new_tensor(batch.input_sizes),
             instance_boxes_norm=boxes,
             weight=part.weight,
             beside=beside,
         )
+        if early:
+            out = self.score_text(prefix.part(slice(0, 1)), part.lm_ids[:1], part.lm_mask[:1], torch.zeros_like(part.weight[:1]))
+        else:
+            out = self.score_text(prefix, part.lm_ids, part.lm_mask, part.weight)
         terms = {} if early else {"lm": out.loss}
         total = out.loss
         if self.words is not None:
-            terms["words"] = word_loss(out.objects, batch.generation, self.words.ids, self.tokenizer.eos_id)
+            terms["words"] = word_loss(out.objects, part, self.words.ids, self.tokenizer.eos_id, prefix.said)
             total = total + terms["words"] * self.cfg.word_loss
         for name, logits in out.objects.attribute_logits.items():
             labels = self._labels(batch, name, logits)

@@ -7,7 +7,11 @@ like; those words are learned from expressions alone (`words.py`).
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+from typing import Any
+
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 ORDERS = 6  # left, right, top, bottom, largest, smallest
@@ -16,6 +20,39 @@ SHARP = (0.01, 0.01, 0.01, 0.01, 0.07, 0.07)  # where one comes before another: 
 SLACK = (0.05, 0.05, 0.05, 0.05, 0.34, 0.34)  # less than this apart, people hesitate which one comes first
 OF_OBJECT = 2 * (2 * ORDERS + 2)
 OF_SET = 2 * (2 * ORDERS + 2) + 1
+
+
+@dataclass
+class Said:
+    """The words that objects of E sets, and the sets, are likely to be called by.
+
+    logits, set_logits: float [E, N, V], [E, V], how much likelier a word is than of any.  words, of_set: float [E, N, W], [E, W], the mean
+    embeddings.
+    """
+
+    logits: Tensor
+    set_logits: Tensor
+    words: Tensor
+    of_set: Tensor
+
+
+class Ranked(nn.Module):
+    """What is made of ranks. hidden: D of the region tokens.  width: W of the words' embeddings."""
+
+    def __init__(self, hidden: int, width: int) -> None:
+        super().__init__()
+        self.objects, self.sets = (
+            nn.Sequential(nn.Linear(numbers, hidden), nn.GELU(), nn.Linear(hidden, hidden)) for numbers in (OF_OBJECT, OF_SET)
+        )
+        self.query = nn.Linear(hidden, width)
+        self.set_query = nn.Sequential(nn.LayerNorm(hidden), nn.Linear(hidden, hidden), nn.GELU(), nn.Linear(hidden, width))
+
+    def say(self, objects: Any, image_index: Tensor, each: Tensor, gathered: Tensor) -> Said:
+        """Return the words of objects and sets. objects: `ObjectTokens`.  each: float [E, N, D].  gathered: float [E, D]."""
+        table = objects.table
+        logits = likelier(objects.queries[image_index] + self.query(each), table)
+        set_logits = likelier(self.set_query(gathered), table)
+        return Said(logits, set_logits, logits.softmax(-1) @ table, set_logits.softmax(-1) @ table)
 
 
 class Kinds(nn.Module):
@@ -39,6 +76,12 @@ class Kinds(nn.Module):
             root = (0.5 * logits.float().log_softmax(-1)).exp()
             alike = (self.scale.float() * (root @ root.transpose(1, 2) - self.limit.float())).sigmoid()
             return alike * (1.0 - torch.eye(alike.shape[1], device=alike.device))
+
+
+def likelier(queries: Tensor, table: Tensor) -> Tensor:
+    """Return float32 [..., V]: how well words fit queries [..., W]. table: float [V, W], their embeddings."""
+    names = F.layer_norm(table, table.shape[-1:])
+    return (queries.float() @ names.T).float() / names.shape[-1] ** 0.5
 
 
 def orders(boxes: Tensor, area: Tensor) -> tuple[Tensor, Tensor]:

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from grex_mllm.errors import fault
 from grex_mllm.models.generators.region_tokens.comparison import compare
-from grex_mllm.models.generators.region_tokens.ranks import OF_OBJECT, OF_SET, Kinds, rank
+from grex_mllm.models.generators.region_tokens.ranks import Kinds, Ranked, Said, rank
 from grex_mllm.ops.paths import traced
 from grex_mllm.ops.recordable import among_themselves, area_pool, stable_order
 from grex_mllm.ops.selection import boxes_to_masks, mask_boxes
@@ -38,8 +38,8 @@ class ObjectTokens:
     left to right, absent ones last.  area: float [B, N], share of the image.  image: float [B, G, D].  attribute_logits: name -> float
     [B, N, classes], for the heads that there are.  attribute_probs: float [B, N, sum of classes], softmax of those, None without heads.
     queries, word_logits, words: float [B, N, W], [B, N, V], [B, N, W], see `words.py`; None without words.
-    boxes: float [B, N, 4] xyxy in [0, 1].  kind_queries, kind_logits, same: float [B, N, W], [B, N, V], [B, N, N], see `ranks.py`; None
-    without ranks.
+    boxes: float [B, N, 4] xyxy in [0, 1].  table: float [V, W], the words' embeddings.
+    kind_queries, kind_logits, same: float [B, N, W], [B, N, V], [B, N, N], see `ranks.py`; None without ranks.
     """
 
     tokens: Tensor
@@ -53,6 +53,7 @@ class ObjectTokens:
     word_logits: Tensor | None = None
     words: Tensor | None = None
     boxes: Tensor | None = None
+    table: Tensor | None = None
     kind_queries: Tensor | None = None
     kind_logits: Tensor | None = None
     same: Tensor | None = None
@@ -101,10 +102,7 @@ class RegionTokens(nn.Module):
         self.word_query = nn.Linear(hidden, width) if words else None
         self.word_norm = nn.LayerNorm(width) if words else None
         self.kinds = Kinds(sum(channels), hidden, width, words) if ranks else None
-        self.ranked, self.ranked_set = (
-            nn.Sequential(nn.Linear(numbers, hidden), nn.GELU(), nn.Linear(hidden, hidden)) if ranks else None
-            for numbers in (OF_OBJECT, OF_SET)
-        )
+        self.ranked = Ranked(hidden, width) if ranks else None
         self.norm = nn.LayerNorm(hidden)
         self.kind = nn.Embedding(3, hidden)
         self.count = nn.Embedding(MOST_COUNTED + 1, hidden)
@@ -171,8 +169,8 @@ class RegionTokens(nn.Module):
 
     def select(
         self, objects: ObjectTokens, image_index: Tensor, member: Tensor, beside: Tensor | None = None
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        """Return the prefix of E object sets: tokens [E, G + P, D], their mask (bool), and the sets' summaries [E, D].
+    ) -> tuple[Tensor, Tensor, Tensor, Said | None]:
+        """Return the prefix of E object sets: tokens [E, G + P, D], their mask (bool), the sets' summaries [E, D], and words with ranks.
 
         Order: image tokens, distractors left to right, targets left to right, padding. member: bool [E, N], the targets of each set among
         its image's objects.  beside: bool [E, N], the objects that may stand beside them (None: all others).
@@ -199,12 +197,13 @@ class RegionTokens(nn.Module):
             )
             tokens = tokens + self.rivals(rivalry.to(tokens.dtype)).gather(1, source[..., None].expand_as(tokens))
             among_others = self.shared(sharing.to(tokens.dtype))
-        if self.ranked is not None and self.ranked_set is not None:
+        each = None
+        if self.ranked is not None:
             assert objects.same is not None and objects.boxes is not None
-            each, whole = rank(objects.same, objects.boxes, objects.area, image_index, member, every.scatter(1, order, every))
-            each = self.ranked(each.to(tokens.dtype))
+            counts, of_set = rank(objects.same, objects.boxes, objects.area, image_index, member, every.scatter(1, order, every))
+            each = self.ranked.objects(counts.to(tokens.dtype))
             tokens = tokens + each.gather(1, source[..., None].expand_as(tokens))
-            among_others = among_others + self.ranked_set(whole.to(tokens.dtype))
+            among_others = among_others + self.ranked.sets(of_set.to(tokens.dtype))
         image = objects.image[image_index] + self.kind.weight[IMAGE]
         tokens = torch.cat([image.to(tokens.dtype), tokens], 1)
         mask = torch.cat([kind.new_ones(image.shape[:2], dtype=torch.bool), kind <= TARGET], 1)
@@ -214,13 +213,18 @@ class RegionTokens(nn.Module):
         selected = (kind == TARGET).to(tokens.dtype)[..., None]
         number = selected.sum(1)
         mean = (tokens[:, image.shape[1] :] * selected).sum(1) / number.clamp(min=1)
-        summary = self.summary_to_lm(mean + self.count(number[:, 0].long().clamp(max=MOST_COUNTED)) + among_others)
-        placed = self.to_lm(tokens)
+        gathered = mean + self.count(number[:, 0].long().clamp(max=MOST_COUNTED)) + among_others
+        summary, placed, said = self.summary_to_lm(gathered), self.to_lm(tokens), None
         if objects.words is not None and self.word_norm is not None:
-            words = self.word_norm(objects.words[image_index[:, None], source].to(placed.dtype))
+            words = objects.words[image_index[:, None], source]
+            if self.ranked is not None and each is not None:
+                said = self.ranked.say(objects, image_index, each, gathered)
+                words = said.words.gather(1, source[..., None].expand(*source.shape, said.words.shape[-1]))
+                summary = summary + self.word_norm(said.of_set.to(placed.dtype))
+            words = self.word_norm(words.to(placed.dtype))
             summary = summary + self.word_norm((words * selected).sum(1) / number.clamp(min=1))
             placed = placed + F.pad(words, (0, 0, image.shape[1], 0))
-        return placed * mask[..., None], mask, summary
+        return placed * mask[..., None], mask, summary, said
 
     @torch.no_grad()
     def set_token_scale(self, token_scale: float) -> None:

@@ -10,13 +10,12 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from grex_mllm.errors import fault
 from grex_mllm.models.generators.region_tokens.config import RegionTokensConfig
 from grex_mllm.models.generators.region_tokens.parts import GenerationPart
-from grex_mllm.models.generators.region_tokens.ranks import Kinds
+from grex_mllm.models.generators.region_tokens.ranks import Kinds, Said, likelier
 from grex_mllm.models.generators.region_tokens.sets import positions_of
 from grex_mllm.models.generators.region_tokens.tokens import ObjectTokens
 from grex_mllm.models.language_model import embedding_shape, embedding_weight
@@ -39,12 +38,11 @@ def with_words(objects: ObjectTokens, lm: Any, ids: Tensor, kinds: Kinds | None 
     """
     table = embeddings(lm, ids)
     assert objects.queries is not None
-    names = F.layer_norm(table, table.shape[-1:])
-    objects.word_logits = (objects.queries.float() @ names.T).float() / names.shape[-1] ** 0.5
-    objects.words = objects.word_logits.softmax(-1) @ table
+    objects.word_logits = likelier(objects.queries, table)
+    objects.words, objects.table = objects.word_logits.softmax(-1) @ table, table
     if kinds is not None:
         assert objects.kind_queries is not None
-        objects.kind_logits = (objects.kind_queries.float() @ names.T).float() / names.shape[-1] ** 0.5 + kinds.often.float()
+        objects.kind_logits = likelier(objects.kind_queries, table) + kinds.often.float()
         objects.same = kinds.same(objects.kind_logits)
     return objects
 
@@ -54,9 +52,10 @@ def embeddings(lm: Any, ids: Tensor) -> Tensor:
     return lm.get_input_embeddings()(ids.to(embedding_weight(lm).device)).float()  # type: ignore[no-any-return]
 
 
-def word_loss(objects: ObjectTokens, part: GenerationPart, listed: Tensor, eos_id: int) -> Tensor:
-    """Compute `bag_loss` of the G expressions' tokens, without BOS, EOS and what is no word, and that of the kinds' words where there are.
+def word_loss(objects: ObjectTokens, part: GenerationPart, listed: Tensor, eos_id: int, said: Said | None = None) -> Tensor:
+    """Compute `bag_loss` of the G expressions' tokens, without BOS, EOS and what is no word.
 
+    With ranks it is the sum of three: of the words of objects and of sets as they are `said`, and of kinds.
     listed: int64 [V], the tokens that are words.
     """
     assert objects.word_logits is not None
@@ -64,8 +63,11 @@ def word_loss(objects: ObjectTokens, part: GenerationPart, listed: Tensor, eos_i
     real = part.lm_mask[:, 1:].bool() & (part.lm_ids[:, 1:] != eos_id) & known
     member = torch.zeros(len(ids), objects.tokens.shape[1], dtype=torch.bool, device=ids.device)
     member = positions_of(part.target_index, member)
-    loss = bag_loss(objects.word_logits, part.image_index, member, ids, real)
-    return loss if objects.kind_logits is None else loss + bag_loss(objects.kind_logits, part.image_index, member, ids, real, whole=True)
+    if said is None or objects.kind_logits is None:
+        return bag_loss(objects.word_logits, part.image_index, member, ids, real)
+    rows = torch.arange(len(ids), device=ids.device)
+    loss = bag_loss(said.logits, rows, member, ids, real) + bag_loss(said.set_logits[:, None], rows, member.any(1, keepdim=True), ids, real)
+    return loss + bag_loss(objects.kind_logits, part.image_index, member, ids, real, whole=True)
 
 
 def called_by(counts: Tensor) -> Tensor:
