@@ -77,7 +77,7 @@ def test_words_are_learned_before_the_language_model_is_read(tmp_path: Path) -> 
     """By the same part, at lower cost: no term of the language model; what leads to its words and to its ranks learns, and stays there."""
     known = {"train__tasks": "words", "model__generator__words": 150, "model__generator__ranks": "true"}
     train_from_config(settings(tmp_path, "start", train__steps=1, train__optim__lr=0, **known))
-    result = train_from_config(settings(tmp_path, "worded", **known))
+    result = train_from_config(settings(tmp_path, "worded", **known, train__steps=40))
     first, worded = weights(tmp_path / "start"), weights(tmp_path / "worded")
     assert changed(first, worded) == {"generator.region_tokens"}
     moved = {name for name, value in first.items() if not torch.equal(value, worded[name])}
@@ -85,9 +85,9 @@ def test_words_are_learned_before_the_language_model_is_read(tmp_path: Path) -> 
                  "kinds.query.0.weight", "kinds.often", "kinds.limit", "project.0.weight", "count.weight"):  # fmt: skip
         assert f"generator.region_tokens.{part}" in moved, part
     losses = [line["loss/generate/words"] for line in result.lines]
-    assert losses[-1] < 0.95 * losses[0] and not any("generate/lm" in name for line in result.lines for name in line)
+    assert losses[-1] < 0.85 * losses[0] and not any("generate/lm" in name for line in result.lines for name in line)
     aligned = settings(tmp_path, "aligned", train__start=tmp_path / "worded", **{**known, "train__tasks": "align"})
-    assert train_from_config(aligned).lines[0]["loss/generate/words"] < 0.97 * losses[0]
+    assert train_from_config(aligned).lines[0]["loss/generate/words"] < 0.9 * losses[0]
 
 
 def test_words_want_some(tmp_path: Path) -> None:

@@ -168,11 +168,15 @@ def test_possible_combinations_pass() -> None:
     [
         ({"train__pretraining__scenes": 3}, ["train.pretraining.scenes is 3", "attribute_classes"]),
         (
+            {"train__pretraining__scenes": 3, "model__generator__words": 20, "model__generator__ranks": "true"},
+            ["train.pretraining.scenes with model.generator.ranks", "what is seen", "ranks to false"],
+        ),
+        (
             {"model__generator__lm": "some/model", "train__pretraining__steps": 3},
             ["tiny_lm", "lm some/model", "leave train.pretraining out"],
         ),
     ],
-    ids=["no attributes", "another language model"],
+    ids=["no attributes", "ranks", "another language model"],
 )
 def test_a_pretraining_that_does_not_fit_the_model_is_refused(changes: dict[str, object], parts: list[str]) -> None:
     config = tiny_config(**(GENERATOR | changes))

@@ -73,6 +73,12 @@ def stages(config: WholeConfig, make_batches: Callable[[int, int], BatchSource])
             "a generator that knows attributes or words of objects",
             "set model.generator.attribute_classes or words, or train.pretraining.scenes to 0",
         )
+    if own.scenes and generator.ranks:
+        raise fault(
+            "train.pretraining.scenes with model.generator.ranks",
+            "objects without ranks there, which come from what is seen",
+            "set train.pretraining.scenes to 0, or model.generator.ranks to false",
+        )
     found = []
     if own.steps:
         lines = cache(partial(training_text, config.data, TEXT_LINES, generation=True))  # the forecast asks for them, and then the training
