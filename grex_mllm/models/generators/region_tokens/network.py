@@ -160,17 +160,18 @@ class RegionTokenGenerator(nn.Module):
         the objects beside a set are taken in a share of the images.
         """
         part: GenerationPart = batch.generation
+        seen = part.first() if early and not self.cfg.ranks else part  # without ranks, words are of objects whatever the set
         masks, boxes, beside = batch.instance_masks, batch.instance_boxes_norm, None
         if proposals is not None and self.training:
-            masks, boxes, beside = among_found(proposals, batch, part, self.cfg.found_share)
+            masks, boxes, beside = among_found(proposals, batch, seen, self.cfg.found_share)
         prefix = self.prefix(
             features,
             masks,
-            part.image_index,
-            part.target_index,
+            seen.image_index,
+            seen.target_index,
             valid_sizes=batch.image_index.new_tensor(batch.input_sizes),
             instance_boxes_norm=boxes,
-            weight=part.weight,
+            weight=seen.weight,
             beside=beside,
         )
         if early:

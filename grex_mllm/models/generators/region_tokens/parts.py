@@ -27,6 +27,10 @@ class GenerationPart(NamedTuple):
     target_index: list[Tensor]
     weight: Tensor
 
+    def first(self) -> GenerationPart:
+        """Return the first expression alone."""
+        return GenerationPart(self.lm_ids[:1], self.lm_mask[:1], self.image_index[:1], self.target_index[:1], self.weight[:1])
+
 
 def collate(
     config: RegionTokensConfig, tokenizer: LMTokenizer, images: Sequence[GenerationImage], items: Sequence[GenerationItem]
