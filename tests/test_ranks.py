@@ -9,7 +9,11 @@ import torch
 from test_step import built
 
 from grex_mllm.errors import GrexError
-from grex_mllm.models.generators.region_tokens.ranks import OF_OBJECT, OF_SET, ORDERS, Kinds, orders, rank
+from grex_mllm.models.generators.region_tokens.parts import GenerationPart
+from grex_mllm.models.generators.region_tokens.ranks import OF_OBJECT, OF_SET, ORDERS, Kinds, Said, orders, rank
+from grex_mllm.models.generators.region_tokens.tokens import ObjectTokens, RegionTokens
+from grex_mllm.models.generators.region_tokens.words import word_loss
+from grex_mllm.models.word_bags import SMOOTHING
 
 LEFT, RIGHT, TOP, BOTTOM, LARGEST, SMALLEST = range(ORDERS)
 
@@ -94,6 +98,73 @@ def test_kinds_are_of_the_same_words() -> None:
     assert grad != 0
     (slope,) = torch.autograd.grad(same.sum(), sure)
     assert bool(slope.isfinite().all())
+
+
+def shown_objects() -> tuple[RegionTokens, ObjectTokens]:
+    """Four objects that do not stand from left to right, in a picture of 32 x 16 with padding on the right; all of one kind."""
+    torch.manual_seed(0)
+    module = RegionTokens([4], 8, hidden=8, image_grid=0, shape_side=0, words=5, ranks=True)
+    mask = torch.zeros(4, 32, 24, dtype=torch.bool)
+    for i, x in enumerate((12, 0, 8, 4)):
+        mask[i, 2 : 6 + i, x : x + 3] = True
+    objects = module([torch.randn(1, 4, 16, 12)], [mask], torch.tensor([[32, 16]]))
+    objects.table, objects.words = torch.randn(5, 8), torch.zeros(1, 4, 8)
+    objects.same = 1.0 - torch.eye(4)[None]
+    return module, objects
+
+
+def test_ranks_are_of_the_objects_that_may_stand_beside() -> None:
+    """Places are shares of the picture without its padding, and what is hidden from a set does not count, whatever the order."""
+    module, objects = shown_objects()
+    assert objects.boxes is not None and objects.boxes[0, 0].tolist() == [12 / 16, 2 / 32, 15 / 16, 6 / 32]
+    member, beside = torch.tensor([[True, False, False, False]]), torch.tensor([[False, False, True, True]])
+    told: list[torch.Tensor] = []
+    for part in (module.ranked.objects, module.ranked.sets):
+        part.register_forward_pre_hook(lambda _, inputs: told.append(inputs[0]))
+    module.select(objects, torch.tensor([0]), member, beside)
+    expected = rank(objects.same, objects.boxes, objects.area, torch.tensor([0]), member, beside)
+    torch.testing.assert_close(tuple(told), expected)
+    assert 3 * told[0][0, 0, LEFT] > 1.9  # the two, not the third one, stand left of it
+
+
+def test_words_of_objects_and_of_the_set_are_shown_to_the_language_model(monkeypatch: pytest.MonkeyPatch) -> None:
+    module, objects = shown_objects()
+    member = torch.tensor([[True, False, True, False]])
+    words, of_set = torch.randn(1, 4, 8), torch.randn(1, 8)
+
+    def selected(words: torch.Tensor, of_set: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        monkeypatch.setattr(module.ranked, "say", lambda *args: Said(torch.zeros(1, 4, 5), torch.zeros(1, 5), words, of_set))
+        tokens, _, summary, _ = module.select(objects, torch.tensor([0]), member)
+        return tokens, summary
+
+    tokens, summary = selected(words, of_set)
+    same, other = selected(words, torch.randn(1, 8))
+    assert torch.equal(same, tokens) and not torch.allclose(other, summary)
+    for place, row, in_set in ((1, 0, False), (3, 1, False), (2, 2, True), (0, 3, True)):  # distractors, then targets, left to right
+        moved = words.clone()
+        moved[0, place] += torch.randn(8)
+        tokens_then, summary_then = selected(moved, of_set)
+        assert [n for n in range(4) if not torch.allclose(tokens_then[0, n], tokens[0, n])] == [row]
+        assert torch.allclose(summary_then, summary) != in_set
+
+
+def test_the_loss_is_of_objects_sets_and_kinds() -> None:
+    torch.manual_seed(0)
+    ids = torch.tensor([[1, 4, 6, 2], [1, 5, 2, 0]])
+    part = GenerationPart(ids, (ids > 0).long(), torch.tensor([0, 1]), [torch.tensor([0, 2]), torch.tensor([1])], torch.ones(2))
+    listed, logits, set_logits, kinds = torch.arange(4, 8), torch.randn(2, 3, 4), torch.randn(2, 4), torch.randn(2, 3, 4)
+    objects = ObjectTokens(torch.zeros(2, 3, 8), *[torch.zeros(0)] * 4, word_logits=torch.randn(2, 3, 4), kind_logits=kinds)
+    got = word_loss(objects, part, listed, 2, Said(logits, set_logits, torch.zeros(0), torch.zeros(0)))
+    share, of_set, kind = (x.log_softmax(-1).exp() for x in (logits + often(), set_logits + often(), kinds))
+    # words 4, 6 of the first expression, said of objects 0 and 2; word 5 of the second, of object 1
+    said = [(share[0, [0, 2], w].mean(), of_set[0, w], kind[0, [0, 2], w].mean()) for w in (0, 2)]
+    said += [(share[1, 1, 1], of_set[1, 1], kind[1, 1, 1])]
+    torch.testing.assert_close(got, -torch.stack([torch.stack(row) for row in said]).log().sum(1).mean())
+
+
+def often() -> torch.Tensor:
+    """The logarithms of how often each word is said in those two expressions, smoothed."""
+    return torch.tensor([1.0, 1.0, 1.0, SMOOTHING]).log()
 
 
 def test_a_generator_learns_kinds_and_reads_ranks(tmp_path: Path) -> None:
