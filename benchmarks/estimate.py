@@ -39,13 +39,13 @@ ENVIRONMENT = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "655
 
 def settings(name: str, folder: Path) -> tuple[Any, Any]:
     """Return the configuration of a case and its load."""
-    from grex_mllm.config import load_config
+    from grex_mllm.config import load_config, name_no_parts
     from grex_mllm.estimate.model import Load
 
     file, lm, images, changes = CASES[name]
     changes = [change.replace("=LM", f"={folder / 'lm'}") for change in changes]
     config = load_config(ROOT / "configs" / file, [*changes, *COMMON, f"--train.batch_images={images}", f"--train.out={folder / 'run'}"])
-    config.model.vision.weights = config.model.text.path = None
+    name_no_parts(config)
     if lm is not None and not (folder / "lm").is_dir():
         write_lm(folder / "lm", SIZES[lm])
     return config, Load(images)

@@ -31,7 +31,6 @@ from typing import Any
 HERE = Path(__file__).resolve().parent.parent
 WARM_UP = 2
 SIDE = 4096  # of the matrices whose product stands for what the machine can do
-FILES_LEFT_OUT = ("--model.vision.weights=null", "--model.text.path=null", "--model.text.tokenizer=train")
 
 
 def work(args: argparse.Namespace) -> None:
@@ -39,15 +38,16 @@ def work(args: argparse.Namespace) -> None:
     import torch
     from torch.utils.flop_counter import FlopCounterMode
 
-    from grex_mllm.config import load_config
+    from grex_mllm.config import load_config, name_no_parts
     from grex_mllm.training.run import train_from_config
 
-    flags = [*FILES_LEFT_OUT, "--data.train=synthetic", "--data.num_workers=0", f"--train.batch_images={args.batch}"]
+    flags = ["--model.text.tokenizer=train", "--data.train=synthetic", "--data.num_workers=0", f"--train.batch_images={args.batch}"]
     flags += [f"--train.steps={WARM_UP + args.steps + 1}", f"--train.out={args.out}", "--train.precision=auto"]
     flags += ["--train.log_every=1000", "--train.save_every=1000"]
     flags += [f"--train.profile={args.profile}"] if args.profile else []
     flags += [f"--model.generator.lm={args.lm}"] if args.lm else []
     config = load_config(args.config, [*flags, *args.set])
+    name_no_parts(config)
     torch.set_num_threads(args.threads)
     ends: list[float] = []
     counter = FlopCounterMode(display=False)

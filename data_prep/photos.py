@@ -34,7 +34,7 @@ from grex_mllm.errors import GrexError, fault
 from grex_mllm.job import DATA, PREDICTIONS, RESULTS, SHEET, predict_once, report_run, run_job, say, score_once, timed
 
 PROGRAM = "data_prep/photos.py"
-STAGES = [f"configs/{name}.yaml" for name in ("photos_ground", "photos_finer", "photos_larger", "photos_words", "photos_align", "photos")]
+STAGES = [f"configs/{name}.yaml" for name in ("photos_ground", "photos_finer", "photos_words", "photos_align", "photos_write", "photos")]
 SPLITS, EXPRESSIONS = "train=0.8,val=0.05,test=0.15", "train=24,val=24,test=24"
 HUMAN, CONFIGS = "human", "configs"
 PARTS = "models"  # where the configurations look for the pre-trained parts

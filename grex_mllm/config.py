@@ -348,6 +348,14 @@ def _nest(dotted: str) -> dict[str, Any]:
     return {head: _nest(rest) if rest else None}
 
 
+def name_no_parts(config: Config) -> None:
+    """Let a configuration name no files of pre-trained parts, where a checkpoint holds them; a language model stays named."""
+    config.model.vision.weights = config.model.text.path = None
+    encoder = getattr(getattr(config.model.generator, "crops", None), "vision", None)
+    if encoder is not None:
+        encoder.weights = None
+
+
 def to_dict(config: Any) -> dict[str, Any]:
     """Return nested plain dictionaries, as they stand in `config.yaml`."""
     return asdict(config)

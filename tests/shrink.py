@@ -43,8 +43,9 @@ from tiny_folder import tiny_folder
 from tiny_llms import write_llm
 from tiny_mllms import write_mllm
 
-from grex_mllm.config import Config, VisionConfig, load_config, save_config
+from grex_mllm.config import Config, VisionConfig, load_config, name_no_parts, save_config
 from grex_mllm.data.synthetic.settings import SyntheticConfig
+from grex_mllm.models.generators.region_tokens.crops import CropsConfig
 from grex_mllm.ops.masks import encode_rle
 
 PROGRAMS = ("grex", "python", "torchrun", "deepspeed", "accelerate", "make", "pip")
@@ -161,7 +162,7 @@ def check_original(words: list[str], num_processes: int) -> None:
 def shrink(config: Config) -> Config:
     """Make every width tiny and leave every choice as it is."""
     model = config.model
-    model.vision.weights = model.text.path = None
+    name_no_parts(config)
     if model.vision.name == "swin":
         model.vision.embed_width, model.vision.window = 8, 4
         model.vision.swin_depths, model.vision.swin_heads = [1, 1, 1, 1], [1, 1, 2, 2]
@@ -186,9 +187,12 @@ def shrink(config: Config) -> Config:
 
 def shrink_run(config: Config) -> Config:
     """Shrink a configuration with its training, for a process on CPU; the files that it names stay named."""
-    named = config.model.vision.weights, config.model.text.path
+    named, crops = (config.model.vision.weights, config.model.text.path), getattr(config.model.generator, "crops", None)
+    weights = crops.vision.weights if isinstance(crops, CropsConfig) else None
     config = shrink(config)
     config.model.vision.weights, config.model.text.path = named
+    if isinstance(crops, CropsConfig):
+        crops.vision.weights, crops.size = weights, min(crops.size, 32)
     if config.model.text.tokenizer == "train":
         config.model.text.vocab_size, config.model.text.max_positions = 300, 64
     generator, train = config.model.generator, config.train

@@ -12,7 +12,7 @@ from shrink import LANGUAGE_MODELS, MULTIMODAL_MODELS, shrink, shrink_run, write
 from tiny import WORDS
 from torch import Tensor
 
-from grex_mllm.config import Config, load_config
+from grex_mllm.config import Config, load_config, name_no_parts
 from grex_mllm.entries import entry
 from grex_mllm.errors import GrexError
 from grex_mllm.estimate.model import Load, made_batch
@@ -111,7 +111,7 @@ def test_joint_configuration_trains_every_part(file: Path, language_models: Path
     config.model.generator.lm = str(language_models / Path(config.model.generator.lm).name)
     chosen_entry = entry("model.generator", config.model.generator.name)
     chosen_entry.make_tokenizer(config.model.generator, lambda: WORDS, tmp_path)
-    config.model.vision.weights = config.model.text.path = None
+    name_no_parts(config)
     torch.manual_seed(0)
     tokenizer, words = chosen_entry.load_tokenizer(config.model.generator, tmp_path), train_text_tokenizer(WORDS, 200)
     model = GrexModel(config, words, tokenizer)

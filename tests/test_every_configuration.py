@@ -50,7 +50,7 @@ from tiny import WORDS
 from torch import Tensor, nn
 from toy_training import losses
 
-from grex_mllm.config import Config, load_config, save_config
+from grex_mllm.config import Config, load_config, name_no_parts, save_config
 from grex_mllm.data.synthetic.export import export
 from grex_mllm.data.synthetic.settings import SyntheticConfig
 from grex_mllm.errors import GrexError
@@ -119,7 +119,8 @@ def exact(name: str, stage: Path, engine: str, precision: str) -> Config:
     accumulation = min(config.train.accumulation, 2)
     config = shrink_run(config)
     model, generator, train, optim = config.model, config.model.generator, config.train, config.train.optim
-    model.vision.weights = model.text.path = train.pretraining = None
+    name_no_parts(config)
+    train.pretraining = None
     model.text.tokenizer, model.text.dropout, model.vision.drop_path = str(stage / "text"), 0.0, 0.0
     if hasattr(model.decoder, "masked_words"):
         model.decoder.masked_words = "none"

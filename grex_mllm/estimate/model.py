@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from grex_mllm.config import Config
+from grex_mllm.config import Config, name_no_parts
 from grex_mllm.data.collate import collate
 from grex_mllm.entries import entry
 from grex_mllm.estimate.shapes_only import on_meta
@@ -55,7 +55,7 @@ def standing_alone(config: Config) -> tuple[Config, list[str]]:
                 setattr(model.text, ours, theirs.get(name, getattr(model.text, ours)))
         else:
             notes.append(f"text encoder: sizes from the configuration, because {model.text.path} is not there")
-    model.vision.weights = model.text.path = None
+    name_no_parts(config)
     if config.train.teacher is not None:
         notes.append("the teacher (train.teacher) is not counted: its weights and the memory of its answers come on top")
         config.train.teacher, config.loss.distill = None, 0.0

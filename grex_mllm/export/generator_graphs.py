@@ -117,12 +117,15 @@ def check_generator_exportable(model: Any) -> None:
     """Raise on a generator that does not leave.
 
     Raises:
-        GrexError: none at all, one on a multimodal model, a chat model, another precision, or a language model of an unknown kind.
+        GrexError: none at all, one on a multimodal model, one with crops, a chat model, another precision, or a language model of an
+            unknown kind.
     """
     generator, without = model.generator, "export the grounding alone (--task ground), and describe objects with grex describe"
     if not isinstance(generator, RegionTokenGenerator):
         given = f"model.generator.name: {model.config.model.generator.name}"
         raise fault(given, "region_tokens: a multimodal model leaves with its own project's exporter", without)
+    if generator.crops is not None:
+        raise fault("model.generator.crops", "a generator without: enlarging each object's crop was not checked outside torch", without)
     lm = generator.lm
     if generator.tokenizer.style == "chat":
         given = f"the chat model {generator.cfg.lm} as generator"

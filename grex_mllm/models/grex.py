@@ -11,7 +11,7 @@ import torch
 from huggingface_hub import ModelHubMixin, snapshot_download
 from torch import Tensor, nn
 
-from grex_mllm.config import Config, load_config, save_config
+from grex_mllm.config import Config, load_config, name_no_parts, save_config
 from grex_mllm.data.images import load_image
 from grex_mllm.data.transforms import resize_image
 from grex_mllm.entries import entry
@@ -62,6 +62,7 @@ class GrexModel(nn.Module, ModelHubMixin):
         if config.model.generator is not None:
             chosen = entry("model.generator", config.model.generator.name)
             self.generator = chosen.Generator(config.model.generator, self.feature_channels, lm_tokenizer)
+            self.grounding.shows_image = bool(getattr(self.generator, "reads_image", False))
         self.contrast: SetContrast | None = None  # of use in training alone, so no model folder holds it
         if config.loss.contrast > 0:
             if not hasattr(self.generator, "set_features"):
@@ -222,7 +223,7 @@ class GrexModel(nn.Module, ModelHubMixin):
         except GrexError as error:
             hint = " (a model folder of another version does not load: train or convert it again)" if "unknown key" in str(error) else ""
             raise GrexError(f"{error}{hint}") from None
-        config.model.vision.weights = config.model.text.path = None  # the checkpoint holds them
+        name_no_parts(config)  # the checkpoint holds them
         lm_tokenizer = None
         if config.model.generator is not None:
             chosen = entry("model.generator", config.model.generator.name)

@@ -55,6 +55,7 @@ class GroundingModel(nn.Module):
         self.text: Any = text
         self.pixel_decoder: Any = pixel_decoder
         self.decoder: Any = decoder
+        self.shows_image = False  # see `language_free`
         self.register_buffer("pixel_mean", torch.tensor(PIXEL_MEAN).view(3, 1, 1), persistent=False)
         self.register_buffer("pixel_std", torch.tensor(PIXEL_STD).view(3, 1, 1), persistent=False)
 
@@ -104,11 +105,13 @@ class GroundingModel(nn.Module):
     def language_free(self, features: ImageFeatures) -> list[Tensor]:
         """Return the pixel decoder's maps of encoded images without any language, fine to coarse: what a generator reads.
 
-        An image encoder that fuses language makes them by a pass without language; they are kept in `features.pixels`.
+        Behind them stands the normalised image itself, where the generator looks at that as well (`shows_image`). An image encoder that
+        fuses language makes them by a pass without language; they are kept in `features.pixels`.
         """
         if features.pixels is None:
             features.pixels = self.pixel_decoder(self.vision(features.image, None) if features.maps is None else features.maps)
-        return [features.pixels.mask_features, *reversed(features.pixels.levels)]
+        image = [features.image] if self.shows_image else []
+        return [features.pixels.mask_features, *reversed(features.pixels.levels), *image]
 
     def proposals(self, features: ImageFeatures) -> Proposals | None:
         """Return the objects that the decoder finds without any expression; None where it finds none."""

@@ -16,7 +16,10 @@ import torch
 from torch import Tensor
 
 from grex_mllm.compat import cache_name, cache_of
+from grex_mllm.errors import fault
 from grex_mllm.models.lm_packing import Shared, can_pack, pack, position_ids, rows_alone
+
+MODES = ("greedy", "beam", "sample")
 
 
 @dataclass
@@ -213,3 +216,17 @@ def _choose(logits: Tensor, forbidden: list[int], chance: Tensor | None, tempera
     share = (values / temperature).softmax(-1).double().cumsum(-1)
     share = share / share[:, -1:]
     return torch.searchsorted(share, chance[:, None].contiguous(), right=True)[:, 0].clamp(max=values.shape[1] - 1)
+
+
+def check_mode(mode: str, num_candidates: int, temperature: float) -> None:
+    """Raise on settings with which nothing can be written.
+
+    Raises:
+        GrexError: an unknown mode, fewer than one candidate, temperature not above 0.
+    """
+    if mode not in MODES:
+        raise fault(f"generation mode {mode!r}", f"one of {', '.join(MODES)}", "fix the mode")
+    if num_candidates < 1 or (mode == "greedy" and num_candidates != 1):
+        raise fault(f"{num_candidates} candidates with mode {mode}", "1 for greedy, 1 or more for beam and sample", "change one of them")
+    if temperature <= 0:
+        raise fault(f"temperature {temperature}", "a number above 0", "use mode greedy for the likeliest answer")

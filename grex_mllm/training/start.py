@@ -29,7 +29,8 @@ def adopt_start(config: Config) -> None:
     for name in (CONFIG, WEIGHTS):
         if not (folder / name).is_file():
             raise fault(f"train.start {folder} has no {name}", "a model folder", "convert or train one, or fix train.start")
-    text, theirs = config.model.text, load_config(folder / CONFIG, trusted=False).model.text
+    held = load_config(folder / CONFIG, trusted=False)
+    text, theirs = config.model.text, held.model.text
     if any((folder / TOKENIZER / name).is_file() for name in ("tokenizer.json", "vocab.txt")):
         text.tokenizer = str(folder / TOKENIZER)
     elif text.tokenizer is None:
@@ -37,6 +38,13 @@ def adopt_start(config: Config) -> None:
     for name in TEXT_SIZES:
         setattr(text, name, getattr(theirs, name))
     config.model.vision.weights = text.path = None
+    if _has_crops(held) and _has_crops(config):
+        config.model.generator.crops.vision.weights = None
+
+
+def _has_crops(config: Config) -> bool:
+    crops = getattr(config.model.generator, "crops", None)
+    return hasattr(crops, "vision") and crops.size > 0
 
 
 def start_from(model: GrexModel, folder: str | Path) -> list[str]:

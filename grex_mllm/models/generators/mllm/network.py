@@ -25,11 +25,10 @@ from grex_mllm.models.generators.mllm.config import MllmConfig
 from grex_mllm.models.generators.mllm.instructions import INSTRUCTION
 from grex_mllm.models.generators.mllm.parts import MllmPart, Questions, SetOf, questions_of
 from grex_mllm.models.generators.mllm.pooling import pool_objects
-from grex_mllm.models.generators.region_tokens.network import check_mode
 from grex_mllm.models.generators.region_tokens.sets import membership, positions_of
 from grex_mllm.models.generators.region_tokens.tokens import ObjectTokens, RegionTokens
 from grex_mllm.models.language_model import embedding_scale, embedding_shape, freeze_base, leave_out_named_base, with_lora
-from grex_mllm.models.lm_decoding import draw, stratified_uniforms
+from grex_mllm.models.lm_decoding import check_mode, draw, stratified_uniforms
 from grex_mllm.models.lm_packing import rows_alone
 from grex_mllm.models.lm_shapes import shape_of, weights_are_left_out
 from grex_mllm.models.multimodal.chat import Chat

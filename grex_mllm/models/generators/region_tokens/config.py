@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
+from grex_mllm.models.generators.region_tokens.crops import CropsConfig
 from grex_mllm.models.lm_config import AdaptedConfig
 
 
@@ -30,6 +31,7 @@ class RegionTokensConfig(AdaptedConfig):
     words: int = 0  # tokens that objects are shown by, those that training says most, learned from expressions alone (`words.py`); 0 = none
     word_loss: float = 3.0  # their weight
     ranks: bool = False  # show which objects come first among their kind, from each side and by size (`ranks.py`); needs words
+    crops: CropsConfig = field(default_factory=CropsConfig)  # a closer look at every object, by a frozen image encoder of its own
     shape_side: int = 8  # the mask inside its box as a shape_side x shape_side picture; 0 = none
     context_layers: int = 0  # self-attention among the tokens of an object set before the LM
     attribute_classes: dict[str, int] = field(default_factory=dict)  # heads and embeddings for attributes: name -> classes; {} = none

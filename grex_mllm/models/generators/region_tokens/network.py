@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -21,6 +22,7 @@ from grex_mllm.compat import adapters_folded_once
 from grex_mllm.data.transforms import input_masks
 from grex_mllm.errors import fault
 from grex_mllm.models.generators.region_tokens.config import RegionTokensConfig
+from grex_mllm.models.generators.region_tokens.crops import Crops
 from grex_mllm.models.generators.region_tokens.found import among_found
 from grex_mllm.models.generators.region_tokens.parts import GenerationPart
 from grex_mllm.models.generators.region_tokens.sets import membership, positions_of, some_as_boxes
@@ -34,7 +36,7 @@ from grex_mllm.models.language_model import (
     embedding_weight,
     leave_out_named_base,
 )
-from grex_mllm.models.lm_decoding import Prefix, beam_search, decode, stratified_uniforms
+from grex_mllm.models.lm_decoding import Prefix, beam_search, check_mode, decode, stratified_uniforms
 from grex_mllm.models.lm_framing import PLACE, Frame, chat_frame, plain_frame, tiny_frame
 from grex_mllm.models.lm_loss import token_losses
 from grex_mllm.models.lm_packing import Shared
@@ -43,7 +45,6 @@ from grex_mllm.models.word_bags import WordList
 from grex_mllm.ops.losses import shared_count
 from grex_mllm.types import Batch, Proposals
 
-MODES = ("greedy", "beam", "sample")
 IGNORED = -100
 
 
@@ -75,6 +76,7 @@ class RegionTokenGenerator(nn.Module):
         check_words(cfg, self.lm)
         self.words = WordList(cfg.words) if cfg.words else None
         num_embeddings, width = embedding_shape(self.lm)
+        self.crops = Crops(cfg.crops) if cfg.crops.size else None
         self.region_tokens = RegionTokens(
             feature_channels,
             width,
@@ -88,11 +90,17 @@ class RegionTokenGenerator(nn.Module):
             token_scale=embedding_scale(self.lm),
             words=cfg.words,
             ranks=cfg.ranks,
+            closer=self.crops.channels if self.crops is not None else (),
         )
         self.reads_proposals = cfg.found_share > 0
         nameless = range(self.tokenizer.num_ids, num_embeddings)  # embeddings that stand for no text
         self.banned = [*self.tokenizer.unwritable, *nameless]
         leave_out_named_base(self)
+
+    @property
+    def reads_image(self) -> bool:
+        """Tell whether the image itself follows the feature maps."""
+        return self.crops is not None
 
     @property
     def projector(self) -> RegionTokens:
@@ -123,8 +131,14 @@ class RegionTokenGenerator(nn.Module):
         self, features: list[Tensor], masks: list[Tensor], valid_sizes: Tensor | None = None, boxes_norm: list[Tensor] | None = None
     ) -> ObjectTokens:
         """Return the tokens of all objects of B images, with the words that they are called by; arguments as in `RegionTokens.forward`."""
-        objects = self.region_tokens(features, masks, valid_sizes, boxes_norm)
+        objects = self._objects(features, masks, valid_sizes, boxes_norm)
         return objects if self.words is None else with_words(objects, self.lm, self.words.ids, self.region_tokens.kinds)
+
+    def _objects(self, features: list[Tensor], *given: Any) -> ObjectTokens:
+        """Call `RegionTokens.forward`; with crops, the last of the maps is the image itself, float [B, 3, H, W]."""
+        if self.crops is None:
+            return self.region_tokens(features, *given)  # type: ignore[no-any-return]
+        return self.region_tokens(features[:-1], *given, partial(self.crops, features[-1]))  # type: ignore[no-any-return]
 
     def arrange(
         self,
@@ -198,7 +212,7 @@ class RegionTokenGenerator(nn.Module):
     def set_features(self, features: list[Tensor], batch: Batch) -> Tensor:
         """Return float [E, C]: the mean of the region tokens that each expression of a batch means; zero where it means none."""
         sizes = batch.image_index.new_tensor(batch.input_sizes)
-        objects = self.region_tokens(features, batch.instance_masks, sizes, batch.instance_boxes_norm)
+        objects = self._objects(features, batch.instance_masks, sizes, batch.instance_boxes_norm)
         nobody = torch.zeros(len(batch.image_index), objects.tokens.shape[1], dtype=torch.bool, device=sizes.device)
         member = positions_of(batch.target_index, nobody).to(objects.tokens.dtype)
         pooled = (member[..., None] * objects.tokens[batch.image_index]).sum(1)
@@ -384,17 +398,3 @@ def _frame(cfg: RegionTokensConfig, tokenizer: LMTokenizer) -> Frame:
     if cfg.lm == "tiny":
         return tiny_frame(tokenizer.hf, tokenizer.bos_id, cfg.prompt)
     return (chat_frame if tokenizer.style == "chat" else plain_frame)(tokenizer.hf, cfg.prompt)
-
-
-def check_mode(mode: str, num_candidates: int, temperature: float) -> None:
-    """Raise on settings with which nothing can be written.
-
-    Raises:
-        GrexError: an unknown mode, fewer than one candidate, temperature not above 0.
-    """
-    if mode not in MODES:
-        raise fault(f"generation mode {mode!r}", f"one of {', '.join(MODES)}", "fix the mode")
-    if num_candidates < 1 or (mode == "greedy" and num_candidates != 1):
-        raise fault(f"{num_candidates} candidates with mode {mode}", "1 for greedy, 1 or more for beam and sample", "change one of them")
-    if temperature <= 0:
-        raise fault(f"temperature {temperature}", "a number above 0", "use mode greedy for the likeliest answer")

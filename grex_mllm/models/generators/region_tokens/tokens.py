@@ -10,7 +10,7 @@ summary, for the embedding that opens the expression: every later token of a cau
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -64,7 +64,7 @@ class RegionTokens(nn.Module):
 
     channels: of each feature map.  width: D of the language model.  token_scale: standard deviation of the LM's own token embeddings,
     which the tokens start with.  attribute_classes: heads and embeddings for attributes of the objects, name -> classes.  words: how many
-    may be said of an object.  ranks: show which objects come first among their kind.
+    may be said of an object.  ranks: show which objects come first among their kind.  closer: channels of what `look` gives.
     """
 
     def __init__(
@@ -82,10 +82,12 @@ class RegionTokens(nn.Module):
         token_scale: float = 1.0,
         words: int = 0,
         ranks: bool = False,
+        closer: Sequence[int] = (),
     ) -> None:
         super().__init__()
         self.image_grid, self.max_distractors, self.shape_side = image_grid, max_distractors, shape_side
         self.distractor_dropout = distractor_dropout
+        channels = [*channels, *closer]
         self.norms = nn.ModuleList(nn.LayerNorm(c) for c in channels)
         inputs = sum(channels) + GEOMETRY_WIDTH + shape_side**2
         self.project = nn.Sequential(nn.Linear(inputs, hidden), nn.GELU(), nn.Linear(hidden, hidden), nn.LayerNorm(hidden))
@@ -123,11 +125,13 @@ class RegionTokens(nn.Module):
         instance_masks: list[Tensor],
         valid_sizes: Tensor | None = None,
         instance_boxes_norm: list[Tensor] | None = None,
+        look: Callable[[list[Tensor], Tensor], list[Tensor]] | None = None,
     ) -> ObjectTokens:
         """Pool every object of B images.
 
         features: float [B, C_i, h_i, w_i].  instance_masks: B x bool [N_b, H, W] on the network input.  valid_sizes: int64 [B, 2], height
         and width without padding (None: all of it).  instance_boxes_norm: B x float [N_b, 4] cxcywh, drawn where a mask is empty.
+        look: from the masks and boxes [B, N, 4] xyxy in pixels to more of what is seen of every object, float [B, N, C_i] (`Crops`).
 
         Raises:
             GrexError: masks that do not fit the feature maps or each other.
@@ -149,6 +153,8 @@ class RegionTokens(nn.Module):
             level = level / level.sum(-1, keepdim=True).clamp(min=1e-12)
             values = torch.bmm(level.to(feature.dtype), feature.flatten(2).transpose(1, 2))
             pooled.append(norm(values.to(weight)))
+        if look is not None:
+            pooled += [norm(v.to(weight)) for v, norm in zip(look(masks, boxes), self.norms[len(features) :], strict=True)]
         limits = valid_sizes.to(dtype).flip(-1).repeat(1, 2)[:, None]  # [B, 1, 4] width, height, width, height
         share = area / limits[..., :2].prod(-1)
         geometry = geometry_code(boxes / limits, share)
@@ -266,6 +272,8 @@ class RegionTokens(nn.Module):
         boxes = torch.stack([left, top, left + 1 / grid, top + 1 / grid], -1).flatten(0, 1).expand(num_images, -1, 4)
         geometry = geometry_code(boxes, torch.full_like(boxes[..., 0], 1 / grid**2))
         shape = boxes.new_ones(num_images, grid**2, self.shape_side**2)
+        cell = pooled[0].shape[:-1]  # has no crop
+        pooled += [pooled[0].new_zeros(*cell, *norm.normalized_shape) for norm in self.norms[len(features) :]]
         return self.project(torch.cat([*pooled, geometry.to(weight), shape.to(weight)], -1))
 
 
