@@ -32,6 +32,7 @@ from grex_mllm.data.refs_program import status_of
 from grex_mllm.data.templates.photographs import COCO_NUMBER
 from grex_mllm.errors import GrexError, fault
 from grex_mllm.job import DATA, PREDICTIONS, RESULTS, SHEET, predict_once, report_run, run_job, say, score_once, timed
+from grex_mllm.processes import num_processes
 
 PROGRAM = "data_prep/photos.py"
 STAGES = [f"configs/{name}.yaml" for name in ("photos_ground", "photos_finer", "photos_words", "photos_align", "photos_write", "photos")]
@@ -209,7 +210,7 @@ def answer_human(run: Path, data: Path, candidates: int) -> None:
     for split in load_dataset(data).splits:
         folder = run / HUMAN / split
         with timed(run, f"{HUMAN} {split}"):
-            predict_once(run, data, split, folder / PREDICTIONS, candidates)
+            predict_once(run, data, split, folder / PREDICTIONS, candidates, processes=num_processes())
             results = score_once(folder / PREDICTIONS, data, split, folder / RESULTS)
         strict = results["results"]["strict"]
         say(json.dumps({HUMAN: split} | {task: {k: v for k, v in strict[task].items() if type(v) is float} for task in strict}))

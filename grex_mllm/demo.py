@@ -54,6 +54,7 @@ def run_demo(out: Path, config_file: str | None, overrides: list[str]) -> dict[s
     """
     from grex_mllm.data.sources import options_of
     from grex_mllm.data.synthetic.export import export
+    from grex_mllm.processes import num_processes
     from grex_mllm.score import score
     from grex_mllm.training.run import train_from_config
 
@@ -75,7 +76,7 @@ def run_demo(out: Path, config_file: str | None, overrides: list[str]) -> dict[s
             return {}
     trained = time.monotonic()
     say("3/4 prediction of the test split: every expression, every object set, greedy and re-ranked by grounding")
-    predict_once(out, out / DATA, "test", out / PREDICTIONS, LISTENER_CANDIDATES)
+    predict_once(out, out / DATA, "test", out / PREDICTIONS, LISTENER_CANDIDATES, processes=num_processes())
     predicted = time.monotonic()
     say("4/4 scores and report")
     results = score(out / PREDICTIONS, out / DATA, "test", PROTOCOL, out / RESULTS, per_sample=True, config=to_dict(config), show=True)

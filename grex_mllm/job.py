@@ -56,12 +56,14 @@ def run_job(data: Path, files: Sequence[str | Path], out: Path, overrides: Seque
     Raises:
         GrexError: what the parts raise.
     """
+    from grex_mllm.processes import num_processes
+
     stages, spent = plan_stages(data, files, out, overrides), dict[str, float]()
     begun, announced = time.monotonic(), announce_stages(stages, data)
     if not train_stages(stages, out):
         return {}
     with timed(out, "prediction"):
-        predict_once(out, data, "test", out / PREDICTIONS, candidates)
+        predict_once(out, data, "test", out / PREDICTIONS, candidates, processes=num_processes())
     with timed(out, "baselines"):
         beside = {name: rule_results(name, data, "test", out / BASELINES, listener=out) for name in RULES}
     with timed(out, "scores"):
@@ -100,6 +102,7 @@ def plan_stages(data: Path, files: Sequence[str | Path], out: Path, overrides: S
 def announce_stages(stages: Sequence[TrainingStage], data: Path) -> float | None:
     """Measure the stages that have not begun, say how long they and the prediction will take, and return the seconds; None = unknown."""
     from grex_mllm.data.dataset import FolderDataset
+    from grex_mllm.processes import num_processes
     from grex_mllm.training.checkpoint import latest
     from grex_mllm.training.run import forecast_from_config
 
@@ -108,7 +111,7 @@ def announce_stages(stages: Sequence[TrainingStage], data: Path) -> float | None
     say("measuring a few steps of every stage")
     found = [(stage.name, *forecast_from_config(whole_config(stage.config, stages[0].config))) for stage in stages]
     num_images = len(FolderDataset(data, "test", 10**9))
-    prediction = num_images * IMAGE_STEPS * found[-1][1].step_s
+    prediction = num_images * IMAGE_STEPS * found[-1][1].step_s / num_processes()
     say_precision(found[-1][2])
     seconds = sum(forecast.total_s for _, forecast, _ in found) + prediction + SCORING_S
     parts = [f"{name} {forecast.total_s / 60:.1f}" for name, forecast, _ in found]
@@ -142,11 +145,16 @@ def train_stages(stages: Sequence[TrainingStage], out: Path) -> bool:
     return True
 
 
-def predict_once(model: str | Path, data: Path, split: str, out: Path, candidates: int = 0) -> None:
-    """Predict a split, every expression and every object set, unless `out` is there."""
+def predict_once(model: str | Path, data: Path, split: str, out: Path, candidates: int = 0, *, processes: int = 1) -> None:
+    """Predict a split, every expression and every object set, unless `out` is there. processes: of this machine, which share the images."""
     from grex_mllm.predict import predict_split
+    from grex_mllm.processes import predict_in_processes
 
-    if not out.exists():
+    if out.exists():
+        return
+    if processes > 1:
+        predict_in_processes(Path(model), data, split, out, tasks=TASKS, listener=candidates, number=processes)
+    else:
         predict_split(str(model), str(data), out, split, TASKS, listener=candidates)
 
 
