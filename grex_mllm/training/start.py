@@ -44,7 +44,7 @@ def adopt_start(config: Config) -> None:
 
 def _has_crops(config: Config) -> bool:
     crops = getattr(config.model.generator, "crops", None)
-    return hasattr(crops, "vision") and crops.size > 0
+    return crops is not None and hasattr(crops, "vision") and crops.size > 0
 
 
 def start_from(model: GrexModel, folder: str | Path) -> list[str]:

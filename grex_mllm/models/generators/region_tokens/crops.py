@@ -75,8 +75,8 @@ class Crops(nn.Module):
                 some = slice(start, start + AT_ONCE)
                 for level, values in zip(rows, self._read(image[b], mask[some], boxes[b, : len(mask)][some]), strict=True):
                     level.append(values)
-            for level, values in zip(found, rows, strict=True):
-                level.append(torch.cat(values) if values else image.new_zeros(0, 1))
+            for level, parts in zip(found, rows, strict=True):
+                level.append(torch.cat(parts) if parts else image.new_zeros(0, 1))
         num = boxes.shape[1]
         return [
             torch.stack([F.pad(v, (0, width - v.shape[1], 0, num - len(v))) for v in level])

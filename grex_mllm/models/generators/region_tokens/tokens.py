@@ -273,7 +273,8 @@ class RegionTokens(nn.Module):
         geometry = geometry_code(boxes, torch.full_like(boxes[..., 0], 1 / grid**2))
         shape = boxes.new_ones(num_images, grid**2, self.shape_side**2)
         cell = pooled[0].shape[:-1]  # has no crop
-        pooled += [pooled[0].new_zeros(*cell, *norm.normalized_shape) for norm in self.norms[len(features) :]]
+        closer = [norm.normalized_shape[0] for norm in self.norms[len(features) :] if isinstance(norm, nn.LayerNorm)]
+        pooled += [pooled[0].new_zeros(*cell, width) for width in closer]
         return self.project(torch.cat([*pooled, geometry.to(weight), shape.to(weight)], -1))
 
 
