@@ -283,6 +283,19 @@ class InstanceSelection(nn.Module):
         """Return the objects that were found in B images."""
         return Proposals(regions.masks(), regions.boxes_norm[-1], regions.objectness[-1].sigmoid())
 
+    def known(self, features: Any, boxes_norm: Tensor) -> Regions:
+        """Return regions for `language_part` that are the known objects of B images, without masks.
+
+        features: `ImageFeatures` of the images, encoded.  boxes_norm: float [B, N, 4] cxcywh of the padded images.
+        """
+        regions = self.image_part(features.maps, features.pixels, boxes_norm)
+        return regions._replace(mask_map=regions.mask_map[..., :0, :0])  # nobody asks for masks
+
+    def likely_targets(self, output: GroundingOutput) -> Tensor:
+        """Return logits float [E, N]: which of the `known` objects each expression means, also where one covers another."""
+        extra: InstanceExtra = output.extra
+        return extra.target_logits[-1]
+
     def compact(self, regions: Regions) -> dict[str, Tensor]:
         """Return what the language part reads of B images, but for masks: places, which are compared, as float32, the rest as float16."""
         places = {"boxes_norm": regions.boxes_norm[-1].float(), "objectness": regions.objectness[-1].float()}

@@ -25,6 +25,7 @@ ROI_MARGIN = 0.15  # the features of a region are sampled a little beyond its bo
 BOX_CODE_WIDTH = 22
 PAIR_WIDTH = 10
 CENTRE_PRIOR = -3.0  # logit of a cell holding a centre, at first
+SURE = 10.0  # logit of a known object's being one
 
 
 class Regions(NamedTuple):
@@ -145,8 +146,12 @@ class ImagePart(nn.Module):
         self.word = nn.Linear(channels, config.words) if config.words else None
         self.called = nn.Linear(config.words, channels, bias=False) if config.words else None
 
-    def forward(self, maps: list[Tensor], pixels: PixelFeatures) -> Regions:
-        """Find the regions of B images; the image encoder's own `maps` are not read."""
+    def forward(self, maps: list[Tensor], pixels: PixelFeatures, known_norm: Tensor | None = None) -> Regions:
+        """Find the regions of B images; the image encoder's own `maps` are not read.
+
+        known_norm: float [B, N, 4] cxcywh, boxes of objects that are known: the regions are these, each from the cell at its centre, and
+        surely objects.
+        """
         finest = pixels.mask_features
         hidden = self.heat(finest).flatten(2)  # [B, C, S]
         cell = precise(torch.matmul(self.cell.weight, hidden) + self.cell.bias[:, None])  # quicker than a convolution to five channels
@@ -154,8 +159,8 @@ class ImagePart(nn.Module):
         size = (finest.shape[-2], finest.shape[-1])  # as they come: whoever traces the model sees that they vary
         cells = grid_boxes(size[0], size[1], self.level_embedding)
         cell_boxes = self._cell_boxes(cell[:, 1:].transpose(1, 2), cells)
-        kept = self._best(heat, size)
-        boxes = gather(cell_boxes, kept).detach()
+        kept = self._best(heat, size) if known_norm is None else cells_at(known_norm, size)
+        boxes = gather(cell_boxes, kept).detach() if known_norm is None else known_norm.to(cell_boxes.dtype)
         x = self.region(hidden.gather(2, kept[:, None].expand(-1, hidden.shape[1], -1)).transpose(1, 2))
         levels = pixels.levels[: len(self.inputs)]
         tokens = torch.cat([self._tokens(level, i) for i, level in enumerate(levels)], dim=1)
@@ -165,10 +170,12 @@ class ImagePart(nn.Module):
             sampled = torch.cat([self._sample(sources, boxes), self.position(box_code(boxes)).to(x.dtype)], dim=-1)
             x = layer(x, sampled, tokens)
             normed = self.norm(x)
-            boxes = self._refine(boxes, precise(self.box(normed)))
+            if known_norm is None:
+                boxes = self._refine(boxes, precise(self.box(normed)))
             all_boxes.append(boxes)
             boxes = boxes.detach()
-            objectness.append(precise(self.objectness(normed).squeeze(-1)))
+            likely = precise(self.objectness(normed).squeeze(-1))
+            objectness.append(likely if known_norm is None else torch.full_like(likely, SURE))
             embeddings.append(self.mask_embedding(normed))
         mask_map = self.mask_map(finest)
         mask_map = F.pixel_shuffle(mask_map, self.upsample) if self.upsample > 1 else mask_map
@@ -230,6 +237,13 @@ def box_area(boxes_norm: Tensor, height: int, width: int, margin: float = BOX_MA
     inside_x = (x - boxes_norm[..., 0:1]).abs() <= half_width
     inside_y = (y - boxes_norm[..., 1:2]).abs() <= half_height
     return inside_y[..., :, None] & inside_x[..., None, :]
+
+
+def cells_at(boxes_norm: Tensor, size: tuple[int, int]) -> Tensor:
+    """Return int64 [B, N]: the cells, row by row, in which the centres of boxes [B, N, 4] cxcywh lie. size: rows and columns."""
+    rows, columns = size
+    column = (boxes_norm[..., 0] * columns).long().clamp(0, columns - 1)
+    return (boxes_norm[..., 1] * rows).long().clamp(0, rows - 1) * columns + column
 
 
 def grid_boxes(height: int, width: int, like: Tensor) -> Tensor:
