@@ -216,7 +216,7 @@ def ask(speaker: GrexModel, monkeypatch: pytest.MonkeyPatch) -> Any:
     def prepare(answers: dict[str, Sequence[float]], drawn: list[str], greedy: str) -> tuple[GrexModel, EncodedImage, Speech]:
         listener, speech = Listener(answers), Speech(drawn, greedy)
         image = speaker.encode(np.full((64, 64, 3), 90, np.uint8))
-        image.features.decoded = None  # no objects but the given ones, and no regions that could be these
+        image.features.decoded = None  # no objects but the given ones
         monkeypatch.setattr(speaker, "encode_text", listener.encode_text)
         monkeypatch.setattr(speaker.grounding, "ground", listener.ground)
         monkeypatch.setattr(speaker.generator, "generate", speech)

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
-from tiny import tiny_config, tiny_model
+from tiny import tiny_config, tiny_model, tiny_speaker
 
+from grex_mllm.errors import GrexError
 from grex_mllm.models import describe
 from grex_mllm.models.decoders.instance_selection.regions import SURE, cells_at, pair_geometry
-from grex_mllm.models.describe import KNOWN_RARITY, agreements_among, rerank_by_grounding
+from grex_mllm.models.describe import KNOWN_RARITY, agreements_among, check_reranker, rerank_by_grounding
 from grex_mllm.models.grex import GrexModel
 from grex_mllm.models.text import train_text_tokenizer
 from grex_mllm.ops.boxes import xyxy_to_cxcywh
@@ -98,7 +101,7 @@ def test_candidates_are_ranked_among_the_known_objects(monkeypatch: pytest.Monke
     monkeypatch.setattr(model.grounding.decoder, "known", lambda features, boxes: told.append(boxes) or known(features, boxes))
     monkeypatch.setattr(model.grounding, "ground", None)  # nobody asks for pixels
     options = [TEXTS[0], TEXTS[1], TEXTS[1], "  "]
-    (found,) = rerank_by_grounding(model, encoded, masks, [[0, 2]], [options])
+    (found,) = rerank_by_grounding(model, encoded, masks, [[0, 2]], [options], among=True)
     side = encoded.canvas[1]
     corner = torch.tensor([[4, 5, 20, 20], [30, 8, 50, 30], [50, 1, 60, 9]]).float()
     torch.testing.assert_close(told[0][0], xyxy_to_cxcywh(corner / torch.tensor([side, encoded.canvas[0]] * 2)))
@@ -112,17 +115,20 @@ def test_candidates_are_ranked_among_the_known_objects(monkeypatch: pytest.Monke
     assert found.expression == max(expected, key=lambda text: expected[text])
 
 
-@torch.inference_mode()
-def test_a_decoder_without_regions_is_asked_for_its_mask(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_objects_are_a_way_of_re_ranking(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """From `describe` and from the configuration of a model folder; refused where a decoder reads no regions."""
+    model, asked = tiny_speaker(tmp_path), list[bool]()
+    own = describe.rerank_by_grounding
+    monkeypatch.setattr(describe, "rerank_by_grounding", lambda *given, among: asked.append(among) or own(*given, among=among))
+    masks = np.zeros((2, 48, 64), bool)
+    masks[0, 5:30, 8:20] = masks[1, 20:40, 30:60] = True
+    for way in ("objects", "listener"):
+        found = model.describe(picture(), masks=list(masks), candidates=3, rerank=way, details=True)
+        assert 0 <= found.score <= 1 and found.expression == found.candidates[0][0]
+    assert asked == [True, False]
+    check_reranker(model, "objects")
     config = tiny_config(model__decoder__name="rela", model__decoder__minimap_side=4)
     text = train_text_tokenizer(TEXTS * 3, 300)
     config.model.text.vocab_size = text.vocab_size
-    torch.manual_seed(0)
-    model, asked = GrexModel(config, text).eval(), list[int]()
-    own = describe.agreements
-    monkeypatch.setattr(describe, "agreements", lambda *given: asked.append(len(given)) or own(*given))
-    encoded = model.encode(picture())
-    masks = torch.zeros(2, *encoded.features.input_size, dtype=torch.bool)
-    masks[0, :9, :9] = masks[1, 12:30, 20:40] = True
-    (found,) = rerank_by_grounding(model, encoded, masks, [[1]], [TEXTS])
-    assert asked and found.score is not None and len(found.candidates) == len(TEXTS)
+    with pytest.raises(GrexError, match=r'rerank "objects" with a decoder that reads no regions'):
+        check_reranker(GrexModel(config, text), "objects")

@@ -1,9 +1,9 @@
 """Describe sets of objects of one image, and re-rank candidates by grounding them with the same model.
 
 The listener is the model's own grounding, as in the "rational speech act" view of referring expressions: an expression is good when a
-listener picks out just the selected set. Both know the same objects: a decoder that reads regions reads these, and says which of them an
-expression means; another one is judged by its mask. The score is that agreement in [0, 1], lowered a little for what the speaker itself
-rarely says: a listener errs, too, and of two candidates that it finds alike the likelier one is right more often.
+listener picks out just the selected set: by its mask ("listener"), or, of a decoder that reads regions, among the objects that the speaker
+knows ("objects"), which need not be found and masked first. The score is that agreement in [0, 1], lowered a little for what the speaker
+itself rarely says: a listener errs, too, and of two candidates that it finds alike the likelier one is right more often.
 """
 
 from __future__ import annotations
@@ -29,14 +29,13 @@ from grex_mllm.ops.boxes import box_iou, xyxy_to_cxcywh
 from grex_mllm.ops.selection import mask_boxes, selection_masks
 from grex_mllm.types import GroundingOutput
 
-RERANKERS = (None, "listener", "own", *LISTENERS)
+RERANKERS = (None, "listener", "objects", "own", *LISTENERS)
 MAX_OVERLAP = 0.5
 SURE, UNSURE = 0.5, 0.2  # objectness of an object that is there anyway, and of one where a user says that there is one
 LEAST_FIT = 0.5  # IoU of a given box with the extent of the object in it
 LISTENER_TEMPERATURE = 0.7  # of the candidates to choose from; demo, validation: 0.6 to 0.8 alike, at 1.0 one point fewer exact sets
 RARITY = 0.15  # 0: agreement alone, 3 points fewer exact sets on the demo's validation scenes (0.25 and 0.35: no better)
-# where both know the objects; 0.3 and 0.5 are alike, at 0 five points fewer on validation photographs; scenes do not mind
-KNOWN_RARITY = 0.4
+KNOWN_RARITY = 0.4  # of "objects"; 0.3 and 0.5 are alike, at 0 five points fewer on validation photographs; scenes do not mind
 
 
 class Describing(Protocol):
@@ -89,8 +88,8 @@ def describe(
     objects. A box stands for the object that the grounding model finds in it, see `masks_in_boxes`.
     object_sets: lists of positions in masks or boxes; the objects that a set leaves out are its distractors.
     mode: greedy | beam | sample.  candidates, rerank: draw that many (`greedy` then samples, and adds the greedy answer) and let the model
-    itself choose: by its grounding ("listener"), by the likelihoods of a generator that can tell sets apart ("own"), or by the grounding
-    of the generator's own multimodal model ("own_grounding").
+    itself choose: by its grounding ("listener"), by its choice among the objects that are known ("objects"), by the likelihoods of a
+    generator that can tell sets apart ("own"), or by the grounding of the generator's own multimodal model ("own_grounding").
     temperature: of the samples; None = 1, and 0.7 for candidates that are re-ranked.
     details: return `Description` objects instead of strings.
 
@@ -99,7 +98,7 @@ def describe(
     """
     if model.generator is None:
         raise fault("a model without a generator", "one trained with model.generator", "train with a generator, or use ground")
-    check_reranker(model.generator, rerank)
+    check_reranker(model, rerank)
     if candidates > 1 and rerank is None and mode == "greedy":
         raise fault(f"{candidates} candidates with mode greedy", 'rerank="listener", or mode beam or sample', "change one of them")
     array = image if isinstance(image, EncodedImage) else load_image(image)
@@ -126,14 +125,18 @@ def describe(
     return given[0] if object_sets is None else given
 
 
-def check_reranker(generator: Any, rerank: str | None) -> None:
-    """Raise on a way of re-ranking that does not exist, or that a generator cannot do.
+def check_reranker(model: Describing, rerank: str | None) -> None:
+    """Raise on a way of re-ranking that does not exist, or that a model cannot do.
 
     Raises:
         GrexError: names the ways.
     """
+    generator = model.generator
     if rerank not in RERANKERS:
         raise fault(f'rerank "{rerank}"', f"None, {', '.join(map(str, RERANKERS[1:]))}", "fix the call")
+    if rerank == "objects" and not hasattr(model.grounding.decoder, "known"):
+        given = 'rerank "objects" with a decoder that reads no regions'
+        raise fault(given, "model.decoder.name: instance_selection", 'use "listener"')
     if rerank == "own" and not hasattr(generator, "agreements"):
         raise fault('rerank "own" with a generator that cannot tell sets apart', "model.generator.name: mllm", 'use "listener"')
     if rerank in LISTENERS and not hasattr(generator, "without_adapters"):
@@ -184,7 +187,7 @@ def describe_encoded(
         ranked = [_ranked(some, dict(zip(own, values, strict=True))) for some, own, values in zip(texts, options, found, strict=True)]
         return [replace(ranked[0], costs=heard.costs), *ranked[1:]] if ranked else []
     at_input = input_masks(masks, encoded.geometry, encoded.features.input_size).to(model.device)
-    return rerank_by_grounding(model, encoded, at_input, sets, texts)
+    return rerank_by_grounding(model, encoded, at_input, sets, texts, among=rerank == "objects")
 
 
 @torch.inference_mode()
@@ -256,13 +259,15 @@ def _overlap(first: np.ndarray, second: np.ndarray) -> float:
 
 
 def rerank_by_grounding(
-    model: Describing, encoded: EncodedImage, masks: Tensor, sets: list[list[int]], texts: list[list[str]]
+    model: Describing, encoded: EncodedImage, masks: Tensor, sets: list[list[int]], texts: list[list[str]], among: bool = False
 ) -> list[Description]:
     """Ground every candidate once and order each set's candidates by their agreement times the share of them that say the same, to the
     power RARITY or KNOWN_RARITY (ties: the earlier one, so greedy wins them).
+
+    among: the decoder's regions are the objects in `masks`, and their choice counts instead of pixels.
     """
     candidates, grounding = sorted({t for options in texts for t in options if t.strip()}), model.grounding
-    agreement, known = np.zeros((len(candidates), len(sets))), _known_objects(model, encoded, masks)
+    agreement, known = np.zeros((len(candidates), len(sets))), _known_objects(model, encoded, masks) if among else None
     for start in range(0, len(candidates), 64):
         part = candidates[start : start + 64]
         ids, mask = model.encode_text(part)
@@ -282,16 +287,10 @@ def rerank_by_grounding(
 
 
 def _known_objects(model: Describing, encoded: EncodedImage, masks: Tensor) -> Any:
-    """Return what the decoder's language part reads of the objects of an image; None for a decoder that reads no regions.
-
-    masks: bool [N, H, W] on the network's input.
-    """
-    place = getattr(getattr(model.grounding, "decoder", None), "known", None)
-    if place is None or getattr(encoded.features, "decoded", None) is None:
-        return None
+    """Return what the decoder's language part reads of the objects of an image. masks: bool [N, H, W] on the network's input."""
     height, width = encoded.canvas
     boxes = mask_boxes(masks).float() / torch.tensor([width, height] * 2, device=masks.device)
-    return place(encoded.features, xyxy_to_cxcywh(boxes)[None])
+    return model.grounding.decoder.known(encoded.features, xyxy_to_cxcywh(boxes)[None])
 
 
 def agreements_among(logits: Tensor, output: GroundingOutput, sets: list[list[int]]) -> np.ndarray:

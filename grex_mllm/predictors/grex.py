@@ -51,7 +51,7 @@ class GrexPredictor:
         config = self.net.config = replace(config, predict=self.rules)
         check_rules(self.rules)
         if self.net.generator is not None:
-            check_reranker(self.net.generator, self.rules.rerank)
+            check_reranker(self.net, self.rules.rerank)
         self.chosen = resolve_precision(self.rules.precision, place)
         tasks = ("ground",) if self.net.generator is None else ("ground", "generate")
         how = f"in {self.chosen.precision} on {place} ({self.chosen.reason})"

@@ -133,7 +133,7 @@ class Engine:
         if not self.describes:
             raise fault("a model without a generator", "one trained with model.generator", "serve another model, or only ground")
         masks = self._chosen_masks(picture, chosen)
-        options = {"candidates": candidates, "rerank": "listener"} if candidates > 1 else {}
+        options = {"candidates": candidates, "rerank": self.model.config.predict.rerank} if candidates > 1 else {}
         written = self.model.describe(picture.encoded, masks=masks, details=True, **options)
         texts = [text for text, _ in written.candidates] or [written.expression]
         texts = [text for text in texts if text.strip()]
