@@ -68,6 +68,22 @@ def test_a_crop_of_the_image_is_read_and_pooled_under_the_mask(name: str) -> Non
     assert [level.shape[-1] for level in found] == crops.channels == list(crops.vision.channels[1:])
 
 
+def test_masks_need_not_cover_the_padding() -> None:
+    """The image is padded to the coarsest stride of its own encoder, objects are drawn without that; neither changes what a crop shows."""
+    crops = closer(32, 1.3)
+    masks, boxes = rectangles([(30, 20, 70, 60), (80, 50, 100, 80)], 84, 100)
+    image = torch.randn(1, 3, 84, 100)
+    whole = torch.nn.functional.pad(image, (0, 28, 0, 12))
+    for plain, padded, both in zip(
+        crops(image, [masks], boxes),
+        crops(whole, [masks], boxes),
+        crops(whole, [torch.nn.functional.pad(masks, (0, 28, 0, 12))], boxes),
+        strict=True,
+    ):
+        torch.testing.assert_close(padded, plain, atol=1e-4, rtol=1e-3)
+        torch.testing.assert_close(both, plain, atol=1e-4, rtol=1e-3)
+
+
 def test_a_small_object_is_enlarged_with_more_around_it() -> None:
     crops = closer(64, 2.0)
     places = crops._places(torch.tensor([[50.0, 40.0, 54.0, 43.0], [10.0, 10.0, 30.0, 50.0]]), torch.Size([80, 100]))

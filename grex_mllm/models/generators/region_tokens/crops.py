@@ -66,7 +66,8 @@ class Crops(nn.Module):
     def forward(self, image: Tensor, masks: list[Tensor], boxes: Tensor) -> list[Tensor]:
         """Return float [B, N, C_i] for each map: what is seen of every object in its crop; zeros for an object without a pixel.
 
-        image: float [B, 3, H, W], normalised and padded.  masks: B x bool [N_b, H, W].  boxes: float [B, N, 4] xyxy in its pixels.
+        image: float [B, 3, H', W'], normalised, padded at the right and bottom.  masks: B x bool [N_b, H, W], with or without that padding.
+        boxes: float [B, N, 4] xyxy in pixels.
         """
         found: list[list[Tensor]] = [[] for _ in self.channels]
         for b, mask in enumerate(masks):
@@ -85,11 +86,11 @@ class Crops(nn.Module):
 
     def _read(self, image: Tensor, mask: Tensor, boxes: Tensor) -> list[Tensor]:
         """Return float [n, C_i] of n objects of one image."""
-        grid = self._places(boxes.float(), mask.shape[1:])
+        places, own = (self._places(boxes.float(), tensor.shape[1:]) for tensor in (image, mask))
         n, side = len(mask), self.size
         with torch.autocast(image.device.type, enabled=False):
-            tall = F.grid_sample(image.float()[None], grid.flatten(0, 1)[None], padding_mode="zeros", align_corners=False)
-            shown = F.grid_sample(mask.float()[:, None], grid, padding_mode="zeros", align_corners=False)
+            tall = F.grid_sample(image.float()[None], places.flatten(0, 1)[None], padding_mode="zeros", align_corners=False)
+            shown = F.grid_sample(mask.float()[:, None], own, padding_mode="zeros", align_corners=False)
         crops = tall[0].unflatten(1, (n, side)).transpose(0, 1).to(image.dtype)
         pooled = []
         for level in self.vision(crops, None)[1:]:
