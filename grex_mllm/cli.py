@@ -188,7 +188,7 @@ def describe(
         mode: greedy, beam or sample.
         candidates: how many to draw for the reranking.
         rerank: listener = choose the candidate that the model grounds best, objects = that picks out the objects best among those that are
-            known (instance_selection); of mllm also own (likelihoods), own_grounding (its own boxes).
+            known (decoders that read regions); of mllm also own (likelihoods), own_grounding (its own boxes).
         seed: of the sampling.
         device: auto, cpu, cuda.
     """

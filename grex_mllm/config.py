@@ -191,7 +191,7 @@ class PredictConfig:
     min_mask_pixels: int = 50
     # none | location | mask: the ground truth in place of a branch of the decoder, to see what the others lose (isfp; `grex predict` alone)
     oracle: str = "none"
-    # of the candidates of `--listener`: listener | objects (instance_selection) | own (mllm) | own_grounding (mllm); see models/describe.py
+    # of the candidates of `--listener`: listener | objects | own (mllm) | own_grounding (mllm); see models/describe.py
     rerank: str = "listener"
     precision: str = "auto"  # auto | fp32 | bf16
 

@@ -13,6 +13,7 @@ import torch
 from score_case import make_dataset
 from test_asking import GREC, GREG, QWEN3, asked, box_text, hold
 from test_mllm_generator import TEXTS, build, scenes
+from tiny import tiny_speaker
 from tiny_mllms import write_mllm
 
 from grex_mllm.config import load_config
@@ -200,11 +201,11 @@ def test_a_real_model_is_asked_without_its_adapters_and_costs_are_told(model: Gr
     assert told.costs["calls"] >= 1
 
 
-def test_what_cannot_listen_is_refused() -> None:
+def test_what_cannot_listen_is_refused(tmp_path: Path) -> None:
     with pytest.raises(GrexError, match=r'rerank "own_grounding" with a generator that sees no picture'):
-        check_reranker(object(), "own_grounding")
-    with pytest.raises(GrexError, match=r'rerank "loud"; expected None, listener, own, own_grounding'):
-        check_reranker(object(), "loud")
+        check_reranker(tiny_speaker(tmp_path), "own_grounding")
+    with pytest.raises(GrexError, match=r'rerank "loud"; expected None, listener, objects, own, own_grounding'):
+        check_reranker(tiny_speaker(tmp_path), "loud")
     with pytest.raises(GrexError, match="generator that is asked no chats"):
         OwnGrounding(type("M", (), {"generator": object()})())
     assert load_config(None, ["--predict.rerank=own_grounding"]).predict.rerank == "own_grounding"

@@ -57,6 +57,7 @@ LAYERS = {
     "report": 4,
     "compare": 4,
     "error_analysis": 4,
+    "processes": 4,
     "job": 5,
     "serve": 3,
     "demo": 5,

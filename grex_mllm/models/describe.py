@@ -136,7 +136,7 @@ def check_reranker(model: Describing, rerank: str | None) -> None:
         raise fault(f'rerank "{rerank}"', f"None, {', '.join(map(str, RERANKERS[1:]))}", "fix the call")
     if rerank == "objects" and not hasattr(model.grounding.decoder, "known"):
         given = 'rerank "objects" with a decoder that reads no regions'
-        raise fault(given, "model.decoder.name: instance_selection", 'use "listener"')
+        raise fault(given, "a decoder whose regions may be given (docs/greg.md)", 'use "listener"')
     if rerank == "own" and not hasattr(generator, "agreements"):
         raise fault('rerank "own" with a generator that cannot tell sets apart', "model.generator.name: mllm", 'use "listener"')
     if rerank in LISTENERS and not hasattr(generator, "without_adapters"):
