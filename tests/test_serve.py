@@ -95,6 +95,18 @@ def test_described_sets_come_with_candidates_that_lead_back(client: TestClient, 
     assert len(client.post("/describe", json={**chosen, "candidates": 1}).json()["candidates"]) <= 1
 
 
+def test_candidates_are_ranked_as_the_model_folder_says(client: TestClient, speaker: GrexModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[str | None] = []
+    own = type(speaker).describe
+    monkeypatch.setattr(type(speaker), "describe", lambda *given, **options: asked.append(options.get("rerank")) or own(*given, **options))
+    image = opened(client)
+    chosen = {"image": image["image"], "boxes_xyxy": [[2, 3, 20, 30], [30, 5, 50, 20]], "objects": [0] if image["objects"] else []}
+    for way in ("objects", "listener"):
+        monkeypatch.setattr(speaker.config.predict, "rerank", way)
+        assert client.post("/describe", json={**chosen, "candidates": 3}).json()["candidates"]
+    assert asked == ["objects", "listener"]
+
+
 @pytest.mark.parametrize(
     ("chosen", "told"),
     [

@@ -1,9 +1,8 @@
 """A closer look: every object's crop of the image, enlarged and read by a frozen image encoder that keeps what pre-training taught it.
 
 A small object is a few cells of the feature maps of a whole image, and training on little data makes an image encoder forget what it does
-not need for masks. The maps of a crop are pooled under the object's mask, beside those of the whole image. Source: Mao et al. 2016,
-section 5.1, describe an object by features of its crop and of the whole image; here the surroundings that the crop shows are left out by
-the mask.
+not need for masks. The maps of a crop are pooled under the object's mask, beside those of the whole image. As in Mao et al. 2016, who
+describe an object by features of its crop and of the whole image; here the mask leaves out the surroundings that the crop shows.
 """
 
 from __future__ import annotations
