@@ -35,7 +35,8 @@ from grex_mllm.job import DATA, PREDICTIONS, RESULTS, SHEET, predict_once, repor
 from grex_mllm.processes import num_processes
 
 PROGRAM = "data_prep/photos.py"
-STAGES = [f"configs/{name}.yaml" for name in ("photos_ground", "photos_finer", "photos_words", "photos_align", "photos_write", "photos")]
+NAMES = ("photos_ground", "photos_finer", "photos_larger", "photos_words", "photos_align", "photos_write", "photos")
+STAGES = [f"configs/{name}.yaml" for name in NAMES]
 SPLITS, EXPRESSIONS = "train=0.8,val=0.05,test=0.15", "train=24,val=24,test=24"
 HUMAN, CONFIGS = "human", "configs"
 PARTS = "models"  # where the configurations look for the pre-trained parts

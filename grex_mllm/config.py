@@ -193,6 +193,8 @@ class PredictConfig:
     oracle: str = "none"
     # of the candidates of `--listener`: listener | objects | own (mllm) | own_grounding (mllm); see models/describe.py
     rerank: str = "listener"
+    # the mean of the answers about the image and about its mirror image, asked with left and right swapped; takes twice as long
+    mirror: bool = False
     precision: str = "auto"  # auto | fp32 | bf16
 
 

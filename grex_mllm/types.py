@@ -212,6 +212,7 @@ class GroundingOutput(NamedTuple):
     minimap_prob: float [E, P, P] for pictures.
     extra: a named tuple of the decoder's own, which only its `Criterion` reads.
     active_regions: bool [E, Q], which of the Q rows are regions: the first P_e * P_e of an expression with a grid of its own; None = all.
+    target_prob: float [E, h, w], how likely each pixel is of a target, of decoders whose `decide` makes the masks of it.
     """
 
     mask_logits: Tensor
@@ -223,6 +224,7 @@ class GroundingOutput(NamedTuple):
     minimap_prob: Tensor | None = None
     extra: Any = None
     active_regions: Tensor | None = None
+    target_prob: Tensor | None = None
 
 
 class Proposals(NamedTuple):

@@ -45,9 +45,7 @@ def ask(
     objects: bool [N, H0, W0].  threshold: as in `GrexModel.ground`.
     """
     rules = model.config.predict if threshold is None else replace(model.config.predict, no_target_threshold=threshold)
-    ids, mask = model.encode_text(texts)
-    index = torch.zeros(len(texts), dtype=torch.int64, device=model.device)
-    output = model.grounding.ground(encoded.features, index, ids.to(model.device), mask.to(model.device))
+    output = model.look(encoded, texts)
     found = answers(output, list(texts), [encoded.geometry] * len(texts), encoded.canvas, rules)
     for result in found:
         result.image = encoded.original

@@ -93,6 +93,7 @@ def facts_of(model: GrexModel, form: str) -> dict[str, Any]:
         "stride": int(max(model.grounding.vision.strides)),
         "max_tokens": config.model.text.max_tokens,
         "rules": rules_facts(config.predict),
+        "left_out": ["predict.mirror: the graphs see the image as it is alone"] if config.predict.mirror else [],
     }
 
 

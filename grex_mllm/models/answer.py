@@ -30,13 +30,15 @@ DEFAULT_THRESHOLD = PredictConfig.no_target_threshold
 class EncodedImage:
     """One image, encoded once for many expressions and object sets.
 
-    canvas: (H, W) of the network input, padding included.  original: uint8 [H0, W0, 3].
+    canvas: (H, W) of the network input, padding included.  original: uint8 [H0, W0, 3].  mirrored: those of its mirror image, which lies in
+    the same place (`predict.mirror`).
     """
 
     features: ImageFeatures
     geometry: Geometry
     canvas: tuple[int, int]
     original: np.ndarray | None = None
+    mirrored: ImageFeatures | None = None
 
 
 def answers(
@@ -107,6 +109,8 @@ def check_rules(config: PredictConfig) -> None:
             "a model whose no-target head decides",
             "set predict.no_target to head, or leave the threshold out",
         )
+    if config.mirror and config.oracle != "none":
+        raise fault(f"predict.mirror with predict.oracle {config.oracle}", "answers of the model alone", "set one of them back")
     if config.no_target == "pixels" and not config.masks:
         raise GrexError(
             "predict.no_target is pixels and predict.masks is false; expected masks to count pixels of; set predict.no_target to head"

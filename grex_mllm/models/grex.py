@@ -7,11 +7,13 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from huggingface_hub import ModelHubMixin, snapshot_download
 from torch import Tensor, nn
 
 from grex_mllm.config import Config, load_config, name_no_parts, save_config
+from grex_mllm.data.augment.words import mirrored_words
 from grex_mllm.data.images import load_image
 from grex_mllm.data.transforms import resize_image
 from grex_mllm.entries import entry
@@ -20,11 +22,13 @@ from grex_mllm.models import build_grounding
 from grex_mllm.models.answer import EncodedImage, answers, check_rules
 from grex_mllm.models.contrast import SetContrast
 from grex_mllm.models.describe import describe
+from grex_mllm.models.grounding import ImageFeatures
 from grex_mllm.models.pixel_decoder import NUM_LEVELS
 from grex_mllm.models.placement import Placement, placed
 from grex_mllm.models.text import TextTokenizer, load_text_tokenizer
+from grex_mllm.models.views import mean_of_views
 from grex_mllm.precision import resolve_precision
-from grex_mllm.types import Grounding
+from grex_mllm.types import Grounding, GroundingOutput
 from grex_mllm.writing import whole_entries
 
 WEIGHTS, CONFIG, TEXT_TOKENIZER, LM_TOKENIZER = "model.safetensors", "config.yaml", "text_tokenizer", "lm_tokenizer"
@@ -91,7 +95,30 @@ class GrexModel(nn.Module, ModelHubMixin):
         resized, geometry = resize_image(array, self.config.data.image_size, self.config.data.resize)
         pixels = torch.from_numpy(resized.copy()).permute(2, 0, 1)[None].to(self.device)
         features = self.grounding.encode_image(pixels, [geometry.seen_size])
-        return EncodedImage(features, geometry, features.padded_size, array)
+        mirrored = None
+        if self.config.predict.mirror:
+            resized, _ = resize_image(np.ascontiguousarray(array[:, ::-1]), self.config.data.image_size, self.config.data.resize)
+            pixels = torch.from_numpy(resized.copy()).permute(2, 0, 1)[None].to(self.device)
+            mirrored = self.grounding.encode_image(pixels, [geometry.seen_size])
+        return EncodedImage(features, geometry, features.padded_size, array, mirrored)
+
+    @torch.inference_mode()
+    def look(self, encoded: EncodedImage, expressions: Sequence[str]) -> GroundingOutput:
+        """Return what the decoder says of E expressions about an encoded image, and of its mirror image where that is encoded, too."""
+        output = self._look(encoded.features, expressions)
+        if encoded.mirrored is None:
+            return output
+        swapped = [mirrored_words(text) for text in expressions]
+        asked = torch.tensor([text is not None for text in swapped])
+        other = self._look(encoded.mirrored, [text or own for text, own in zip(swapped, expressions, strict=True)])
+        decide = getattr(self.grounding.decoder, "decide", None)
+        return mean_of_views(output, other, asked, encoded.geometry, encoded.canvas, decide)
+
+    def _look(self, features: ImageFeatures, expressions: Sequence[str]) -> GroundingOutput:
+        ids, mask = self.encode_text(expressions)
+        index = torch.zeros(len(expressions), dtype=torch.int64, device=self.device)
+        output: GroundingOutput = self.grounding.ground(features, index, ids.to(self.device), mask.to(self.device))
+        return output
 
     @torch.inference_mode()
     def ground(self, image: Any, expressions: str | Sequence[str], chunk: int = 64, threshold: float | None = None) -> Any:
@@ -115,10 +142,7 @@ class GrexModel(nn.Module, ModelHubMixin):
         results: list[Grounding] = []
         for start in range(0, len(texts), chunk):
             part = texts[start : start + chunk]
-            ids, mask = self.encode_text(part)
-            index = torch.zeros(len(part), dtype=torch.int64, device=self.device)
-            output = self.grounding.ground(encoded.features, index, ids.to(self.device), mask.to(self.device))
-            results += answers(output, part, [encoded.geometry] * len(part), encoded.canvas, rules)
+            results += answers(self.look(encoded, part), part, [encoded.geometry] * len(part), encoded.canvas, rules)
         for result in results:
             result.image = encoded.original
         return results[0] if single else results

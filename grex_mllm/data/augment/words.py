@@ -35,8 +35,12 @@ def has_place_word(text: str) -> bool:
     return any(PLACES.fullmatch(word) is not None for word in WORD.findall(text.lower()))
 
 
+def mirrored_words(text: str) -> str | None:
+    """Return what a text says of the flipped image; None where that is not certain (see `mirrored_text`), or where it may quote a sign."""
+    return None if WRITTEN_NUMBER.search(text) else mirrored_text(text)
+
+
 def mirrored_expression(expression: ExpressionRecord) -> ExpressionRecord | None:
     """Return the expression of the flipped image, both in `raw` and in `expression`; None where either is not certain."""
-    both = [None if WRITTEN_NUMBER.search(text) else mirrored_text(text) for text in (expression.raw, expression.expression)]
-    raw, plain = both
+    raw, plain = mirrored_words(expression.raw), mirrored_words(expression.expression)
     return None if raw is None or plain is None else replace(expression, raw=raw, expression=plain)

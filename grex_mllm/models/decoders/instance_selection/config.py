@@ -49,6 +49,8 @@ class InstanceSelectionConfig:
     # predicted number of best regions, as of the boxes) | overlap (there, the pixels of the largest expected IoU, all regions weighed);
     # with count and overlap regions that repeat a surer one are left out of masks and boxes
     answer: str = "threshold"
+    # added to the target logits before `overlap` weighs regions: those that cover a target in part were taught to be none
+    overlap_bias: float = 0.0
     attribute_classes: dict[str, int] = field(default_factory=dict)  # scene metadata: name -> number of classes; {} = none used
     # tokens that regions learn to be called by, from expressions alone, and that language reads: those that training says most; 0 = none
     words: int = 0

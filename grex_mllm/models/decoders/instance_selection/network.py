@@ -36,6 +36,7 @@ from grex_mllm.models.decoders.instance_selection.regions import (
     pair_geometry,
     precise,
 )
+from grex_mllm.models.grex_heads import two_way
 from grex_mllm.ops.attention import attend, split_heads
 from grex_mllm.ops.boxes import box_iou, cxcywh_to_xyxy
 from grex_mllm.ops.paths import traced
@@ -213,8 +214,9 @@ class LanguagePart(nn.Module):
         if self.config.answer != THRESHOLD and not self.training:
             repeated = duplicates(regions.boxes_norm[-1], regions.objectness[-1])[image_index]
             final = final.masked_fill(repeated, OUTSIDE_LOGIT)
+        masks, likely = self._answer(regions, image_index, final, count, no_target)
         return GroundingOutput(
-            mask_logits=self._answer(regions, image_index, final, count, no_target),
+            mask_logits=masks,
             minimap_logits=torch.stack([torch.zeros_like(final), final], dim=-1),
             no_target_logits=no_target,
             boxes_norm=regions.boxes_norm[-1][image_index],
@@ -222,6 +224,7 @@ class LanguagePart(nn.Module):
             count_logits=count,
             minimap_prob=self._minimap(regions, image_index, final),
             extra=InstanceExtra(regions, logits),
+            target_prob=likely,
         )
 
     def _pool(self, x: Tensor, logits: Tensor, objectness: Tensor, sentence: Tensor) -> Tensor:
@@ -232,16 +235,17 @@ class LanguagePart(nn.Module):
         sums = torch.stack([prob.sum(dim=1), (prob * prob).sum(dim=1)], dim=-1)
         return torch.cat([total, x.amax(dim=1), sentence.to(x.dtype), sums, top], dim=-1)
 
-    def _answer(self, regions: Regions, image_index: Tensor, logits: Tensor, count: Tensor | None, no_target: Tensor) -> Tensor:
+    def _answer(
+        self, regions: Regions, image_index: Tensor, logits: Tensor, count: Tensor | None, no_target: Tensor
+    ) -> tuple[Tensor, Tensor | None]:
         if self.training or regions.mask_map.shape[-1] == 0:
-            return logits.new_zeros(logits.shape[0], 2, 0, 0)
+            return logits.new_zeros(logits.shape[0], 2, 0, 0), None
         masks = regions.masks()
         if self.config.answer == OVERLAP:
-            fused = largest_overlap(_fused(union_probability, masks.sigmoid(), image_index, logits.sigmoid()), no_target)
-        else:
-            chosen = answer_by_count(logits, count, no_target) if self.config.answer == COUNT else logits
-            fused = _fused(union_logits, masks, image_index, chosen)
-        return torch.stack([torch.zeros_like(fused), fused], dim=1)
+            likely = _fused(union_probability, masks.sigmoid(), image_index, (logits + self.config.overlap_bias).sigmoid())
+            return two_way(largest_overlap(likely, no_target)), likely
+        chosen = answer_by_count(logits, count, no_target) if self.config.answer == COUNT else logits
+        return two_way(_fused(union_logits, masks, image_index, chosen)), None
 
     def _minimap(self, regions: Regions, image_index: Tensor, logits: Tensor) -> Tensor:
         """Lay the regions' target probabilities out on P x P cells by their centres; the largest wins a cell."""
@@ -278,6 +282,10 @@ class InstanceSelection(nn.Module):
                 "no fusion there: its regions are found once in an image, for all expressions",
                 "set model.vision.fusion to none, or model.decoder.name to rela",
             )
+
+    def decide(self, target_prob: Tensor, no_target_logits: Tensor) -> Tensor:
+        """Return mask logits [E, 2, h, w] of `answer: overlap`. target_prob: float [E, h, w].  no_target_logits: float [E, 2]."""
+        return two_way(largest_overlap(target_prob, no_target_logits))
 
     def proposals(self, regions: Regions) -> Proposals:
         """Return the objects that were found in B images."""
