@@ -4,12 +4,13 @@
 
 For a model whose decoder is `instance_selection`. Rows of the table (strict protocol; with several sources their mean, each the same):
 
-- as it is: the model's own answers; put together: whole regions, resized one by one and then united, as in the other rows. Which of them is
-  the model's rule for masks; where it weighs pixels (`answer: overlap`), which are of no region, as many of the best as the count says.
+- as it is: the model's own answers, with those about the mirror image where it takes them (`predict.mirror`).
+- put together: whole regions of the image as it is, resized one by one and then united, as in the other rows. Which of them is the
+  model's rule for masks; where it weighs pixels (`answer: overlap`), which are of no region, as many of the best as the count says.
 - true masks: what it selected stays selected; a region that overlaps a true object (mask IoU from 0.5, one to one) becomes that object.
 - true selection: of its regions those that match the targets, with its own masks. What is lost: detection and masks.
 - true selection and masks: those regions become the objects. What is lost: objects that no region has found.
-- true objects: its regions are put on the true boxes, which it reads and no longer refines, and it selects among them by the expression;
+- true objects: its regions are the true boxes, which it reads and does not refine, and it selects among them by the expression;
   a region stands for its object's mask. What is lost: selection, count and "no target".
 
 The last is an approximation: a region's first features come from the cell at its box's centre, the features inside the box from the true
@@ -23,7 +24,6 @@ import json
 import sys
 from collections import Counter
 from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -31,16 +31,15 @@ from typing import Any
 import numpy as np
 import torch
 from scipy.optimize import linear_sum_assignment
-from torch import Tensor
 
 from grex_mllm.config import PROTOCOL_FOLDER
 from grex_mllm.data.dataset import FolderDataset
 from grex_mllm.data.refs_program import status_of
 from grex_mllm.data.transforms import boxes_to_original, mask_to_original
 from grex_mllm.errors import fault
-from grex_mllm.models.answer import EncodedImage, above_threshold, answers
+from grex_mllm.models.answer import EncodedImage, above_threshold
 from grex_mllm.models.decoders.instance_selection.network import THRESHOLD, answer_by_count
-from grex_mllm.models.decoders.instance_selection.regions import ImagePart, Regions, pair_geometry
+from grex_mllm.models.decoders.instance_selection.regions import Regions
 from grex_mllm.models.grex import GrexModel
 from grex_mllm.ops.boxes import xyxy_to_cxcywh
 from grex_mllm.predictors.lines import grounding_fields
@@ -49,7 +48,6 @@ from grex_mllm.score import score
 from grex_mllm.types import MORE_THAN_FIVE, Grounding, GroundingOutput, Sample
 
 OVERLAP = 0.5  # mask IoU from which a region has found an object
-SURE = 10.0  # logit of a true object's being one
 ROWS = ("as it is", "put together", "true masks", "true selection", "true selection and masks", "true objects")
 MEASURES = {"gIoU": "gres.gIoU", "N-acc": "gres.N_acc", "T-acc": "gres.T_acc", "count": "count.accuracy", "Pr@F1": "grec.Pr@F1"}
 
@@ -130,8 +128,7 @@ def lines_of(net: GrexModel, sample: Sample, counted: Counter[str]) -> Iterator[
     seen = look(encoded, item)
     counted.update(images=1, objects=len(seen.true_masks), found=len(seen.pairs))
     place = {instance.annotation_id: n for n, instance in enumerate(item.instances)}
-    output, texts = read(net, encoded.features.decoded, sample), [record.raw for record in sample.expressions]
-    own = answers(output, texts, [encoded.geometry] * len(texts), encoded.canvas, net.config.predict)
+    output, own = read(net, encoded.features.decoded, sample), net.ground(encoded, [record.raw for record in sample.expressions])
     true_regions = regions_on(net, encoded, seen.true_boxes) if len(seen.true_boxes) else None
     given = None if true_regions is None else read(net, true_regions, sample)
     objects = Seen(seen.true_masks, seen.true_boxes, seen.true_masks, seen.true_boxes)
@@ -204,33 +201,7 @@ def regions_on(net: GrexModel, encoded: EncodedImage, boxes_xyxy: np.ndarray) ->
     scale = torch.tensor([geometry.scale_x / width, geometry.scale_y / height] * 2, dtype=torch.float32)
     margin = torch.tensor([geometry.left / width, geometry.top / height] * 2, dtype=torch.float32)
     boxes = xyxy_to_cxcywh(torch.from_numpy(boxes_xyxy) * scale + margin)[None].to(net.device)
-    part = net.grounding.decoder.image_part
-    with looking_at(part, boxes):
-        found = part(encoded.features.maps, encoded.features.pixels)
-    sure = torch.full_like(found.objectness[-1], SURE)
-    last = {"boxes_norm": [*found.boxes_norm[:-1], boxes], "objectness": [*found.objectness[:-1], sure], "geometry": pair_geometry(boxes)}
-    return found._replace(**last)
-
-
-@contextmanager
-def looking_at(part: ImagePart, boxes_norm: Tensor) -> Iterator[None]:
-    """Let the image half start from given boxes [1, N, 4] instead of the best cells of its heat map: each from the nearest free cell."""
-    own, cells = part._cell_boxes, list[int]()
-
-    def placed(raw: Tensor, grid: Tensor) -> Tensor:
-        for centre in boxes_norm[0, :, :2].to(grid.dtype):
-            away = (grid[:, :2] - centre).square().sum(dim=1)
-            away[cells] = torch.inf
-            cells.append(int(away.argmin()))
-        found = own(raw, grid).clone()
-        found[:, cells] = boxes_norm.to(found.dtype)
-        return found
-
-    part._cell_boxes, part._best = placed, lambda heat, _: torch.tensor(cells, device=heat.device)[None]
-    try:
-        yield
-    finally:
-        del part._best, part._cell_boxes
+    return net.grounding.decoder.known(encoded.features, boxes)
 
 
 if __name__ == "__main__":

@@ -170,3 +170,10 @@ def test_the_bias_enters_the_weighing_alone(bias: float) -> None:
     plain = tiny_model(model__decoder__answer="overlap")
     with torch.inference_mode():
         torch.testing.assert_close(plain._look(plain.encode(image).features, TEXTS).box_logits, found.box_logits)
+
+
+def test_an_exported_model_says_that_it_sees_the_image_once() -> None:
+    from grex_mllm.export.folder import facts_of
+
+    assert facts_of(tiny_model(), "onnx")["left_out"] == []
+    assert facts_of(seeing_twice(), "onnx")["left_out"] == ["predict.mirror: the graphs see the image as it is alone"]
