@@ -96,7 +96,10 @@ def test_uncertain_words_keep_the_plain_answer(text: str) -> None:
 def test_both_images_are_encoded_once_for_all_expressions() -> None:
     model, calls = seeing_twice(), []
     model.grounding.vision.register_forward_hook(lambda *_: calls.append(1))
-    model.ground(picture(64, 64), TEXTS * 30)
+    encoded = model.encode(picture(64, 64))
+    assert len(calls) == 1, "whoever does not ask it pays for no mirror image"
+    model.ground(encoded, TEXTS * 30)
+    model.ground(encoded, TEXTS[0])
     assert len(calls) == 2
 
 
@@ -105,8 +108,8 @@ def test_masks_come_from_the_mean_probability() -> None:
     model, image = seeing_twice(model__decoder__answer="overlap"), picture(64, 64)
     with torch.inference_mode():
         encoded = model.encode(image)
-        plain, other = model._look(encoded.features, TEXTS), model._look(encoded.mirrored, [mirrored_words(text) for text in TEXTS])
         found = model.look(encoded, TEXTS)
+        plain, other = model._look(encoded.features, TEXTS), model._look(encoded.mirrored, [mirrored_words(text) for text in TEXTS])
         mean = (plain.target_prob + other.target_prob.flip(-1)) / 2
         none = (plain.no_target_logits.log_softmax(-1) + other.no_target_logits.log_softmax(-1)) / 2
         wanted = model.grounding.decoder.decide(mean, none)

@@ -31,7 +31,7 @@ class EncodedImage:
     """One image, encoded once for many expressions and object sets.
 
     canvas: (H, W) of the network input, padding included.  original: uint8 [H0, W0, 3].  mirrored: those of its mirror image, which lies in
-    the same place (`predict.mirror`).
+    the same place (`predict.mirror`), once an expression was asked.
     """
 
     features: ImageFeatures

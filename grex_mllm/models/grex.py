@@ -28,7 +28,7 @@ from grex_mllm.models.placement import Placement, placed
 from grex_mllm.models.text import TextTokenizer, load_text_tokenizer
 from grex_mllm.models.views import mean_of_views
 from grex_mllm.precision import resolve_precision
-from grex_mllm.types import Grounding, GroundingOutput
+from grex_mllm.types import Geometry, Grounding, GroundingOutput
 from grex_mllm.writing import whole_entries
 
 WEIGHTS, CONFIG, TEXT_TOKENIZER, LM_TOKENIZER = "model.safetensors", "config.yaml", "text_tokenizer", "lm_tokenizer"
@@ -92,22 +92,22 @@ class GrexModel(nn.Module, ModelHubMixin):
     def encode(self, image: Any) -> EncodedImage:
         """Encode one image (path, PIL, numpy HWC uint8 or tensor) for any number of questions."""
         array = load_image(image)
+        features, geometry = self._encode(array)
+        return EncodedImage(features, geometry, features.padded_size, array)
+
+    def _encode(self, array: np.ndarray) -> tuple[ImageFeatures, Geometry]:
         resized, geometry = resize_image(array, self.config.data.image_size, self.config.data.resize)
         pixels = torch.from_numpy(resized.copy()).permute(2, 0, 1)[None].to(self.device)
-        features = self.grounding.encode_image(pixels, [geometry.seen_size])
-        mirrored = None
-        if self.config.predict.mirror:
-            resized, _ = resize_image(np.ascontiguousarray(array[:, ::-1]), self.config.data.image_size, self.config.data.resize)
-            pixels = torch.from_numpy(resized.copy()).permute(2, 0, 1)[None].to(self.device)
-            mirrored = self.grounding.encode_image(pixels, [geometry.seen_size])
-        return EncodedImage(features, geometry, features.padded_size, array, mirrored)
+        return self.grounding.encode_image(pixels, [geometry.seen_size]), geometry
 
     @torch.inference_mode()
     def look(self, encoded: EncodedImage, expressions: Sequence[str]) -> GroundingOutput:
-        """Return what the decoder says of E expressions about an encoded image, and of its mirror image where that is encoded, too."""
+        """Return what the decoder says of E expressions about an encoded image; with `predict.mirror` and its mirror image, the mean."""
         output = self._look(encoded.features, expressions)
-        if encoded.mirrored is None:
+        if not self.config.predict.mirror or encoded.original is None:
             return output
+        if encoded.mirrored is None:
+            encoded.mirrored, _ = self._encode(np.ascontiguousarray(encoded.original[:, ::-1]))
         swapped = [mirrored_words(text) for text in expressions]
         asked = torch.tensor([text is not None for text in swapped])
         other = self._look(encoded.mirrored, [text or own for text, own in zip(swapped, expressions, strict=True)])
