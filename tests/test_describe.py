@@ -88,6 +88,10 @@ class Listener:
         assert len(index) == len(ids) == len(mask) and not index.any()
         return answer_of([self.answers[self.texts[int(row)]] for row in ids[:, 0]])
 
+    def look(self, image: EncodedImage, expressions: Sequence[str]) -> GroundingOutput:
+        ids, mask = self.encode_text(expressions)
+        return self.ground(image.features, torch.zeros(len(ids), dtype=torch.int64), ids, mask)
+
 
 def chosen(answers: dict[str, Sequence[float]], sets: list[list[int]], texts: list[list[str]]) -> list[Any]:
     model: Any = Listener(answers)

@@ -15,6 +15,7 @@ from grex_mllm.data.augment.words import mirrored_words
 from grex_mllm.errors import GrexError
 from grex_mllm.models.answer import check_rules
 from grex_mllm.models.decoders.instance_selection.network import union_probability
+from grex_mllm.models.describe import rerank_by_grounding
 from grex_mllm.models.grex import GrexModel
 from grex_mllm.models.views import _unmirrored, mean_of_views
 from grex_mllm.types import Geometry, GroundingOutput
@@ -118,11 +119,36 @@ def test_masks_come_from_the_mean_probability() -> None:
     torch.testing.assert_close(model.grounding.decoder.decide(plain.target_prob, plain.no_target_logits), plain.mask_logits)
 
 
+@pytest.mark.parametrize("among", [False, True])
+@pytest.mark.parametrize(("resize", "size"), [("squash", (64, 64)), ("pad", (64, 40)), ("letterbox", (64, 40))])
+def test_the_listener_hears_both(among: bool, resize: str, size: tuple[int, int]) -> None:
+    """Of a mirrored image mirrored candidates for mirrored sets score the same; of one image alone they do not."""
+    model, image = seeing_twice(model__decoder__answer="overlap", data__resize=resize), picture(*size)
+    sets, options = [[0], [0, 1]], [TEXTS, TEXTS[:2]]
+    swapped = [[mirrored_words(text) for text in some] for some in options]
+
+    def scores(pixels: np.ndarray, turned: bool, texts: Any) -> list[float]:
+        encoded = model.encode(pixels)
+        inner = torch.zeros(2, encoded.geometry.input_height, encoded.geometry.input_width, dtype=torch.bool)
+        inner[0, 10:40, 2:18], inner[1, 20:60, 20:36] = True, True
+        masks = torch.zeros(2, *encoded.features.input_size, dtype=torch.bool)
+        masks[(slice(None), *encoded.geometry.inner)] = inner.flip(-1) if turned else inner
+        with torch.inference_mode():
+            found = [dict(answer.candidates) for answer in rerank_by_grounding(model, encoded, masks, sets, texts, among)]
+        return [values[text] for values, some in zip(found, texts, strict=True) for text in some]
+
+    one, other = scores(image, False, options), scores(np.ascontiguousarray(image[:, ::-1]), True, swapped)
+    assert len(one) == 5 and min(one) > 0
+    np.testing.assert_allclose(one, other, rtol=2e-3)
+    model.config.predict = replace(model.config.predict, mirror=False)
+    assert not np.allclose(scores(image, False, options), one, rtol=5e-3)
+
+
 def test_maps_are_laid_back_by_hand() -> None:
-    """Eight columns of four pixels; the image takes 20 pixels from pixel 4 on: columns 1 to 5 swap, the margins keep their own."""
+    """Eight columns of four pixels; the image takes 20 pixels from pixel 4 on: columns 1 to 5 swap, and margins; padding keeps its own."""
     plain, mirrored = torch.full((1, 1, 8), -1.0), torch.arange(8.0)[None, None]
-    found = _unmirrored(plain, mirrored, Geometry(10, 20, 4, 20, left=4, right=8), (4, 32))
-    assert found.flatten().tolist() == [-1, 5, 4, 3, 2, 1, -1, -1]
+    found = _unmirrored(plain, mirrored, Geometry(10, 20, 4, 20, left=4, right=4), (4, 32))
+    assert found.flatten().tolist() == [6, 5, 4, 3, 2, 1, 0, -1]
     half = _unmirrored(plain, mirrored, Geometry(10, 18, 4, 18), (4, 32))  # 18 pixels: half a column off
     assert half.flatten().tolist() == [3.5, 2.5, 1.5, 0.5, 0, -1, -1, -1]
 

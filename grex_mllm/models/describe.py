@@ -25,6 +25,7 @@ from grex_mllm.data.transforms import input_masks, mask_to_original
 from grex_mllm.entries import LISTENERS
 from grex_mllm.errors import fault
 from grex_mllm.models.answer import EncodedImage
+from grex_mllm.models.views import mean_heads, mirrored_all
 from grex_mllm.ops.boxes import box_iou, xyxy_to_cxcywh
 from grex_mllm.ops.selection import mask_boxes, selection_masks
 from grex_mllm.types import GroundingOutput
@@ -53,6 +54,12 @@ class Describing(Protocol):
 
     def encode_text(self, expressions: Sequence[str]) -> tuple[Tensor, Tensor]:
         """Return ids and mask int64 [E, L]."""
+
+    def look(self, encoded: EncodedImage, expressions: Sequence[str]) -> GroundingOutput:
+        """Return what the decoder says of E expressions."""
+
+    def mirror_image(self, encoded: EncodedImage) -> Any:
+        """Return the features of the mirror image, None where it is not asked."""
 
 
 @dataclass
@@ -266,18 +273,14 @@ def rerank_by_grounding(
 
     among: the decoder's regions are the objects in `masks`, and their choice counts instead of pixels.
     """
-    candidates, grounding = sorted({t for options in texts for t in options if t.strip()}), model.grounding
+    candidates = sorted({t for options in texts for t in options if t.strip()})
     agreement, known = np.zeros((len(candidates), len(sets))), _known_objects(model, encoded, masks) if among else None
     for start in range(0, len(candidates), 64):
         part = candidates[start : start + 64]
-        ids, mask = model.encode_text(part)
-        index, ids, mask = torch.zeros(len(part), dtype=torch.int64, device=model.device), ids.to(model.device), mask.to(model.device)
         if known is None:
-            output = grounding.ground(encoded.features, index, ids, mask)
-            found = agreements(output, masks, sets, encoded.canvas, encoded.features.input_size)
+            found = agreements(model.look(encoded, part), masks, sets, encoded.canvas, encoded.features.input_size)
         else:
-            output = grounding.decoder.language_part(known, index, grounding.encode_text(ids, mask))
-            found = agreements_among(grounding.decoder.likely_targets(output), output, sets)
+            found = agreements_among(*_choices(model, known, part), sets)
         agreement[start : start + 64] = found
     where, rarity = {text: i for i, text in enumerate(candidates)}, RARITY if known is None else KNOWN_RARITY
     results = []
@@ -286,11 +289,37 @@ def rerank_by_grounding(
     return results
 
 
-def _known_objects(model: Describing, encoded: EncodedImage, masks: Tensor) -> Any:
-    """Return what the decoder's language part reads of the objects of an image. masks: bool [N, H, W] on the network's input."""
+def _known_objects(model: Describing, encoded: EncodedImage, masks: Tensor) -> list[Any]:
+    """Return what the decoder's language part reads of the objects of an image and, with `predict.mirror`, of its mirror image.
+
+    masks: bool [N, H, W] on the network's input.
+    """
     height, width = encoded.canvas
-    boxes = mask_boxes(masks).float() / torch.tensor([width, height] * 2, device=masks.device)
-    return model.grounding.decoder.known(encoded.features, xyxy_to_cxcywh(boxes)[None])
+    boxes = xyxy_to_cxcywh(mask_boxes(masks).float() / torch.tensor([width, height] * 2, device=masks.device))[None]
+    known, mirrored = [model.grounding.decoder.known(encoded.features, boxes)], model.mirror_image(encoded)
+    if mirrored is not None:
+        turned = boxes.clone()
+        turned[..., 0] = (2 * encoded.geometry.left + encoded.geometry.input_width) / width - boxes[..., 0]
+        known.append(model.grounding.decoder.known(mirrored, turned))
+    return known
+
+
+def _choices(model: Describing, known: list[Any], texts: Sequence[str]) -> tuple[Tensor, GroundingOutput]:
+    """Return logits [E, N], which known objects each text means, and the output with the numbers; of two images the mean."""
+
+    def read(regions: Any, asked: Sequence[str]) -> tuple[Tensor, GroundingOutput]:
+        ids, mask = (tensor.to(model.device) for tensor in model.encode_text(asked))
+        index = torch.zeros(len(asked), dtype=torch.int64, device=model.device)
+        output = model.grounding.decoder.language_part(regions, index, model.grounding.encode_text(ids, mask))
+        return model.grounding.decoder.likely_targets(output), output
+
+    logits, output = read(known[0], texts)
+    if len(known) == 1:
+        return logits, output
+    swapped, certain = mirrored_all(texts)
+    others, other = read(known[1], swapped)
+    share = certain.to(logits.device).float() / 2
+    return torch.lerp(logits.float(), others.float(), share[:, None]), output._replace(**mean_heads(output, other, share))
 
 
 def agreements_among(logits: Tensor, output: GroundingOutput, sets: list[list[int]]) -> np.ndarray:

@@ -13,7 +13,6 @@ from huggingface_hub import ModelHubMixin, snapshot_download
 from torch import Tensor, nn
 
 from grex_mllm.config import Config, load_config, name_no_parts, save_config
-from grex_mllm.data.augment.words import mirrored_words
 from grex_mllm.data.images import load_image
 from grex_mllm.data.transforms import resize_image
 from grex_mllm.entries import entry
@@ -26,7 +25,7 @@ from grex_mllm.models.grounding import ImageFeatures
 from grex_mllm.models.pixel_decoder import NUM_LEVELS
 from grex_mllm.models.placement import Placement, placed
 from grex_mllm.models.text import TextTokenizer, load_text_tokenizer
-from grex_mllm.models.views import mean_of_views
+from grex_mllm.models.views import mean_of_views, mirrored_all
 from grex_mllm.precision import resolve_precision
 from grex_mllm.types import Geometry, Grounding, GroundingOutput
 from grex_mllm.writing import whole_entries
@@ -103,16 +102,22 @@ class GrexModel(nn.Module, ModelHubMixin):
     @torch.inference_mode()
     def look(self, encoded: EncodedImage, expressions: Sequence[str]) -> GroundingOutput:
         """Return what the decoder says of E expressions about an encoded image; with `predict.mirror` and its mirror image, the mean."""
-        output = self._look(encoded.features, expressions)
-        if not self.config.predict.mirror or encoded.original is None:
+        output, mirrored = self._look(encoded.features, expressions), self.mirror_image(encoded)
+        if mirrored is None:
             return output
-        if encoded.mirrored is None:
-            encoded.mirrored, _ = self._encode(np.ascontiguousarray(encoded.original[:, ::-1]))
-        swapped = [mirrored_words(text) for text in expressions]
-        asked = torch.tensor([text is not None for text in swapped])
-        other = self._look(encoded.mirrored, [text or own for text, own in zip(swapped, expressions, strict=True)])
+        swapped, asked = mirrored_all(expressions)
+        other = self._look(mirrored, swapped)
         decide = getattr(self.grounding.decoder, "decide", None)
         return mean_of_views(output, other, asked, encoded.geometry, encoded.canvas, decide)
+
+    @torch.inference_mode()
+    def mirror_image(self, encoded: EncodedImage) -> ImageFeatures | None:
+        """Return the features of an image's mirror image, encoded at the first call; None without `predict.mirror`."""
+        if not self.config.predict.mirror or encoded.original is None:
+            return None
+        if encoded.mirrored is None:
+            encoded.mirrored, _ = self._encode(np.ascontiguousarray(encoded.original[:, ::-1]))
+        return encoded.mirrored
 
     def _look(self, features: ImageFeatures, expressions: Sequence[str]) -> GroundingOutput:
         ids, mask = self.encode_text(expressions)

@@ -6,11 +6,12 @@ mirrored words are not certain (`mirrored_words`) keeps its answer about the ima
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
 
+from grex_mllm.data.augment.words import mirrored_words
 from grex_mllm.ops.boxes import box_iou, cxcywh_to_xyxy, xyxy_to_cxcywh
 from grex_mllm.types import Geometry, GroundingOutput
 
@@ -36,11 +37,7 @@ def mean_of_views(
     geometry: how the image lies in the network's input, the same for both.  canvas: (H, W) that the maps cover, padding included.
     """
     share = asked.to(plain.mask_logits.device).float() / 2
-    changed: dict[str, Tensor] = {}
-    for name in ("no_target_logits", "count_logits"):
-        if (one := getattr(plain, name)) is not None:
-            mean = torch.lerp(one.float().log_softmax(-1), getattr(mirrored, name).float().log_softmax(-1), share[:, None])
-            changed[name] = torch.where(share[:, None] > 0, mean, one.float())
+    changed = mean_heads(plain, mirrored, share)
     if decide is not None and plain.target_prob is not None and mirrored.target_prob is not None:
         back = _unmirrored(plain.target_prob, mirrored.target_prob, geometry, canvas)
         changed["target_prob"] = torch.lerp(plain.target_prob, back, share[:, None, None])
@@ -56,12 +53,28 @@ def mean_of_views(
     return plain._replace(**changed)
 
 
+def mirrored_all(expressions: Sequence[str]) -> tuple[list[str], Tensor]:
+    """Return expressions for the mirror image, and bool [E]: which are certain; the others are returned as they are."""
+    swapped = [mirrored_words(text) for text in expressions]
+    return [text or own for text, own in zip(swapped, expressions, strict=True)], torch.tensor([text is not None for text in swapped])
+
+
+def mean_heads(plain: GroundingOutput, mirrored: GroundingOutput, share: Tensor) -> dict[str, Tensor]:
+    """Return the mean log-probabilities for no target and count, of those that are there. share: float [E] in [0, 1], of `mirrored`."""
+    changed = {}
+    for name in ("no_target_logits", "count_logits"):
+        if (one := getattr(plain, name)) is not None:
+            mean = torch.lerp(one.float().log_softmax(-1), getattr(mirrored, name).float().log_softmax(-1), share[:, None])
+            changed[name] = torch.where(share[:, None] > 0, mean, one.float())
+    return changed
+
+
 def _unmirrored(plain: Tensor, mirrored: Tensor, geometry: Geometry, canvas: tuple[int, int]) -> Tensor:
-    """Return maps [..., h, w] of the mirror image as they lie on the image, bilinear; outside it those of `plain`."""
+    """Return maps [..., h, w] of the mirror image as they lie on the image, bilinear; in the padding those of `plain`."""
     width, cells = canvas[1], mirrored.shape[-1]
     centre = (torch.arange(cells, device=mirrored.device, dtype=torch.float32) + 0.5) * (width / cells)
     there = 2 * geometry.left + geometry.input_width - centre  # the same place in the mirror image
-    inside = (there >= geometry.left) & (there <= geometry.left + geometry.input_width)
+    inside = (there >= 0) & (centre <= geometry.seen_size[1])
     place = (there * (cells / width) - 0.5).clamp(0, cells - 1)
     low = place.floor().long()
     back = torch.lerp(mirrored[..., low], mirrored[..., (low + 1).clamp(max=cells - 1)], (place - low).to(mirrored.dtype))
