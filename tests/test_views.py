@@ -172,6 +172,20 @@ def test_numbers_and_no_target_are_geometric_means() -> None:
     torch.testing.assert_close(found.no_target_logits.softmax(-1), torch.tensor([[0.5, 0.5]]))
 
 
+@pytest.mark.parametrize(("plain_none", "other_none", "answered"), [(0.6, 0.1, True), (0.1, 0.6, True), (0.4, 0.9, False)])
+def test_masks_follow_what_both_say_of_no_target(plain_none: float, other_none: float, answered: bool) -> None:
+    """Of uncertain pixels a mask is made where both answers together say that there is a target, whichever of them doubts it."""
+    size, likely = Geometry(4, 4, 4, 4), torch.full((1, 4, 4), 0.1).index_fill(1, torch.tensor([1]), 0.4)
+
+    def said(none: float) -> GroundingOutput:
+        return output([[0.5] * 4], [0.5])._replace(no_target_logits=torch.tensor([[1 - none, none]]).log(), target_prob=likely)
+
+    decide = tiny_model(model__decoder__answer="overlap").grounding.decoder.decide
+    found = mean_of_views(said(plain_none), said(other_none), ONE, size, (4, 4), decide)
+    assert bool((found.mask_logits[:, 1] > found.mask_logits[:, 0]).any()) == answered
+    assert bool(found.no_target_logits[0, 0] > found.no_target_logits[0, 1]) == answered
+
+
 def test_answers_of_a_letter_mirrored_on_itself_stay() -> None:
     """Two answers that are each other's mirror image have that answer as their mean."""
     masks = torch.randn(1, 2, 4, 4)
