@@ -25,7 +25,7 @@ from grex_mllm.data.transforms import input_masks, mask_to_original
 from grex_mllm.entries import LISTENERS
 from grex_mllm.errors import fault
 from grex_mllm.models.answer import EncodedImage
-from grex_mllm.models.views import mean_heads, mirrored_all
+from grex_mllm.models.views import mean_heads, mirrored_all, mirrored_boxes
 from grex_mllm.ops.boxes import box_iou, xyxy_to_cxcywh
 from grex_mllm.ops.selection import mask_boxes, selection_masks
 from grex_mllm.types import GroundingOutput
@@ -298,9 +298,7 @@ def _known_objects(model: Describing, encoded: EncodedImage, masks: Tensor) -> l
     boxes = xyxy_to_cxcywh(mask_boxes(masks).float() / torch.tensor([width, height] * 2, device=masks.device))[None]
     known, mirrored = [model.grounding.decoder.known(encoded.features, boxes)], model.mirror_image(encoded)
     if mirrored is not None:
-        turned = boxes.clone()
-        turned[..., 0] = (2 * encoded.geometry.left + encoded.geometry.input_width) / width - boxes[..., 0]
-        known.append(model.grounding.decoder.known(mirrored, turned))
+        known.append(model.grounding.decoder.known(mirrored, mirrored_boxes(boxes, encoded.geometry, encoded.canvas)))
     return known
 
 

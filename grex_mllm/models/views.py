@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from grex_mllm.data.augment.words import mirrored_words
+from grex_mllm.models.grex_heads import two_way
 from grex_mllm.ops.boxes import box_iou, cxcywh_to_xyxy, xyxy_to_cxcywh
 from grex_mllm.types import Geometry, GroundingOutput
 
@@ -45,8 +46,8 @@ def mean_of_views(
     else:
         one, other = (answer.mask_logits.float() for answer in (plain, mirrored))
         one, other = (one[:, 1] - one[:, 0]).sigmoid(), (other[:, 1] - other[:, 0]).sigmoid()
-        logits = _logit(torch.lerp(one, _unmirrored(one, other, geometry, canvas), share[:, None, None]))
-        masks = torch.stack([torch.zeros_like(logits), logits], dim=1)
+        mean = torch.lerp(one, _unmirrored(one, other, geometry, canvas), share[:, None, None])
+        masks = two_way(mean.logit(LEAST_CHANCE))
     changed["mask_logits"] = torch.where(share[:, None, None, None] > 0, masks.to(plain.mask_logits.dtype), plain.mask_logits)
     if plain.boxes_norm is not None and plain.box_logits is not None:
         changed["boxes_norm"], changed["box_logits"] = _boxes(plain, mirrored, share, geometry, canvas)
@@ -57,6 +58,12 @@ def mirrored_all(expressions: Sequence[str]) -> tuple[list[str], Tensor]:
     """Return expressions for the mirror image, and bool [E]: which are certain; the others are returned as they are."""
     swapped = [mirrored_words(text) for text in expressions]
     return [text or own for text, own in zip(swapped, expressions, strict=True)], torch.tensor([text is not None for text in swapped])
+
+
+def mirrored_boxes(boxes_norm: Tensor, geometry: Geometry, canvas: tuple[int, int]) -> Tensor:
+    """Return boxes float [..., 4] cxcywh of an image where they lie in its mirror image, and the other way round."""
+    centre = (2 * geometry.left + geometry.input_width) / canvas[1] - boxes_norm[..., :1]
+    return torch.cat([centre, boxes_norm[..., 1:]], dim=-1)
 
 
 def mean_heads(plain: GroundingOutput, mirrored: GroundingOutput, share: Tensor) -> dict[str, Tensor]:
@@ -88,9 +95,8 @@ def _boxes(
     assert plain.boxes_norm is not None and plain.box_logits is not None and mirrored.boxes_norm is not None
     assert mirrored.box_logits is not None
     scores, others = plain.box_logits.float().sigmoid(), mirrored.box_logits.float().sigmoid()
-    turned = mirrored.boxes_norm.float().clone()
-    turned[..., 0] = (2 * geometry.left + geometry.input_width) / canvas[1] - turned[..., 0]
-    corners, turned = cxcywh_to_xyxy(plain.boxes_norm.float()), cxcywh_to_xyxy(turned)
+    corners, turned = plain.boxes_norm.float(), mirrored_boxes(mirrored.boxes_norm.float(), geometry, canvas)
+    corners, turned = cxcywh_to_xyxy(corners), cxcywh_to_xyxy(turned)
     overlap = torch.stack([box_iou(one, other) for one, other in zip(corners, turned, strict=True)])
     best, at = overlap.max(dim=2)
     mutual = overlap.argmax(dim=1).gather(1, at) == torch.arange(overlap.shape[1], device=at.device)
@@ -101,9 +107,4 @@ def _boxes(
     scores = scores * (1 - weight) + torch.where(paired, others.gather(1, at), 0) * weight
     taken = torch.zeros_like(others).scatter_reduce(1, at, paired.float(), "amax")
     others = others * weight * (1 - taken)
-    return xyxy_to_cxcywh(torch.cat([corners, turned], dim=1)), _logit(torch.cat([scores, others], dim=1))
-
-
-def _logit(probability: Tensor) -> Tensor:
-    probability = probability.clamp(LEAST_CHANCE, 1 - LEAST_CHANCE)
-    return (probability / (1 - probability)).log()
+    return xyxy_to_cxcywh(torch.cat([corners, turned], dim=1)), torch.cat([scores, others], dim=1).logit(LEAST_CHANCE)
